@@ -1,0 +1,431 @@
+"""Configurations: the fields that every perturbation model shares, and those of the State transition model."""
+
+import difflib
+from dataclasses import fields
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+# Keywords that transformers itself hands to a config when it loads or saves one.
+_LIBRARY_KEYWORDS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "processor_class",
+        "torch_dtype",
+        "use_cache",
+    }
+)
+
+
+def closest(name: str, known) -> str:
+    """A hint `did you mean 'x'?` for the nearest of `known` names, or the list of them where none is near."""
+    known = [str(k) for k in known]
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    shown = ", ".join(repr(k) for k in known[:10])
+    return f"expected one of {shown}" + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+
+
+@strict
+class PerturbationConfig(PreTrainedConfig):
+    r"""
+    What every perturbation model is told about its data. Names in brackets are those of published checkpoints.
+
+    Args:
+        input_dim (`int`, *optional*, defaults to 2000):
+            Features of a control cell: genes (log1p expression) or dimensions of an embedding.
+        output_dim (`int`, *optional*, defaults to `input_dim`):
+            Features of a predicted cell.
+        num_perturbations (`int`, *optional*) [pert_dim]:
+            Perturbations in the vocabulary, the control not counted: the model takes `perturbation_ids`
+            (or one-hot/multi-hot `perturbation_features` of this width).
+        perturbation_dim (`int`, *optional*):
+            Width of a perturbation's feature vector where features (ESM2, fingerprints) are given instead of ids.
+            Exactly one of `num_perturbations` and `perturbation_dim` must be set to build a model.
+        num_contexts (`int`, *optional*) :
+            Contexts (cell types or lines) in the vocabulary. The State model reads the context from the control
+            cells themselves; families with a context embedding size it by this.
+        num_batches (`int`, *optional*) [batch_dim]:
+            Experimental batches in the vocabulary.
+        gene_dim (`int`, *optional*):
+            Genes that the gene decoder predicts. Set it where the model works on embeddings and should also predict
+            expression; None builds no decoder.
+        hidden_size (`int`, *optional*, defaults to 672) [hidden_dim]:
+            Width of every hidden layer.
+        set_size (`int`, *optional*, defaults to 128) [cell_set_len]:
+            Cells of one sentence in training and prediction. No weight depends on it: any other number works.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the encoders and heads, a name of `transformers.activations.ACT2FN`.
+        hidden_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the encoders and heads.
+        nonnegative_output (`bool`, *optional*):
+            Clamp predictions at 0. Right for expression, wrong for an embedding. Defaults to True exactly where
+            `gene_dim` is None, that is where the model predicts expression itself; set it to False for a model on
+            embeddings without a gene decoder.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that new weights are drawn from.
+    """
+
+    model_type = "perturbation"
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    input_dim: int = 2000
+    output_dim: int | None = None
+    num_perturbations: int | None = None
+    perturbation_dim: int | None = None
+    num_contexts: int | None = None
+    num_batches: int | None = None
+    gene_dim: int | None = None
+    hidden_size: int = 672
+    set_size: int = 128
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.1
+    nonnegative_output: bool | None = None
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        own = [f.name for f in fields(self)]
+        for name in kwargs:
+            if name not in _LIBRARY_KEYWORDS and not name.startswith("_"):
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; {closest(name, own)}")
+        if self.output_dim is None:
+            self.output_dim = self.input_dim
+        if self.nonnegative_output is None:
+            self.nonnegative_output = self.gene_dim is None
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self):
+        """Cross-field checks, in one place. A subclass calls `super()._check()` first."""
+        for name, allowed in self._choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r} is not an option of {type(self).__name__}: expected one of {list(allowed)}; "
+                    + closest(value, allowed)
+                )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not an activation; {closest(self.hidden_act, ACT2FN)}"
+            )
+        positive = ("input_dim", "output_dim", "hidden_size", "set_size")
+        optional = ("num_perturbations", "perturbation_dim", "num_contexts", "num_batches", "gene_dim")
+        for name in positive + optional:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        self._check_range("hidden_dropout", 0, 1, upper_open=True)
+        if self.num_perturbations is not None and self.perturbation_dim is not None:
+            raise ValueError(
+                f"num_perturbations={self.num_perturbations} (perturbations by id) and perturbation_dim="
+                f"{self.perturbation_dim} (perturbations by features) contradict one another: set one of them"
+            )
+
+    def _check_range(self, name: str, low: float, high: float = float("inf"), upper_open: bool = False):
+        value = getattr(self, name)
+        if not low <= value <= high or (upper_open and value == high):
+            raise ValueError(f"{name} must lie in [{low}, {high}{')' if upper_open else ']'}, found {value}")
+
+
+@strict
+class StateConfig(PerturbationConfig):
+    r"""
+    Configuration of the State transition model, [`StateForPerturbation`]. The fields of [`PerturbationConfig`], and
+    the following; names in brackets are those of published checkpoints.
+
+    Args:
+        num_encoder_layers (`int`, *optional*, defaults to 4) [n_encoder_layers]:
+            Linear layers of the perturbation encoder, and of the cell encoder where `basal_encoder="mlp"`.
+        num_decoder_layers (`int`, *optional*, defaults to 4) [n_decoder_layers]:
+            Linear layers of the output head.
+        basal_encoder (`str`, *optional*, defaults to `"linear"`) [use_basal_projection]:
+            How a control cell is encoded.
+
+            - `"linear"`: one linear layer
+            - `"mlp"`: `num_encoder_layers` layers
+        backbone (`str`, *optional*, defaults to `"llama"`) [transformer_backbone_key]:
+            Blocks of the set transformer.
+
+            - `"llama"`: RMSNorm, projections without bias, gated SiLU feed-forward layer
+            - `"gpt2"`: LayerNorm, biases, feed-forward layer with GELU (tanh form)
+        num_hidden_layers (`int`, *optional*, defaults to 4):
+            Transformer blocks.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Attention heads.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Width of one head; heads x head_dim may differ from `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to `4 * hidden_size`):
+            Width of the feed-forward layer.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        attention (`str`, *optional*, defaults to `"bidirectional"`) [bidirectional_attention, mask_attn]:
+            Which cells a cell sees.
+
+            - `"bidirectional"`: all cells of its sentence: the model is a function of sets
+            - `"causal"`: itself and the cells before it; only to run checkpoints that were trained so
+            - `"none"`: itself alone, the ablation
+        positions (`str`, *optional*, defaults to `"none"`):
+            Position information.
+
+            - `"none"`: none, cells of a sentence have no order
+            - `"rope"`: rotary positions; only to run checkpoints that were trained so
+        residual (`str`, *optional*, defaults to `"output"`) [predict_residual]:
+            What the output head's result is added to. T: backbone output, e_c: encoded control cell, x: control cell.
+
+            - `"none"`: nothing, `MLP(T)`
+            - `"hidden"`: the encoded cell before the head, `MLP(T + e_c)`, as published checkpoints do
+            - `"output"`: the control cell after it, `MLP(T) + x`: a new model predicts exactly "no change"
+        output_adapter (`bool`, *optional*, defaults to False) [output_space "all"]:
+            Pass the result (published: with `residual="output"`) through a bottleneck of width `output_dim // 8`.
+        batch_encoder (`bool`, *optional*, defaults to False):
+            Add a learned embedding of each cell's experimental batch.
+        batch_token (`bool`, *optional*, defaults to False) [use_batch_token]:
+            Put a learned token before the cells and classify the batch from it.
+        confidence_token (`bool`, *optional*, defaults to False):
+            Put a learned token after the cells and predict the sentence's loss from it.
+        decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[1024, 1024, 512]` where `gene_dim` is set):
+            Hidden widths of the gene decoder.
+        decoder_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the gene decoder.
+        residual_decoder (`bool`, *optional*, defaults to False):
+            Add the output of block i-1 to that of every odd block i of the gene decoder, where their widths agree.
+        loss (`str`, *optional*, defaults to `"energy"`):
+            The distance between the predicted and the observed cells of a sentence.
+
+            - `"energy"`: energy distance
+            - `"sinkhorn"`: debiased entropic optimal transport, squared Euclidean cost
+            - `"combined"`: `energy_weight` x energy + `sinkhorn_weight` x sinkhorn
+            - `"mse"`: mean squared error of cell i against cell i
+        blur (`float`, *optional*, defaults to 0.05):
+            Entropic blur of the Sinkhorn divergence, in units of the features.
+        energy_weight (`float`, *optional*, defaults to 1.0), sinkhorn_weight (`float`, *optional*, defaults to 0.01):
+            Weights of the two terms of `loss="combined"`.
+        feature_chunks (`int`, *optional*, defaults to 1) [mmd_num_chunks]:
+            Split the features in this many chunks and average the distances within each.
+        shuffle_feature_chunks (`bool`, *optional*, defaults to False):
+            Draw the chunks anew each step.
+        decoder_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the gene decoder's loss.
+        detach_decoder (`bool`, *optional*, defaults to False):
+            Stop the decoder's gradient at the latents; one training step in ten then decodes the true latents.
+        l1_weight (`float`, *optional*, defaults to 0.0) [regularization]:
+            Weight of the mean absolute change from control to prediction.
+        confidence_weight (`float`, *optional*, defaults to 0.01):
+            Weight of the confidence head's squared error.
+        confidence_target_scale (`float`, *optional*, defaults to 10.0):
+            The confidence head predicts this times the sentence's loss.
+        batch_token_weight (`float`, *optional*, defaults to 0.1):
+            Weight of the batch classification.
+
+    Example:
+    ```python
+    >>> config = StateConfig.from_preset("tiny", input_dim=2000, num_perturbations=25)
+    >>> config.hidden_size
+    64
+    ```
+    """
+
+    model_type = "state"
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "basal_encoder": ("linear", "mlp"),
+        "backbone": ("llama", "gpt2"),
+        "attention": ("bidirectional", "causal", "none"),
+        "positions": ("none", "rope"),
+        "residual": ("none", "hidden", "output"),
+        "loss": ("energy", "sinkhorn", "combined", "mse"),
+    }
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "set_size": 32,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+        },
+        "small": {
+            "hidden_size": 672,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "head_dim": 84,
+            "intermediate_size": 2688,
+            "set_size": 128,
+        },
+        "base": {
+            "hidden_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 12,
+            "head_dim": 64,
+            "intermediate_size": 3072,
+            "set_size": 512,
+            "num_encoder_layers": 1,
+            "num_decoder_layers": 1,
+        },
+        "large": {
+            "hidden_size": 1488,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "head_dim": 124,
+            "intermediate_size": 5952,
+            "set_size": 512,
+        },
+        "gpt2": {
+            "backbone": "gpt2",
+            "hidden_size": 328,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "set_size": 512,
+        },
+    }
+
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    basal_encoder: str = "linear"
+    backbone: str = "llama"
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    attention_dropout: float | int = 0.0
+    attention: str = "bidirectional"
+    positions: str = "none"
+    residual: str = "output"
+    output_adapter: bool = False
+    batch_encoder: bool = False
+    batch_token: bool = False
+    confidence_token: bool = False
+    decoder_hidden_sizes: list[int] | None = None
+    decoder_dropout: float | int = 0.1
+    residual_decoder: bool = False
+    loss: str = "energy"
+    blur: float | int = 0.05
+    energy_weight: float | int = 1.0
+    sinkhorn_weight: float | int = 0.01
+    feature_chunks: int = 1
+    shuffle_feature_chunks: bool = False
+    decoder_weight: float | int = 1.0
+    detach_decoder: bool = False
+    l1_weight: float | int = 0.0
+    confidence_weight: float | int = 0.01
+    confidence_target_scale: float | int = 10.0
+    batch_token_weight: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = max(1, self.hidden_size // max(1, self.num_attention_heads))
+            if self.head_dim * self.num_attention_heads != self.hidden_size:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                    f"{self.num_attention_heads}: change one of them, or set head_dim (it is free)"
+                )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.decoder_hidden_sizes is None and self.gene_dim is not None:
+            self.decoder_hidden_sizes = [1024, 1024, 512]
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "StateConfig":
+        """The configuration of a published size (`tiny`, `small`, `base`, `large`, `gpt2`), any field overridden.
+
+        Raises:
+            ValueError: the preset or a field is unknown (the nearest valid name is said), or fields contradict.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; {closest(name, cls.presets)}")
+        values = {**cls.presets[name], **overrides}
+        if "hidden_size" in overrides or "num_attention_heads" in overrides:
+            # The preset's widths belong to its own hidden size; they follow the given one unless given too.
+            for derived in ("head_dim", "intermediate_size"):
+                if derived not in overrides:
+                    values.pop(derived, None)
+        return cls(**values)
+
+    def _check(self):
+        super()._check()
+        for name in (
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "feature_chunks",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("attention_dropout", "decoder_dropout"):
+            self._check_range(name, 0, 1, upper_open=True)
+        for name in (
+            "energy_weight",
+            "sinkhorn_weight",
+            "decoder_weight",
+            "l1_weight",
+            "confidence_weight",
+            "confidence_target_scale",
+            "batch_token_weight",
+        ):
+            self._check_range(name, 0)
+        if self.blur <= 0:
+            raise ValueError(f"blur must be above 0, found {self.blur}")
+        if self.feature_chunks > self.output_dim:
+            raise ValueError(f"feature_chunks={self.feature_chunks} exceeds output_dim={self.output_dim}")
+        same = self.input_dim == self.output_dim
+        for option, active in (
+            ("residual='output'", self.residual == "output"),
+            ("l1_weight > 0", self.l1_weight > 0),
+        ):
+            if active and not same:
+                raise ValueError(
+                    f"{option} adds to or compares with the control cell and needs output_dim == input_dim, found "
+                    f"{self.output_dim} and {self.input_dim}; use residual='hidden' without an adapter and L1 instead"
+                )
+        if self.output_adapter and self.output_dim < 8:
+            raise ValueError(f"output_adapter needs output_dim of at least 8, found {self.output_dim}")
+        for option in ("batch_encoder", "batch_token"):
+            if getattr(self, option) and self.num_batches is None:
+                raise ValueError(f"{option}=True needs num_batches, found None")
+        for option in ("batch_token", "confidence_token"):
+            if getattr(self, option) and self.attention == "none":
+                raise ValueError(f"{option}=True contradicts attention='none': the token would see no cell")
+        if self.batch_token and self.attention == "causal":
+            raise ValueError(
+                "batch_token=True contradicts attention='causal': the token stands first and sees no cell"
+            )
+        if self.positions == "rope" and self.backbone == "gpt2":
+            raise ValueError("positions='rope' exists for backbone='llama' alone; use positions='none' with gpt2")
+        if self.positions == "rope" and self.attention == "none":
+            raise ValueError("positions='rope' has no effect with attention='none': use positions='none'")
+        if self.positions == "rope" and self.head_dim % 2:
+            raise ValueError(f"positions='rope' needs an even head_dim, found {self.head_dim}")
+        if self.gene_dim is None:
+            for option, off in (
+                ("decoder_hidden_sizes", None),
+                ("residual_decoder", False),
+                ("detach_decoder", False),
+            ):
+                if getattr(self, option) != off:
+                    raise ValueError(
+                        f"{option}={getattr(self, option)!r} is an option of the gene decoder: set gene_dim"
+                    )
+        elif not all(width >= 1 for width in self.decoder_hidden_sizes):
+            raise ValueError(f"decoder_hidden_sizes must all be at least 1, found {self.decoder_hidden_sizes}")
+        if self.shuffle_feature_chunks and self.feature_chunks == 1:
+            raise ValueError("shuffle_feature_chunks=True has no effect with feature_chunks=1")
+
+
+StateConfig.register_for_auto_class()
+
+__all__ = ["PerturbationConfig", "StateConfig"]

@@ -1,0 +1,26 @@
+"""Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
+
+from cellstate.configuration_state import PerturbationConfig, StateConfig
+from cellstate.training.objectives.energy import EnergyLoss, energy_distance
+from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.sinkhorn import SinkhornLoss
+from cellstate.training.objectives.state import StateObjective
+
+
+_OBJECTIVES = {StateConfig.model_type: StateObjective}
+
+
+def objective_for(config: PerturbationConfig) -> StateObjective:
+    """The objective that trains a model of this config.
+
+    `objective(outputs, batch)` returns named scalar terms; `"loss"` is their weighted sum.
+
+    Raises:
+        ValueError: no objective trains this `model_type`.
+    """
+    if config.model_type not in _OBJECTIVES:
+        raise ValueError(f"no objective trains model_type {config.model_type!r}; expected one of {list(_OBJECTIVES)}")
+    return _OBJECTIVES[config.model_type](config)
+
+
+__all__ = ["EnergyLoss", "MSELoss", "SinkhornLoss", "StateObjective", "energy_distance", "objective_for"]
