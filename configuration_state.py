@@ -116,9 +116,7 @@ class PerturbationConfig(PreTrainedConfig):
                     + closest(value, allowed)
                 )
         if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act={self.hidden_act!r} is not an activation; {closest(self.hidden_act, ACT2FN)}"
-            )
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation; {closest(self.hidden_act, ACT2FN)}")
         positive = ("input_dim", "output_dim", "hidden_size", "set_size")
         optional = ("num_perturbations", "perturbation_dim", "num_contexts", "num_batches", "gene_dim")
         for name in positive + optional:
@@ -401,9 +399,7 @@ class StateConfig(PerturbationConfig):
             if getattr(self, option) and self.attention == "none":
                 raise ValueError(f"{option}=True contradicts attention='none': the token would see no cell")
         if self.batch_token and self.attention == "causal":
-            raise ValueError(
-                "batch_token=True contradicts attention='causal': the token stands first and sees no cell"
-            )
+            raise ValueError("batch_token=True contradicts attention='causal': the token stands first and sees no cell")
         if self.positions == "rope" and self.backbone == "gpt2":
             raise ValueError("positions='rope' exists for backbone='llama' alone; use positions='none' with gpt2")
         if self.positions == "rope" and self.attention == "none":

@@ -376,9 +376,7 @@ class PerturbationPreTrainedModel(PreTrainedModel):
                     f"{width}), found {shape}"
                 )
             if perturbation_doses is not None:
-                raise ValueError(
-                    "perturbation_doses belong to perturbation_ids; scale the features themselves instead"
-                )
+                raise ValueError("perturbation_doses belong to perturbation_ids; scale the features themselves instead")
         for name, value in ((BATCH_IDS, batch_ids), (CELL_MASK, cell_mask)):
             if value is not None and tuple(value.shape) != (sentences, cells):
                 raise ValueError(f"{name}: expected shape ({sentences}, {cells}), found {tuple(value.shape)}")
