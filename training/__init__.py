@@ -1,6 +1,8 @@
-"""Objectives and the Trainer."""
+"""Objectives, the Trainer and its arguments."""
 
+from cellstate.training.arguments import StateTrainingArguments
 from cellstate.training.objectives import objective_for
+from cellstate.training.trainer import StateTrainer
 
 
-__all__ = ["objective_for"]
+__all__ = ["StateTrainer", "StateTrainingArguments", "objective_for"]

@@ -20,7 +20,7 @@ class _EnergyDistance(torch.autograd.Function):
         weights = torch.cat((a, -b), dim=1)
         # Distances do not change when all cells move together; near the origin the Gram matrix rounds less.
         used = (weights != 0).to(cells.dtype).unsqueeze(-1)
-        cells = (cells - (cells * used).sum(dim=1, keepdim=True) / used.sum(dim=1, keepdim=True)) * used
+        cells.sub_(torch.bmm(used.transpose(1, 2), cells) / used.sum(dim=1, keepdim=True)).mul_(used)
         gram = torch.bmm(cells, cells.transpose(1, 2))
         norms = gram.diagonal(dim1=1, dim2=2)
         scale = norms.unsqueeze(1) + norms.unsqueeze(2)
@@ -40,8 +40,10 @@ class _EnergyDistance(torch.autograd.Function):
         cells, weights, inverse = ctx.saved_tensors
         split, needs_x, needs_y = ctx.split, ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         rows = slice(0 if needs_x else split, None if needs_y else split)
-        pull = -grad[:, None, None] * weights[:, rows, None] * inverse[:, rows] * weights[:, None, :]
-        moved = pull.sum(dim=2, keepdim=True) * cells[:, rows] - torch.bmm(pull, cells)
+        push = grad[:, None, None] * weights[:, rows, None] * inverse[:, rows] * weights[:, None, :]
+        # sum_j push_ij (z_j - z_i), the term of z_i on the diagonal, where inverse and so push are 0.
+        push.diagonal(offset=rows.start, dim1=1, dim2=2).copy_(-push.sum(dim=2))
+        moved = torch.bmm(push, cells)
         return (
             moved[:, :split] if needs_x else None,
             moved[:, -(cells.shape[1] - split) :] if needs_y else None,

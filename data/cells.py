@@ -1,0 +1,131 @@
+"""Cells of one or several files in memory, with their labels and splits."""
+
+from dataclasses import dataclass
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from cellstate.configuration_state import closest
+from cellstate.data.reading import read_h5ad
+from cellstate.data.splits import Splits
+from cellstate.processing import StateProcessor
+
+
+@dataclass
+class Cells:
+    """
+    Cells ready for training: features in the model's order and one row of labels each.
+
+    Args:
+        features (`np.ndarray` of shape `(cells, feature_dim)`): float32, in the model's units.
+        genes (`np.ndarray` of shape `(cells, genes)`, *optional*): target of the gene decoder, log1p expression.
+        obs (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `batch` (where there are batches) and
+            `split` (`"train"`, `"val"`, `"test"`, `"control"` or `"unused"`), categorical.
+    """
+
+    features: np.ndarray
+    genes: np.ndarray | None
+    obs: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+def load_cells(
+    splits: Splits,
+    contexts: list[str] | None = None,
+    hvg_on_all: bool = False,
+    processor: StateProcessor | None = None,
+    **processor_options,
+) -> tuple[Cells, StateProcessor]:
+    """
+    Read all files, fit a processor on the training cells (or use the one given) and assign the splits.
+
+    Args:
+        splits ([`Splits`]): datasets and what is held out of them.
+        contexts (`list[str]`, *optional*): use these contexts of the files alone.
+        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too. Only to repeat figures
+            that were measured so.
+        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further.
+        processor_options: arguments of [`StateProcessor.fit`].
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: see [`Splits`], [`StateProcessor.fit`] and `read_h5ad`.
+    """
+    reader = processor or StateProcessor(
+        **{
+            name: processor_options[name]
+            for name in ("perturbation_key", "control", "context_key", "batch_key", "combination_separator")
+            if name in processor_options
+        }
+    )
+    adatas: list[ad.AnnData] = []
+    frames = []
+    for name, paths in splits.datasets.items():
+        for path in paths:
+            data = read_h5ad(path)
+            labels = reader.labels(data)
+            if contexts is not None:
+                keep = labels["context"].isin(contexts).to_numpy()
+                data, labels = data[keep], labels[keep]
+            if data.n_obs:
+                adatas.append(data)
+                frames.append(labels.assign(dataset=name))
+    if contexts is not None:
+        found = sorted({c for frame in frames for c in frame["context"]})
+        for context in contexts:
+            if context not in found:
+                raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
+    if not adatas:
+        raise ValueError("the files hold no cells")
+    obs = pd.concat(frames)
+    perturbed = obs[obs["perturbation"] != reader.control]
+    present = {key: [] for key in obs.groupby(["dataset", "context"], observed=True).groups}
+    for (dataset, context), group in perturbed.groupby(["dataset", "context"], observed=True):
+        present[dataset, context] = list(pd.unique(group["perturbation"]))
+    assigned = splits.assign(present)
+    keys = zip(obs["dataset"], obs["context"], obs["perturbation"])
+    obs["split"] = ["control" if key[2] == reader.control else (assigned[key] or "unused") for key in keys]
+
+    if processor is None:
+        zero_shot = pd.MultiIndex.from_tuples(list(splits.zeroshot), names=["dataset", "context"])
+        of_context = pd.MultiIndex.from_frame(obs[["dataset", "context"]])
+        in_training = (obs["split"] == "train") | (
+            (obs["split"] == "control") & obs["dataset"].isin(splits.training) & ~of_context.isin(zero_shot)
+        )
+        if not (obs["split"] == "train").any():
+            raise ValueError(
+                "the splits leave no cell for training; found " + str(obs["split"].value_counts().to_dict())
+            )
+        processor = _fit(adatas, in_training.to_numpy(), hvg_on_all, processor_options)
+    features = np.concatenate([processor.features(data) for data in adatas])
+    genes = None
+    if processor.gene_input is not None:
+        genes = np.concatenate([processor.gene_features(data) for data in adatas])
+    _check_expressible(obs, processor)
+    return Cells(features, genes, obs.astype("category")), processor
+
+
+def _fit(adatas: list[ad.AnnData], in_training: np.ndarray, hvg_on_all: bool, options: dict) -> StateProcessor:
+    """A processor of the training cells alone; with `hvg_on_all` its genes come from all cells."""
+    ends = np.cumsum([data.n_obs for data in adatas])
+    masks = np.split(in_training, ends[:-1])
+    training = [data[mask] for data, mask in zip(adatas, masks) if mask.any()]
+    if hvg_on_all and isinstance(options.get("genes"), int):
+        everything = StateProcessor.fit(adatas, **options)
+        options = {**options, "genes": everything.vocabulary.genes}
+    return StateProcessor.fit(training, **options)
+
+
+def _check_expressible(obs: pd.DataFrame, processor: StateProcessor):
+    """A held-out perturbation that no training cell has cannot be predicted from ids: an error that lists them."""
+    known = set(processor.vocabulary.perturbations)
+    for split in ("val", "test"):
+        names = pd.unique(obs.loc[obs["split"] == split, "perturbation"])
+        unknown = [n for n in names if not set(processor.split_combination(str(n))) <= known]
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} perturbations held out for {split} have no training cell in any context, so a model "
+                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others"
+            )

@@ -1,0 +1,131 @@
+"""Which (dataset, context, perturbation) is for training, validation and test."""
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cellstate.configuration_state import closest
+from cellstate.data.reading import expand_paths
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class Splits:
+    """
+    What is trained on and what is held out.
+
+    Args:
+        datasets (`dict[str, list[Path]]`): name of each dataset to its files.
+        training (`set[str]`): datasets whose remaining (context, perturbation) pairs are trained on.
+        zeroshot (`dict[tuple[str, str], str]`): (dataset, context) to `"val"` or `"test"`: all its perturbations.
+        fewshot (`dict[tuple[str, str], dict[str, list[str]]]`): (dataset, context) to the perturbations held out
+            for `"val"` and `"test"`; the context's others are trained on.
+    """
+
+    datasets: dict[str, list[Path]]
+    training: set[str]
+    zeroshot: dict[tuple[str, str], str] = field(default_factory=dict)
+    fewshot: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        named = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
+        named["fewshot"] = {d for d, _ in self.fewshot}
+        for section, names in named.items():
+            for name in sorted(names - set(self.datasets)):
+                raise ValueError(f"[{section}] names dataset {name!r}; {closest(name, self.datasets)}")
+        if not self.training:
+            raise ValueError(f"[training] names no dataset; expected some of {sorted(self.datasets)}")
+        for key, split in self.zeroshot.items():
+            if split not in ("val", "test"):
+                raise ValueError(f"[zeroshot] {'.'.join(key)!r} = {split!r}: expected 'val' or 'test'")
+            if key in self.fewshot:
+                raise ValueError(f"{'.'.join(key)!r} stands in [zeroshot] and [fewshot]: leave it in one of them")
+        for key, held in self.fewshot.items():
+            for split in held:
+                if split not in ("val", "test"):
+                    raise ValueError(f"[fewshot.{'.'.join(key)!r}] has {split!r}: expected 'val' and 'test'")
+            both = set(held.get("val", [])) & set(held.get("test", []))
+            if both:
+                raise ValueError(
+                    f"[fewshot.{'.'.join(key)!r}]: {sorted(both)} are in val and test; a pair has one split"
+                )
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike) -> "Splits":
+        """Read the sections `[datasets]`, `[training]`, `[zeroshot]` and `[fewshot."dataset.context"]`.
+
+        Dataset paths are files, folders or globs, relative ones to the working directory.
+
+        Raises:
+            FileNotFoundError: the file or a dataset is missing.
+            ValueError: the file is not TOML, has another section, or contradicts itself.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such TOML file (looked from {Path.cwd()})")
+        try:
+            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from error
+        sections = ("datasets", "training", "zeroshot", "fewshot")
+        for section in content:
+            if section not in sections:
+                raise ValueError(f"{path}: unknown section [{section}]; {closest(section, sections)}")
+        if "datasets" not in content:
+            raise ValueError(f"{path}: no [datasets] section (name = file, folder or glob)")
+        datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
+        for name, value in content.get("training", {}).items():
+            if value != "train":
+                raise ValueError(f"{path}: [training] {name} = {value!r}: expected 'train'")
+
+        def pair(key: str) -> tuple[str, str]:
+            # Contexts may hold dots; the dataset is the longest known name before one.
+            known = [name for name in datasets if key.startswith(name + ".")]
+            if not known:
+                raise ValueError(f"{path}: {key!r} should be 'dataset.context'; {closest(key.split('.')[0], datasets)}")
+            name = max(known, key=len)
+            return name, key[len(name) + 1 :]
+
+        return cls(
+            datasets=datasets,
+            training=set(content.get("training", {})),
+            zeroshot={pair(key): split for key, split in content.get("zeroshot", {}).items()},
+            fewshot={pair(key): held for key, held in content.get("fewshot", {}).items()},
+        )
+
+    def assign(self, present: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str, str], str | None]:
+        """
+        The split of every (dataset, context, perturbation); None where a dataset is neither trained on nor held out.
+
+        Args:
+            present (`dict[tuple[str, str], list[str]]`): the perturbations (control left out) of each
+                (dataset, context) in the data.
+
+        Raises:
+            ValueError: a context or perturbation that the splits name is not in the data.
+        """
+        for section, keys in (("zeroshot", self.zeroshot), ("fewshot", self.fewshot)):
+            for dataset, context in keys:
+                if (dataset, context) not in present:
+                    contexts = sorted(c for d, c in present if d == dataset)
+                    raise ValueError(
+                        f"[{section}] names context {context!r} of {dataset!r}, which is not there; "
+                        + closest(context, contexts)
+                    )
+        for (dataset, context), held in self.fewshot.items():
+            for name in (p for perturbations in held.values() for p in perturbations):
+                if name not in present[dataset, context]:
+                    raise ValueError(
+                        f"[fewshot] holds out {name!r} in {dataset}.{context}, which does not have it; "
+                        + closest(name, present[dataset, context])
+                    )
+        assigned: dict[tuple[str, str, str], str | None] = {}
+        for (dataset, context), perturbations in present.items():
+            default = "train" if dataset in self.training else None
+            held = self.fewshot.get((dataset, context), {})
+            of = {name: split for split, names in held.items() for name in names}
+            for name in perturbations:
+                assigned[dataset, context, name] = self.zeroshot.get((dataset, context)) or of.get(name, default)
+        return assigned

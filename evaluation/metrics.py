@@ -1,0 +1,135 @@
+"""How well predicted cells match observed ones: one set of figures for training, benchmarks and the command line."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+
+
+# One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
+METRICS = ("pearson", "mae", "energy")
+MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE = "model", "no change", "perturbation mean", "additive"
+
+
+def pearson_of_change(predicted_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray) -> float:
+    """Pearson correlation over features of (predicted - control) with (real - control) means; NaN where one is 0."""
+    x, y = predicted_mean - control_mean, real_mean - control_mean
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")
+
+
+def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
+    """Mean Euclidean distance of all pairs of rows, in float64, in blocks of bounded memory."""
+    # Moved to the origin, the matrix products behind the distances round less.
+    center = x.mean(axis=0, dtype=np.float64)
+    x, y = (torch.from_numpy(np.asarray(v, dtype=np.float64) - center) for v in (x, y))
+    total = sum(
+        torch.cdist(x[i : i + block], y[j : j + block]).sum()
+        for i in range(0, len(x), block)
+        for j in range(0, len(y), block)
+    )
+    return float(total / (len(x) * len(y)))
+
+
+def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
+    """
+    Energy distance (Székely & Rizzo 2013) of two sets of cells, `mean|x-y| - mean|x-x'|/2 - mean|y-y'|/2`, diagonals
+    included, in the units of the cells. `within_y` is `mean|y-y'|` where it is known already.
+    """
+    within_y = mean_distance(y, y) if within_y is None else within_y
+    return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
+
+
+@dataclass
+class MeanChanges:
+    """
+    The mean change of each perturbation, learned from training cells: what the honest baselines add to control cells.
+
+    Args:
+        changes (`dict[str, np.ndarray]`): perturbation to the unweighted mean over contexts of (mean perturbed - mean
+            control), `(features,)`.
+        clip (`bool`): baselines of expression are clipped at 0.
+    """
+
+    changes: dict[str, np.ndarray] = field(default_factory=dict)
+    clip: bool = True
+
+    @classmethod
+    def fit(cls, features: np.ndarray, obs: pd.DataFrame, control: str, clip: bool = True) -> "MeanChanges":
+        """
+        Args:
+            features (`np.ndarray` of shape `(cells, features)`): training cells and controls.
+            obs (`pandas.DataFrame`): columns `context` and `perturbation` (and `dataset`, where there are several).
+        """
+        by = [name for name in ("dataset", "context") if name in obs]
+        obs = obs.reset_index(drop=True)
+        per_context: dict[str, list[np.ndarray]] = {}
+        for _, group in obs.groupby(by, observed=True):
+            is_control = (group["perturbation"] == control).to_numpy()
+            if not is_control.any():
+                continue
+            base = features[group.index[is_control]].mean(axis=0, dtype=np.float64)
+            for name, cells in group[~is_control].groupby("perturbation", observed=True):
+                change = features[cells.index].mean(axis=0, dtype=np.float64) - base
+                per_context.setdefault(str(name), []).append(change)
+        return cls({name: np.mean(values, axis=0) for name, values in per_context.items()}, clip)
+
+    def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray:
+        """Control cells plus the perturbation's mean change; unseen ones change nothing."""
+        return self._add(controls, self.changes.get(perturbation, 0.0))
+
+    def additive(self, parts: list[str], controls: np.ndarray) -> np.ndarray | None:
+        """Control cells plus the mean changes of the single perturbations; None unless all of several are known."""
+        if len(parts) < 2 or not all(part in self.changes for part in parts):
+            return None
+        return self._add(controls, sum(self.changes[part] for part in parts))
+
+    def _add(self, controls: np.ndarray, change) -> np.ndarray:
+        moved = controls + change
+        return np.maximum(moved, 0) if self.clip else moved
+
+
+def score(predicted: np.ndarray, real: np.ndarray, controls_mean: np.ndarray, within_real: float) -> dict[str, float]:
+    """[`METRICS`] of predicted against real cells, `(cells, features)` each."""
+    predicted_mean, real_mean = predicted.mean(axis=0, dtype=np.float64), real.mean(axis=0, dtype=np.float64)
+    return {
+        "pearson": pearson_of_change(predicted_mean, real_mean, controls_mean),
+        "mae": float(np.abs(predicted_mean - real_mean).mean()),
+        "energy": energy_distance(predicted, real, within_real),
+    }
+
+
+def score_group(
+    predicted: np.ndarray | None, real: np.ndarray, controls: np.ndarray, perturbation: str, parts, changes: MeanChanges
+) -> dict[str, dict[str, float]]:
+    """
+    Scores of the model and of every baseline for one (context, perturbation), on the same real and control cells.
+
+    Args:
+        predicted, real, controls (`np.ndarray` of shape `(cells, features)`): cells; `predicted` None scores the
+            baselines alone.
+        perturbation (`str`), parts (`list[str]`): its name, and the perturbations that it combines.
+        changes ([`MeanChanges`]): of the training cells.
+    """
+    control_mean, within = controls.mean(axis=0, dtype=np.float64), mean_distance(real, real)
+    candidates = {
+        MODEL: predicted,
+        NO_CHANGE: controls,
+        PERTURBATION_MEAN: changes.perturbation_mean(perturbation, controls),
+        ADDITIVE: changes.additive(parts, controls),
+    }
+    return {
+        method: score(cells, real, control_mean, within) for method, cells in candidates.items() if cells is not None
+    }
+
+
+def average(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Unweighted mean over groups of each method's figures; undefined correlations are left out."""
+    methods = {method: None for group in scores for method in group}
+    averages = {}
+    for method in methods:
+        rows = pd.DataFrame([group[method] for group in scores if method in group])
+        averages[method] = {metric: float(rows[metric].mean()) for metric in METRICS}
+    return averages

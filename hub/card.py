@@ -1,0 +1,84 @@
+"""The model card that a training run writes beside its weights."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+from cellstate._version import __version__
+from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
+from cellstate.processing import StateProcessor
+from cellstate.training.run_config import RunConfig
+
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+
+
+def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None = None, state=None) -> str:
+    """
+    The text of a checkpoint's README.md.
+
+    Args:
+        run ([`RunConfig`]): the run, for the data and what was held out.
+        processor ([`StateProcessor`]): names and normalisation.
+        metrics (`dict[str, float]`, *optional*): figures of the test split, keys `test_..`.
+        state (`TrainerState`, *optional*): for the steps that were taken.
+    """
+    metrics = metrics or {}
+    rows = []
+    for method in (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE):
+        prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
+        if f"{prefix}energy" in metrics:
+            figures = {m: f"{metrics[prefix + m]:.4f}" if prefix + m in metrics else "undefined" for m in METRICS}
+            rows.append({"name": method, **figures})
+    vocabulary = processor.vocabulary
+    reads = {
+        "log1p_cp10k": f"raw counts, which the processor scales to {processor.target_sum:g} per cell and log1p-transforms",
+        "none": {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values],
+    }[processor.normalize]
+    held = run.data.splits or ", ".join(
+        f"{name.replace('_', ' ')}: {', '.join(map(str, getattr(run.data, name)))}"
+        for name in ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
+        if getattr(run.data, name)
+    )
+    datasets = run.data.datasets if run.data.datasets is not None else run.data.splits
+    paths = datasets.values() if isinstance(datasets, dict) else [datasets]
+    folder = run.training.get("output_dir", "runs/cellstate")
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            tags=["single-cell", "perturbation", "cellstate", "biology"],
+            model_name=Path(folder).name,
+        ),
+        template_path=str(TEMPLATE),
+        model_name=Path(folder).name,
+        model_type=run.model.get("preset", "state"),
+        folder=folder,
+        example=vocabulary.perturbations[0],
+        processor=processor,
+        reads=reads,
+        datasets=", ".join(os.path.basename(str(path)) for path in paths),
+        features="dimensions of an embedding" if processor.values == "embedding" else "genes, " + processor.values,
+        contexts=f"{len(vocabulary.contexts)}: " + ", ".join(vocabulary.contexts[:20]),
+        perturbations=f"{len(vocabulary.perturbations)}: " + ", ".join(vocabulary.perturbations[:20]),
+        held_out=held or "nothing",
+        heldout_controls="among the training sentences"
+        if run.data.control_sentences and run.data.heldout_controls
+        else "not used in training",
+        results=rows,
+        steps=state.global_step if state is not None else "an unfinished run's",
+        loss=run.model.get("loss", "energy"),
+        versions=", ".join(
+            f"{name} {version}"
+            for name, version in (
+                ("cellstate", __version__),
+                ("transformers", transformers.__version__),
+                ("torch", torch.__version__),
+                ("anndata", importlib.metadata.version("anndata")),
+            )
+        ),
+    )
+    return card.content

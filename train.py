@@ -1,0 +1,172 @@
+"""Train a perturbation model: `accelerate launch train.py --config CONFIG.yaml [--any_field value]`."""
+
+import dataclasses
+import logging
+import os
+import sys
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from cellstate.configuration_state import StateConfig
+from cellstate.data.cells import Cells, load_cells
+from cellstate.data.sentences import SentenceDataset
+from cellstate.data.splits import Splits
+from cellstate.hub.card import render_card
+from cellstate.hub.publish import whole_or_nothing
+from cellstate.modeling_state import StateForPerturbation
+from cellstate.processing import StateProcessor
+from cellstate.training.arguments import StateTrainingArguments
+from cellstate.training.run_config import RunConfig, load_run_config
+from cellstate.training.trainer import StateTrainer
+
+
+logger = logging.getLogger("cellstate.train")
+
+USAGE = """usage: accelerate launch train.py --config CONFIG.yaml [--any_field value ...]
+
+The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
+(--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
+(data), StateConfig and `preset` (model), StateTrainingArguments (training)."""
+
+
+def parse(argv: list[str]) -> RunConfig:
+    """The run that the command line describes."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(USAGE)
+        raise SystemExit(0 if argv else 2)
+    flags = list(argv)
+    positions = [i for i, word in enumerate(flags) if word == "--config" or word.startswith("--config=")]
+    if len(positions) != 1:
+        raise ValueError("expected --config CONFIG.yaml, once")
+    word = flags.pop(positions[0])
+    path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
+    model_fields = {f.name for f in dataclasses.fields(StateConfig)}
+    training_fields = {f.name for f in dataclasses.fields(StateTrainingArguments) if f.init}
+    return load_run_config(path, flags, model_fields, training_fields)
+
+
+def build_config(run: RunConfig, processor: StateProcessor) -> StateConfig:
+    """The model's config: the YAML's fields, and the sizes that the data give."""
+    fields = dict(run.model)
+    preset = fields.pop("preset", None)
+    sizes = {
+        "input_dim": processor.feature_dim,
+        "num_perturbations": len(processor.vocabulary.perturbations),
+        "num_contexts": len(processor.vocabulary.contexts),
+    }
+    if processor.vocabulary.batches:
+        sizes["num_batches"] = len(processor.vocabulary.batches)
+    if processor.gene_input is not None:
+        sizes["gene_dim"] = len(processor.vocabulary.genes)
+    for name in sizes:
+        if name in fields:
+            raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
+    if processor.values == "embedding":
+        fields.setdefault("nonnegative_output", False)
+    return StateConfig.from_preset(preset, **sizes, **fields) if preset else StateConfig(**sizes, **fields)
+
+
+def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArguments:
+    """The training section; with validation data the best checkpoint by its loss is kept unless the section says else."""
+    fields = dict(run.training)
+    if has_validation:
+        fields.setdefault("eval_strategy", "steps")
+        if fields["eval_strategy"] != "no" and "save_strategy" not in fields:
+            fields.setdefault("load_best_model_at_end", True)
+            fields.setdefault("metric_for_best_model", "eval_loss")
+    elif fields.get("load_best_model_at_end") or fields.get("eval_strategy", "no") != "no":
+        raise ValueError(
+            "training: load_best_model_at_end and eval_strategy need validation data, found none; hold some out with "
+            "val_contexts, val_perturbations or a splits file (test data never choose a checkpoint)"
+        )
+    if "num_train_epochs" in fields:
+        fields.setdefault("max_steps", -1)
+    return StateTrainingArguments(**fields)
+
+
+def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set_size: int) -> dict:
+    """Datasets of the splits that have cells: `train`, `val`, `test`."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    present = set(cells.obs["split"].unique())
+    return {
+        split: SentenceDataset(
+            cells, processor, split, set_size, seed=seed, shuffle=split == "train", **run.data.sentence_options()
+        )
+        for split in ("train", "val", "test")
+        if split in present
+    }
+
+
+def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
+    """What the run trains on, in a few lines."""
+    counts = cells.obs["split"].value_counts()
+    vocabulary = processor.vocabulary
+    read = {"log1p_cp10k": "counts, scaled to CP10K and log1p", "none": f"{processor.values}, as they are"}
+    lines = [
+        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read[processor.normalize]})",
+        "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
+        f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
+        + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
+    ]
+    if splits.zeroshot:
+        held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
+        used = "are" if run.data.control_sentences and run.data.heldout_controls else "are not"
+        lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run a training; returns the figures of the test split, where there is one."""
+    run = parse(sys.argv[1:] if argv is None else argv)
+    splits = run.data.resolve_splits()
+    cells, processor = load_cells(
+        splits, contexts=run.data.contexts, hvg_on_all=run.data.hvg_on_all, **run.data.processor_options()
+    )
+    args = training_arguments(run, has_validation=bool((cells.obs["split"] == "val").any()))
+    logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
+    config = build_config(run, processor)
+    processor.set_size = config.set_size
+    datasets = sentences(cells, processor, run, args, config.set_size)
+    per_step = args.train_batch_size * args.world_size
+    if len(datasets["train"]) < per_step:
+        raise ValueError(
+            f"the training split makes {len(datasets['train'])} sentences of up to {config.set_size} cells, fewer than "
+            f"the {per_step} of one step; lower per_device_train_batch_size or set_size"
+        )
+    logger.info(describe(cells, processor, splits, run))
+    if "val" not in datasets:
+        logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
+
+    # Every process starts from the same weights, whatever was drawn before.
+    from transformers import set_seed
+
+    set_seed(args.seed)
+    model = StateForPerturbation(config)
+    logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
+    trainer = StateTrainer(
+        model,
+        args,
+        datasets["train"],
+        datasets.get("val"),
+        processing_class=processor,
+        card=render_card(run, processor),
+    )
+    resume = args.resume_from_checkpoint
+    if resume in (True, "True", "true", "last"):
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = {}
+    if "test" in datasets:
+        metrics = trainer.evaluate(datasets["test"], metric_key_prefix="test")
+    trainer.card = render_card(run, processor, metrics, trainer.state)
+    if args.should_save:
+        with whole_or_nothing(args.output_dir) as folder:
+            trainer.save_model(str(folder))
+        logger.info(f"checkpoint: {args.output_dir}")
+    trainer.accelerator.wait_for_everyone()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Training arguments: those of transformers, with the defaults that this kind of model is trained with."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class StateTrainingArguments(TrainingArguments):
+    r"""
+    [`transformers.TrainingArguments`] with other defaults; every field of it can be set.
+
+    - Adam, learning rate 1e-4, constant, gradient norm clipped at 10, no weight decay (as published models)
+    - batches of 8 sentences; the last, smaller batch of an epoch is left out (the next epoch draws anew)
+    - every loss is logged as it is, NaN included
+    - nothing is reported to outside services unless `report_to` asks for it
+    """
+
+    output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sentences of a batch on each device."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sentences of an evaluation batch."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an epoch's last, smaller batch."})
+    # The dataset shuffles by itself, from its seed and the epoch alone.
+    train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of sentences."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches hold the model's inputs only."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Keys of a batch that are targets."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Services to report to."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})

@@ -1,0 +1,210 @@
+"""StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
+
+from cellstate.data.sentences import SentenceCollator, SentenceDataset
+from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
+from cellstate.hub.publish import hide, reveal
+from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
+from cellstate.training.objectives import objective_for
+
+
+STAGING = ".partial"
+
+
+class StateTrainer(Trainer):
+    r"""
+    Trains a perturbation model on a [`SentenceDataset`].
+
+    Beyond the `Trainer` of transformers it
+
+    - computes the loss with the objective of the model's config, and logs each of its terms and cells per second;
+    - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
+      distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
+    - stops with an error where a logged term is NaN or infinite;
+    - writes checkpoints that are whole or do not exist.
+
+    Args:
+        model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset, eval_dataset
+            ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
+        card (`str`, *optional*): text of the README.md that is saved beside the weights.
+    """
+
+    def __init__(
+        self,
+        model,
+        args,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        card: str | None = None,
+        **kwargs,
+    ):
+        kwargs.setdefault("data_collator", SentenceCollator())
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.objective = objective_for(model.config)
+        # Not given to the base class, which looks for a tokenizer inside a processor.
+        self.processor, self.card = processing_class, card
+        self._mean_changes: MeanChanges | None = None
+        self._staging = False
+        self._reset_terms()
+
+    # Loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        self.objective.train(model.training)
+        terms = self.objective(outputs, inputs)
+        if model.training:
+            for name, value in terms.items():
+                if name != "loss":
+                    self._terms[name] = self._terms.get(name, 0.0) + value.detach()
+            cells = inputs[CELL_MASK].sum() if CELL_MASK in inputs else inputs[CONTROL_CELLS].shape[:2].numel()
+            self._cells = self._cells + cells
+            self._batches += 1
+        return (terms["loss"], outputs) if return_outputs else terms["loss"]
+
+    def _reset_terms(self):
+        self._terms: dict[str, torch.Tensor] = {}
+        self._cells: torch.Tensor | int = 0
+        self._batches, self._since = 0, time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._batches:
+            sums = [torch.as_tensor(v, dtype=torch.float64) for v in (*self._terms.values(), self._cells)]
+            device = self.args.device if self.args.device.type != "mps" else "cpu"
+            local = torch.stack([v.to(device) for v in sums])
+            total = self.accelerator.gather(local[None]).double()
+            for name, value in zip(self._terms, total[:, :-1].mean(dim=0).tolist()):
+                logs[name] = value / self._batches
+            logs["cells_per_second"] = round(total[:, -1].sum().item() / (time.perf_counter() - self._since), 1)
+            bad = [name for name in ("loss", *self._terms) if not torch.isfinite(torch.tensor(logs[name]))]
+            if bad:
+                raise FloatingPointError(
+                    f"{', '.join(bad)} became NaN or infinite in the {self._batches} batches up to step "
+                    f"{self.state.global_step}; lower learning_rate or max_grad_norm, and resume from the last "
+                    "checkpoint"
+                )
+            self._reset_terms()
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs.predictions.detach(), inputs[LABELS].detach()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.compute_metrics = (lambda p: self._score(p, dataset)) if isinstance(dataset, SentenceDataset) else None
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self._since = time.perf_counter() if not self._batches else self._since
+        return metrics
+
+    @property
+    def mean_changes(self) -> MeanChanges:
+        """What the baselines know: the mean change of each perturbation over the training split."""
+        if self._mean_changes is None:
+            cells = self.train_dataset.cells
+            used = cells.obs["split"].isin(["train", "control"]).to_numpy()
+            self._mean_changes = MeanChanges.fit(
+                cells.features[used],
+                cells.obs[used],
+                self.train_dataset.processor.control,
+                clip=self.model.config.nonnegative_output,
+            )
+        return self._mean_changes
+
+    def _score(self, prediction: EvalPrediction, dataset: SentenceDataset) -> dict[str, float]:
+        """Figures averaged over groups; every perturbed cell of the split stands in one sentence."""
+        predicted: dict[int, list] = {}
+        for i in range(len(dataset)):
+            index, targets, _ = dataset.rows(i)
+            predicted.setdefault(index, []).append(prediction.predictions[i, : len(targets)])
+        scores = []
+        for index, cells in predicted.items():
+            group = dataset.groups[index]
+            scores.append(
+                score_group(
+                    torch.cat([torch.as_tensor(c) for c in cells]).numpy(),
+                    dataset.cells.features[group.rows],
+                    dataset.cells.features[group.controls],
+                    group.perturbation,
+                    dataset.processor.split_combination(group.perturbation),
+                    self.mean_changes,
+                )
+            )
+        logged = {}
+        for method, figures in average(scores).items():
+            prefix = "" if method == "model" else method.replace(" ", "_") + "_"
+            logged |= {f"{prefix}{metric}": figures[metric] for metric in METRICS}
+        # The change of "no change" has no direction, so it has no correlation.
+        return {name: value for name, value in logged.items() if value == value}
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, config, code, processor, card and arguments; no pickle."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self._staging:
+            hide(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+        if self.card is not None:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
+        (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _get_output_dir(self, trial) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, STAGING) if self._staging else run_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As `Trainer` does, but in a staging folder that is renamed when it is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run_dir / STAGING / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == final or best.exists()):
+                    self.state.best_model_checkpoint = str(best)
+                    self.state.save_to_json(staged / "trainer_state.json")
+                shutil.rmtree(final, ignore_errors=True)
+                reveal(staged)
+                os.replace(staged, final)
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                shutil.rmtree(run_dir / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
