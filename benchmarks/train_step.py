@@ -1,0 +1,299 @@
+"""
+Time and memory of one training step: ours beside a reference built from stock parts, in one run.
+
+Both sides are the same function of the same weights (checked: loss and gradient norm agree at the start), the same
+data, Adam, gradient clip, no dropout. They differ in what this package does its own way:
+
+| | ours | reference |
+|---|---|---|
+| perturbation | `perturbation_ids`, encoded once a sentence | one-hot tensor (B, S, P), encoded once a cell |
+| backbone | `SetTransformer` | `transformers.LlamaModel`, with a 4D mask of zeros and every position 0 |
+| loss | `objective_for(config)` | geomloss' `SamplesLoss("energy")` |
+
+Steps are timed in turns (ours, reference, ours, ...), so that a busy machine slows both. Memory is measured in a
+fresh process a side: peak resident memory less what was resident before the model was built, or, on a GPU, the peak
+of allocated memory. Exits with status 1 unless ours is both faster and leaner.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --device cuda --dtype bfloat16 --steps 50
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from geomloss import SamplesLoss
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from cellstate import StateConfig, StateForPerturbation
+from cellstate.training.objectives import objective_for
+
+
+# A published shape: 12 heads of 64 are wider than the hidden size.
+HIDDEN_SIZE = 328
+NUM_HIDDEN_LAYERS = 8
+NUM_ATTENTION_HEADS = 12
+HEAD_DIM = 64
+INTERMEDIATE_SIZE = 3072
+NUM_ENCODER_LAYERS = 4
+NUM_DECODER_LAYERS = 4
+
+SENTENCES = 8
+CELLS = 64
+FEATURES = 2000
+PERTURBATIONS = 2000
+
+LEARNING_RATE = 1e-4
+GRADIENT_CLIP = 10.0
+WARMUP_STEPS = 3
+MEMORY_STEPS = 3
+SIDES = ("ours", "reference")
+
+
+class FreeHeadsLlamaConfig(LlamaConfig):
+    """Llama's layers take any `head_dim`; only the stock config's check refuses 328 with 12 heads."""
+
+    def validate_architecture(self):
+        pass
+
+
+class ReferenceModel(nn.Module):
+    """The same model from stock parts: a one-hot perturbation for every cell, and a `LlamaModel`."""
+
+    def __init__(self):
+        super().__init__()
+
+        def mlp(widths):
+            layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.GELU())]
+            return nn.Sequential(*layers[:-1])
+
+        self.perturbation_encoder = mlp([PERTURBATIONS] + [HIDDEN_SIZE] * NUM_ENCODER_LAYERS)
+        self.cell_encoder = nn.Linear(FEATURES, HIDDEN_SIZE)
+        self.backbone = LlamaModel(
+            FreeHeadsLlamaConfig(
+                vocab_size=1,
+                hidden_size=HIDDEN_SIZE,
+                num_hidden_layers=NUM_HIDDEN_LAYERS,
+                num_attention_heads=NUM_ATTENTION_HEADS,
+                head_dim=HEAD_DIM,
+                intermediate_size=INTERMEDIATE_SIZE,
+                use_cache=False,
+            )
+        )
+        self.backbone.embed_tokens = None
+        self.output_head = mlp([HIDDEN_SIZE] * NUM_DECODER_LAYERS + [FEATURES])
+
+    def forward(self, control_cells: torch.Tensor, perturbation: torch.Tensor) -> torch.Tensor:
+        encoded_cells = self.cell_encoder(control_cells)
+        hidden = encoded_cells + self.perturbation_encoder(perturbation)
+        length = hidden.shape[1]
+        transformed = self.backbone(
+            inputs_embeds=hidden,
+            attention_mask=hidden.new_zeros(len(hidden), 1, length, length),
+            position_ids=torch.zeros(1, length, dtype=torch.long, device=hidden.device),
+        ).last_hidden_state
+        return nn.functional.relu(self.output_head(transformed + encoded_cells))
+
+    @torch.no_grad()
+    def copy_weights(self, ours: StateForPerturbation):
+        first, *rest = (layer for layer in self.perturbation_encoder if isinstance(layer, nn.Linear))
+        first.weight.copy_(ours.perturbation_encoder.embedding.weight.T)
+        first.bias.copy_(ours.perturbation_encoder.embedding.bias)
+        head = [layer for layer in self.output_head if isinstance(layer, nn.Linear)]
+        pairs = [
+            *zip(rest, ours.perturbation_encoder.layers),
+            (self.cell_encoder, ours.cell_encoder.layers[0]),
+            *zip(head, ours.output_head.layers),
+            (self.backbone.norm, ours.backbone.norm),
+        ]
+        for theirs, mine in zip(self.backbone.layers, ours.backbone.layers):
+            attention = theirs.self_attn
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            for projection, weight in zip(projections, mine.attention.qkv_proj.weight.chunk(3)):
+                projection.weight.copy_(weight)
+            pairs += [
+                (attention.o_proj, mine.attention.o_proj),
+                (theirs.input_layernorm, mine.attention_norm),
+                (theirs.post_attention_layernorm, mine.feed_forward_norm),
+                (theirs.mlp.gate_proj, mine.feed_forward.gate_proj),
+                (theirs.mlp.up_proj, mine.feed_forward.up_proj),
+                (theirs.mlp.down_proj, mine.feed_forward.down_proj),
+            ]
+        for theirs, mine in pairs:
+            theirs.load_state_dict(mine.state_dict())
+
+
+class Step:
+    """One optimiser step; returns the loss and the gradient norm before clipping, both still on the device."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor]):
+        self.model, self.loss = model.train(), loss
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        self.optimizer.step()
+        return loss.detach(), norm
+
+
+def make_cells(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Control cells and labels (B, S, D), sparse and not negative as log1p expression is, and perturbation ids (B, 1)."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (SENTENCES, CELLS, FEATURES)
+    control, labels = (torch.randn(shape, generator=generator).sub(0.5).relu().to(device) for _ in range(2))
+    return control, labels, torch.randint(PERTURBATIONS, (SENTENCES, 1), generator=generator).to(device)
+
+
+def make_step(side: str, device: str, dtype: torch.dtype) -> Step:
+    """Weights and losses are float32; another `dtype` is autocast's."""
+    torch.manual_seed(0)
+    control, labels, ids = make_cells(device)
+
+    def precision():
+        return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+    if side == "ours":
+        config = StateConfig(
+            input_dim=FEATURES,
+            num_perturbations=PERTURBATIONS,
+            hidden_size=HIDDEN_SIZE,
+            num_hidden_layers=NUM_HIDDEN_LAYERS,
+            num_attention_heads=NUM_ATTENTION_HEADS,
+            head_dim=HEAD_DIM,
+            intermediate_size=INTERMEDIATE_SIZE,
+            num_encoder_layers=NUM_ENCODER_LAYERS,
+            num_decoder_layers=NUM_DECODER_LAYERS,
+            set_size=CELLS,
+            hidden_dropout=0.0,
+            residual="hidden",
+        )
+        model, objective = StateForPerturbation(config).to(device), objective_for(config)
+        batch = {"control_cells": control, "perturbation_ids": ids, "labels": labels}
+
+        def loss():
+            with precision():
+                outputs = model(**batch)
+            return objective(outputs, batch)["loss"]
+    else:
+        model, distance = ReferenceModel().to(device), SamplesLoss("energy")
+        one_hot = nn.functional.one_hot(ids, PERTURBATIONS).float().repeat(1, CELLS, 1)
+
+        def loss():
+            with precision():
+                predictions = model(control, one_hot)
+            return distance(predictions.float(), labels).mean()
+
+    return Step(model, loss)
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def check_equal(steps: dict[str, Step], dtype: torch.dtype):
+    """One step of each from equal weights: speed of something else would say nothing."""
+    steps["reference"].model.copy_weights(steps["ours"].model)
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    (loss, norm), (expected_loss, expected_norm) = (steps[side]() for side in SIDES)
+    for name, found, expected in (("loss", loss, expected_loss), ("gradient norm", norm, expected_norm)):
+        if not abs(found.item() - expected.item()) <= tolerance * abs(expected.item()):
+            sys.exit(f"the two sides differ: {name} {found.item():.6g} against the reference's {expected.item():.6g}")
+    print(
+        f"first step of both: loss {loss:.5f} and {expected_loss:.5f}, gradient norm {norm:.5f} and {expected_norm:.5f}"
+    )
+
+
+def time_steps(steps: dict[str, Step], count: int, device: str) -> dict[str, list[float]]:
+    """Seconds of `count` steps of each side, taken in turns."""
+    seconds = {side: [] for side in SIDES}
+    for i in range(WARMUP_STEPS + count):
+        for side in SIDES:
+            synchronize(device)
+            start = time.perf_counter()
+            steps[side]()
+            synchronize(device)
+            if i >= WARMUP_STEPS:
+                seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_memory(side: str, device: str, dtype: torch.dtype) -> int:
+    """Bytes that building the model and training it adds at the peak. Right only in a process that did nothing else."""
+    before = psutil.Process().memory_info().rss
+    step = make_step(side, device, dtype)
+    for _ in range(MEMORY_STEPS):
+        step()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before
+
+
+def peak_memory_of_fresh_process(side: str, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--memory-of", side]
+    for name in ("threads", "device", "dtype"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="other than float32: autocast"
+    )
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    if arguments.memory_of:
+        print(json.dumps(peak_memory(arguments.memory_of, device, dtype)))
+        return
+
+    memory = {side: peak_memory_of_fresh_process(side, arguments) for side in SIDES}
+    steps = {side: make_step(side, device, dtype) for side in SIDES}
+    print(
+        f"hidden {HIDDEN_SIZE}, {NUM_HIDDEN_LAYERS} layers, {NUM_ATTENTION_HEADS} heads of {HEAD_DIM}, "
+        f"intermediate {INTERMEDIATE_SIZE}, encoders {NUM_ENCODER_LAYERS}, heads {NUM_DECODER_LAYERS}\n"
+        f"{SENTENCES} sentences of {CELLS} cells, {FEATURES} features, {PERTURBATIONS} perturbations; "
+        f"{device}, {arguments.dtype}, {arguments.threads} threads, torch {torch.__version__}"
+    )
+    check_equal(steps, dtype)
+    seconds = time_steps(steps, arguments.steps, device)
+
+    median = {side: statistics.median(seconds[side]) for side in SIDES}
+    rows = {
+        "parameters": {side: sum(p.numel() for p in steps[side].model.parameters()) for side in SIDES},
+        "step, minimum (ms)": {side: 1e3 * min(seconds[side]) for side in SIDES},
+        "step, median (ms)": {side: 1e3 * median[side] for side in SIDES},
+        "cells/s": {side: SENTENCES * CELLS / median[side] for side in SIDES},
+        "peak memory (MiB)": {side: memory[side] / 2**20 for side in SIDES},
+    }
+    print(f"\n{'':<20}{'ours':>14}{'reference':>14}{'ours/reference':>16}")
+    for name, row in rows.items():
+        digits = 0 if name == "parameters" else 1
+        ours, reference = (row[side] for side in SIDES)
+        print(f"{name:<20}{ours:>14,.{digits}f}{reference:>14,.{digits}f}{ours / reference:>16.3f}")
+
+    faster, leaner = median["ours"] < median["reference"], memory["ours"] < memory["reference"]
+    print(f"\nours is {'' if faster else 'NOT '}faster and {'' if leaner else 'NOT '}leaner")
+    sys.exit(0 if faster and leaner else 1)
+
+
+if __name__ == "__main__":
+    main()
