@@ -175,6 +175,23 @@ class SetAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+class _GatedSiLU(torch.autograd.Function):
+    """`silu(gate) * up`. Keeps its two inputs alone for the backward pass, where autograd would keep silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, nn.functional.silu(gate).mul_(grad)
+
+
 class GatedFeedForward(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU), without biases."""
 
@@ -185,7 +202,7 @@ class GatedFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(_GatedSiLU.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 class FeedForward(nn.Module):
