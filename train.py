@@ -87,14 +87,23 @@ def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArg
 def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set_size: int) -> dict:
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
+    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     present = set(cells.obs["split"].unique())
-    return {
-        split: SentenceDataset(
-            cells, processor, split, set_size, seed=seed, shuffle=split == "train", **run.data.sentence_options()
-        )
-        for split in ("train", "val", "test")
-        if split in present
-    }
+    datasets = {}
+    for split in ("train", "val", "test"):
+        if split in present:
+            training = split == "train"
+            datasets[split] = SentenceDataset(
+                cells,
+                processor,
+                split,
+                set_size,
+                seed=seed,
+                shuffle=training,
+                multiple_of=step if training else 1,
+                **run.data.sentence_options(),
+            )
+    return datasets
 
 
 def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
@@ -127,12 +136,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = build_config(run, processor)
     processor.set_size = config.set_size
     datasets = sentences(cells, processor, run, args, config.set_size)
-    per_step = args.train_batch_size * args.world_size
-    if len(datasets["train"]) < per_step:
-        raise ValueError(
-            f"the training split makes {len(datasets['train'])} sentences of up to {config.set_size} cells, fewer than "
-            f"the {per_step} of one step; lower per_device_train_batch_size or set_size"
-        )
     logger.info(describe(cells, processor, splits, run))
     if "val" not in datasets:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")

@@ -59,6 +59,8 @@ class SentenceDataset(Dataset):
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
         shuffle (`bool`): shuffle cells and sentences each epoch. Off, sentences stand group by group.
+        multiple_of (`int`): leave out the last few sentences of each epoch so that their number is a multiple of this
+            (the sentences of an optimiser step); the next epoch draws anew.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -76,6 +78,7 @@ class SentenceDataset(Dataset):
         control_sentences: bool = True,
         heldout_controls: bool = True,
         shuffle: bool = True,
+        multiple_of: int = 1,
     ):
         for name, value, allowed in (
             ("control_matching", control_matching, ("context", "batch")),
@@ -101,7 +104,13 @@ class SentenceDataset(Dataset):
         if "batch" in cells.obs:
             categories = processor.encode_batches(cells.obs["batch"].cat.categories)
             self.batch_ids = categories[cells.obs["batch"].cat.codes.to_numpy()]
+        self.multiple_of = multiple_of
         self.set_epoch(0)
+        if not self._sentences:
+            raise ValueError(
+                f"split {split!r} makes {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of "
+                "one optimiser step; lower per_device_train_batch_size, gradient_accumulation_steps or set_size"
+            )
 
     def set_epoch(self, epoch: int):
         """Draw the sentences of this epoch."""
@@ -111,8 +120,9 @@ class SentenceDataset(Dataset):
             rows = generator.permutation(group.rows) if self.shuffle else group.rows
             largest = min(self.set_size, len(group.controls))
             sentences += [(index, part) for part in np.array_split(rows, -(-len(rows) // largest))]
-        order = generator.permutation(len(sentences)) if self.shuffle else range(len(sentences))
-        self.epoch, self._sentences = epoch, [sentences[i] for i in order]
+        order = generator.permutation(len(sentences)) if self.shuffle else np.arange(len(sentences))
+        order = order[: len(sentences) // self.multiple_of * self.multiple_of]
+        self.epoch, self._drawn, self._sentences = epoch, len(sentences), [sentences[i] for i in order]
 
     def __len__(self) -> int:
         return len(self._sentences)

@@ -11,7 +11,7 @@ class StateTrainingArguments(TrainingArguments):
     [`transformers.TrainingArguments`] with other defaults; every field of it can be set.
 
     - Adam, learning rate 1e-4, constant, gradient norm clipped at 10, no weight decay (as published models)
-    - batches of 8 sentences; the last, smaller batch of an epoch is left out (the next epoch draws anew)
+    - batches of 8 sentences
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
     """
@@ -23,7 +23,6 @@ class StateTrainingArguments(TrainingArguments):
     max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sentences of a batch on each device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sentences of an evaluation batch."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out an epoch's last, smaller batch."})
     # The dataset shuffles by itself, from its seed and the epoch alone.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of sentences."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches hold the model's inputs only."})
