@@ -605,10 +605,8 @@ class StateProcessor(ProcessorMixin):
             "X": holds,
             "checkpoint": checkpoint or "not recorded",
             "controls": controls_note,
-            "input": self.input,
-            "perturbation_key": self.perturbation_key,
-            "context_key": self.context_key,
-            "control": self.control,
+            # How to read real cells so that they compare with these.
+            "processor": json.dumps({name: getattr(self, name) for name in _SETTINGS}, sort_keys=True),
         }
 
 

@@ -1,0 +1,34 @@
+"""The `cellstate` command. Nothing heavy is imported before a command runs."""
+
+import argparse
+import sys
+
+from cellstate_cli import evaluate, predict
+
+
+COMMANDS = {"predict": predict, "evaluate": evaluate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; an error of input is one clear sentence on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="cellstate",
+        description="Models of how cells respond to perturbations. Training: accelerate launch train.py --config CONFIG",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        COMMANDS[args.command].run(args)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        # KeyError shows the repr of its message.
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"cellstate {args.command}: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,9 +1,13 @@
 """Reading `.h5ad` files, with one clear error for a file that is not whole."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata as ad
+import h5py
+import numpy as np
+import scipy.sparse as sp
 
 
 def expand_paths(pattern: str | os.PathLike) -> list[Path]:
@@ -26,8 +30,8 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
     return files
 
 
-def read_h5ad(path: str | os.PathLike, backed: bool = False) -> ad.AnnData:
-    """An AnnData from a file; `backed` leaves the matrices on disk.
+def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
+    """A whole AnnData from a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -36,8 +40,83 @@ def read_h5ad(path: str | os.PathLike, backed: bool = False) -> ad.AnnData:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
+    with _reading(path):
+        return ad.read_h5ad(path)
+
+
+class H5ADFile:
+    """
+    An `.h5ad` on disk whose matrices, layers and embeddings are read row by row: bounded memory, whatever its size.
+
+    Has the attributes of an AnnData that [`StateProcessor`] reads (`obs`, `var_names`, `obs_names`, `n_obs`, `X`,
+    `layers`, `obsm`, `uns`), and nothing else. Use as a context manager.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`read_h5ad`].
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
+        with _reading(self.path):
+            self._file = h5py.File(self.path, "r")
+            self.obs = ad.io.read_elem(self._file["obs"])
+            self.var_names = ad.io.read_elem(self._file["var"]).index
+            self.obs_names, self.n_obs = self.obs.index, len(self.obs)
+            self.X = RowReader(self._file["X"], self.path) if "X" in self._file else None
+            self.layers = self._readers("layers")
+            self.obsm = self._readers("obsm")
+            self.uns = ad.io.read_elem(self._file["uns"]) if "uns" in self._file else {}
+
+    def _readers(self, name: str) -> dict[str, "RowReader"]:
+        return {key: RowReader(node, self.path) for key, node in self._file[name].items()} if name in self._file else {}
+
+    def __enter__(self) -> "H5ADFile":
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+class RowReader:
+    """Rows of a dense, CSR or CSC matrix on disk, as ndarray or CSR. Rows near one another are read in one go."""
+
+    _gap = 64
+
+    def __init__(self, node: "h5py.Dataset | h5py.Group", path: Path):
+        self.path = path
+        self._dense = isinstance(node, h5py.Dataset)
+        if self._dense:
+            self._matrix = node
+        elif node.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
+            self._matrix = ad.io.sparse_dataset(node)
+            if self._matrix.format == "csc":
+                # Rows of a column-wise matrix cannot be read alone.
+                self._matrix = self._matrix.to_memory().tocsr()
+        else:
+            # A data frame or the like: small, and not a matrix of cells.
+            self._matrix = np.asarray(ad.io.read_elem(node))
+        self.shape = tuple(self._matrix.shape)
+
+    def __getitem__(self, rows):
+        with _reading(self.path):
+            if isinstance(rows, slice) or len(rows) == 0:
+                return self._matrix[rows if isinstance(rows, slice) else slice(0, 0)]
+            rows = np.asarray(rows)
+            starts = np.flatnonzero(np.diff(rows, prepend=rows[0]) > self._gap)
+            parts = []
+            for segment in np.split(rows, starts):
+                block = self._matrix[int(segment[0]) : int(segment[-1]) + 1]
+                parts.append(block[segment - segment[0]])
+            return np.concatenate(parts) if self._dense else sp.vstack(parts, format="csr")
+
+
+@contextmanager
+def _reading(path: Path):
+    """One clear error for whatever a broken file makes h5py and anndata raise."""
     try:
-        return ad.read_h5ad(path, backed="r" if backed else None)
+        yield
     except MemoryError:
         raise
     except Exception as error:

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from cellstate.configuration_state import closest
-from cellstate.data.reading import expand_paths
+from cellstate.data.reading import H5ADFile, expand_paths
 from cellstate.data.splits import Splits
+from cellstate.processing import StateProcessor
 
 
 @dataclass
@@ -116,18 +117,14 @@ class DataArguments:
 
     def _present(self, datasets: dict[str, list[Path]]) -> dict[tuple[str, str], set[str]]:
         """Perturbations of each (dataset, context), from the obs of the files."""
-        from cellstate.data.reading import read_h5ad
-        from cellstate.processing import StateProcessor
-
         reader = StateProcessor(
             perturbation_key=self.perturbation_key, control=self.control, context_key=self.context_key
         )
         present: dict[tuple[str, str], set[str]] = {}
         for name, paths in datasets.items():
             for path in paths:
-                data = read_h5ad(path, backed=True)
-                labels = reader.labels(data)
-                data.file.close()
+                with H5ADFile(path) as data:
+                    labels = reader.labels(data)
                 if self.contexts is not None:
                     labels = labels[labels["context"].isin(self.contexts)]
                 for context, group in labels.groupby("context"):

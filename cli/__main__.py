@@ -1,0 +1,4 @@
+from cellstate_cli import main
+
+
+raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""`cellstate predict`."""
+
+import argparse
+
+
+HELP = "Predict perturbed cells from the control cells of an .h5ad."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
+    parser.add_argument("--revision", default="main", help="revision of a Hub repository")
+    parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
+    parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--perturbation",
+        nargs="+",
+        metavar="NAME",
+        help="what to predict, A+B for a combination; by default what the file's own cells have",
+    )
+    which.add_argument("--all", action="store_true", help="every single perturbation that the model knows")
+    parser.add_argument("--context", nargs="+", metavar="NAME", help="contexts (cell types or lines); by default all")
+    parser.add_argument(
+        "--cells-per-perturbation",
+        type=int,
+        metavar="N",
+        help="at most N control cells of each context; by default all",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of cells and their grouping into sentences")
+    parser.add_argument("--batch-size", type=int, default=8, help="sentences in one forward pass")
+    parser.add_argument("--input", help="read cells from X, layers/NAME or obsm/NAME instead of the model's own choice")
+    parser.add_argument(
+        "--missing-genes", choices=("error", "zero"), default="error", help="zero: read absent genes as unexpressed"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator where there is one")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace):
+    import torch
+    import transformers
+
+    import cellstate  # noqa: F401 - registers the models with the Auto classes
+    from cellstate.evaluation.prediction import predict_file
+
+    transformers.utils.logging.disable_progress_bar()
+    processor = transformers.AutoProcessor.from_pretrained(args.model, revision=args.revision)
+    model = transformers.AutoModel.from_pretrained(args.model, revision=args.revision)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model.to(args.device or accelerator)
+    done = predict_file(
+        model,
+        processor,
+        args.adata,
+        args.output,
+        perturbations=processor.vocabulary.perturbations if args.all else args.perturbation,
+        contexts=args.context,
+        cells_per_perturbation=args.cells_per_perturbation,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        missing_genes=args.missing_genes,
+        input=args.input,
+        checkpoint=str(args.model),
+        quiet=args.quiet,
+    )
+    print(
+        f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"
+    )

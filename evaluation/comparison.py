@@ -1,0 +1,158 @@
+"""Predicted against real cells, file against file, beside the honest baselines."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from cellstate.data.reading import H5ADFile
+from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
+from cellstate.processing import StateProcessor, Vocabulary
+
+
+def evaluate_files(
+    predicted: str | os.PathLike,
+    real: str | os.PathLike,
+    train: str | os.PathLike,
+    quiet: bool = False,
+    **keys,
+) -> tuple[pd.DataFrame, list[str]]:
+    """
+    Score predicted cells of each (context, perturbation) against the real ones.
+
+    All methods are judged on the same real cells, and the change of each is taken from the mean of the same real
+    control cells. The baselines learn from `train`; its cells that are among the evaluated real ones (by barcode) are
+    left out, so that the whole screen may be given.
+
+    Args:
+        predicted: `.h5ad` that `cellstate predict` wrote, or one laid out alike.
+        real: `.h5ad` with the real perturbed and control cells.
+        train: `.h5ad` with the cells that the model was trained on.
+        keys: `perturbation_key`, `context_key`, `control`, `input`, `normalize`: how to read a real file where
+            `predicted` does not say.
+
+    Returns:
+        `(DataFrame, list[str])`: one row per context, perturbation and method with the columns of `METRICS` and the
+        numbers of cells, ending with the averages (context and perturbation `"mean"`); and notes on what was left out.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: see [`H5ADFile`] and [`StateProcessor`]; nothing to compare.
+    """
+    notes: list[str] = []
+    with H5ADFile(predicted) as guess, H5ADFile(real) as truth, H5ADFile(train) as training:
+        reader, processor = _readers(guess, keys)
+        scored = reader.labels(guess), processor.labels(truth)
+        pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].drop_duplicates().to_numpy()]
+        there = set(map(tuple, scored[1][["context", "perturbation"]].drop_duplicates().to_numpy()))
+        common = [pair for pair in pairs if pair in there and pair[1] != processor.control]
+        missing = [" / ".join(pair) for pair in pairs if pair not in there]
+        if not common:
+            raise ValueError(
+                f"no (context, perturbation) of {predicted} is in {real}: predicted {missing[:5]}, real "
+                f"{[' / '.join(pair) for pair in sorted(there)[:5]]}"
+            )
+        if missing:
+            notes.append(f"{len(missing)} predicted groups have no real cells and are not scored: {missing[:10]}")
+
+        evaluated = pd.MultiIndex.from_frame(scored[1][["context", "perturbation"]]).isin(common)
+        labels = processor.labels(training)
+        seen = labels.index.isin(scored[1].index[evaluated])
+        if seen.any():
+            notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
+        rows = np.flatnonzero(~seen)
+        changes = MeanChanges.fit(
+            processor.features(training, rows),
+            labels.iloc[rows],
+            processor.control,
+            clip=processor.values != "embedding",
+        )
+        unseen = sorted({p for _, p in common if p not in changes.changes})
+        if unseen:
+            notes.append(
+                f"{len(unseen)} perturbations are not in the training cells, so their mean change is 0: {unseen[:10]}"
+            )
+
+        controls = processor.control_groups(scored[1], sorted({context for context, _ in common}))
+        table, scores = [], []
+        for context, perturbation in tqdm(common, unit="groups", desc="evaluate", disable=quiet):
+            cells = {
+                name: source.features(file, np.flatnonzero(_is(frame, context, perturbation)))
+                for name, source, file, frame in (
+                    ("predicted", reader, guess, scored[0]),
+                    ("real", processor, truth, scored[1]),
+                )
+            }
+            base = processor.features(truth, controls[context])
+            scores.append(
+                score_group(
+                    cells["predicted"],
+                    cells["real"],
+                    base,
+                    perturbation,
+                    processor.split_combination(perturbation),
+                    changes,
+                )
+            )
+            counts = {
+                "predicted_cells": len(cells["predicted"]),
+                "real_cells": len(cells["real"]),
+                "control_cells": len(base),
+            }
+            table += [
+                {"context": context, "perturbation": perturbation, "method": method, **figures, **counts}
+                for method, figures in scores[-1].items()
+            ]
+    table += [
+        {"context": "mean", "perturbation": "mean", "method": method, **figures}
+        for method, figures in average(scores).items()
+    ]
+    return pd.DataFrame(table), notes
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The table as aligned text, undefined correlations as a dash."""
+    shown = table[["context", "perturbation", "method", *METRICS]].copy()
+    for metric in METRICS:
+        shown[metric] = [f"{value:.4f}" if value == value else "-" for value in shown[metric]]
+    return shown.to_string(index=False)
+
+
+def write_table(table: pd.DataFrame, output: str | os.PathLike):
+    """Write `.csv` or `.json`, whole or not at all."""
+    output = Path(output)
+    partial = output.with_name(f".{output.name}.partial")
+    if output.suffix not in (".csv", ".json"):
+        raise ValueError(f"--output {output}: expected a name that ends in .csv or .json")
+    try:
+        if output.suffix == ".csv":
+            table.to_csv(partial, index=False)
+        else:
+            records = json.loads(table.to_json(orient="records"))
+            partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _readers(guess: H5ADFile, keys: dict) -> tuple[StateProcessor, StateProcessor]:
+    """Processors that read the predicted cells as they are, and real ones in their units and genes."""
+    settings = {name: value for name, value in keys.items() if value is not None}
+    recorded = guess.uns.get("cellstate", {}).get("processor")
+    if recorded is not None:
+        settings = {**json.loads(str(recorded)), **settings}
+    if settings.get("gene_input") is not None:
+        # A gene decoder's expression is in X; the real expression is where the decoder's target was.
+        settings |= {"input": settings["gene_input"], "gene_input": None, "values": "log1p"}
+    settings["batch_key"] = None
+    if settings.get("values") == "embedding":
+        settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
+    else:
+        settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
+    return StateProcessor(**{**settings, "input": "X", "normalize": "none"}), StateProcessor(**settings)
+
+
+def _is(frame: pd.DataFrame, context: str, perturbation: str) -> np.ndarray:
+    return ((frame["context"] == context) & (frame["perturbation"] == perturbation)).to_numpy()

@@ -1,0 +1,205 @@
+"""Virtual experiments on a whole file: control cells in, predicted cells out, in bounded memory."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from cellstate.data.reading import H5ADFile
+from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, PERTURBATION_IDS
+from cellstate.processing import StateProcessor
+
+
+@dataclass
+class Arm:
+    """One (context, perturbation) of the experiment: which rows of the output it fills."""
+
+    context: str
+    perturbation: str
+    ids: np.ndarray
+    first: int
+
+
+def predict_file(
+    model,
+    processor: StateProcessor,
+    adata_path: str | os.PathLike,
+    output: str | os.PathLike,
+    perturbations: list[str] | None = None,
+    contexts: list[str] | None = None,
+    cells_per_perturbation: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    missing_genes: str = "error",
+    input: str | None = None,
+    checkpoint: str | None = None,
+    quiet: bool = False,
+) -> dict[str, int]:
+    r"""
+    Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
+
+    Args:
+        model ([`PerturbationPreTrainedModel`]): in any mode, on any device; it is put into evaluation mode.
+        processor ([`StateProcessor`]): of the same checkpoint.
+        adata_path: `.h5ad` with the control cells; read block by block.
+        output: `.h5ad` to write, laid out as [`StateProcessor.decode`] says. It appears whole or not at all.
+        perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination. By default, those that the file's
+            own cells have, in each context: a file that compares with the real one.
+        contexts (`list[str]`, *optional*): all that the file has, by default.
+        cells_per_perturbation (`int`, *optional*): at most so many of a context's control cells, drawn at random; all
+            by default. Every control cell of a context is used once per perturbation.
+        seed (`int`): of the draw and of how cells are put into sentences.
+        batch_size (`int`): sentences in one forward pass.
+        missing_genes, input: see [`StateProcessor.__call__`].
+
+    Returns:
+        `dict[str, int]`: `cells` written, `contexts` and `perturbations`.
+
+    Raises:
+        KeyError, ValueError: see [`StateProcessor.__call__`]; also where there is nothing to predict.
+        OSError: the output cannot be written; nothing is left behind.
+    """
+    output = Path(output)
+    if cells_per_perturbation is not None and cells_per_perturbation < 1:
+        raise ValueError(f"cells_per_perturbation must be at least 1, found {cells_per_perturbation}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+    if output.exists() and Path(adata_path).exists() and output.samefile(adata_path):
+        raise ValueError(f"{output} is the input file; write the predictions elsewhere")
+    model.eval()
+    with H5ADFile(adata_path) as data:
+        labels = processor.labels(data)
+        groups = processor.control_groups(labels, contexts)
+        chosen = {}
+        for context, rows in groups.items():
+            rows = np.random.default_rng(seed).permutation(rows)
+            chosen[context] = rows[:cells_per_perturbation]
+        arms = _plan(processor, labels, chosen, perturbations)
+        total = sum(len(chosen[arm.context]) for arm in arms)
+        note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            _write_frame(partial, processor, labels, chosen, arms, model.config, note, checkpoint)
+            with h5py.File(partial, "r+") as file, torch.inference_mode(), ExitStack() as stack:
+                bar = stack.enter_context(
+                    tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict")
+                )
+                writer = _Writer(file, processor, model.config, total)
+                for context, rows in chosen.items():
+                    of_context = [arm for arm in arms if arm.context == context]
+                    sentences = processor.cut(rows)
+                    offset = 0
+                    for start in range(0, len(sentences), batch_size):
+                        block = sentences[start : start + batch_size]
+                        batch, cells = _block(
+                            processor, data, labels, context, block, missing_genes, input, model.device
+                        )
+                        for arm in of_context:
+                            batch[PERTURBATION_IDS] = torch.from_numpy(np.repeat(arm.ids[None], len(block), axis=0)).to(
+                                model.device
+                            )
+                            outputs = model(**batch)
+                            writer.write(arm.first + offset, outputs, batch[CELL_MASK].cpu().numpy(), cells)
+                            bar.update(len(cells))
+                        offset += len(cells)
+            os.replace(partial, output)
+        finally:
+            partial.unlink(missing_ok=True)
+    return {"cells": total, "contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
+
+
+def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
+    arms, first = [], 0
+    for context, rows in chosen.items():
+        names = perturbations
+        if names is None:
+            own = labels.loc[(labels["context"] == context).to_numpy(), "perturbation"]
+            names = [name for name in pd.unique(own) if name != processor.control]
+        if not names:
+            continue
+        for name, ids in zip(names, processor.encode_perturbations(names)):
+            arms.append(Arm(context, name, ids, first))
+            first += len(rows)
+    if not arms:
+        raise ValueError(
+            "nothing to predict: no perturbation was named, and the chosen contexts hold control cells alone; name "
+            "some with --perturbation, or all that the model knows with --all"
+        )
+    return arms
+
+
+def _block(processor, data, labels, context, block, missing_genes, input, device):
+    """Tensors of a few sentences, and their real cells `(cells, feature_dim)` in the order of the sentences."""
+    rows = np.concatenate(block)
+    order = np.argsort(rows)
+    values = np.empty((len(rows), processor.feature_dim), dtype=np.float32)
+    values[order] = processor.features(data, rows[order], missing_genes, input)
+    sizes = np.array([len(sentence) for sentence in block])
+    mask = np.arange(sizes.max()) < sizes[:, None]
+    cells = np.zeros((*mask.shape, processor.feature_dim), dtype=np.float32)
+    cells[mask] = values
+    batch = {CONTROL_CELLS: cells, CELL_MASK: mask}
+    batch[CONTEXT_IDS] = np.repeat(processor.encode_contexts([context]), len(block))
+    if processor.batch_key is not None:
+        ids = np.zeros(mask.shape, dtype=np.int64)
+        ids[mask] = processor.encode_batches(labels["batch"].to_numpy()[rows])
+        batch[BATCH_IDS] = ids
+    return {key: torch.from_numpy(value).to(device) for key, value in batch.items()}, values
+
+
+def _write_frame(path, processor, labels, chosen, arms, config, note, checkpoint):
+    """Everything of the output but its matrices."""
+    obs = []
+    for arm in arms:
+        rows = np.concatenate(processor.cut(chosen[arm.context]))
+        frame = pd.DataFrame({"control_barcode": labels.index.to_numpy()[rows]})
+        frame[processor.perturbation_key] = arm.perturbation
+        frame[processor.context_key] = arm.context
+        if processor.batch_key is not None:
+            frame[processor.batch_key] = labels["batch"].to_numpy()[rows]
+        obs.append(frame)
+    obs = pd.concat(obs, ignore_index=True)
+    obs.index = obs["control_barcode"].astype(str) + "|" + obs[processor.perturbation_key].astype(str)
+    decoded = config.gene_dim is not None
+    names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
+    uns = {"cellstate": processor.describe_output(decoded, note, checkpoint)}
+    obs = obs.astype({name: "category" for name in obs.columns if name != "control_barcode"})
+    ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns=uns).write_h5ad(path)
+
+
+class _Writer:
+    """Fills the matrices of an output file, block by block."""
+
+    def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int):
+        on_embedding = processor.values == "embedding"
+        self.decoded = config.gene_dim is not None
+        self.main = self._dataset(file, "X", (total, config.gene_dim if self.decoded else config.output_dim))
+        self.embedding = self._dataset(file, "obsm/embedding", (total, config.output_dim)) if self.decoded else None
+        self.control = self._dataset(
+            file, "obsm/control" if on_embedding else "layers/control", (total, config.input_dim)
+        )
+
+    @staticmethod
+    def _dataset(file: h5py.File, name: str, shape: tuple[int, int]) -> h5py.Dataset:
+        if name in file:
+            del file[name]
+        dataset = file.create_dataset(name, shape, dtype="float32", chunks=(min(shape[0], 256), shape[1]))
+        dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
+        return dataset
+
+    def write(self, first: int, outputs, mask: np.ndarray, controls: np.ndarray):
+        rows = slice(first, first + len(controls))
+        predictions = outputs.predictions.float().cpu().numpy()[mask]
+        self.control[rows] = controls
+        if self.decoded:
+            self.main[rows] = outputs.gene_predictions.float().cpu().numpy()[mask]
+            self.embedding[rows] = predictions
+        else:
+            self.main[rows] = predictions
