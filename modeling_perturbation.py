@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -341,6 +342,18 @@ class PerturbationPreTrainedModel(PreTrainedModel):
     # The loss is a mean over sentences: the Trainer must scale it under gradient accumulation.
     accepts_loss_kwargs = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`PreTrainedModel`]. A loaded model predicts what the saved one did, bit for bit on the same machine."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        # Weights mapped from a file lie at its offsets, and on a CPU the rounding of a matrix product depends on how
+        # its operands are aligned. A copy in memory of its own is aligned as in training.
+        for tensor in chain(model.parameters(), model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+        return loaded
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -100,8 +100,9 @@ class StateForPerturbation(StatePreTrainedModel):
                 init.normal_(module.batch_token, std=self.config.initializer_range)
             if self.config.confidence_token:
                 init.normal_(module.confidence_token, std=self.config.initializer_range)
-            if self.config.residual == "output":
-                init.zeros_(module.output_head.layers[-1].weight)
+        # Not where the whole model is initialised: transformers passes over a custom module without parameters of its own.
+        if module is self.output_head.layers[-1] and self.config.residual == "output":
+            init.zeros_(module.weight)
 
     @capture_outputs
     def forward(
