@@ -188,7 +188,9 @@ class StateProcessor(ProcessorMixin):
             ValueError: values are NaN, negative, neither counts nor log1p, or contradict `normalize`; no cell is a
                 control; a label is missing.
         """
-        adatas = adata if isinstance(adata, (list, tuple)) else [adata]
+        adatas = list(adata) if isinstance(adata, (list, tuple)) else [adata]
+        if not adatas:
+            raise ValueError("expected training cells, found an empty list of AnnData")
         if normalize not in ("auto", "log1p_cp10k", "none"):
             raise ValueError(f"normalize={normalize!r}; {closest(normalize, ('auto', 'log1p_cp10k', 'none'))}")
         processor = cls(
@@ -209,15 +211,10 @@ class StateProcessor(ProcessorMixin):
             )
         expression = gene_input if embedding else input
         singles, contexts, batches, widths, found = set(), set(), set(), set(), set()
+        names: set[str] = set()
         for data in adatas:
             labels = processor.labels(data)
-            if not (labels["perturbation"] == control).any():
-                raise ValueError(
-                    f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found "
-                    f"{_some(labels['perturbation'].unique())}; say which label marks the controls with control="
-                )
-            for name in labels["perturbation"].unique():
-                singles.update(processor.split_combination(name))
+            names.update(labels["perturbation"].unique())
             contexts.update(labels["context"].unique())
             if batch_key is not None:
                 batches.update(labels["batch"].unique())
@@ -225,6 +222,13 @@ class StateProcessor(ProcessorMixin):
                 widths.add(processor._matrix(data, input).shape[1])
             if expression is not None:
                 found.add(_kind_of_values(_take(processor._matrix(data, expression), slice(0, 2000)), expression))
+        if control not in names:
+            raise ValueError(
+                f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found {_some(sorted(names))}; "
+                "say which label marks the controls with control="
+            )
+        for name in names:
+            singles.update(processor.split_combination(name))
         if len(widths) > 1:
             raise ValueError(f"{input}: expected one width in all files, found {sorted(widths)}")
         if expression is not None:
@@ -255,14 +259,16 @@ class StateProcessor(ProcessorMixin):
             raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
         if genes is None:
             return [str(g) for g in shared]
-        if not isinstance(genes, int):
+        if isinstance(genes, str):
+            raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
+        if not isinstance(genes, (int, np.integer)):
             genes = [str(g) for g in genes]
-            missing = [g for g in genes if g not in set(shared)]
+            missing = [g for g, there in zip(genes, pd.Index(genes).isin(shared)) if not there]
             if missing:
                 raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the data: {missing[:10]}")
             return genes
         if not 1 <= genes <= len(shared):
-            raise ValueError(f"genes={genes}: expected at most the {len(shared)} genes that the data have")
+            raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
         if genes == len(shared):
             return [str(g) for g in shared]
         # A checkpoint's user never chooses genes: scanpy is not needed to load this file.
@@ -320,6 +326,10 @@ class StateProcessor(ProcessorMixin):
                 first = adata.obs_names[column.isna().to_numpy()][0]
                 raise ValueError(f"obs[{key!r}] is empty in {int(column.isna().sum())} cells, first in {first!r}")
             frame[name] = column.astype(str).to_numpy()
+            blank = np.isin(frame[name], [label for label in pd.unique(frame[name]) if not label.strip()])
+            if blank.any():
+                first = adata.obs_names[blank][0]
+                raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
         return pd.DataFrame(frame, index=adata.obs_names)
 
     def split_combination(self, name: str) -> list[str]:
@@ -380,7 +390,8 @@ class StateProcessor(ProcessorMixin):
         """
         source = input or self.input
         if self.values == "embedding":
-            matrix = np.asarray(_take(self._matrix(adata, source), rows), dtype=np.float32)
+            matrix = _take(self._matrix(adata, source), rows)
+            matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
             if matrix.shape[1] != self.feature_dim:
                 raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
             _check_finite(matrix, adata, rows, source)
@@ -397,7 +408,8 @@ class StateProcessor(ProcessorMixin):
         genes = self.vocabulary.genes
         if not adata.var_names.is_unique:
             names = pd.Index(adata.var_names)
-            duplicates = [g for g in names[names.duplicated()].unique() if g in set(genes)]
+            duplicates = names[names.duplicated()].unique().intersection(pd.Index(genes))
+            duplicates = duplicates.tolist()
             if duplicates:
                 raise ValueError(
                     f"genes of the model stand twice in the data: {_some(duplicates)}; run adata.var_names_make_unique()"
@@ -431,7 +443,7 @@ class StateProcessor(ProcessorMixin):
         if kind not in (expected, "zeros"):
             raise ValueError(_wrong_kind(source, expected, kind, self.target_sum))
         if expected == "counts" and as_log1p:
-            totals = np.asarray(matrix.sum(axis=1)).reshape(-1, 1).astype(np.float64)
+            totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).reshape(-1, 1)
             scale = (self.target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
             matrix = matrix[:, columns]
             if sp.issparse(matrix):
@@ -488,7 +500,9 @@ class StateProcessor(ProcessorMixin):
             KeyError: an unknown perturbation, context or batch, a missing gene, column or entry.
             ValueError: no control cells in a context, NaN or negative values, counts where log1p is expected.
         """
-        names = [perturbation] if isinstance(perturbation, str) else list(perturbation)
+        names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))
+        if not names:
+            raise ValueError("perturbation: expected at least one name, found an empty list")
         ids = self.encode_perturbations(names)
         if doses is not None and len(doses) != ids.shape[1]:
             raise ValueError(f"doses: expected {ids.shape[1]} (one for each perturbation together), found {len(doses)}")
@@ -533,7 +547,11 @@ class StateProcessor(ProcessorMixin):
         """Context to the row numbers of its control cells. ValueError for a context without any."""
         present = pd.unique(labels["context"])
         wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
-        unknown = [name for name in wanted if name not in set(present)]
+        if not wanted:
+            raise ValueError(
+                "the data hold no cells, so no control cells" if context is None else "context: found an empty list"
+            )
+        unknown = [name for name in wanted if name not in present]
         if unknown:
             raise KeyError(f"context {unknown[0]!r} is not in the data; {closest(unknown[0], present)}")
         is_control = (labels["perturbation"] == self.control).to_numpy()
@@ -546,8 +564,6 @@ class StateProcessor(ProcessorMixin):
                     "some, or leave the context out with context="
                 )
             groups[name] = rows
-        if not groups:
-            raise ValueError("the data hold no cells, so no control cells")
         return groups
 
     def cut(self, rows: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
@@ -638,7 +654,14 @@ def _take(matrix, rows):
         taken = taken.to_memory()
     if isinstance(taken, pd.DataFrame):
         taken = taken.to_numpy()
-    return sp.csr_matrix(taken) if sp.issparse(taken) else np.asarray(taken)
+    if not sp.issparse(taken):
+        return np.asarray(taken)
+    taken = sp.csr_matrix(taken)
+    if not taken.has_canonical_format:
+        # An entry that stands in parts would be checked, and log1p-transformed, part by part.
+        taken = taken.copy()
+        taken.sum_duplicates()
+    return taken
 
 
 def _check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):

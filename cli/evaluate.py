@@ -20,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.evaluation.comparison import evaluate_files, format_table, write_table
+    from cellstate.evaluation.comparison import check_table_path, evaluate_files, format_table, write_table
 
+    if args.output:
+        check_table_path(args.output)
     keys = {name: getattr(args, name) for name in ("perturbation_key", "context_key", "control", "input")}
     table, notes = evaluate_files(args.predicted, args.real, args.train, quiet=args.quiet, **keys)
     for note in notes:

@@ -1,7 +1,8 @@
 """Reading `.h5ad` files, with one clear error for a file that is not whole."""
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import anndata as ad
@@ -37,9 +38,7 @@ def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
         FileNotFoundError: there is no such file.
         ValueError: it is not a whole `.h5ad` file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
+    path = _existing(path)
     with _reading(path):
         return ad.read_h5ad(path)
 
@@ -56,11 +55,9 @@ class H5ADFile:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
-        with _reading(self.path):
-            self._file = h5py.File(self.path, "r")
+        self.path = _existing(path)
+        with ExitStack() as on_error, _reading(self.path):
+            self._file = on_error.enter_context(h5py.File(self.path, "r"))
             self.obs = ad.io.read_elem(self._file["obs"])
             self.var_names = ad.io.read_elem(self._file["var"]).index
             self.obs_names, self.n_obs = self.obs.index, len(self.obs)
@@ -68,6 +65,7 @@ class H5ADFile:
             self.layers = self._readers("layers")
             self.obsm = self._readers("obsm")
             self.uns = ad.io.read_elem(self._file["uns"]) if "uns" in self._file else {}
+            on_error.pop_all()
 
     def _readers(self, name: str) -> dict[str, "RowReader"]:
         return {key: RowReader(node, self.path) for key, node in self._file[name].items()} if name in self._file else {}
@@ -80,36 +78,52 @@ class H5ADFile:
 
 
 class RowReader:
-    """Rows of a dense, CSR or CSC matrix on disk, as ndarray or CSR. Rows near one another are read in one go."""
+    """
+    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go.
+
+    Dense and CSR matrices are read row by row. The rows of a CSC matrix do not stand together, so that it is read
+    whole, at first use.
+    """
 
     _gap = 64
 
     def __init__(self, node: "h5py.Dataset | h5py.Group", path: Path):
-        self.path = path
-        self._dense = isinstance(node, h5py.Dataset)
-        if self._dense:
-            self._matrix = node
-        elif node.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix"):
-            self._matrix = ad.io.sparse_dataset(node)
-            if self._matrix.format == "csc":
-                # Rows of a column-wise matrix cannot be read alone.
-                self._matrix = self._matrix.to_memory().tocsr()
-        else:
-            # A data frame or the like: small, and not a matrix of cells.
-            self._matrix = np.asarray(ad.io.read_elem(node))
-        self.shape = tuple(self._matrix.shape)
+        self.path, self._node = path, node
 
-    def __getitem__(self, rows):
+    @cached_property
+    def _matrix(self):
+        if isinstance(self._node, h5py.Dataset):
+            return self._node
+        if self._node.attrs.get("encoding-type") == "csr_matrix":
+            return ad.io.sparse_dataset(self._node)
+        whole = ad.io.read_elem(self._node)
+        return whole.tocsr() if sp.issparse(whole) else np.asarray(whole)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        with _reading(self.path):
+            return tuple(self._matrix.shape)
+
+    def __getitem__(self, rows: "slice | np.ndarray"):
         with _reading(self.path):
             if isinstance(rows, slice) or len(rows) == 0:
                 return self._matrix[rows if isinstance(rows, slice) else slice(0, 0)]
             rows = np.asarray(rows)
-            starts = np.flatnonzero(np.diff(rows, prepend=rows[0]) > self._gap)
+            breaks = np.flatnonzero(np.abs(np.diff(rows, prepend=rows[0])) > self._gap)
             parts = []
-            for segment in np.split(rows, starts):
-                block = self._matrix[int(segment[0]) : int(segment[-1]) + 1]
-                parts.append(block[segment - segment[0]])
-            return np.concatenate(parts) if self._dense else sp.vstack(parts, format="csr")
+            for segment in np.split(rows, breaks):
+                first = int(segment.min())
+                parts.append(self._matrix[first : int(segment.max()) + 1][segment - first])
+            return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected one .h5ad file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
+    return path
 
 
 @contextmanager

@@ -54,7 +54,8 @@ class SentenceDataset(Dataset):
         small_groups (`str`): what becomes of a group with fewer cells than `set_size`.
 
             - `"pad"`: a shorter sentence, padded with a mask in its batch
-            - `"repeat"`: its cells (and controls) are repeated at random up to `set_size`
+            - `"repeat"`: in training, its cells (and controls) are repeated at random up to `set_size`; in evaluation
+              every cell counts once, as with `"pad"`
         control_sentences (`bool`): in training, also map control cells to control cells of their context.
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
@@ -89,7 +90,8 @@ class SentenceDataset(Dataset):
         if control_matching == "batch" and "batch" not in cells.obs:
             raise ValueError("control_matching='batch' needs batch_key, the obs column with each cell's batch")
         self.cells, self.processor = cells, processor
-        self.set_size, self.seed, self.shuffle, self.small_groups = set_size, seed, shuffle, small_groups
+        self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
+        self.repeat = small_groups == "repeat" and split == "train"
         self.groups = _make_groups(
             cells.obs,
             processor.control,
@@ -132,7 +134,7 @@ class SentenceDataset(Dataset):
         index, targets = self._sentences[i]
         group = self.groups[index]
         generator = np.random.default_rng([self.seed, self.epoch, i, 1])
-        if self.small_groups == "repeat" and len(targets) < self.set_size:
+        if self.repeat and len(targets) < self.set_size:
             extra = self.set_size - len(targets)
             targets = np.concatenate([targets, generator.choice(targets, extra)])
             if len(group.controls) < self.set_size:

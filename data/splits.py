@@ -36,6 +36,13 @@ class Splits:
         for section, names in named.items():
             for name in sorted(names - set(self.datasets)):
                 raise ValueError(f"[{section}] names dataset {name!r}; {closest(name, self.datasets)}")
+        owners: dict[Path, str] = {}
+        for name, paths in self.datasets.items():
+            for path in paths:
+                other = owners.setdefault(Path(path).resolve(), name)
+                if other != name:
+                    # Held out in one, its cells would be trained on in the other.
+                    raise ValueError(f"[datasets]: {path} is in {other!r} and in {name!r}; name each file once")
         if not self.training:
             raise ValueError(f"[training] names no dataset; expected some of {sorted(self.datasets)}")
         for key, split in self.zeroshot.items():
@@ -44,9 +51,13 @@ class Splits:
             if key in self.fewshot:
                 raise ValueError(f"{'.'.join(key)!r} stands in [zeroshot] and [fewshot]: leave it in one of them")
         for key, held in self.fewshot.items():
-            for split in held:
+            for split, names in held.items():
                 if split not in ("val", "test"):
                     raise ValueError(f"[fewshot.{'.'.join(key)!r}] has {split!r}: expected 'val' and 'test'")
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError(
+                        f"[fewshot.{'.'.join(key)!r}] {split} = {names!r}: expected a list of perturbation names"
+                    )
             both = set(held.get("val", [])) & set(held.get("test", []))
             if both:
                 raise ValueError(
@@ -70,9 +81,11 @@ class Splits:
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from error
         sections = ("datasets", "training", "zeroshot", "fewshot")
-        for section in content:
+        for section, values in content.items():
             if section not in sections:
                 raise ValueError(f"{path}: unknown section [{section}]; {closest(section, sections)}")
+            if not isinstance(values, dict):
+                raise ValueError(f"{path}: [{section}] should hold `name = value` lines, found {values!r}")
         if "datasets" not in content:
             raise ValueError(f"{path}: no [datasets] section (name = file, folder or glob)")
         datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
@@ -84,10 +97,16 @@ class Splits:
             # Contexts may hold dots; the dataset is the longest known name before one.
             known = [name for name in datasets if key.startswith(name + ".")]
             if not known:
-                raise ValueError(f"{path}: {key!r} should be 'dataset.context'; {closest(key.split('.')[0], datasets)}")
+                raise ValueError(
+                    f'{path}: {key!r} should be "dataset.context", in quotes; the dataset: '
+                    + closest(key.split(".")[0], datasets)
+                )
             name = max(known, key=len)
             return name, key[len(name) + 1 :]
 
+        for key, held in content.get("fewshot", {}).items():
+            if not isinstance(held, dict):
+                raise ValueError(f'{path}: [fewshot] {key} = {held!r}: expected a section [fewshot."dataset.context"]')
         return cls(
             datasets=datasets,
             training=set(content.get("training", {})),

@@ -24,8 +24,8 @@ def evaluate_files(
     Score predicted cells of each (context, perturbation) against the real ones.
 
     All methods are judged on the same real cells, and the change of each is taken from the mean of the same real
-    control cells. The baselines learn from `train`; its cells that are among the evaluated real ones (by barcode) are
-    left out, so that the whole screen may be given.
+    control cells. The baselines learn from `train`; its cells that are among the evaluated real ones (by barcode and
+    labels) are left out, so that the whole screen may be given.
 
     Args:
         predicted: `.h5ad` that `cellstate predict` wrote, or one laid out alike.
@@ -43,7 +43,7 @@ def evaluate_files(
     """
     notes: list[str] = []
     with H5ADFile(predicted) as guess, H5ADFile(real) as truth, H5ADFile(train) as training:
-        reader, processor = _readers(guess, keys)
+        reader, processor = readers_of(guess, keys)
         scored = reader.labels(guess), processor.labels(truth)
         pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].drop_duplicates().to_numpy()]
         there = set(map(tuple, scored[1][["context", "perturbation"]].drop_duplicates().to_numpy()))
@@ -57,9 +57,14 @@ def evaluate_files(
         if missing:
             notes.append(f"{len(missing)} predicted groups have no real cells and are not scored: {missing[:10]}")
 
-        evaluated = pd.MultiIndex.from_frame(scored[1][["context", "perturbation"]]).isin(common)
         labels = processor.labels(training)
-        seen = labels.index.isin(scored[1].index[evaluated])
+        # Barcodes alone do not tell cells apart: files often number their cells from 0.
+        real_cells, train_cells = (
+            pd.MultiIndex.from_arrays([frame["context"], frame["perturbation"], frame.index])
+            for frame in (scored[1], labels)
+        )
+        evaluated = real_cells.droplevel(2).isin(common)
+        seen = train_cells.isin(real_cells[evaluated])
         if seen.any():
             notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
         rows = np.flatnonzero(~seen)
@@ -122,10 +127,8 @@ def format_table(table: pd.DataFrame) -> str:
 
 def write_table(table: pd.DataFrame, output: str | os.PathLike):
     """Write `.csv` or `.json`, whole or not at all."""
-    output = Path(output)
+    output = check_table_path(output)
     partial = output.with_name(f".{output.name}.partial")
-    if output.suffix not in (".csv", ".json"):
-        raise ValueError(f"--output {output}: expected a name that ends in .csv or .json")
     try:
         if output.suffix == ".csv":
             table.to_csv(partial, index=False)
@@ -137,9 +140,19 @@ def write_table(table: pd.DataFrame, output: str | os.PathLike):
         partial.unlink(missing_ok=True)
 
 
-def _readers(guess: H5ADFile, keys: dict) -> tuple[StateProcessor, StateProcessor]:
+def check_table_path(output: str | os.PathLike) -> Path:
+    """Refuse, before any work, an output that [`write_table`] could not write."""
+    output = Path(output)
+    if output.suffix not in (".csv", ".json"):
+        raise ValueError(f"--output {output}: expected a name that ends in .csv or .json")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+    return output
+
+
+def readers_of(guess: H5ADFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Processors that read the predicted cells as they are, and real ones in their units and genes."""
-    settings = {name: value for name, value in keys.items() if value is not None}
+    settings = {name: value for name, value in (keys or {}).items() if value is not None}
     recorded = guess.uns.get("cellstate", {}).get("processor")
     if recorded is not None:
         settings = {**json.loads(str(recorded)), **settings}
@@ -151,7 +164,10 @@ def _readers(guess: H5ADFile, keys: dict) -> tuple[StateProcessor, StateProcesso
         settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
     else:
         settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
-    return StateProcessor(**{**settings, "input": "X", "normalize": "none"}), StateProcessor(**settings)
+    # Predictions are taken as they are: a model's counts are not whole numbers, and its expression may be negative.
+    labels = {name: settings[name] for name in ("perturbation_key", "context_key", "control") if name in settings}
+    as_they_are = StateProcessor(values="embedding", feature_dim=len(guess.var_names), **labels)
+    return as_they_are, StateProcessor(**settings)
 
 
 def _is(frame: pd.DataFrame, context: str, perturbation: str) -> np.ndarray:

@@ -67,8 +67,11 @@ def predict_file(
         OSError: the output cannot be written; nothing is left behind.
     """
     output = Path(output)
-    if cells_per_perturbation is not None and cells_per_perturbation < 1:
-        raise ValueError(f"cells_per_perturbation must be at least 1, found {cells_per_perturbation}")
+    for name, value in (("cells_per_perturbation", cells_per_perturbation), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, found {value}")
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; name the .h5ad file to write")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
     if output.exists() and Path(adata_path).exists() and output.samefile(adata_path):
@@ -118,7 +121,7 @@ def predict_file(
 def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
     arms, first = [], 0
     for context, rows in chosen.items():
-        names = perturbations
+        names = None if perturbations is None else list(dict.fromkeys(perturbations))
         if names is None:
             own = labels.loc[(labels["context"] == context).to_numpy(), "perturbation"]
             names = [name for name in pd.unique(own) if name != processor.control]

@@ -1,8 +1,10 @@
 """A training run as one YAML file with flags on top: sections `data`, `model` and `training`."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -55,12 +57,8 @@ class DataArguments:
 
     def __post_init__(self):
         simple = ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
-        for name in simple:
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, [value])
-        if isinstance(self.contexts, str):
-            self.contexts = [self.contexts]
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, _checked(option, getattr(self, option.name)))
         if (self.splits is None) == (self.datasets is None):
             raise ValueError(
                 "data: set one of `splits` (a TOML file) and `datasets` (files), found "
@@ -132,6 +130,29 @@ class DataArguments:
         return present
 
 
+def _checked(option: dataclasses.Field, value):
+    """The value of a field as its type says. A whole number where names are expected is a name, as in `control: 0`."""
+
+    def as_name(item):
+        return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
+
+    takes_list, takes_text = isinstance([], option.type), isinstance("", option.type)
+    if takes_list and not isinstance(1, option.type) and isinstance(value, str | int):
+        value = [value]
+    if isinstance(value, list):
+        value = [as_name(item) for item in value]
+    elif takes_text:
+        value = as_name(value)
+    fits = isinstance(value, option.type) and (option.type is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+        expected = option.type.__name__ if isinstance(option.type, type) else str(option.type)
+        raise ValueError(
+            f"data.{option.name}: expected {expected}, found {value!r}"
+            + ("; a name that reads as something else stands in quotes" if takes_list or takes_text else "")
+        )
+    return value
+
+
 @dataclass
 class RunConfig:
     """The three sections: data arguments, model fields (`preset` and any field of the config), training arguments."""
@@ -157,7 +178,7 @@ def load_run_config(path: str, flags: list[str], model_fields: set[str], trainin
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such run configuration (looked from {Path.cwd()})")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     known = {
@@ -193,6 +214,10 @@ def load_run_config(path: str, flags: list[str], model_fields: set[str], trainin
                 f"--{name} is a field of {sections}: write --{sections[0]}.{name} or --{sections[1]}.{name}"
             )
         merged[sections[0]][name] = value
+    for name, value in merged["training"].items():
+        if name.endswith("_strategy") and value is False:
+            # YAML reads the strategy `no` as false.
+            merged["training"][name] = "no"
     return RunConfig(DataArguments(**merged["data"]), merged["model"], merged["training"])
 
 
@@ -219,15 +244,33 @@ def _parse_flags(flags: list[str]):
         yield name, True if not values else values[0] if len(values) == 1 else values
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words are what they look like: 1e-4 is a number, 010, 12:30 and 2020-01-01 are text."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"(?i:true|false|yes|no|on|off)", list("tTfFyYnNoO")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
 def _parse_value(word: str):
-    try:
-        value = yaml.safe_load(word)
-    except yaml.YAMLError:
-        return word
-    # YAML 1.1 reads 1e-4 as a string.
-    if isinstance(value, str):
+    """A word of the command line as YAML reads it: a plain word, or a list, mapping or text in quotes."""
+    if word.startswith(("[", "{", '"', "'")):
         try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+            return yaml.load(word, _Loader)
+        except yaml.YAMLError:
+            return word
+    # Not through the parser, to which a lone | or # or - is structure.
+    loader = _Loader("")
+    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, word, (True, False)), word))
