@@ -163,6 +163,15 @@ except subprocess.CalledProcessError as error:
 common = load(SOURCE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors of this size gain nothing from a second thread, and lose much where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class StateInLibraryTerms(StateForPerturbation):
     """The model for the tests that read a loss off its output, or give it a mask under the library's name."""
 
