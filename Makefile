@@ -12,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/.installed
-	$(BIN)/python demo.py
+	$(BIN)/python examples/demo.py
 
 test: .venv/.installed
 	$(BIN)/python -m pytest

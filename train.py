@@ -5,7 +5,9 @@ import logging
 import os
 import sys
 
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from cellstate.configuration_state import StateConfig
 from cellstate.data.cells import Cells, load_cells
@@ -140,9 +142,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if "val" not in datasets:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
+    disable_progress_bar()  # that of writing files; training keeps its own
     # Every process starts from the same weights, whatever was drawn before.
-    from transformers import set_seed
-
     set_seed(args.seed)
     model = StateForPerturbation(config)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")

@@ -7,21 +7,24 @@ import scipy.sparse as sp
 
 
 def simulate_screen(
-    num_contexts: int = 6,
+    num_contexts: int = 12,
     num_perturbations: int = 8,
     num_genes: int = 300,
-    cells_per_group: int = 80,
+    cells_per_group: int = 40,
     num_batches: int = 2,
+    num_lineages: int = 3,
     combinations: list[tuple[int, int]] | None = None,
     effect: float = 1.0,
     seed: int = 0,
 ) -> ad.AnnData:
     """
-    Cells with gene programmes: contexts differ in programme activity, perturbations move a few programmes and genes,
-    a tenth of the strength of the effect depends on the context. Counts are Gamma-Poisson with a per-cell depth.
+    Cells with gene programmes. Contexts differ in programme activity, those of one lineage less than others; a
+    perturbation moves a few programmes and genes, the more the higher the context's activity of one programme (its
+    "receptor"), so that how a context responds can be read off its unperturbed cells and those of its relatives. Counts are Gamma-Poisson with a per-cell depth.
 
     Args:
-        num_contexts, num_perturbations, num_genes, cells_per_group, num_batches (`int`): sizes. Each context has
+        num_contexts, num_perturbations, num_genes, cells_per_group, num_batches, num_lineages (`int`):
+            sizes. Each context has
             `cells_per_group` cells of each perturbation and twice as many control cells.
         combinations (`list[tuple[int, int]]`, *optional*): pairs of perturbations also applied together; their
             effects add up on the log scale.
@@ -37,25 +40,28 @@ def simulate_screen(
     loadings = rng.gamma(0.4, 1.0, (num_programmes, num_genes)) * rng.choice([-1, 1], (num_programmes, num_genes))
     loadings *= rng.random((num_programmes, num_genes)) < 0.15
     base = rng.normal(-0.5, 1.3, num_genes)
-    contexts = rng.normal(0, 1.0, (num_contexts, num_programmes))
+    lineages = rng.normal(0, 1.0, (num_lineages, num_programmes))
+    contexts = lineages[np.arange(num_contexts) % num_lineages] + rng.normal(0, 0.3, (num_contexts, num_programmes))
     moves = np.zeros((num_perturbations, num_genes))
     for p in range(num_perturbations):
         programmes = rng.choice(num_programmes, 2, replace=False)
         moves[p] = effect * (rng.normal(0, 0.8, 2) @ loadings[programmes])
         genes = rng.choice(num_genes, max(1, num_genes // 30), replace=False)
         moves[p, genes] += effect * rng.normal(0, 1.2, len(genes))
+    receptors = rng.integers(num_programmes, size=num_perturbations)
     batches = rng.normal(0, 0.1, (num_batches, num_genes))
 
-    arms = [("control", np.zeros(num_genes), 2 * cells_per_group)]
-    arms += [(f"pert_{p}", moves[p], cells_per_group) for p in range(num_perturbations)]
-    arms += [(f"pert_{a}+pert_{b}", moves[a] + moves[b], cells_per_group) for a, b in combinations or []]
+    arms = [("control", (), 2 * cells_per_group)]
+    arms += [(f"pert_{p}", (p,), cells_per_group) for p in range(num_perturbations)]
+    arms += [(f"pert_{a}+pert_{b}", (a, b), cells_per_group) for a, b in combinations or []]
     counts, obs = [], []
     for c in range(num_contexts):
-        for name, move, n in arms:
-            local = 1 + 0.1 * rng.normal(size=num_genes)
+        response = 2 / (1 + np.exp(-2 * contexts[c, receptors]))
+        for name, parts, n in arms:
+            move = sum((response[p] * moves[p] for p in parts), np.zeros(num_genes))
             batch = rng.integers(num_batches, size=n)
             activity = contexts[c] + rng.normal(0, 0.3, (n, num_programmes))
-            log_rate = base + activity @ loadings + batches[batch] + move * local
+            log_rate = base + activity @ loadings + batches[batch] + move
             rate = np.exp(np.clip(log_rate, -8, 5))
             depth = rng.lognormal(0.0, 0.25, (n, 1)) * 3 * num_genes
             mean = depth * rate / rate.sum(axis=1, keepdims=True)

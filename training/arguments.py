@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -28,6 +29,9 @@ class StateTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Batches hold the model's inputs only."})
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Keys of a batch that are targets."}
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin batches, where there is an accelerator."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})

@@ -1,0 +1,62 @@
+"""Pictures of how predicted cells match observed ones."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from cellstate.data.reading import H5ADFile
+from cellstate.evaluation.comparison import readers_of
+from cellstate.evaluation.metrics import pearson_of_change
+
+
+def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, output: str | os.PathLike, most: int = 12):
+    """
+    One panel per (context, perturbation): each gene's predicted against its observed mean change from control.
+
+    Args:
+        predicted, real: files as of [`evaluate_files`].
+        output: picture to write, whole or not at all; its ending says the format.
+        most (`int`): panels at most, those with the strongest observed change.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = []
+    with H5ADFile(predicted) as guess, H5ADFile(real) as truth:
+        reader, processor = readers_of(guess)
+        guessed, observed = reader.labels(guess), processor.labels(truth)
+        for (context, perturbation), rows in guessed.groupby(["context", "perturbation"]).indices.items():
+            here = (observed["context"] == context).to_numpy()
+            treated = np.flatnonzero(here & (observed["perturbation"] == perturbation).to_numpy())
+            controls = np.flatnonzero(here & (observed["perturbation"] == processor.control).to_numpy())
+            if perturbation == processor.control or not len(treated) or not len(controls):
+                continue
+            base = processor.features(truth, controls).mean(axis=0)
+            change = processor.features(truth, treated).mean(axis=0) - base
+            panels.append((f"{context}, {perturbation}", reader.features(guess, rows).mean(axis=0) - base, change))
+    if not panels:
+        raise ValueError(f"{predicted} and {real} have no (context, perturbation) with real cells and controls in common")
+    panels = sorted(panels, key=lambda panel: -np.abs(panel[2]).mean())[:most]
+
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, x, y) in enumerate(panels):
+        axis = figure.add_subplot(lines, columns, i + 1)
+        limit = 1.05 * max(np.abs(x).max(), np.abs(y).max(), 1e-6)
+        axis.axline((0, 0), slope=1, color="0.8", linewidth=1, zorder=0)
+        axis.scatter(y, x, s=6, alpha=0.6, linewidths=0)
+        correlation = pearson_of_change(x, y, np.zeros_like(x))
+        axis.set(title=f"{title}\nPearson {correlation:.2f}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axis.title.set_fontsize(9)
+    figure.supxlabel("observed mean change")
+    figure.supylabel("predicted mean change")
+    output = Path(output)
+    partial = output.with_name(f".partial-{output.name}")
+    try:
+        figure.savefig(partial, dpi=130)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
