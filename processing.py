@@ -649,11 +649,9 @@ def _some(names, count: int = 10) -> str:
 
 def _take(matrix, rows):
     """Some rows of an in-memory or backed, dense or sparse matrix, in memory: CSR or ndarray."""
-    taken = matrix[rows]
+    taken = matrix.iloc[rows].to_numpy() if isinstance(matrix, pd.DataFrame) else matrix[rows]
     if not sp.issparse(taken) and hasattr(taken, "to_memory"):
         taken = taken.to_memory()
-    if isinstance(taken, pd.DataFrame):
-        taken = taken.to_numpy()
     if not sp.issparse(taken):
         return np.asarray(taken)
     taken = sp.csr_matrix(taken)
