@@ -137,12 +137,12 @@ def _checked(option: dataclasses.Field, value):
         return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
 
     takes_list, takes_text = isinstance([], option.type), isinstance("", option.type)
-    if takes_list and not isinstance(1, option.type) and isinstance(value, str | int):
-        value = [value]
     if isinstance(value, list):
         value = [as_name(item) for item in value]
-    elif takes_text:
+    elif not isinstance(1, option.type):
         value = as_name(value)
+    if takes_list and isinstance(value, str):
+        value = [value]
     fits = isinstance(value, option.type) and (option.type is bool or not isinstance(value, bool))
     if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
         expected = option.type.__name__ if isinstance(option.type, type) else str(option.type)

@@ -1,0 +1,473 @@
+"""What is trained on and what is held out: split files, their assignment to cells, and run configurations."""
+
+import re
+import warnings
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from cellstate.data import Splits, load_cells, simulate_screen
+from cellstate.processing import StateProcessor
+from cellstate.training.run_config import DataArguments, load_run_config
+
+
+CONTEXTS = ["type_0", "type_1", "type_2"]
+PERTURBATIONS = ["pert_0", "pert_1", "pert_2", "pert_0+pert_1"]
+
+
+def screen(seed=0) -> ad.AnnData:
+    return simulate_screen(
+        num_contexts=3, num_perturbations=3, num_genes=40, cells_per_group=6, combinations=[(0, 1)], seed=seed
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with one screen in two files, and another one in one file."""
+    folder = tmp_path_factory.mktemp("screens")
+    (folder / "parts").mkdir()
+    one = screen()
+    first = (one.obs["cell_type"] == "type_0").to_numpy()
+    one[first].write_h5ad(folder / "parts" / "a.h5ad")
+    one[~first].write_h5ad(folder / "parts" / "b.h5ad")
+    other = screen(seed=1)
+    other.obs["cell_type"] = other.obs["cell_type"].cat.rename_categories({"type_2": "CD4.T"})
+    other.write_h5ad(folder / "other.h5ad")
+    return folder
+
+
+def toml(tmp_path, text: str):
+    path = tmp_path / "splits.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# The file
+
+
+def test_the_published_format(files, tmp_path):
+    path = toml(
+        tmp_path,
+        f"""
+        [datasets]
+        folder = "{files}/parts"
+        glob = "{files}/oth*.h5ad"
+
+        [training]
+        folder = "train"
+        glob = "train"
+
+        [zeroshot]
+        "folder.type_2" = "test"
+        "glob.CD4.T" = "val"
+
+        [fewshot."folder.type_0"]
+        val = ["pert_1"]
+        test = ["pert_0", "pert_0+pert_1"]
+        """,
+    )
+    splits = Splits.from_toml(path)
+    assert splits.datasets == {
+        "folder": [files / "parts" / "a.h5ad", files / "parts" / "b.h5ad"],
+        "glob": [files / "other.h5ad"],
+    }
+    assert splits.training == {"folder", "glob"}
+    assert splits.zeroshot == {("folder", "type_2"): "test", ("glob", "CD4.T"): "val"}
+    assert splits.fewshot == {("folder", "type_0"): {"val": ["pert_1"], "test": ["pert_0", "pert_0+pert_1"]}}
+
+
+def test_the_longest_dataset_name_is_the_dataset(files, tmp_path):
+    head = f'[datasets]\nlab = "{files}/other.h5ad"\n"lab.a" = "{files}/parts"\n[training]\nlab = "train"\n'
+    splits = Splits.from_toml(toml(tmp_path, head + '[zeroshot]\n"lab.a.x" = "test"\n"lab.b.c" = "val"'))
+    assert splits.zeroshot == {("lab.a", "x"): "test", ("lab", "b.c"): "val"}
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ('[zeroshot]\n"one.type_0" = "tset"', "[zeroshot] 'one.type_0' = 'tset': expected 'val' or 'test'"),
+        ('[zeroshot]\n"two.type_0" = "test"', "'two.type_0' should be \"dataset.context\", in quotes"),
+        ('[zeroshot]\none.type_0 = "test"', "'one' should be \"dataset.context\", in quotes"),
+        ('[fewshot.one.type_0]\nval = ["pert_0"]', "'one' should be \"dataset.context\", in quotes"),
+        ('[fewshot."one.type_0"]\ndev = ["pert_0"]', "has 'dev': expected 'val' and 'test'"),
+        ('[fewshot."one.type_0"]\nval = "pert_0"', "val = 'pert_0': expected a list of perturbation names"),
+        ('[fewshot]\n"one.type_0" = "test"', 'expected a section [fewshot."dataset.context"]'),
+        (
+            '[fewshot."one.type_0"]\nval = ["pert_0", "pert_1"]\ntest = ["pert_1"]',
+            "['pert_1'] are in val and test; a pair has one split",
+        ),
+        (
+            '[zeroshot]\n"one.type_0" = "test"\n[fewshot."one.type_0"]\nval = ["pert_0"]',
+            "'one.type_0' stands in [zeroshot] and [fewshot]",
+        ),
+        ('[zero_shot]\n"one.type_0" = "test"', "unknown section [zero_shot]; did you mean 'zeroshot'"),
+        ('[zeroshot]\n"one.type_0" = "val"\n"one.type_0" = "test"', "is not valid TOML"),
+    ],
+)
+def test_files_that_contradict_themselves(files, tmp_path, body, message):
+    path = toml(tmp_path, f'[datasets]\none = "{files}/parts"\n[training]\none = "train"\n{body}')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Splits.from_toml(path)
+
+
+@pytest.mark.parametrize(
+    "text, error, message",
+    [
+        ('[training]\none = "train"', ValueError, "no [datasets] section"),
+        ('[datasets]\none = "{files}/gone.h5ad"', FileNotFoundError, "gone.h5ad: no such file"),
+        ('[datasets]\none = "{files}/parts"', ValueError, "[training] names no dataset; expected some of ['one']"),
+        ('[datasets]\none = "{files}/parts"\n[training]\non = "train"', ValueError, "[training] names dataset 'on'"),
+        ('[datasets]\none = "{files}/parts"\n[training]\none = "test"', ValueError, "one = 'test': expected 'train'"),
+        ('training = ["one"]\n[datasets]\none = "{files}/parts"', ValueError, "[training] should hold `name = value`"),
+        (
+            '[datasets]\none = "{files}/parts"\ntwo = "{files}/*/a.h5ad"\n[training]\none = "train"',
+            ValueError,
+            "is in 'one' and in 'two'; name each file once",
+        ),
+        ("[datasets", ValueError, "is not valid TOML"),
+    ],
+)
+def test_files_that_are_not_right(files, tmp_path, text, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Splits.from_toml(toml(tmp_path, text.replace("{files}", str(files))))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.toml: no such TOML file"):
+        Splits.from_toml(tmp_path / "gone.toml")
+
+
+# Assignment
+
+
+def splits_of(files, **held) -> Splits:
+    return Splits({"one": [files / "parts" / "a.h5ad", files / "parts" / "b.h5ad"]}, {"one"}, **held)
+
+
+def test_every_cell_gets_the_split_of_its_pair(files):
+    splits = splits_of(
+        files,
+        zeroshot={("one", "type_2"): "test"},
+        fewshot={("one", "type_1"): {"val": ["pert_1"], "test": ["pert_0+pert_1"]}},
+    )
+    cells, processor = load_cells(splits, batch_key="batch")
+    obs = cells.obs
+    expected = [
+        "control"
+        if p == "control"
+        else "test"
+        if c == "type_2" or (c, p) == ("type_1", "pert_0+pert_1")
+        else "val"
+        if (c, p) == ("type_1", "pert_1")
+        else "train"
+        for c, p in zip(obs["context"], obs["perturbation"])
+    ]
+    assert obs["split"].tolist() == expected
+    whole = screen()
+    order = np.argsort(whole.obs["cell_type"] != "type_0", kind="stable")  # as the two files have them
+    assert obs.index.tolist() == whole.obs_names[order].tolist()
+    assert obs["batch"].tolist() == whole.obs["batch"].iloc[order].tolist()
+    np.testing.assert_array_equal(cells.features, processor.features(whole[order].copy()))
+    assert (obs["dataset"] == "one").all()
+    pairs = obs[obs["split"] != "control"].groupby(["dataset", "context", "perturbation"], observed=True)["split"]
+    assert (pairs.nunique() == 1).all()
+
+
+def test_the_processor_knows_training_contexts_alone(files):
+    _, processor = load_cells(splits_of(files, zeroshot={("one", "type_2"): "test"}))
+    assert processor.vocabulary.contexts == ["type_0", "type_1"]
+    assert processor.vocabulary.perturbations == ["pert_0", "pert_1", "pert_2"]
+
+
+@pytest.mark.parametrize(
+    "held, message",
+    [
+        ({"zeroshot": {("one", "type_5"): "test"}}, "[zeroshot] names context 'type_5' of 'one', which is not there"),
+        (
+            {"fewshot": {("one", "type_0"): {"test": ["pert_9"]}}},
+            "[fewshot] holds out 'pert_9' in one.type_0, which does not have it; did you mean",
+        ),
+        ({"fewshot": {("one", "type_0"): {"test": ["control"]}}}, "[fewshot] holds out 'control'"),
+        ({"zeroshot": {("one", c): "test" for c in CONTEXTS}}, "the splits leave no cell for training"),
+        ({"zeroshot": {("two", "type_0"): "test"}}, "[zeroshot] names dataset 'two'"),
+    ],
+)
+def test_what_is_named_must_exist(files, held, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_cells(splits_of(files, **held))
+
+
+def test_a_perturbation_without_training_cells_cannot_be_held_out(files):
+    held = {("one", c): {"test": ["pert_2"]} for c in CONTEXTS}
+    with pytest.raises(ValueError, match=r"1 perturbations held out for test have no training cell .*\['pert_2'\]"):
+        load_cells(splits_of(files, fewshot=held))
+    # The doubles may be: both singles are trained on.
+    held = {("one", c): {"val": ["pert_0+pert_1"]} for c in CONTEXTS}
+    cells, _ = load_cells(splits_of(files, fewshot=held))
+    assert set(cells.obs.loc[cells.obs["split"] == "val", "perturbation"]) == {"pert_0+pert_1"}
+    # Singles may be held out where only the double was trained on.
+    held = {("one", c): {"test": ["pert_0"]} for c in CONTEXTS}
+    load_cells(splits_of(files, fewshot=held))
+
+
+def test_several_datasets(files):
+    splits = Splits(
+        {"one": [files / "parts" / "a.h5ad"], "other": [files / "other.h5ad"]},
+        {"one"},
+        {("other", "CD4.T"): "test"},
+    )
+    cells, processor = load_cells(splits)
+    obs = cells.obs
+    assert set(obs["dataset"]) == {"one", "other"}
+    perturbed = obs[obs["split"] != "control"]
+    found = perturbed.groupby(["dataset", "context"], observed=True)["split"].unique().map(list).to_dict()
+    assert found == {
+        ("one", "type_0"): ["train"],
+        ("other", "type_0"): ["unused"],
+        ("other", "type_1"): ["unused"],
+        ("other", "CD4.T"): ["test"],
+    }
+    assert processor.vocabulary.contexts == ["type_0"]
+
+
+def test_the_same_context_in_two_datasets_is_two(files):
+    splits = Splits(
+        {"one": [files / "parts" / "a.h5ad"], "other": [files / "other.h5ad"]},
+        {"one", "other"},
+        {("other", "type_0"): "test"},
+    )
+    obs = load_cells(splits)[0].obs
+    here = (obs["context"] == "type_0") & (obs["perturbation"] == "pert_0")
+    assert set(obs.loc[here & (obs["dataset"] == "one"), "split"]) == {"train"}
+    assert set(obs.loc[here & (obs["dataset"] == "other"), "split"]) == {"test"}
+
+
+def test_contexts_can_be_chosen(files):
+    cells, processor = load_cells(splits_of(files), contexts=["type_0", "type_2"])
+    assert set(cells.obs["context"]) == {"type_0", "type_2"} == set(processor.vocabulary.contexts)
+    with pytest.raises(ValueError, match="contexts names 'type_7', which is not in the data; did you mean"):
+        load_cells(splits_of(files), contexts=["type_0", "type_7"])
+
+
+def test_an_existing_processor_is_used_as_it_is(files):
+    _, processor = load_cells(splits_of(files), genes=["gene_3", "gene_1"])
+    cells, same = load_cells(splits_of(files, zeroshot={("one", "type_2"): "val"}), processor=processor)
+    assert same is processor and cells.features.shape[1] == 2
+
+
+def test_highly_variable_genes_come_from_training_cells_alone(tmp_path):
+    def genes(adata, **options):
+        adata.write_h5ad(tmp_path / "screen.h5ad")
+        splits = Splits(
+            {"one": [tmp_path / "screen.h5ad"]},
+            {"one"},
+            zeroshot={("one", "type_2"): "test"},
+            fewshot={("one", "type_1"): {"val": ["pert_1"], "test": ["pert_0"]}},
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load_cells(splits, genes=10, **options)[1].vocabulary.genes
+
+    plain, wild = screen(), screen()
+    obs = wild.obs
+    held = (obs["cell_type"] == "type_2") | (
+        (obs["cell_type"] == "type_1") & obs["perturbation"].isin(["pert_0", "pert_1"])
+    )
+    # Held-out cells, the controls of the held-out context among them: some genes switched off, others at random.
+    counts = wild.X.toarray()
+    noise = np.random.default_rng(0).poisson(50, (held.sum(), counts.shape[1])) * (np.arange(counts.shape[1]) % 3 == 0)
+    counts[held.to_numpy()] = noise
+    wild.X = type(wild.X)(counts)
+
+    assert genes(wild) == genes(plain)
+    assert len(genes(plain)) == 10
+    assert genes(wild, hvg_on_all=True) != genes(plain, hvg_on_all=True)
+
+
+def test_normalisation_uses_nothing_of_other_cells(files):
+    with_held, _ = load_cells(splits_of(files, zeroshot={("one", "type_2"): "test"}))
+    without, _ = load_cells(splits_of(files), contexts=["type_0", "type_1"])
+    kept = (with_held.obs["context"] != "type_2").to_numpy()
+    np.testing.assert_array_equal(with_held.features[kept], without.features)
+
+
+def test_expression_beside_an_embedding_is_loaded(tmp_path):
+    adata = screen()
+    adata.obsm["X_emb"] = np.random.default_rng(0).normal(size=(adata.n_obs, 4)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    splits = Splits({"one": [tmp_path / "screen.h5ad"]}, {"one"})
+    cells, processor = load_cells(splits, input="obsm/X_emb", gene_input="X")
+    np.testing.assert_array_equal(cells.features, adata.obsm["X_emb"])
+    np.testing.assert_array_equal(cells.genes, StateProcessor.fit(adata).features(adata))
+    assert load_cells(splits, input="obsm/X_emb")[0].genes is None
+
+
+# The simple fields of a run
+
+
+def test_held_out_contexts_and_perturbations(files):
+    data = DataArguments(
+        datasets={"one": f"{files}/parts", "other": f"{files}/other.h5ad"},
+        test_contexts="type_1",
+        val_contexts=["CD4.T"],
+        test_perturbations=["pert_0+pert_1"],
+    )
+    splits = data.resolve_splits()
+    assert splits.training == {"one", "other"}
+    assert splits.zeroshot == {("one", "type_1"): "test", ("other", "type_1"): "test", ("other", "CD4.T"): "val"}
+    held = {"test": ["pert_0+pert_1"], "val": []}
+    assert splits.fewshot == {("one", "type_0"): held, ("one", "type_2"): held, ("other", "type_0"): held}
+    splits.assign({(d, c): PERTURBATIONS for d in ("one", "other") for c in [*CONTEXTS, "CD4.T"]})
+
+
+def test_nothing_held_out(files):
+    data = DataArguments(datasets=f"{files}/other.h5ad")
+    splits = data.resolve_splits()
+    assert splits == Splits({"other": [files / "other.h5ad"]}, {"other"})
+    assert set(load_cells(splits)[0].obs["split"]) == {"train", "control"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"test_contexts": ["type_8"]}, "data: held-out context 'type_8' is not in the data; did you mean 'type_"),
+        ({"val_perturbations": ["pert9"]}, "data: held-out perturbation 'pert9' is not in the data; did you mean"),
+        ({"test_contexts": ["type_1"], "contexts": ["type_0"]}, "held-out context 'type_1' is not in the data"),
+        (
+            {"test_contexts": ["type_1"], "val_contexts": ["type_1"]},
+            "data: ['type_1'] are in val_contexts and test_contexts; a pair has one split",
+        ),
+        ({"test_perturbations": ["pert_1"], "val_perturbations": ["pert_1"]}, "are in val_perturbations and test_"),
+        ({"splits": "a.toml"}, "set one of `splits` (a TOML file) and `datasets` (files), found both"),
+        ({"datasets": None}, "found neither"),
+        ({"datasets": None, "splits": "a.toml", "test_contexts": ["x"]}, "with a `splits` file, say there"),
+        ({"hvg_on_all": "maybe"}, "data.hvg_on_all: expected bool, found 'maybe'"),
+        ({"test_contexts": False}, "data.test_contexts: expected list, found False; a name that reads as something"),
+        ({"test_contexts": [["type_0"]]}, "data.test_contexts: expected list"),
+        ({"control": None}, "data.control: expected str, found None"),
+        ({"genes": 2.5}, "data.genes: expected int | list | None, found 2.5"),
+        ({"genes": True}, "data.genes: expected int | list | None, found True"),
+    ],
+)
+def test_data_sections_that_cannot_be(files, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DataArguments(**{"datasets": f"{files}/parts", **options}).resolve_splits()
+
+
+def test_names_that_are_numbers(files):
+    data = DataArguments(datasets="x", control=0, test_perturbations=[1, "2"], contexts=7, genes=[3, "g"])
+    assert (data.control, data.test_perturbations, data.contexts, data.genes) == ("0", ["1", "2"], ["7"], ["3", "g"])
+    assert DataArguments(datasets="x", genes=5).genes == 5
+
+
+# YAML and flags
+
+
+MODEL, TRAINING = (
+    {"hidden_size", "residual", "seed"},
+    {"learning_rate", "max_steps", "output_dir", "seed", "save_strategy"},
+)
+
+
+def run(tmp_path, text: str, *flags: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_run_config(str(path), list(flags), MODEL, TRAINING)
+
+
+YAML = """
+data: {datasets: {kang: kang.h5ad}, test_contexts: [NK], genes: 2000}
+model:
+  preset: tiny
+  hidden_size: 64
+training:
+  learning_rate: 1e-4
+  max_steps: 10
+"""
+
+
+def test_flags_win_over_the_file(tmp_path):
+    plain = run(tmp_path, YAML)
+    assert plain.data == DataArguments(datasets={"kang": "kang.h5ad"}, test_contexts=["NK"], genes=2000)
+    assert plain.model == {"preset": "tiny", "hidden_size": 64}
+    assert plain.training == {"learning_rate": 1e-4, "max_steps": 10}
+
+    flags = ["--test_contexts", "CD4 T", "B", "--learning_rate=3e-4", "--model.hidden_size", "128", "--genes", "null"]
+    flagged = run(tmp_path, YAML, *flags, "--max-steps", "7", "--hvg_on_all", "--training.output_dir", "runs/a=b")
+    assert (
+        flagged.data.test_contexts == ["CD4 T", "B"] and flagged.data.genes is None and flagged.data.hvg_on_all is True
+    )
+    assert flagged.model == {"preset": "tiny", "hidden_size": 128}
+    assert flagged.training == {"learning_rate": 3e-4, "max_steps": 7, "output_dir": "runs/a=b"}
+
+
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("1e-4", 1e-4),
+        ("-2.5E3", -2500.0),
+        (".5", 0.5),
+        ("12", 12),
+        ("-3", -3),
+        ("0", 0),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("010", "010"),
+        ("12:30", "12:30"),
+        ("2020-01-01", "2020-01-01"),
+        ("1_000", "1_000"),
+        ("nan", "nan"),
+        ("a: b", "a: b"),
+        ("|", "|"),
+        ("#1", "#1"),
+        ("-", "-"),
+        ("'true'", "true"),
+        ('"12"', "12"),
+        ("[1e-3, x]", [1e-3, "x"]),
+        ("{a: 1}", {"a": 1}),
+        ("[unclosed", "[unclosed"),
+    ],
+)
+def test_values_are_what_they_look_like(tmp_path, word, value):
+    found = run(tmp_path, YAML, "--output_dir", word).training["output_dir"]
+    assert found == value and type(found) is type(value)
+    assert run(tmp_path, YAML, f"--output_dir={word}").training["output_dir"] == value
+    if not word.startswith(("|", "#", "-", "[un")) and ": " not in word:
+        in_file = run(tmp_path, f"data: {{datasets: a}}\ntraining:\n  output_dir: {word}\n").training["output_dir"]
+        assert in_file == value and type(in_file) is type(value)
+
+
+def test_the_strategy_no_stays_no(tmp_path):
+    assert run(tmp_path, YAML, "--save_strategy", "no").training["save_strategy"] == "no"
+    assert run(tmp_path, YAML + "  save_strategy: no").training["save_strategy"] == "no"
+
+
+@pytest.mark.parametrize(
+    "text, flags, message",
+    [
+        (YAML, ["--learning_rat", "1"], "unknown flag --learning_rat; did you mean 'learning_rate'"),
+        (YAML, ["--model.residul", "x"], "unknown flag --model.residul; did you mean 'residual'"),
+        (YAML, ["--model.max_steps", "3"], "unknown flag --model.max_steps; it belongs to section 'training'"),
+        (YAML, ["--modl.residual", "x"], "unknown flag --modl.residual; it belongs to section 'model'"),
+        (YAML, ["--seed", "3"], "--seed is a field of ['model', 'training']: write --model.seed or --training.seed"),
+        (YAML, ["NK", "--seed", "3"], "expected --field value, found 'NK'"),
+        (YAML + "  max_step: 3", [], "unknown field 'max_step' in section 'training'; did you mean 'max_steps'"),
+        (YAML + "  genes: 3", [], "unknown field 'genes' in section 'training'; it belongs to section 'data'"),
+        (YAML + "modle: {}", [], "unknown section 'modle'; did you mean 'model'"),
+        ("data: [a]", [], "section 'data' should hold `field: value` lines, found ['a']"),
+        ("- a", [], "expected the sections ['data', 'model', 'training'], found list"),
+        ("data: {", [], "is not valid YAML"),
+        (YAML, ["--control"], "data.control: expected str, found True"),
+        (YAML, ["--test_contexts", "NO"], "data.test_contexts: expected list, found False"),
+    ],
+)
+def test_runs_that_cannot_be(tmp_path, text, flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(tmp_path, text, *flags)
+
+
+def test_a_missing_run_configuration(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.yaml: no such run configuration"):
+        load_run_config(str(tmp_path / "gone.yaml"), [], MODEL, TRAINING)
