@@ -47,6 +47,21 @@ def parse(argv: list[str]) -> RunConfig:
     return load_run_config(path, flags, model_fields, training_fields)
 
 
+def check_processes(world_size: int):
+    """`accelerate launch --num_processes N` starts one process on CPUs, without a word; say it here.
+
+    Raises:
+        ValueError: several processes were asked for and one is running.
+    """
+    by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_PORT" in os.environ
+    if by_accelerate and several and world_size == 1:
+        raise ValueError(
+            "accelerate was asked for several processes and started one, as it does on CPUs; run `accelerate launch "
+            "--multi_gpu --num_processes N train.py ... --use_cpu true` (N processes over gloo), or, where one process "
+            "is meant, leave --num_processes out and unset MASTER_PORT"
+        )
+
+
 def build_config(run: RunConfig, processor: StateProcessor) -> StateConfig:
     """The model's config: the YAML's fields, and the sizes that the data give."""
     fields = dict(run.model)
@@ -134,6 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         splits, contexts=run.data.contexts, hvg_on_all=run.data.hvg_on_all, **run.data.processor_options()
     )
     args = training_arguments(run, has_validation=bool((cells.obs["split"] == "val").any()))
+    check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor)
     processor.set_size = config.set_size

@@ -18,7 +18,9 @@ from cellstate.evaluation.prediction import predict_file
 METRICS = ["pearson", "mae", "energy"]
 
 
-def train_predict_score(config: str, data: str, flags: list[str], contexts, perturbations=None) -> tuple[pd.DataFrame, float]:
+def train_predict_score(
+    config: str, data: str, flags: list[str], contexts, perturbations=None
+) -> tuple[pd.DataFrame, float]:
     """Scores of one run, a row per (context, perturbation, method) without the averages, and its training seconds."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

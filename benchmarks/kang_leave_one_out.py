@@ -31,7 +31,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="runs of each fold")
     parser.add_argument("--types", nargs="+", default=TYPES)
     parser.add_argument("--hvg-on-all", action="store_true", help="choose genes on all cells, held-out ones too")
-    parser.add_argument("--no-heldout-controls", action="store_true", help="keep the held-out type's controls out of training")
+    parser.add_argument(
+        "--no-heldout-controls", action="store_true", help="keep the held-out type's controls out of training"
+    )
     parser.add_argument("--threads", type=int)
     args, flags = parser.parse_known_args()
     common.threads(args.threads)

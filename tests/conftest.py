@@ -2,9 +2,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 SHARED = Path(os.environ.get("CELLSTATE_SHARED", Path(__file__).parents[1] / "../shared")).resolve()
+
+# Tiny tensors on several threads spend their time waiting for one another.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):

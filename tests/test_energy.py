@@ -104,3 +104,14 @@ def test_half_precision_is_computed_in_float32():
     assert inside.dtype == torch.float32
     assert torch.equal(inside, energy_distance(x, y))
     assert energy_distance(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_cell_is_not_hidden(value):
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    x[1, 2, 3] = value
+    x.requires_grad_()
+    distances = energy_distance(x, y)
+    assert torch.isfinite(distances[0]) and torch.isnan(distances[1])
+    distances.sum().backward()
+    assert torch.isnan(x.grad[1]).any()

@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
@@ -131,18 +132,19 @@ class StateTrainer(Trainer):
 
     def _score(self, prediction: EvalPrediction, dataset: SentenceDataset) -> dict[str, float]:
         """Figures averaged over groups; every perturbed cell of the split stands in one sentence."""
-        predicted: dict[int, list] = {}
+        of_group: dict[int, list[int]] = {}
         for i in range(len(dataset)):
-            index, targets, _ = dataset.rows(i)
-            predicted.setdefault(index, []).append(prediction.predictions[i, : len(targets)])
+            of_group.setdefault(dataset.rows(i)[0], []).append(i)
         scores = []
-        for index, cells in predicted.items():
-            group = dataset.groups[index]
+        for index, sentences in of_group.items():
+            rows = [dataset.rows(i) for i in sentences]
+            group, features = dataset.groups[index], dataset.cells.features
             scores.append(
                 score_group(
-                    torch.cat([torch.as_tensor(c) for c in cells]).numpy(),
-                    dataset.cells.features[group.rows],
-                    dataset.cells.features[group.controls],
+                    np.concatenate([prediction.predictions[i, : len(r[1])] for i, r in zip(sentences, rows)]),
+                    features[np.concatenate([targets for _, targets, _ in rows])],
+                    # The baselines start from the very control cells that the model was given.
+                    features[np.concatenate([controls for _, _, controls in rows])],
                     group.perturbation,
                     dataset.processor.split_combination(group.perturbation),
                     self.mean_changes,
@@ -163,14 +165,18 @@ class StateTrainer(Trainer):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        # At no moment may the folder load while something is missing: weights last, or (with more to come) hidden.
         if self._staging:
+            model.save_pretrained(folder, state_dict=state_dict)
             hide(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
         if self.card is not None:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
         (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+        if not self._staging:
+            model.save_pretrained(folder, state_dict=state_dict)
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)

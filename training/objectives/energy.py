@@ -25,11 +25,12 @@ class _EnergyDistance(torch.autograd.Function):
         norms = gram.diagonal(dim1=1, dim2=2)
         scale = norms.unsqueeze(1) + norms.unsqueeze(2)
         squared = scale - 2 * gram
-        # Below the rounding error of the Gram matrix two cells are one and the same: distance 0, gradient 0.
-        apart = squared > 8 * torch.finfo(cells.dtype).eps * scale
-        distances = torch.where(apart, squared, 0.0).sqrt_()
+        # Below the rounding error of the Gram matrix two cells are one and the same: distance 0, gradient 0. NaN is no
+        # such thing, and stays.
+        same = squared <= 8 * torch.finfo(cells.dtype).eps * scale
+        distances = squared.masked_fill_(same, 0.0).sqrt_()
         energy = -0.5 * torch.einsum("bi,bij,bj->b", weights, distances, weights)
-        inverse = torch.where(apart, 1 / distances, 0.0)
+        inverse = distances.reciprocal().masked_fill_(same, 0.0)
         ctx.save_for_backward(cells, weights, inverse)
         ctx.split = x.shape[1]
         return energy

@@ -1,0 +1,196 @@
+"""StateTrainer: what it logs, accumulation, evaluation beside baselines, and errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cellstate import StateConfig, StateForPerturbation
+from cellstate.data import SentenceDataset, Splits, load_cells, simulate_screen
+from cellstate.evaluation.metrics import score_group
+from cellstate.training import StateTrainer, StateTrainingArguments
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
+    simulate_screen(num_contexts=4, num_perturbations=3, num_genes=60, cells_per_group=24, seed=1).write_h5ad(path)
+    splits = Splits({"screen": [path]}, {"screen"}, {("screen", "type_2"): "val", ("screen", "type_3"): "test"})
+    return load_cells(splits)
+
+
+def make_trainer(screen, tmp_path, multiple_of=1, config=None, **arguments):
+    cells, processor = screen
+    fields = {"input_dim": processor.feature_dim, "num_perturbations": 3, "hidden_dropout": 0.0, **(config or {})}
+    torch.manual_seed(0)
+    model = StateForPerturbation(StateConfig.from_preset("tiny", **fields))
+    train = SentenceDataset(cells, processor, "train", 12, multiple_of=multiple_of)
+    val = SentenceDataset(cells, processor, "val", 12, shuffle=False)
+    settings = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "max_steps": 6,
+        **arguments,
+    }
+    return StateTrainer(model, StateTrainingArguments(**settings), train, val, processing_class=processor)
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_every_parameter_moves(screen, tmp_path):
+    options = {"confidence_token": True, "l1_weight": 0.01, "loss": "combined"}
+    trainer = make_trainer(screen, tmp_path, config=options)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    still = [name for name, value in trainer.model.named_parameters() if torch.equal(before[name], value)]
+    assert still == []
+
+
+def test_training_brings_predictions_of_another_context_nearer(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path, max_steps=150, learning_rate=2e-3, lr_scheduler_type="linear")
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    # A new model predicts no change.
+    assert before["eval_energy"] == pytest.approx(before["eval_no_change_energy"], rel=1e-5)
+    assert after["eval_energy"] < 0.95 * before["eval_energy"]
+    assert after["eval_pearson"] > 0.3
+
+
+def test_each_term_is_logged_and_weighs_in(screen, tmp_path):
+    options = {"confidence_token": True, "l1_weight": 0.05, "loss": "combined"}
+    trainer = make_trainer(screen, tmp_path, config=options)
+    trainer.train()
+    weights = {"energy": 1.0, "sinkhorn": 0.01, "confidence": 0.01, "l1": 0.05}
+    for step in range(6):
+        total = sum(weight * logged(trainer, name)[step] for name, weight in weights.items())
+        assert logged(trainer, "loss")[step] == pytest.approx(total, rel=1e-5)
+    assert all(value > 0 for value in logged(trainer, "cells_per_second"))
+
+
+def test_accumulation_4_times_2_is_a_batch_of_8(screen, tmp_path):
+    whole = make_trainer(screen, tmp_path / "whole", multiple_of=8, per_device_train_batch_size=8)
+    parts = make_trainer(
+        screen, tmp_path / "parts", multiple_of=8, per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    whole.train(), parts.train()
+    np.testing.assert_allclose(logged(whole, "loss"), logged(parts, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(logged(whole, "energy"), logged(parts, "energy"), rtol=1e-5)
+    np.testing.assert_allclose(logged(whole, "grad_norm"), logged(parts, "grad_norm"), rtol=1e-4)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_evaluation_scores_groups_beside_the_baselines(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    trainer.train()
+    metrics = trainer.evaluate()
+    dataset, model = trainer.eval_dataset, trainer.model.eval()
+    scores = []
+    for index, group in enumerate(dataset.groups):
+        cells, given = [], []
+        for i in range(len(dataset)):
+            of_group, _, controls = dataset.rows(i)
+            if of_group == index:
+                given.append(controls)
+                batch = trainer.data_collator([dataset[i]])
+                with torch.no_grad():
+                    cells.append(model(**batch).predictions[0].numpy())
+        features = dataset.cells.features
+        scores.append(
+            score_group(
+                np.concatenate(cells),
+                features[group.rows],
+                features[np.concatenate(given)],
+                group.perturbation,
+                [group.perturbation],
+                trainer.mean_changes,
+            )
+        )
+    assert len(scores) == 3
+    for method, prefix in (("model", ""), ("no change", "no_change_"), ("perturbation mean", "perturbation_mean_")):
+        for metric in ("pearson", "mae", "energy"):
+            if (method, metric) == ("no change", "pearson"):
+                assert "eval_no_change_pearson" not in metrics
+                continue
+            expected = np.mean([score[method][metric] for score in scores])
+            assert metrics[f"eval_{prefix}{metric}"] == pytest.approx(expected, rel=1e-4), (method, metric)
+
+
+def test_baselines_know_the_training_split_alone(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    cells, _ = screen
+    changes = []
+    for context in ("type_0", "type_1"):
+        here = (cells.obs["context"] == context).to_numpy()
+        treated = cells.features[here & (cells.obs["perturbation"] == "pert_1").to_numpy()]
+        controls = cells.features[here & (cells.obs["perturbation"] == "control").to_numpy()]
+        changes.append(treated.mean(axis=0) - controls.mean(axis=0))
+    np.testing.assert_allclose(trainer.mean_changes.changes["pert_1"], np.mean(changes, axis=0), atol=1e-5)
+
+
+def test_an_infinite_loss_stops_the_run(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path, learning_rate=1e30, max_grad_norm=0)
+    with pytest.raises(FloatingPointError, match=r"energy.* became NaN or infinite in the 1 batches up to step"):
+        trainer.train()
+
+
+def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path / "run")
+    trainer.card = "# a card"
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "config.json",
+        "configuration_state.py",
+        "model.safetensors",
+        "modeling_perturbation.py",
+        "modeling_state.py",
+        "processing.py",
+        "processor_config.json",
+        "training_args.json",
+        "vocabulary.json",
+    ]
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["learning_rate"] == 1e-3
+    again = StateForPerturbation.from_pretrained(tmp_path / "out")
+    for one, other in zip(again.parameters(), trainer.model.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_gene_decoder_and_batches_train_from_embeddings(tmp_path):
+    adata = simulate_screen(num_contexts=2, num_perturbations=2, num_genes=40, cells_per_group=24, seed=2)
+    rng = np.random.default_rng(0)
+    adata.obsm["X_emb"] = np.log1p(adata.X.toarray()) @ rng.normal(0, 0.2, (40, 16)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    splits = Splits({"screen": [tmp_path / "screen.h5ad"]}, {"screen"})
+    cells, processor = load_cells(splits, input="obsm/X_emb", gene_input="X", genes=30, batch_key="batch")
+    config = StateConfig.from_preset(
+        "tiny",
+        input_dim=16,
+        num_perturbations=2,
+        gene_dim=30,
+        decoder_hidden_sizes=[32, 32],
+        num_batches=2,
+        batch_encoder=True,
+        batch_token=True,
+        detach_decoder=True,
+    )
+    assert not config.nonnegative_output
+    train = SentenceDataset(cells, processor, "train", 12, control_matching="batch")
+    arguments = StateTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=60, learning_rate=3e-3
+    )
+    torch.manual_seed(0)
+    trainer = StateTrainer(StateForPerturbation(config), arguments, train, processing_class=processor)
+    trainer.train()
+    decoder = logged(trainer, "decoder")
+    assert decoder[-1] < 0.7 * decoder[0]
+    assert logged(trainer, "batch_token")[-1] < np.log(2)
