@@ -1,6 +1,7 @@
 """`cellstate predict`."""
 
 import argparse
+from pathlib import Path
 
 
 HELP = "Predict perturbed cells from the control cells of an .h5ad."
@@ -36,18 +37,37 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def run(args: argparse.Namespace):
+def _load(name: str, revision: str, device: str | None):
+    """Model and processor of a checkpoint folder or Hub repository, the model on its device."""
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     import cellstate  # noqa: F401 - registers the models with the Auto classes
+
+    path = Path(name)
+    # A misspelt path is said at once: asking the Hub for it takes minutes where there is no network.
+    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
+        raise FileNotFoundError(f"--model {name}: no such checkpoint folder (looked from {Path.cwd()})")
+    transformers.utils.logging.disable_progress_bar()
+    processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
+    try:
+        model = transformers.AutoModel.from_pretrained(name, revision=revision)
+    except SafetensorError as error:
+        raise ValueError(f"--model {name}: its weights are not a whole file ({error}); copy them again") from error
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return model.to(device), processor
+    except (RuntimeError, AssertionError) as error:
+        # torch raises either for a device that it does not know or was not built for.
+        raise ValueError(f"--device {device}: {error}") from error
+
+
+def run(args: argparse.Namespace):
     from cellstate.evaluation.prediction import predict_file
 
-    transformers.utils.logging.disable_progress_bar()
-    processor = transformers.AutoProcessor.from_pretrained(args.model, revision=args.revision)
-    model = transformers.AutoModel.from_pretrained(args.model, revision=args.revision)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model.to(args.device or accelerator)
+    model, processor = _load(args.model, args.revision, args.device)
     done = predict_file(
         model,
         processor,

@@ -1,7 +1,9 @@
 """Virtual experiments on a whole file: control cells in, predicted cells out, in bounded memory."""
 
+import io
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,34 +89,26 @@ def predict_file(
         arms = _plan(processor, labels, chosen, perturbations)
         total = sum(len(chosen[arm.context]) for arm in arms)
         note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
-        partial = output.with_name(f".{output.name}.partial")
-        try:
-            _write_frame(partial, processor, labels, chosen, arms, model.config, note, checkpoint)
-            with h5py.File(partial, "r+") as file, torch.inference_mode(), ExitStack() as stack:
-                bar = stack.enter_context(
-                    tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict")
-                )
-                writer = _Writer(file, processor, model.config, total)
-                for context, rows in chosen.items():
-                    of_context = [arm for arm in arms if arm.context == context]
-                    sentences = processor.cut(rows)
-                    offset = 0
-                    for start in range(0, len(sentences), batch_size):
-                        block = sentences[start : start + batch_size]
-                        batch, cells = _block(
-                            processor, data, labels, context, block, missing_genes, input, model.device
+        with _whole_file(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
+            _write_frame(file, processor, labels, chosen, arms, model.config, note, checkpoint)
+            bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
+            writer = _Writer(file, processor, model.config, total)
+            for context, rows in chosen.items():
+                of_context = [arm for arm in arms if arm.context == context]
+                sentences = processor.cut(rows)
+                offset = 0
+                for start in range(0, len(sentences), batch_size):
+                    block = sentences[start : start + batch_size]
+                    batch, cells = _block(processor, data, labels, context, block, missing_genes, input, model.device)
+                    for arm in of_context:
+                        batch[PERTURBATION_IDS] = torch.from_numpy(np.repeat(arm.ids[None], len(block), axis=0)).to(
+                            model.device
                         )
-                        for arm in of_context:
-                            batch[PERTURBATION_IDS] = torch.from_numpy(np.repeat(arm.ids[None], len(block), axis=0)).to(
-                                model.device
-                            )
-                            outputs = model(**batch)
-                            writer.write(arm.first + offset, outputs, batch[CELL_MASK].cpu().numpy(), cells)
-                            bar.update(len(cells))
-                        offset += len(cells)
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+                        outputs = model(**batch)
+                        writer.write(arm.first + offset, outputs, batch[CELL_MASK].cpu().numpy(), cells)
+                        check_disk()
+                        bar.update(len(cells))
+                    offset += len(cells)
     return {"cells": total, "contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
 
 
@@ -157,7 +151,71 @@ def _block(processor, data, labels, context, block, missing_genes, input, device
     return {key: torch.from_numpy(value).to(device) for key, value in batch.items()}, values
 
 
-def _write_frame(path, processor, labels, chosen, arms, config, note, checkpoint):
+@contextmanager
+def _whole_file(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file that becomes `output` when the block ends well, else is gone; and a check for errors of the disk."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        with open(partial, "w+b", buffering=0) as raw:
+            disk = _Disk(raw, output)
+            try:
+                with h5py.File(disk, "w") as file:
+                    yield file, disk.check
+            finally:
+                disk.check()
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Disk:
+    """
+    The file object that h5py writes through. HDF5 cannot close a file whose writes fail, and may take the process
+    down with it: an error of the disk is kept here and raised by `check`.
+    """
+
+    def __init__(self, raw: io.FileIO, output: Path):
+        self._raw, self._output, self._error = raw, output, None
+
+    def check(self):
+        if self._error is not None:
+            message = f"cannot be written, nothing is left of it: {self._error.strerror}"
+            raise OSError(self._error.errno, message, str(self._output)) from self._error
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += self._raw.write(view[done:])
+        except OSError as error:
+            self._error = self._error or error
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        try:
+            self._raw.truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+        return size
+
+    def read(self, size: int = -1) -> bytes:
+        return self._raw.read(size)
+
+    def readinto(self, data) -> int:
+        return self._raw.readinto(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def flush(self):
+        """Nothing waits: the file is not buffered."""
+
+
+def _write_frame(file, processor, labels, chosen, arms, config, note, checkpoint):
     """Everything of the output but its matrices."""
     obs = []
     for arm in arms:
@@ -174,7 +232,7 @@ def _write_frame(path, processor, labels, chosen, arms, config, note, checkpoint
     names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
     uns = {"cellstate": processor.describe_output(decoded, note, checkpoint)}
     obs = obs.astype({name: "category" for name in obs.columns if name != "control_barcode"})
-    ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns=uns).write_h5ad(path)
+    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns=uns))
 
 
 class _Writer:
