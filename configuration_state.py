@@ -75,6 +75,10 @@ class PerturbationConfig(PreTrainedConfig):
             embeddings without a gene decoder.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that new weights are drawn from.
+        perturbation_initializer_range (`float`, *optional*, defaults to 1.0):
+            The same for the rows of perturbations: how loud a perturbation is beside the cell at the start. Large, a
+            model soon tells perturbations apart (few of them, many contexts); small, the effects of perturbations
+            that are applied together add up more nearly (combinations). Features are scaled by their width, too.
     """
 
     model_type = "perturbation"
@@ -93,6 +97,7 @@ class PerturbationConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.1
     nonnegative_output: bool | None = None
     initializer_range: float | int = 0.02
+    perturbation_initializer_range: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         own = [f.name for f in fields(self)]

@@ -360,8 +360,10 @@ class PerturbationPreTrainedModel(PreTrainedModel):
         if isinstance(module, PerturbationEmbedding):
             # Unit variance, so that the perturbation is as loud as the cell from the first step. Where it starts faint,
             # a model learns what each context does on average before it learns to listen to the perturbation.
-            by_id = self.config.num_perturbations is not None
-            init.normal_(module.weight, mean=0.0, std=1.0 if by_id else module.weight.shape[0] ** -0.5)
+            std = self.config.perturbation_initializer_range
+            if self.config.num_perturbations is None:
+                std *= module.weight.shape[0] ** -0.5
+            init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
 
     def _check_inputs(
