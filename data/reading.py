@@ -79,13 +79,14 @@ class H5ADFile:
 
 class RowReader:
     """
-    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go.
+    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go, with those between them,
+    but never more than `_block` rows at once.
 
     Dense and CSR matrices are read row by row. The rows of a CSC matrix do not stand together, so that it is read
     whole, at first use.
     """
 
-    _gap = 64
+    _gap, _block = 64, 512
 
     def __init__(self, node: "h5py.Dataset | h5py.Group", path: Path):
         self.path, self._node = path, node
@@ -109,7 +110,8 @@ class RowReader:
             if isinstance(rows, slice) or len(rows) == 0:
                 return self._matrix[rows if isinstance(rows, slice) else slice(0, 0)]
             rows = np.asarray(rows)
-            breaks = np.flatnonzero(np.abs(np.diff(rows, prepend=rows[0])) > self._gap)
+            far = np.abs(np.diff(rows, prepend=rows[0])) > self._gap
+            breaks = np.flatnonzero(far | (np.diff(rows // self._block, prepend=rows[0] // self._block) != 0))
             parts = []
             for segment in np.split(rows, breaks):
                 first = int(segment.min())
