@@ -20,12 +20,12 @@ def simulate_screen(
     """
     Cells with gene programmes. Contexts differ in programme activity, those of one lineage less than others; a
     perturbation moves a few programmes and genes, the more the higher the context's activity of one programme (its
-    "receptor"), so that how a context responds can be read off its unperturbed cells and those of its relatives. Counts are Gamma-Poisson with a per-cell depth.
+    "receptor"), so that how a context responds can be read off its unperturbed cells and those of its relatives.
+    Counts are Gamma-Poisson with a per-cell depth.
 
     Args:
-        num_contexts, num_perturbations, num_genes, cells_per_group, num_batches, num_lineages (`int`):
-            sizes. Each context has
-            `cells_per_group` cells of each perturbation and twice as many control cells.
+        num_contexts, num_perturbations, num_genes, cells_per_group, num_batches, num_lineages (`int`): sizes. Each
+            context has `cells_per_group` cells of each perturbation and twice as many control cells.
         combinations (`list[tuple[int, int]]`, *optional*): pairs of perturbations also applied together; their
             effects add up on the log scale.
         effect (`float`): strength of the perturbations, on the log scale.
