@@ -24,7 +24,7 @@ from cellstate.training.trainer import StateTrainer
 
 logger = logging.getLogger("cellstate.train")
 
-USAGE = """usage: accelerate launch train.py --config CONFIG.yaml [--any_field value ...]
+USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
 (--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
@@ -37,6 +37,8 @@ def parse(argv: list[str]) -> RunConfig:
         print(USAGE)
         raise SystemExit(0 if argv else 2)
     flags = list(argv)
+    if not flags[0].startswith("--"):
+        flags.insert(0, "--config")
     positions = [i for i, word in enumerate(flags) if word == "--config" or word.startswith("--config=")]
     if len(positions) != 1:
         raise ValueError("expected --config CONFIG.yaml, once")

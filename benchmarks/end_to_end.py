@@ -49,7 +49,9 @@ def screen(folder: Path, perturbations: int = 100, cells: int = 200, controls: i
     labels = np.repeat(["control"] + [f"p{i}" for i in range(perturbations)], [controls] + [cells] * perturbations)
     values = sp.random_array((len(labels), genes), density=0.2, format="csr", dtype=np.float32, rng=rng)
     obs = pd.DataFrame({"perturbation": labels, "cell_type": "line"}, index=[f"c{i}" for i in range(len(labels))])
-    ad.AnnData(values, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(genes)])).write_h5ad(folder / "screen.h5ad")
+    ad.AnnData(values, obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(genes)])).write_h5ad(
+        folder / "screen.h5ad"
+    )
 
 
 def timed(*command: str) -> float:
@@ -93,7 +95,15 @@ def main():
         screen(folder)
         helps = sorted(timed(cellstate, "--help") for _ in range(5))[2]
         first, speed = train(folder, args.steps)
-        predict = [cellstate, "predict", "--model", str(folder / "run"), "--adata", str(folder / "screen.h5ad"), "--quiet"]
+        predict = [
+            cellstate,
+            "predict",
+            "--model",
+            str(folder / "run"),
+            "--adata",
+            str(folder / "screen.h5ad"),
+            "--quiet",
+        ]
         predict += ["--output", str(folder / "predicted.h5ad"), "--device", "cpu"]
         one = timed(*predict, "--perturbation", "p0")
         five = timed(*predict, "--perturbation", "p0", "p1", "p2", "p3", "p4", "p5")

@@ -36,7 +36,9 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
             change = processor.features(truth, treated).mean(axis=0) - base
             panels.append((f"{context}, {perturbation}", reader.features(guess, rows).mean(axis=0) - base, change))
     if not panels:
-        raise ValueError(f"{predicted} and {real} have no (context, perturbation) with real cells and controls in common")
+        raise ValueError(
+            f"{predicted} and {real} have no (context, perturbation) with real cells and controls in common"
+        )
     panels = sorted(panels, key=lambda panel: -np.abs(panel[2]).mean())[:most]
 
     columns = min(4, len(panels))
@@ -49,7 +51,9 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         axis.axline((0, 0), slope=1, color="0.8", linewidth=1, zorder=0)
         axis.scatter(y, x, s=6, alpha=0.6, linewidths=0)
         correlation = pearson_of_change(x, y, np.zeros_like(x))
-        axis.set(title=f"{title}\nPearson {correlation:.2f}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+        axis.set(
+            title=f"{title}\nPearson {correlation:.2f}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal"
+        )
         axis.title.set_fontsize(9)
     figure.supxlabel("observed mean change")
     figure.supylabel("predicted mean change")

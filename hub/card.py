@@ -9,6 +9,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from cellstate._version import __version__
+from cellstate.configuration_state import StateConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
 from cellstate.processing import StateProcessor
 from cellstate.training.run_config import RunConfig
@@ -55,7 +56,7 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         ),
         template_path=str(TEMPLATE),
         model_name=Path(folder).name,
-        model_type=run.model.get("preset", "state"),
+        model_type=StateConfig.model_type,
         folder=folder,
         example=vocabulary.perturbations[0],
         processor=processor,

@@ -318,8 +318,15 @@ def test_with_validation_data_the_best_step_is_kept(folder):
     assert all(torch.equal(kept[name], chosen[name]) for name in kept)
 
 
+def test_the_config_may_come_without_its_flag(folder):
+    import cellstate.train
+
+    run = cellstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
+    assert run.training["learning_rate"] == 1e-5 and run.model["preset"] == "tiny"
+
+
 def test_help_is_short_and_quick():
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: accelerate launch train.py --config")
+    assert done.returncode == 0 and done.stdout.startswith("usage: accelerate launch train.py [--config] CONFIG.yaml")
     assert time.perf_counter() - start < 60
