@@ -32,12 +32,13 @@ def screen() -> ad.AnnData:
     adata.layers["counts"] = adata.X.copy()
     adata.layers["log1p"] = StateProcessor.fit(adata).features(adata)
     rng = np.random.default_rng(0)
-    adata.obsm["X_emb"] = np.log1p(adata.X @ rng.normal(size=(GENES, 6)) ** 2).astype(np.float32) - 3
+    embedding = np.log1p(adata.X @ rng.normal(size=(GENES, 6)) ** 2).astype(np.float32)
+    adata.obsm["X_emb"] = embedding - embedding.mean(axis=0)
     return adata
 
 
 MODELS = {
-    "counts": ({"input": "X", "batch_key": "batch"}, {}),
+    "counts": ({"input": "X", "batch_key": "batch"}, {"batch_encoder": True, "num_batches": 2}),
     "layer": ({"input": "layers/counts"}, {}),
     "log1p": ({"input": "layers/log1p"}, {}),
     "raw": ({"input": "X", "normalize": "none"}, {}),

@@ -681,13 +681,16 @@ def test_zero_cells():
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5])
-def test_values_that_are_not_expression(form, bad):
+@pytest.mark.parametrize("gene", [0, 7])  # the first stored entry of its row, and another
+def test_values_that_are_not_expression(form, bad, gene):
     adata = log1p_screen(form=form)
     processor = StateProcessor.fit(adata)
     matrix = dense(adata.X)
-    matrix[23, 7] = bad  # cell23 is a control cell of the second context
+    matrix[23, gene] = bad  # cell23 is a control cell of the second context
     adata.X = FORMATS[form](sp.csr_matrix(matrix))
-    message = f"X holds {bad} in cell 'cell23', gene 'gene7' \\(1 such values read\\); expected finite and non-negative"
+    message = (
+        f"X holds {bad} in cell 'cell23', gene 'gene{gene}' \\(1 such values read\\); expected finite and non-negative"
+    )
     with pytest.raises(ValueError, match=message):
         processor(adata, "A")
     with pytest.raises(ValueError, match=message):

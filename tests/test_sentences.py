@@ -103,16 +103,18 @@ def test_with_context_matching_controls_come_from_every_batch():
     assert {"b0", "b1"} in both
 
 
-def test_ids_are_those_of_the_sentence():
-    data = dataset("test", set_size=5)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_ids_are_those_of_the_sentence(split):
+    data = dataset(split, set_size=5)
     obs, vocabulary = data.cells.obs, data.processor.vocabulary
+    ids = {"P": [0], "Q": [1], "control": [-1]} if split == "train" else {"P": [0, -1], "P+Q": [0, 1]}
     for i in range(len(data)):
         index, targets, controls = data.rows(i)
         sentence = data[i]
         perturbation = obs.iloc[targets[0]]["perturbation"]
-        assert sentence["perturbation_ids"].tolist() == {"P": [0, -1], "P+Q": [0, 1]}[perturbation]
+        assert sentence["perturbation_ids"].tolist() == ids[perturbation]
         context = obs.iloc[targets[0]]["context"]
-        assert sentence["context_ids"] == {"T": 1, "NK": -1}[context]
+        assert sentence["context_ids"] == {"B": 0, "T": 1, "NK": -1}[context]
         assert [vocabulary.batches[b] for b in sentence["batch_ids"]] == obs.iloc[controls]["batch"].tolist()
         assert data.groups[index].perturbation == perturbation and data.groups[index].context == context
 
