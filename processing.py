@@ -12,6 +12,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
+from .cell_values import check_finite, kind_of_values, resolve_normalisation, some, take_rows, wrong_kind
 from .configuration_state import closest
 from .modeling_perturbation import (
     BATCH_IDS,
@@ -25,8 +26,6 @@ from .modeling_perturbation import (
 
 
 VOCABULARY_FILE = "vocabulary.json"
-# log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
-_LARGEST_LOG1P = 20.0
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -221,10 +220,10 @@ class StateProcessor(ProcessorMixin):
             if embedding:
                 widths.add(processor._matrix(data, input).shape[1])
             if expression is not None:
-                found.add(_kind_of_values(_take(processor._matrix(data, expression), slice(0, 2000)), expression))
+                found.add(kind_of_values(take_rows(processor._matrix(data, expression), slice(0, 2000))))
         if control not in names:
             raise ValueError(
-                f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found {_some(sorted(names))}; "
+                f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found {some(sorted(names))}; "
                 "say which label marks the controls with control="
             )
         for name in names:
@@ -232,7 +231,7 @@ class StateProcessor(ProcessorMixin):
         if len(widths) > 1:
             raise ValueError(f"{input}: expected one width in all files, found {sorted(widths)}")
         if expression is not None:
-            processor.normalize, values = _resolve_normalisation(normalize, found, expression)
+            processor.normalize, values = resolve_normalisation(normalize, found, expression)
         elif normalize == "log1p_cp10k":
             raise ValueError(f"normalize='log1p_cp10k' is for counts; input={input!r} is an embedding: use 'none'")
         processor.values = "embedding" if embedding else values
@@ -252,7 +251,7 @@ class StateProcessor(ProcessorMixin):
             if not data.var_names.is_unique:
                 duplicates = data.var_names[data.var_names.duplicated()].unique()
                 raise ValueError(
-                    f"gene names are not unique, found {_some(duplicates)} twice; run adata.var_names_make_unique()"
+                    f"gene names are not unique, found {some(duplicates)} twice; run adata.var_names_make_unique()"
                 )
             shared = shared[shared.isin(data.var_names)]
         if len(shared) == 0:
@@ -318,7 +317,7 @@ class StateProcessor(ProcessorMixin):
         for name, key in columns.items():
             if key not in adata.obs:
                 raise KeyError(
-                    f"obs has no column {key!r} ({name}), found {_some(adata.obs.columns)}; "
+                    f"obs has no column {key!r} ({name}), found {some(adata.obs.columns)}; "
                     f"{closest(key, adata.obs.columns) if len(adata.obs.columns) else 'add it'}"
                 )
             column = adata.obs[key]
@@ -390,11 +389,11 @@ class StateProcessor(ProcessorMixin):
         """
         source = input or self.input
         if self.values == "embedding":
-            matrix = _take(self._matrix(adata, source), rows)
+            matrix = take_rows(self._matrix(adata, source), rows)
             matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
             if matrix.shape[1] != self.feature_dim:
                 raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
-            _check_finite(matrix, adata, rows, source)
+            check_finite(matrix, adata, rows, source)
             return matrix
         return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == "log1p")
 
@@ -412,7 +411,7 @@ class StateProcessor(ProcessorMixin):
             duplicates = duplicates.tolist()
             if duplicates:
                 raise ValueError(
-                    f"genes of the model stand twice in the data: {_some(duplicates)}; run adata.var_names_make_unique()"
+                    f"genes of the model stand twice in the data: {some(duplicates)}; run adata.var_names_make_unique()"
                 )
             columns = pd.Series(np.arange(len(names)), index=names)[lambda s: ~s.index.duplicated()]
             columns = columns.reindex(genes, fill_value=-1).to_numpy()
@@ -423,7 +422,7 @@ class StateProcessor(ProcessorMixin):
             raise KeyError(
                 f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
                 + ("; pass missing_genes='zero' to read them as unexpressed" if len(missing) < len(genes) else "")
-                + f" (the data's genes look like {_some(adata.var_names, 3)})"
+                + f" (the data's genes look like {some(adata.var_names, 3)})"
             )
         present = columns[columns >= 0]
         block, _ = self._expression(adata, source, rows, present, as_log1p)
@@ -436,12 +435,12 @@ class StateProcessor(ProcessorMixin):
 
     def _expression(self, adata, source: str, rows, columns, as_log1p: bool):
         """Checked and normalised expression of some rows and columns, CSR or dense float32, and the raw kind."""
-        matrix = _take(self._matrix(adata, source), rows)
-        _check_finite(matrix, adata, rows, source, nonnegative=True)
-        kind = _kind_of_values(matrix, source)
+        matrix = take_rows(self._matrix(adata, source), rows)
+        check_finite(matrix, adata, rows, source, nonnegative=True)
+        kind = kind_of_values(matrix)
         expected = "counts" if self.normalize == "log1p_cp10k" or self.values == "counts" else "log1p"
         if kind not in (expected, "zeros"):
-            raise ValueError(_wrong_kind(source, expected, kind, self.target_sum))
+            raise ValueError(wrong_kind(source, expected, kind, self.target_sum))
         if expected == "counts" and as_log1p:
             totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).reshape(-1, 1)
             scale = (self.target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
@@ -457,14 +456,14 @@ class StateProcessor(ProcessorMixin):
     def _matrix(self, adata: ad.AnnData, source: str):
         if source == "X":
             if adata.X is None:
-                raise KeyError(f"input 'X': the data have no X, found layers {_some(adata.layers)}")
+                raise KeyError(f"input 'X': the data have no X, found layers {some(adata.layers)}")
             return adata.X
         kind, _, name = source.partition("/")
         if kind not in ("layers", "obsm") or not name:
             raise ValueError(f"input={source!r}: expected 'X', 'layers/NAME' or 'obsm/NAME'")
         holder = getattr(adata, kind)
         if name not in holder:
-            raise KeyError(f"{kind} has no entry {name!r}, found {_some(holder)}; {closest(name, ['X', *holder])}")
+            raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
         return holder[name]
 
     # Sentences
@@ -639,93 +638,6 @@ _SETTINGS = (
     "combination_separator",
     "set_size",
 )
-
-
-def _some(names, count: int = 10) -> str:
-    """The first few of some names, and how many there are."""
-    names = [str(name) for name in names]
-    return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _take(matrix, rows):
-    """Some rows of an in-memory or backed, dense or sparse matrix, in memory: CSR or ndarray."""
-    taken = matrix.iloc[rows].to_numpy() if isinstance(matrix, pd.DataFrame) else matrix[rows]
-    if not sp.issparse(taken) and hasattr(taken, "to_memory"):
-        taken = taken.to_memory()
-    if not sp.issparse(taken):
-        return np.asarray(taken)
-    taken = sp.csr_matrix(taken)
-    if not taken.has_canonical_format:
-        # An entry that stands in parts would be checked, and log1p-transformed, part by part.
-        taken = taken.copy()
-        taken.sum_duplicates()
-    return taken
-
-
-def _check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):
-    """ValueError that names cell and gene of the first NaN, infinite or (optionally) negative value."""
-    data = matrix.data if sp.issparse(matrix) else matrix
-    if data.size == 0:
-        return
-    if np.isfinite(data.min()) and np.isfinite(data.max()) and not (nonnegative and data.min() < 0):
-        return
-    bad = ~np.isfinite(data) | (data < 0 if nonnegative else False)
-    if sp.issparse(matrix):
-        first = np.flatnonzero(bad)[0]
-        row, column = np.searchsorted(matrix.indptr, first, side="right") - 1, matrix.indices[first]
-        value = data[first]
-    else:
-        row, column = np.argwhere(bad)[0]
-        value = matrix[row, column]
-    cell = adata.obs_names[np.arange(adata.n_obs)[rows][row]]
-    feature = f"dimension {column}" if source.startswith("obsm/") else f"gene {adata.var_names[column]!r}"
-    raise ValueError(
-        f"{source} holds {value} in cell {cell!r}, {feature} ({int(bad.sum())} such values read); expected finite"
-        + (" and non-negative expression (scaled or centred values are not expression)" if nonnegative else " values")
-    )
-
-
-def _kind_of_values(matrix, source: str) -> str:
-    """`"counts"` (whole numbers), `"log1p"`, `"linear"` (larger than any log1p value) or `"zeros"`."""
-    data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
-    if data.size == 0 or not data.any():
-        return "zeros"
-    if np.issubdtype(data.dtype, np.integer) or np.array_equal(data, np.rint(data)):
-        return "counts"
-    return "linear" if data.max() > _LARGEST_LOG1P else "log1p"
-
-
-def _wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
-    found = {
-        "counts": "whole numbers (counts)",
-        "log1p": "fractional values (log1p already?)",
-        "linear": "fractional values too large for log1p (normalised, not yet log1p?)",
-    }[kind]
-    if expected == "counts":
-        return (
-            f"{source}: expected counts, found {found}; this processor normalises by itself, so give it the raw counts "
-            "(input='layers/counts' where they lie in a layer)"
-        )
-    if kind == "counts":
-        fix = f"sc.pp.normalize_total(adata, target_sum={target_sum:g}); sc.pp.log1p(adata)"
-    else:
-        fix = "sc.pp.log1p(adata)"
-    return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
-
-
-def _resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
-    """(normalize, values) from what was asked for and the kinds of values that the files hold."""
-    kinds = found - {"zeros"}
-    if len(kinds) > 1:
-        raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
-    kind = kinds.pop() if kinds else "log1p"
-    if kind == "linear":
-        raise ValueError(_wrong_kind(source, "log1p", kind, 1e4))
-    if asked == "log1p_cp10k" and kind != "counts":
-        raise ValueError(_wrong_kind(source, "counts", kind, 1e4))
-    if asked == "none":
-        return "none", kind
-    return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
 
 
 StateProcessor.register_for_auto_class()

@@ -149,6 +149,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     trainer.save_model(str(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
+        "cell_values.py",
         "config.json",
         "configuration_state.py",
         "model.safetensors",
