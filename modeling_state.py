@@ -158,6 +158,12 @@ class StateForPerturbation(StatePreTrainedModel):
         if config.batch_encoder:
             if batch_ids is None:
                 raise ValueError("batch_encoder=True needs batch_ids, found None")
+            # In training, every batch is known; looking would wait for the device at each step.
+            if not self.training and (batch_ids < 0).any():
+                raise ValueError(
+                    "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for "
+                    "it: give the cells the name of a known batch, or use a model without batch_encoder"
+                )
             hidden = hidden + self.batch_embedding(batch_ids)
 
         tokens, mask = [hidden], cell_mask

@@ -368,12 +368,8 @@ class StateProcessor(ProcessorMixin):
         return np.array([self._ids["contexts"].get(str(name), -1) for name in names], dtype=np.int64)
 
     def encode_batches(self, names) -> np.ndarray:
-        """Batches to ids, int64. KeyError for a batch that was not seen in training."""
-        known = self._ids["batches"]
-        unknown = sorted({str(n) for n in names} - set(known))
-        if unknown:
-            raise KeyError(f"batch {unknown[0]!r} is unknown to this model; {closest(unknown[0], known)}")
-        return np.array([known[str(name)] for name in names], dtype=np.int64)
+        """Batches to ids, int64; -1 for one that was not seen in training, which only a model without batches takes."""
+        return np.array([self._ids["batches"].get(str(name), -1) for name in names], dtype=np.int64)
 
     # Values
 
@@ -496,7 +492,7 @@ class StateProcessor(ProcessorMixin):
             cell stands in one sentence per perturbation; sentences of a context have sizes that differ by one at most.
 
         Raises:
-            KeyError: an unknown perturbation, context or batch, a missing gene, column or entry.
+            KeyError: an unknown perturbation or context, a missing gene, column or entry.
             ValueError: no control cells in a context, NaN or negative values, counts where log1p is expected.
         """
         names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 
+import numpy as np
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
@@ -125,6 +126,25 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     return datasets
 
 
+def check_batches(config: StateConfig, datasets: dict[str, SentenceDataset]):
+    """A model that embeds or classifies batches knows those of the training cells alone.
+
+    Raises:
+        ValueError: control or held-out cells that it would be given are of other batches; they are listed.
+    """
+    if not (config.batch_encoder or config.batch_token):
+        return
+    for split, dataset in datasets.items():
+        rows = np.concatenate([group.controls for group in dataset.groups])
+        unknown = dataset.cells.obs["batch"].iloc[rows[dataset.batch_ids[rows] < 0]].unique()
+        if len(unknown):
+            raise ValueError(
+                f"the {split} split has control cells of batches without training cells: {list(unknown)[:10]}; a model "
+                "with batch_encoder or batch_token cannot place them: leave those options out, or (in training) set "
+                "heldout_controls=false"
+            )
+
+
 def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
     """What the run trains on, in a few lines."""
     counts = cells.obs["split"].value_counts()
@@ -156,6 +176,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config = build_config(run, processor)
     processor.set_size = config.set_size
     datasets = sentences(cells, processor, run, args, config.set_size)
+    check_batches(config, datasets)
     logger.info(describe(cells, processor, splits, run))
     if "val" not in datasets:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 from transformers import AutoProcessor
 
-from cellstate import PerturbationOutput, StateProcessor
+from cellstate import PerturbationOutput, StateConfig, StateForPerturbation, StateProcessor
 from cellstate.processing import CellSentences, Vocabulary
 
 
@@ -655,8 +655,17 @@ def test_unknown_batch():
     adata = log1p_screen()
     processor = StateProcessor.fit(adata, batch_key="batch")
     adata.obs["batch"] = "b7"
-    with pytest.raises(KeyError, match="batch 'b7' is unknown to this model; expected one of 'b0', 'b1'"):
-        processor(adata, "A")
+    sentences = processor(adata, "A")
+    assert (sentences["batch_ids"][sentences["cell_mask"]] == -1).all()
+    inputs = {
+        "input_dim": processor.feature_dim,
+        "num_perturbations": len(processor.vocabulary.perturbations),
+        "num_batches": 2,
+    }
+    StateForPerturbation(StateConfig.from_preset("tiny", **inputs)).eval()(**sentences)
+    model = StateForPerturbation(StateConfig.from_preset("tiny", **inputs, batch_encoder=True)).eval()
+    with pytest.raises(ValueError, match="batch_ids holds -1, a batch that was not seen in training"):
+        model(**sentences)
 
 
 def test_no_control_cells():

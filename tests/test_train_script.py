@@ -293,6 +293,36 @@ def test_a_wrong_run_is_one_clear_error(folder, flags, message):
         cellstate.train.main(["--config", str(folder / "run.yaml"), *flags])
 
 
+def test_a_held_out_context_may_have_batches_of_its_own(folder, tmp_path):
+    import cellstate.train
+
+    adata = simulate_screen(num_contexts=3, num_perturbations=2, num_genes=40, cells_per_group=24, seed=3)
+    adata.obs["plate"] = adata.obs["cell_type"].astype(str) + "_" + adata.obs["batch"].astype(str)
+    adata.write_h5ad(tmp_path / "plates.h5ad")
+    run = [
+        "--config",
+        str(folder / "run.yaml"),
+        "--datasets",
+        str(tmp_path / "plates.h5ad"),
+        "--test_contexts",
+        "type_2",
+    ]
+    run += [
+        "--batch_key",
+        "plate",
+        "--control_matching",
+        "batch",
+        "--max_steps",
+        "2",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    metrics = cellstate.train.main(run)
+    assert np.isfinite(metrics["test_energy"])
+    with pytest.raises(ValueError, match=r"control cells of batches without training cells: .*'type_2_b0'"):
+        cellstate.train.main([*run, "--batch_encoder", "true"])
+
+
 def test_without_validation_data_there_is_no_best_checkpoint(folder, unbroken):
     done = train(folder, "--output_dir", str(folder / "short"), "--max_steps", "1")
     assert "no validation data: the last step is kept, there is no 'best' checkpoint" in done.stderr
