@@ -103,6 +103,7 @@ def load_cells(
     genes = None
     if processor.gene_input is not None:
         genes = np.concatenate([processor.gene_features(data) for data in adatas])
+    _check_one_name_each(pd.unique(obs["perturbation"]), processor)
     _check_expressible(obs, processor)
     return Cells(features, genes, obs.astype("category")), processor
 
@@ -116,6 +117,18 @@ def _fit(adatas: list[ad.AnnData], in_training: np.ndarray, hvg_on_all: bool, op
         everything = StateProcessor.fit(adatas, **options)
         options = {**options, "genes": everything.vocabulary.genes}
     return StateProcessor.fit(training, **options)
+
+
+def _check_one_name_each(names, processor: StateProcessor):
+    """`A+B` and `B+A` (or `A` and `A+control`) are one perturbation: under two names it could stand in two splits."""
+    by_parts: dict[tuple[str, ...], str] = {}
+    for name in map(str, names):
+        first = by_parts.setdefault(tuple(sorted(processor.split_combination(name))), name)
+        if first != name:
+            raise ValueError(
+                f"labels {first!r} and {name!r} name the same perturbation; give all of its cells one label, or set "
+                "combination_separator to null if they differ"
+            )
 
 
 def _check_expressible(obs: pd.DataFrame, processor: StateProcessor):

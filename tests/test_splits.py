@@ -471,3 +471,15 @@ def test_runs_that_cannot_be(tmp_path, text, flags, message):
 def test_a_missing_run_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.yaml: no such run configuration"):
         load_run_config(str(tmp_path / "gone.yaml"), [], MODEL, TRAINING)
+
+
+@pytest.mark.parametrize("twin", ["pert_1+pert_0", "pert_0+pert_1+control"])
+def test_one_perturbation_under_two_names_is_refused(tmp_path, twin):
+    adata = simulate_screen(num_contexts=1, num_perturbations=2, num_genes=20, cells_per_group=6, combinations=[(0, 1)])
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str)
+    adata.obs.iloc[-3:, adata.obs.columns.get_loc("perturbation")] = twin
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    with pytest.raises(
+        ValueError, match=r"'pert_0\+pert_1' and .* name the same perturbation; give all of its cells one"
+    ):
+        load_cells(Splits({"screen": [tmp_path / "screen.h5ad"]}, {"screen"}))
