@@ -274,6 +274,7 @@ UNUSUAL = {
     "hidden_dropout": 0,
     "nonnegative_output": True,
     "initializer_range": 0.1,
+    "perturbation_initializer_range": 0.5,
     "num_encoder_layers": 2,
     "num_decoder_layers": 3,
     "basal_encoder": "mlp",
