@@ -80,10 +80,10 @@ def load_cells(
     if not adatas:
         raise ValueError("the files hold no cells")
     obs = pd.concat(frames)
+    present = {tuple(pair): [] for pair in obs[["dataset", "context"]].drop_duplicates().to_numpy()}
     perturbed = obs[obs["perturbation"] != reader.control]
-    present = {key: [] for key in obs.groupby(["dataset", "context"], observed=True).groups}
-    for (dataset, context), group in perturbed.groupby(["dataset", "context"], observed=True):
-        present[dataset, context] = list(pd.unique(group["perturbation"]))
+    for *pair, name in perturbed[["dataset", "context", "perturbation"]].drop_duplicates().to_numpy():
+        present[tuple(pair)].append(name)
     assigned = splits.assign(present)
     keys = zip(obs["dataset"], obs["context"], obs["perturbation"])
     obs["split"] = ["control" if key[2] == reader.control else (assigned[key] or "unused") for key in keys]
