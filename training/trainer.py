@@ -112,8 +112,10 @@ class StateTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.compute_metrics = (lambda p: self._score(p, dataset)) if isinstance(dataset, SentenceDataset) else None
+        start = time.perf_counter()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._since = time.perf_counter() if not self._batches else self._since
+        # Cells per second are those of training.
+        self._since += time.perf_counter() - start
         return metrics
 
     @property
