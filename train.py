@@ -114,7 +114,7 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    present = set(cells.obs["split"].unique())
+    present = set(cells.groups["split"].unique())
     datasets = {}
     for split in ("train", "val", "test"):
         if split in present:
@@ -141,11 +141,11 @@ def check_batches(config: StateConfig, datasets: dict[str, SentenceDataset]):
     if not (config.batch_encoder or config.batch_token):
         return
     for split, dataset in datasets.items():
-        rows = np.concatenate([group.controls for group in dataset.groups])
-        unknown = dataset.cells.obs["batch"].iloc[rows[dataset.batch_ids[rows] < 0]].unique()
+        rows = np.concatenate([np.asarray(group.controls) for group in dataset.groups])
+        unknown = np.unique(dataset.cells.batch_names(rows[dataset.batch_ids(rows) < 0]))
         if len(unknown):
             raise ValueError(
-                f"the {split} split has control cells of batches without training cells: {list(unknown)[:10]}; a model "
+                f"the {split} split has control cells of batches without training cells: {unknown.tolist()[:10]}; a model "
                 "with batch_encoder or batch_token cannot place them: leave those options out, or (in training) set "
                 "heldout_controls=false"
             )
@@ -153,7 +153,8 @@ def check_batches(config: StateConfig, datasets: dict[str, SentenceDataset]):
 
 def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
     """What the run trains on, in a few lines."""
-    counts = cells.obs["split"].value_counts()
+    sizes = cells.groups["stop"] - cells.groups["start"]
+    counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
     read = {"log1p_cp10k": "counts, scaled to CP10K and log1p", "none": f"{processor.values}, as they are"}
     lines = [
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     cells, processor = load_cells(
         splits, contexts=run.data.contexts, hvg_on_all=run.data.hvg_on_all, **run.data.processor_options()
     )
-    args = training_arguments(run, has_validation=bool((cells.obs["split"] == "val").any()))
+    args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor)

@@ -1,6 +1,7 @@
-"""Cells of one or several files in memory, with their labels and splits."""
+"""Cells of one or several files, sorted into groups, with the splits that a run gives them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import anndata as ad
 import numpy as np
@@ -12,24 +13,117 @@ from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
 
 
+if TYPE_CHECKING:
+    from cellstate.data.store import StoredRows
+
+
+GROUP_KEYS = ("dataset", "context", "perturbation", "batch")
+
+
 @dataclass
 class Cells:
     """
-    Cells ready for training: features in the model's order and one row of labels each.
+    Cells ready for training: features in the model's order, and the groups that they stand in.
 
     Args:
-        features (`np.ndarray` of shape `(cells, feature_dim)`): float32, in the model's units.
-        genes (`np.ndarray` of shape `(cells, genes)`, *optional*): target of the gene decoder, log1p expression.
-        obs (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `batch` (where there are batches) and
-            `split` (`"train"`, `"val"`, `"test"`, `"control"` or `"unused"`), categorical.
+        features (`np.ndarray` or [`StoredRows`], of shape `(cells, feature_dim)`): float32, in the model's units; in
+            memory, or read from a store where they are asked for.
+        genes (`np.ndarray` or [`StoredRows`], of shape `(cells, genes)`, *optional*): target of the gene decoder, log1p
+            expression.
+        groups (`pandas.DataFrame`): one row for each dataset, context, perturbation (and batch, where there are
+            batches), in that order: these columns, `split` (`"train"`, `"val"`, `"test"`, `"control"` or `"unused"`),
+            and `start` and `stop`, the rows of its cells.
     """
 
-    features: np.ndarray
-    genes: np.ndarray | None
-    obs: pd.DataFrame
+    features: "np.ndarray | StoredRows"
+    genes: "np.ndarray | StoredRows | None"
+    groups: pd.DataFrame
 
     def __len__(self) -> int:
-        return len(self.features)
+        return int((self.groups["stop"] - self.groups["start"]).sum())
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """The labels of every cell, categorical: `dataset`, `context`, `perturbation`, `batch`, `split`."""
+        return expand_groups(self.groups)
+
+    def batch_names(self, rows: np.ndarray) -> np.ndarray:
+        """The batch of some cells."""
+        group = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
+        return self.groups["batch"].to_numpy()[group]
+
+
+def expand_groups(groups: pd.DataFrame) -> pd.DataFrame:
+    """The labels of groups, once for each of their cells."""
+    sizes = (groups["stop"] - groups["start"]).to_numpy()
+    labels = groups.drop(columns=["start", "stop"]).astype("category")
+    return labels.iloc[np.repeat(np.arange(len(groups)), sizes)].reset_index(drop=True)
+
+
+def sort_into_groups(labels: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """
+    The order that puts the cells of a group beside one another, those of a group in the order that they have; and the
+    table of the groups.
+
+    Args:
+        labels (`pandas.DataFrame`): columns of `GROUP_KEYS`, the batch optional; one row for each cell.
+    """
+    by = [name for name in GROUP_KEYS if name in labels.columns]
+    grouped = labels.reset_index(drop=True).groupby(by, observed=True, sort=True)
+    sizes = grouped.size()
+    order = np.argsort(grouped.ngroup().to_numpy(), kind="stable")
+    groups = sizes.index.to_frame(index=False)
+    return order, with_rows(groups, sizes.to_numpy())
+
+
+def with_rows(groups: pd.DataFrame, sizes: np.ndarray) -> pd.DataFrame:
+    """The table of groups that follow one another, with the rows of each."""
+    stops = np.cumsum(sizes, dtype=np.int64)
+    return groups.assign(start=stops - sizes, stop=stops)
+
+
+def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.DataFrame:
+    """The table of groups with the split of each.
+
+    Raises:
+        ValueError: the splits name what is not there.
+    """
+    present = {tuple(pair): [] for pair in groups[["dataset", "context"]].drop_duplicates().to_numpy()}
+    perturbed = groups[groups["perturbation"] != control]
+    for *pair, name in perturbed[["dataset", "context", "perturbation"]].drop_duplicates().to_numpy():
+        present[tuple(pair)].append(name)
+    assigned = splits.assign(present)
+    keys = zip(groups["dataset"], groups["context"], groups["perturbation"])
+    return groups.assign(split=["control" if key[2] == control else (assigned[key] or "unused") for key in keys])
+
+
+def trained_on(groups: pd.DataFrame, splits: Splits) -> np.ndarray:
+    """Which groups a processor may learn from: those for training, and the controls of contexts not held out whole.
+
+    Raises:
+        ValueError: nothing is for training.
+    """
+    if not (groups["split"] == "train").any():
+        found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
+        raise ValueError(f"the splits leave no cell for training; found {found}")
+    zero_shot = [(d, c) in splits.zeroshot for d, c in zip(groups["dataset"], groups["context"])]
+    controls = (groups["split"] == "control") & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
+    return ((groups["split"] == "train") | controls).to_numpy()
+
+
+def keep_contexts(labels: pd.DataFrame, contexts: list[str] | None) -> np.ndarray:
+    """Which rows of `labels` are of the contexts that a run uses.
+
+    Raises:
+        ValueError: one of them is not there.
+    """
+    if contexts is None:
+        return np.ones(len(labels), dtype=bool)
+    found = sorted(labels["context"].unique())
+    for context in contexts:
+        if context not in found:
+            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
+    return labels["context"].isin(contexts).to_numpy()
 
 
 def load_cells(
@@ -40,7 +134,7 @@ def load_cells(
     **processor_options,
 ) -> tuple[Cells, StateProcessor]:
     """
-    Read all files, fit a processor on the training cells (or use the one given) and assign the splits.
+    Read all files into memory, fit a processor on the training cells (or use the one given) and assign the splits.
 
     Args:
         splits ([`Splits`]): datasets and what is held out of them.
@@ -53,65 +147,51 @@ def load_cells(
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`Splits`], [`StateProcessor.fit`] and `read_h5ad`.
     """
-    reader = processor or StateProcessor(
-        **{
-            name: processor_options[name]
-            for name in ("perturbation_key", "control", "context_key", "batch_key", "combination_separator")
-            if name in processor_options
-        }
-    )
+    reader = processor or label_reader(processor_options)
     adatas: list[ad.AnnData] = []
     frames = []
     for name, paths in splits.datasets.items():
         for path in paths:
             data = read_h5ad(path)
-            labels = reader.labels(data)
-            if contexts is not None:
-                keep = labels["context"].isin(contexts).to_numpy()
-                data, labels = data[keep], labels[keep]
-            if data.n_obs:
-                adatas.append(data)
-                frames.append(labels.assign(dataset=name))
-    if contexts is not None:
-        found = sorted({c for frame in frames for c in frame["context"]})
-        for context in contexts:
-            if context not in found:
-                raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
+            adatas.append(data)
+            frames.append(reader.labels(data).assign(dataset=name))
+    labels = pd.concat(frames, ignore_index=True)
+    keep = keep_contexts(labels, contexts)
+    if not keep.all():
+        masks = np.split(keep, np.cumsum([data.n_obs for data in adatas])[:-1])
+        adatas, labels = [data[mask] for data, mask in zip(adatas, masks)], labels[keep]
+    adatas = [data for data in adatas if data.n_obs]
     if not adatas:
         raise ValueError("the files hold no cells")
-    obs = pd.concat(frames)
-    present = {tuple(pair): [] for pair in obs[["dataset", "context"]].drop_duplicates().to_numpy()}
-    perturbed = obs[obs["perturbation"] != reader.control]
-    for *pair, name in perturbed[["dataset", "context", "perturbation"]].drop_duplicates().to_numpy():
-        present[tuple(pair)].append(name)
-    assigned = splits.assign(present)
-    keys = zip(obs["dataset"], obs["context"], obs["perturbation"])
-    obs["split"] = ["control" if key[2] == reader.control else (assigned[key] or "unused") for key in keys]
+    order, groups = sort_into_groups(labels)
+    groups = assign_splits(groups, splits, reader.control)
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([data.n_obs for data in adatas])
 
     if processor is None:
-        zero_shot = pd.MultiIndex.from_tuples(list(splits.zeroshot), names=["dataset", "context"])
-        of_context = pd.MultiIndex.from_frame(obs[["dataset", "context"]])
-        in_training = (obs["split"] == "train") | (
-            (obs["split"] == "control") & obs["dataset"].isin(splits.training) & ~of_context.isin(zero_shot)
-        )
-        if not (obs["split"] == "train").any():
-            raise ValueError(
-                "the splits leave no cell for training; found " + str(obs["split"].value_counts().to_dict())
-            )
-        processor = _fit(adatas, in_training.to_numpy(), hvg_on_all, processor_options)
-    features = np.concatenate([processor.features(data) for data in adatas])
-    genes = None
-    if processor.gene_input is not None:
-        genes = np.concatenate([processor.gene_features(data) for data in adatas])
-    _check_one_name_each(pd.unique(obs["perturbation"]), processor)
-    _check_expressible(obs, processor)
-    return Cells(features, genes, obs.astype("category")), processor
+        sizes = groups["stop"] - groups["start"]
+        in_training = np.repeat(trained_on(groups, splits), sizes)[place]
+        processor = _fit(adatas, np.split(in_training, ends[:-1]), hvg_on_all, processor_options)
+    check_names(groups, processor)
+    decoded = processor.gene_input is not None
+    features = np.empty((len(order), processor.feature_dim), dtype=np.float32)
+    genes = np.empty((len(order), len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
+    for data, rows in zip(adatas, np.split(place, ends[:-1])):
+        features[rows] = processor.features(data)
+        if genes is not None:
+            genes[rows] = processor.gene_features(data)
+    return Cells(features, genes, groups), processor
 
 
-def _fit(adatas: list[ad.AnnData], in_training: np.ndarray, hvg_on_all: bool, options: dict) -> StateProcessor:
+def label_reader(options: dict) -> StateProcessor:
+    """A processor that reads labels, and knows nothing else yet."""
+    names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator")
+    return StateProcessor(**{name: options[name] for name in names if name in options})
+
+
+def _fit(adatas: list[ad.AnnData], masks: list[np.ndarray], hvg_on_all: bool, options: dict) -> StateProcessor:
     """A processor of the training cells alone; with `hvg_on_all` its genes come from all cells."""
-    ends = np.cumsum([data.n_obs for data in adatas])
-    masks = np.split(in_training, ends[:-1])
     training = [data[mask] for data, mask in zip(adatas, masks) if mask.any()]
     if hvg_on_all and isinstance(options.get("genes"), int):
         everything = StateProcessor.fit(adatas, **options)
@@ -119,24 +199,26 @@ def _fit(adatas: list[ad.AnnData], in_training: np.ndarray, hvg_on_all: bool, op
     return StateProcessor.fit(training, **options)
 
 
-def _check_one_name_each(names, processor: StateProcessor):
-    """`A+B` and `B+A` (or `A` and `A+control`) are one perturbation: under two names it could stand in two splits."""
+def check_names(groups: pd.DataFrame, processor: StateProcessor):
+    """
+    Every perturbation has one name, and every held-out one can be expressed.
+
+    Raises:
+        ValueError: `A+B` and `B+A` (or `A` and `A+control`), which are one perturbation, both stand in the data: they
+            could be in two splits. Or a held-out perturbation has no training cell in any context.
+    """
     by_parts: dict[tuple[str, ...], str] = {}
-    for name in map(str, names):
+    for name in pd.unique(groups["perturbation"]):
         first = by_parts.setdefault(tuple(sorted(processor.split_combination(name))), name)
         if first != name:
             raise ValueError(
                 f"labels {first!r} and {name!r} name the same perturbation; give all of its cells one label, or set "
                 "combination_separator to null if they differ"
             )
-
-
-def _check_expressible(obs: pd.DataFrame, processor: StateProcessor):
-    """A held-out perturbation that no training cell has cannot be predicted from ids: an error that lists them."""
     known = set(processor.vocabulary.perturbations)
     for split in ("val", "test"):
-        names = pd.unique(obs.loc[obs["split"] == split, "perturbation"])
-        unknown = [n for n in names if not set(processor.split_combination(str(n))) <= known]
+        names = pd.unique(groups.loc[groups["split"] == split, "perturbation"])
+        unknown = [n for n in names if not set(processor.split_combination(n)) <= known]
         if unknown:
             raise ValueError(
                 f"{len(unknown)} perturbations held out for {split} have no training cell in any context, so a model "

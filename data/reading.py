@@ -1,4 +1,4 @@
-"""Reading `.h5ad` files, with one clear error for a file that is not whole."""
+"""Reading `.h5ad` and `.zarr` files bit by bit, with one clear error for a file that is not whole."""
 
 import os
 from contextlib import ExitStack, contextmanager
@@ -8,27 +8,38 @@ from pathlib import Path
 import anndata as ad
 import h5py
 import numpy as np
-import scipy.sparse as sp
+import pandas as pd
+
+from cellstate.data.matrices import RowReader
 
 
 def expand_paths(pattern: str | os.PathLike) -> list[Path]:
-    """The `.h5ad` files that a file, folder or glob names.
+    """The `.h5ad` and `.zarr` files that a file, folder or glob names.
 
     Raises:
         FileNotFoundError: there is none.
     """
     text = os.path.expandvars(os.path.expanduser(str(pattern)))
     path = Path(text)
-    if path.is_dir():
-        files = sorted(path.glob("*.h5ad"))
+    if is_zarr(path):
+        files = [path]
+    elif path.is_dir():
+        files = sorted([*path.glob("*.h5ad"), *filter(is_zarr, path.glob("*.zarr"))])
     elif any(character in text for character in "*?["):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
-        files = sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
+        files = sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file() or is_zarr(p))
     else:
         files = [path] if path.is_file() else []
     if not files:
-        raise FileNotFoundError(f"{text}: no such file, folder of .h5ad files or glob (looked from {Path.cwd()})")
+        raise FileNotFoundError(
+            f"{text}: no such file, folder of .h5ad or .zarr files or glob (looked from {Path.cwd()})"
+        )
     return files
+
+
+def is_zarr(path: Path) -> bool:
+    """Whether a folder is an AnnData in zarr format."""
+    return path.is_dir() and any((path / name).is_file() for name in ("zarr.json", ".zgroup"))
 
 
 def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
@@ -36,19 +47,20 @@ def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole `.h5ad` file.
+        ValueError: it is not a whole `.h5ad` or `.zarr` file.
     """
     path = _existing(path)
     with _reading(path):
-        return ad.read_h5ad(path)
+        return ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
 
 
-class H5ADFile:
+class AnnDataFile:
     """
-    An `.h5ad` on disk whose matrices, layers and embeddings are read row by row: bounded memory, whatever its size.
+    An `.h5ad` or `.zarr` on disk whose labels, matrices, layers and embeddings are read row by row: bounded memory,
+    whatever its size.
 
     Has the attributes of an AnnData that [`StateProcessor`] reads (`obs`, `var_names`, `obs_names`, `n_obs`, `X`,
-    `layers`, `obsm`, `uns`), and nothing else. Use as a context manager.
+    `layers`, `obsm`, `uns`), and [`AnnDataFile.obs_rows`]. Use as a context manager.
 
     Raises:
         FileNotFoundError, ValueError: as [`read_h5ad`].
@@ -56,87 +68,125 @@ class H5ADFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = _existing(path)
-        with ExitStack() as on_error, _reading(self.path):
-            self._file = on_error.enter_context(h5py.File(self.path, "r"))
-            self.obs = ad.io.read_elem(self._file["obs"])
+        with ExitStack() as on_error, self._reading():
+            if self.path.is_dir():
+                import zarr  # not needed, and slow to import, for files in HDF5
+
+                self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
+            else:
+                self._file, self._groups = on_error.enter_context(h5py.File(self.path, "r")), h5py.Group
+            self._obs = self._file["obs"]
+            self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
+            self.n_obs = len(self.obs) if self._whole_obs else len(self._obs[self._obs.attrs["_index"]])
             self.var_names = ad.io.read_elem(self._file["var"]).index
-            self.obs_names, self.n_obs = self.obs.index, len(self.obs)
-            self.X = RowReader(self._file["X"], self.path) if "X" in self._file else None
-            self.layers = self._readers("layers")
-            self.obsm = self._readers("obsm")
-            self.uns = ad.io.read_elem(self._file["uns"]) if "uns" in self._file else {}
+            self.X = self._reader("X", genes=True) if "X" in self._file else None
+            self.layers = self._readers("layers", genes=True)
+            self.obsm = self._readers("obsm", genes=False)
             on_error.pop_all()
 
-    def _readers(self, name: str) -> dict[str, "RowReader"]:
-        return {key: RowReader(node, self.path) for key, node in self._file[name].items()} if name in self._file else {}
+    def _reader(self, name: str, genes: bool) -> RowReader:
+        node = self._file[name]
+        expected = (self.n_obs, len(self.var_names) if genes else None)
+        return RowReader(node, isinstance(node, self._groups), name, expected, self._reading)
 
-    def __enter__(self) -> "H5ADFile":
+    def _readers(self, name: str, genes: bool) -> dict[str, RowReader]:
+        if name not in self._file:
+            return {}
+        return {key: self._reader(f"{name}/{key}", genes) for key in self._file[name].keys()}
+
+    def _reading(self):
+        return _reading(self.path)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """The whole table of the cells."""
+        with self._reading():
+            return ad.io.read_elem(self._obs)
+
+    @property
+    def obs_names(self) -> pd.Index:
+        """The cells' barcodes."""
+        return self.obs.index
+
+    @cached_property
+    def uns(self) -> dict:
+        """The unstructured part."""
+        with self._reading():
+            return ad.io.read_elem(self._file["uns"]) if "uns" in self._file else {}
+
+    @property
+    def obs_columns(self) -> list[str]:
+        """Names of the columns of `obs`."""
+        with self._reading():
+            return list(self.obs.columns) if self._whole_obs else [str(c) for c in self._obs.attrs["column-order"]]
+
+    def obs_rows(self, rows: slice, columns: list[str]) -> pd.DataFrame:
+        """Some columns of `obs` for a range of cells, indexed by barcode; nothing else is read."""
+        if self._whole_obs or "obs" in self.__dict__:
+            return self.obs.iloc[rows][columns]
+        with self._reading():
+            index = pd.Index(self._column(self._obs.attrs["_index"], rows)).astype(str)
+            frame = pd.DataFrame({name: self._column(name, rows) for name in columns}, index=index)
+            if len(frame) != len(range(*rows.indices(self.n_obs))):
+                raise ValueError("columns of obs differ in length")
+            return frame
+
+    def _column(self, name: str, rows: slice):
+        node = self._obs[name]
+        encoding = node.attrs.get("encoding-type")
+        if encoding == "categorical":
+            return pd.Categorical.from_codes(node["codes"][rows], self._categories(name))
+        if isinstance(node, self._groups):
+            return self._small(name)[rows]  # nullable numbers, and what else a table may hold
+        if isinstance(node, h5py.Dataset) and h5py.check_string_dtype(node.dtype) is not None:
+            return node.asstr()[rows]
+        values = node[rows]
+        return values if values.dtype.kind in "biuf" else np.asarray(values, dtype=object)
+
+    def _categories(self, name: str):
+        if name not in self._cached:
+            self._cached[name] = ad.io.read_elem(self._obs[name]["categories"])
+        return self._cached[name]
+
+    def _small(self, name: str):
+        if name not in self._cached:
+            self._cached[name] = ad.io.read_elem(self._obs[name])
+        return self._cached[name]
+
+    @cached_property
+    def _cached(self) -> dict:
+        return {}
+
+    def __enter__(self) -> "AnnDataFile":
         return self
 
     def __exit__(self, *_):
-        self._file.close()
-
-
-class RowReader:
-    """
-    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go, with those between them,
-    but never more than `_block` rows at once.
-
-    Dense and CSR matrices are read row by row. The rows of a CSC matrix do not stand together, so that it is read
-    whole, at first use.
-    """
-
-    _gap, _block = 64, 512
-
-    def __init__(self, node: "h5py.Dataset | h5py.Group", path: Path):
-        self.path, self._node = path, node
-
-    @cached_property
-    def _matrix(self):
-        if isinstance(self._node, h5py.Dataset):
-            return self._node
-        if self._node.attrs.get("encoding-type") == "csr_matrix":
-            return ad.io.sparse_dataset(self._node)
-        whole = ad.io.read_elem(self._node)
-        return whole.tocsr() if sp.issparse(whole) else np.asarray(whole)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        with _reading(self.path):
-            return tuple(self._matrix.shape)
-
-    def __getitem__(self, rows: "slice | np.ndarray"):
-        with _reading(self.path):
-            if isinstance(rows, slice) or len(rows) == 0:
-                return self._matrix[rows if isinstance(rows, slice) else slice(0, 0)]
-            rows = np.asarray(rows)
-            far = np.abs(np.diff(rows, prepend=rows[0])) > self._gap
-            breaks = np.flatnonzero(far | (np.diff(rows // self._block, prepend=rows[0] // self._block) != 0))
-            parts = []
-            for segment in np.split(rows, breaks):
-                first = int(segment.min())
-                parts.append(self._matrix[first : int(segment.max()) + 1][segment - first])
-            return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+        for reader in (self.X, *self.layers.values(), *self.obsm.values()):
+            if reader is not None:
+                reader.close()
+        if isinstance(self._file, h5py.File):
+            self._file.close()
 
 
 def _existing(path: str | os.PathLike) -> Path:
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected one .h5ad file")
-    if not path.is_file():
+    if path.is_dir() and not is_zarr(path):
+        raise ValueError(f"{path} is a folder; expected one .h5ad or .zarr file")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
     return path
 
 
 @contextmanager
 def _reading(path: Path):
-    """One clear error for whatever a broken file makes h5py and anndata raise."""
+    """One clear error for whatever a broken file makes h5py, zarr and anndata raise."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
+        kind, size = (".zarr", "") if path.is_dir() else (".h5ad", f" ({path.stat().st_size:,} bytes)")
         raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as .h5ad: {type(error).__name__}: {error}. "
+            f"{path}{size} cannot be read as {kind}: {type(error).__name__}: {error}. "
             "Expected a whole AnnData file; copy or write it again"
         ) from error

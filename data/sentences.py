@@ -1,5 +1,6 @@
 """Cell sentences: sets of perturbed cells, each with a set of matching control cells."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +22,19 @@ from cellstate.modeling_perturbation import (
 from cellstate.processing import StateProcessor
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class Group:
-    """Cells of one dataset, context and perturbation (and batch), and the control cells that match them."""
+    """Cells of one dataset, context and perturbation (and batch), and the control cells that match them, as rows."""
 
     dataset: str
     context: str
     perturbation: str
     batch: str | None
-    rows: np.ndarray
-    controls: np.ndarray
+    rows: range
+    controls: range
 
 
 class SentenceDataset(Dataset):
@@ -38,11 +42,15 @@ class SentenceDataset(Dataset):
     Sentences of one split, drawn anew each epoch.
 
     A sentence is up to `set_size` perturbed cells of one [`Group`] and as many control cells of the same dataset and
-    context (and batch). In an epoch each perturbed cell stands in exactly one sentence; controls are drawn without
-    replacement within a sentence. The order and the draws depend on `seed` and the epoch alone.
+    context (and batch). In an epoch each perturbed cell stands in exactly one sentence (unless `sentences_per_group`
+    says else); controls are drawn without replacement within a sentence. The order and the draws depend on `seed` and
+    the epoch alone, and are the same whether the cells lie in memory or in a store.
+
+    A loader asks for a whole batch at once, which is read in one go and comes out collated; the workers of a loader
+    share the memory map of a store.
 
     Args:
-        cells ([`Cells`]): features and labels.
+        cells ([`Cells`]): features and groups.
         processor ([`StateProcessor`]): encodes the labels.
         split (`str`): `"train"`, `"val"` or `"test"`.
         set_size (`int`): cells of a sentence.
@@ -50,7 +58,8 @@ class SentenceDataset(Dataset):
         control_matching (`str`): which controls belong to a perturbed cell.
 
             - `"context"`: those of its dataset and context
-            - `"batch"`: those of its dataset, context and batch
+            - `"batch"`: those of its dataset, context and batch; where there are none, those of its dataset and context
+              (the cells concerned are counted in `num_without_batch_controls`, and logged)
         small_groups (`str`): what becomes of a group with fewer cells than `set_size`.
 
             - `"pad"`: a shorter sentence, padded with a mask in its batch
@@ -59,6 +68,13 @@ class SentenceDataset(Dataset):
         control_sentences (`bool`): in training, also map control cells to control cells of their context.
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
+        sentences_per_group (`str`): how groups are weighted in a training epoch.
+
+            - `"proportional"`: each cell stands in one sentence
+            - `"equal"`: every group gives as many sentences as the average group has: of a larger one some cells wait
+              for another epoch, those of a smaller one stand in several sentences
+            - `"capped"`: as `"proportional"`, but at most `sentence_cap` sentences; the other cells wait
+        sentence_cap (`int`, *optional*): most sentences of a group, with `"capped"`.
         shuffle (`bool`): shuffle cells and sentences each epoch. Off, sentences stand group by group.
         multiple_of (`int`): leave out the last few sentences of each epoch so that their number is a multiple of this
             (the sentences of an optimiser step); the next epoch draws anew.
@@ -78,37 +94,54 @@ class SentenceDataset(Dataset):
         small_groups: str = "pad",
         control_sentences: bool = True,
         heldout_controls: bool = True,
+        sentences_per_group: str = "proportional",
+        sentence_cap: int | None = None,
         shuffle: bool = True,
         multiple_of: int = 1,
     ):
         for name, value, allowed in (
             ("control_matching", control_matching, ("context", "batch")),
             ("small_groups", small_groups, ("pad", "repeat")),
+            ("sentences_per_group", sentences_per_group, ("proportional", "equal", "capped")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}; {closest(value, allowed)}")
-        if control_matching == "batch" and "batch" not in cells.obs:
+        if control_matching == "batch" and "batch" not in cells.groups:
             raise ValueError("control_matching='batch' needs batch_key, the obs column with each cell's batch")
+        if (sentence_cap is not None) != (sentences_per_group == "capped") or (sentence_cap or 1) < 1:
+            raise ValueError(
+                "sentence_cap, a whole number from 1, belongs to sentences_per_group='capped'; found "
+                f"sentence_cap={sentence_cap!r} with {sentences_per_group!r}"
+            )
         self.cells, self.processor = cells, processor
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
         self.repeat = small_groups == "repeat" and split == "train"
-        self.groups = _make_groups(
-            cells.obs,
+        self.groups, self.num_without_batch_controls = _make_groups(
+            cells.groups,
             processor.control,
             split,
             control_matching,
             control_sentences and split == "train",
             heldout_controls,
         )
+        if self.num_without_batch_controls:
+            logger.warning(
+                f"{split}: {self.num_without_batch_controls} perturbed cells have no controls of their batch; they are "
+                "matched with those of their context"
+            )
         self.perturbation_ids = processor.encode_perturbations([group.perturbation for group in self.groups])
         self.context_ids = processor.encode_contexts([group.context for group in self.groups])
-        self.batch_ids = None
-        if "batch" in cells.obs:
-            categories = processor.encode_batches(cells.obs["batch"].cat.categories)
-            self.batch_ids = categories[cells.obs["batch"].cat.codes.to_numpy()]
+        self.has_batches = "batch" in cells.groups
+        if self.has_batches:
+            names = cells.groups["batch"]
+            encoded = processor.encode_batches(names.unique())
+            self._batch_of_group = names.map(dict(zip(names.unique(), encoded))).to_numpy()
+            self._first_of_group = cells.groups["start"].to_numpy()
+        self._equal = sentences_per_group == "equal" and split == "train"
+        self._cap = sentence_cap if split == "train" else None
         self.multiple_of = multiple_of
         self.set_epoch(0)
-        if not self._sentences:
+        if not len(self):
             raise ValueError(
                 f"split {split!r} makes {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of "
                 "one optimiser step; lower per_device_train_batch_size, gradient_accumulation_steps or set_size"
@@ -117,50 +150,97 @@ class SentenceDataset(Dataset):
     def set_epoch(self, epoch: int):
         """Draw the sentences of this epoch."""
         generator = np.random.default_rng([self.seed, epoch])
-        sentences = []
-        for index, group in enumerate(self.groups):
-            rows = generator.permutation(group.rows) if self.shuffle else group.rows
-            largest = min(self.set_size, len(group.controls))
-            sentences += [(index, part) for part in np.array_split(rows, -(-len(rows) // largest))]
-        order = generator.permutation(len(sentences)) if self.shuffle else np.arange(len(sentences))
-        order = order[: len(sentences) // self.multiple_of * self.multiple_of]
-        self.epoch, self._drawn, self._sentences = epoch, len(sentences), [sentences[i] for i in order]
+        largest = np.array([min(self.set_size, len(group.controls)) for group in self.groups])
+        counts = -(-np.array([len(group.rows) for group in self.groups]) // largest)
+        if self._equal:
+            wanted = np.full(len(counts), -(-counts.sum() // len(counts)))
+        else:
+            wanted = counts if self._cap is None else np.minimum(counts, self._cap)
+        # Rows of all sentences one after another: arrays, so that the processes of a loader share them.
+        rows, sizes = [], []
+        for group, count, number in zip(self.groups, counts, wanted):
+            for first in range(0, number, count):
+                size = len(group.rows)
+                drawn = generator.permutation(size) if self.shuffle else np.arange(size)
+                of_sentence = np.full(count, size // count)
+                of_sentence[: size % count] += 1
+                of_sentence = of_sentence[: number - first]
+                rows.append((drawn[: of_sentence.sum()] + group.rows.start).astype(np.min_scalar_type(len(self.cells))))
+                sizes.append(of_sentence)
+        self._rows, sizes = np.concatenate(rows), np.concatenate(sizes)
+        stops = np.cumsum(sizes)
+        order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
+        order = order[: len(sizes) // self.multiple_of * self.multiple_of]
+        self.epoch, self._drawn = epoch, len(sizes)
+        self._group = np.repeat(np.arange(len(wanted)), wanted)[order]
+        self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
 
     def __len__(self) -> int:
-        return len(self._sentences)
+        return len(self._group)
 
     def rows(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Group number, perturbed rows and control rows of sentence `i` in this epoch."""
-        index, targets = self._sentences[i]
-        group = self.groups[index]
+        index, (start, stop) = int(self._group[i]), self._bounds[i]
+        targets, controls = self._rows[start:stop].astype(np.int64), self.groups[index].controls
         generator = np.random.default_rng([self.seed, self.epoch, i, 1])
         if self.repeat and len(targets) < self.set_size:
-            extra = self.set_size - len(targets)
-            targets = np.concatenate([targets, generator.choice(targets, extra)])
-            if len(group.controls) < self.set_size:
-                extra = self.set_size - len(group.controls)
-                drawn = np.concatenate([group.controls, generator.choice(group.controls, extra)])
-                return index, targets, drawn
-        return index, targets, generator.choice(group.controls, len(targets), replace=False)
+            targets = np.concatenate([targets, generator.choice(targets, self.set_size - len(targets))])
+            if len(controls) < self.set_size:
+                extra = generator.choice(len(controls), self.set_size - len(controls))
+                return index, targets, controls.start + np.concatenate([np.arange(len(controls)), extra])
+        return index, targets, controls.start + generator.choice(len(controls), len(targets), replace=False)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        index, targets, controls = self.rows(i)
-        sentence = {
-            CONTROL_CELLS: self.cells.features[controls],
-            LABELS: self.cells.features[targets],
-            PERTURBATION_IDS: self.perturbation_ids[index],
-            CONTEXT_IDS: self.context_ids[index],
+        return {key: value[0].numpy() for key, value in self.__getitems__([i]).items()}
+
+    def __getitems__(self, indices: list[int]) -> "SentenceBatch":
+        """The batch of these sentences, collated."""
+        drawn = [self.rows(i) for i in indices]
+        groups = np.array([index for index, _, _ in drawn])
+        sizes = np.array([len(targets) for _, targets, _ in drawn])
+        shape = (len(drawn), int(sizes.max()))
+        mask = np.arange(shape[1]) < sizes[:, None]
+        targets, controls = ([rows[i] for rows in drawn] for i in (1, 2))
+        batch = {
+            CONTROL_CELLS: self._padded(self.cells.features, controls, shape),
+            LABELS: self._padded(self.cells.features, targets, shape),
+            PERTURBATION_IDS: self.perturbation_ids[groups],
+            CONTEXT_IDS: self.context_ids[groups],
         }
-        if self.batch_ids is not None:
-            sentence[BATCH_IDS] = self.batch_ids[controls]
+        if self.has_batches:
+            batch[BATCH_IDS] = np.zeros(shape, dtype=np.int64)
+            batch[BATCH_IDS][mask] = self.batch_ids(np.concatenate(controls))
         if self.cells.genes is not None:
-            sentence[GENE_LABELS] = self.cells.genes[targets]
-        return sentence
+            batch[GENE_LABELS] = self._padded(self.cells.genes, targets, shape)
+        if sizes.min() < shape[1]:
+            batch[CELL_MASK] = mask
+        return SentenceBatch({key: torch.from_numpy(value) for key, value in batch.items()})
+
+    def batch_ids(self, rows: np.ndarray) -> np.ndarray:
+        """The id of the experimental batch of each of some cells; -1 for one that the processor does not know."""
+        return self._batch_of_group[np.searchsorted(self._first_of_group, rows, side="right") - 1]
+
+    @staticmethod
+    def _padded(matrix, rows: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+        """The cells of each sentence, `(B, S, D)`, zeros after the last of a short one."""
+        cells = np.empty((*shape, matrix.shape[1]), dtype=np.float32)
+        for sentence, taken in zip(cells, rows):
+            if isinstance(matrix, np.ndarray):
+                np.take(matrix, taken, axis=0, out=sentence[: len(taken)], mode="clip")
+            else:
+                matrix.take(taken, out=sentence[: len(taken)])
+            sentence[len(taken) :] = 0
+        return cells
+
+
+class SentenceBatch(dict):
+    """The tensors of several sentences, as [`SentenceCollator`] gives them."""
 
 
 class SentenceCollator:
     """
-    Sentences to one batch: cells padded to the longest sentence, with `cell_mask` where any is shorter.
+    Sentences to one batch: cells padded to the longest sentence, with `cell_mask` where any is shorter. A batch that is
+    collated already ([`SentenceBatch`]) stays as it is.
 
     Example:
     ```python
@@ -179,7 +259,9 @@ class SentenceCollator:
 
     per_cell = (CONTROL_CELLS, LABELS, GENE_LABELS, BATCH_IDS)
 
-    def __call__(self, sentences: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def __call__(self, sentences: "list[dict[str, np.ndarray]] | SentenceBatch") -> dict[str, torch.Tensor]:
+        if isinstance(sentences, SentenceBatch):
+            return dict(sentences)
         sizes = np.array([len(sentence[CONTROL_CELLS]) for sentence in sentences])
         longest = int(sizes.max())
         batch = {}
@@ -197,42 +279,48 @@ class SentenceCollator:
 
 
 def _make_groups(
-    obs: pd.DataFrame,
+    table: pd.DataFrame,
     control: str,
     split: str,
     control_matching: str,
     control_sentences: bool,
     heldout_controls: bool,
-) -> list[Group]:
-    by = ["dataset", "context"] + (["batch"] if control_matching == "batch" else [])
-    obs = obs.assign(row=np.arange(len(obs))).reset_index(drop=True)
-    pools = {
-        key: group["row"].to_numpy()
-        for key, group in obs[obs["split"] == "control"].groupby(by, observed=True, sort=True)
-    }
-    groups, lonely = [], []
-    for key, group in obs[obs["split"] == split].groupby([*by, "perturbation"], observed=True, sort=True):
-        *of_pool, perturbation = key
-        controls = pools.get(tuple(of_pool))
+) -> tuple[list[Group], int]:
+    """The groups of a split, and how many perturbed cells found no controls of their batch."""
+    by = ["dataset", "context", "perturbation"] + (["batch"] if control_matching == "batch" else [])
+
+    def spans(part: pd.DataFrame, keys: list[str]) -> dict[tuple, range]:
+        # The batches of a group stand beside one another, so that its rows are one range.
+        found = part.groupby(keys, sort=True, observed=True).agg(start=("start", "min"), stop=("stop", "max"))
+        return {key: range(*span) for key, span in zip(found.index, found.to_numpy())}
+
+    of_controls = table[table["split"] == "control"]
+    pools = spans(of_controls, ["dataset", "context"])
+    of_batches = spans(of_controls, ["dataset", "context", "batch"]) if control_matching == "batch" else {}
+    groups, lonely, fallen_back = [], [], 0
+    for key, rows in spans(table[table["split"] == split], by).items():
+        dataset, context, perturbation, *batch = key
+        controls = pools.get((dataset, context))
         if controls is None:
             lonely.append(" / ".join(map(str, key)))
             continue
-        batch = of_pool[2] if control_matching == "batch" else None
-        groups.append(Group(of_pool[0], of_pool[1], perturbation, batch, group["row"].to_numpy(), controls))
+        if batch:
+            own = of_batches.get((dataset, context, *batch))
+            fallen_back += len(rows) if own is None else 0
+            controls = own or controls
+        groups.append(Group(dataset, context, perturbation, batch[0] if batch else None, rows, controls))
     if lonely:
-        where = "dataset, context and batch" if control_matching == "batch" else "dataset and context"
         raise ValueError(
-            f"{len(lonely)} groups of perturbed cells have no control cells of their {where}: {lonely[:10]}; add "
-            "controls, leave the context out with contexts="
-            + (", or use control_matching='context'" if control_matching == "batch" else "")
+            f"{len(lonely)} groups of perturbed cells have no control cells of their dataset and context: "
+            f"{lonely[:10]}; add controls, or leave the context out with contexts="
         )
     if not groups:
         raise ValueError(f"split {split!r} has no cells")
     if control_sentences:
         trained = {(group.dataset, group.context) for group in groups}
         datasets = {dataset for dataset, _ in trained}
-        for key, rows in pools.items():
+        for key, rows in (of_batches or pools).items():
             # A held-out context's controls are unperturbed cells like any other; whether they may be seen is an option.
             if key[:2] in trained or (heldout_controls and key[0] in datasets):
                 groups.append(Group(key[0], key[1], control, key[2] if len(key) > 2 else None, rows, rows))
-    return groups
+    return groups, fallen_back

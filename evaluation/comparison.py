@@ -2,13 +2,15 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cellstate.data.reading import H5ADFile
+from cellstate.data.cells import sort_into_groups
+from cellstate.data.reading import AnnDataFile
 from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
 from cellstate.processing import StateProcessor, Vocabulary
 
@@ -39,10 +41,10 @@ def evaluate_files(
         numbers of cells, ending with the averages (context and perturbation `"mean"`); and notes on what was left out.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: see [`H5ADFile`] and [`StateProcessor`]; nothing to compare.
+        ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; nothing to compare.
     """
     notes: list[str] = []
-    with H5ADFile(predicted) as guess, H5ADFile(real) as truth, H5ADFile(train) as training:
+    with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
         reader, processor = readers_of(guess, keys)
         scored = reader.labels(guess), processor.labels(truth)
         pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].drop_duplicates().to_numpy()]
@@ -68,11 +70,9 @@ def evaluate_files(
         if seen.any():
             notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
         rows = np.flatnonzero(~seen)
+        order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
         changes = MeanChanges.fit(
-            processor.features(training, rows),
-            labels.iloc[rows],
-            processor.control,
-            clip=processor.values != "embedding",
+            _Rows(processor, training, rows[order]), groups, processor.control, clip=processor.values != "embedding"
         )
         unseen = sorted({p for _, p in common if p not in changes.changes})
         if unseen:
@@ -150,7 +150,19 @@ def check_table_path(output: str | os.PathLike) -> Path:
     return output
 
 
-def readers_of(guess: H5ADFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
+@dataclass
+class _Rows:
+    """Features of some cells of a file, read where they are asked for."""
+
+    processor: StateProcessor
+    data: AnnDataFile
+    rows: np.ndarray
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.processor.features(self.data, self.rows[part])
+
+
+def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Processors that read the predicted cells as they are, and real ones in their units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
     recorded = guess.uns.get("cellstate", {}).get("processor")

@@ -42,6 +42,16 @@ def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None)
     return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
 
 
+def mean_of_rows(features, spans: pd.DataFrame, block: int = 4096) -> np.ndarray:
+    """Mean of the cells from `start` to `stop` of each span, in float64, read block by block."""
+    total, count = 0.0, 0
+    for start, stop in zip(spans["start"], spans["stop"]):
+        for first in range(start, stop, block):
+            total = total + features[first : min(first + block, stop)].sum(axis=0, dtype=np.float64)
+        count += stop - start
+    return total / count
+
+
 @dataclass
 class MeanChanges:
     """
@@ -57,23 +67,22 @@ class MeanChanges:
     clip: bool = True
 
     @classmethod
-    def fit(cls, features: np.ndarray, obs: pd.DataFrame, control: str, clip: bool = True) -> "MeanChanges":
+    def fit(cls, features, groups: pd.DataFrame, control: str, clip: bool = True) -> "MeanChanges":
         """
         Args:
-            features (`np.ndarray` of shape `(cells, features)`): training cells and controls.
-            obs (`pandas.DataFrame`): columns `context` and `perturbation` (and `dataset`, where there are several).
+            features (of shape `(cells, features)`): training cells and controls; `features[start:stop]` gives an array.
+            groups (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `start` and `stop`, the rows of
+                the cells. Rows of other cells are not read.
+            control (`str`): the perturbation of control cells.
         """
-        by = [name for name in ("dataset", "context") if name in obs]
-        obs = obs.reset_index(drop=True)
+        means: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        for (dataset, context, name), parts in groups.groupby(["dataset", "context", "perturbation"], observed=True):
+            means.setdefault((dataset, context), {})[str(name)] = mean_of_rows(features, parts)
         per_context: dict[str, list[np.ndarray]] = {}
-        for _, group in obs.groupby(by, observed=True):
-            is_control = (group["perturbation"] == control).to_numpy()
-            if not is_control.any():
-                continue
-            base = features[group.index[is_control]].mean(axis=0, dtype=np.float64)
-            for name, cells in group[~is_control].groupby("perturbation", observed=True):
-                change = features[cells.index].mean(axis=0, dtype=np.float64) - base
-                per_context.setdefault(str(name), []).append(change)
+        for of_context in means.values():
+            base = of_context.pop(control, None)
+            for name, mean in of_context.items() if base is not None else ():
+                per_context.setdefault(name, []).append(mean - base)
         return cls({name: np.mean(values, axis=0) for name, values in per_context.items()}, clip)
 
     def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellstate.data.reading import H5ADFile
+from cellstate.data.reading import AnnDataFile
 from cellstate.evaluation.comparison import readers_of
 from cellstate.evaluation.metrics import pearson_of_change
 
@@ -23,7 +23,7 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
     from matplotlib.figure import Figure
 
     panels = []
-    with H5ADFile(predicted) as guess, H5ADFile(real) as truth:
+    with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth:
         reader, processor = readers_of(guess)
         guessed, observed = reader.labels(guess), processor.labels(truth)
         for (context, perturbation), rows in guessed.groupby(["context", "perturbation"]).indices.items():

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cellstate.data.reading import H5ADFile
+from cellstate.data.reading import AnnDataFile
 from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, PERTURBATION_IDS
 from cellstate.processing import StateProcessor
 
@@ -79,7 +79,7 @@ def predict_file(
     if output.exists() and Path(adata_path).exists() and output.samefile(adata_path):
         raise ValueError(f"{output} is the input file; write the predictions elsewhere")
     model.eval()
-    with H5ADFile(adata_path) as data:
+    with AnnDataFile(adata_path) as data:
         labels = processor.labels(data)
         groups = processor.control_groups(labels, contexts)
         chosen = {}

@@ -14,6 +14,7 @@ import torch
 
 from cellstate import StateConfig, StateForPerturbation, StateProcessor
 from cellstate.data import simulate_screen
+from cellstate.data.cells import sort_into_groups
 from cellstate.evaluation import MeanChanges, score_group
 from cellstate.evaluation.metrics import METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
 from cellstate_cli import main
@@ -396,7 +397,8 @@ def test_the_table_is_that_of_score_group(folder, tmp_path, model):
     here = real.obs["cell_type"] == "type_0"
     trained = ~(here & real.obs["perturbation"].isin(names)).to_numpy()  # what is scored teaches no baseline
     obs = real.obs.rename(columns={"cell_type": "context"})[trained]
-    changes = MeanChanges.fit(units[trained], obs, "control", clip=model != "embedding")
+    order, groups = sort_into_groups(obs[["context", "perturbation"]].astype(str).assign(dataset=""))
+    changes = MeanChanges.fit(units[trained][order], groups, "control", clip=model != "embedding")
     controls = units[cells_of(real, "type_0", "control")]
     expected = {
         name: score_group(

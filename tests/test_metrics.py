@@ -8,6 +8,7 @@ import scanpy as sc
 from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr
 
+from cellstate.data.cells import sort_into_groups
 from cellstate.evaluation import MeanChanges, energy_distance, pearson_of_change, score_group
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN, average, mean_distance
 from cellstate.processing import StateProcessor
@@ -74,6 +75,12 @@ def test_mean_distance_in_blocks(block):
 # Baselines
 
 
+def mean_changes(features, obs, **options) -> MeanChanges:
+    """Of cells in any order."""
+    order, groups = sort_into_groups(obs if "dataset" in obs else obs.assign(dataset="one"))
+    return MeanChanges.fit(features[order], groups, "control", **options)
+
+
 def training() -> tuple[np.ndarray, pd.DataFrame]:
     """Context c0 with few cells and c1 with many: P moves feature 0 by 1 and by 3, Q by 2 in c1 alone."""
     rows = [("c0", "control", 0.0)] * 2 + [("c0", "P", 1.0)] * 2
@@ -84,7 +91,7 @@ def training() -> tuple[np.ndarray, pd.DataFrame]:
 
 
 def test_mean_changes_weigh_contexts_alike():
-    changes = MeanChanges.fit(*training(), "control").changes
+    changes = mean_changes(*training()).changes
     assert set(changes) == {"P", "Q"}
     np.testing.assert_allclose(changes["P"], [2.0, 0.0])  # (1 + 3) / 2, not the mean over cells
     np.testing.assert_allclose(changes["Q"], [2.0, 0.0])
@@ -95,14 +102,14 @@ def test_mean_changes_tell_datasets_apart():
     obs["dataset"] = "one"
     other = obs.iloc[:4].assign(dataset="two")
     moved = features[:4] + np.array([0, 1], dtype=np.float32) * (other["perturbation"] == "P").to_numpy()[:, None]
-    changes = MeanChanges.fit(np.concatenate([features, moved]), pd.concat([obs, other]), "control").changes
+    changes = mean_changes(np.concatenate([features, moved]), pd.concat([obs, other])).changes
     np.testing.assert_allclose(changes["P"], [(1 + 3 + 1) / 3, 1 / 3], rtol=1e-6)
 
 
 def test_contexts_without_controls_teach_nothing():
     features, obs = training()
     kept = ~((obs["context"] == "c1") & (obs["perturbation"] == "control")).to_numpy()
-    changes = MeanChanges.fit(features[kept], obs[kept], "control").changes
+    changes = mean_changes(features[kept], obs[kept]).changes
     assert set(changes) == {"P"}
     np.testing.assert_allclose(changes["P"], [1.0, 0.0])
 
@@ -194,7 +201,7 @@ def test_baselines_on_real_cells(shared):
         is_control = (labels["perturbation"] == "control").to_numpy()
         name = next(p for p in labels["perturbation"].unique() if p != "control")
         for clip in found:
-            changes = MeanChanges.fit(features[~here], labels[~here], "control", clip=clip)
+            changes = mean_changes(features[~here], labels[~here], clip=clip)
             found[clip].append(
                 score_group(None, features[here & ~is_control], features[here & is_control], name, [name], changes)
             )

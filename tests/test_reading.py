@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellstate.data.reading import H5ADFile, expand_paths, read_h5ad
+from cellstate.data.reading import AnnDataFile, expand_paths, read_h5ad
 from cellstate.processing import StateProcessor
 
 
@@ -55,7 +55,7 @@ def matrices(data) -> dict:
 
 def test_labels_and_names_are_those_of_the_file(path):
     whole = read_h5ad(path)
-    with H5ADFile(path) as data:
+    with AnnDataFile(path) as data:
         pd.testing.assert_frame_equal(data.obs, whole.obs)
         assert data.var_names.tolist() == whole.var_names.tolist()
         assert (data.n_obs, data.obs_names.tolist()) == (CELLS, whole.obs_names.tolist())
@@ -75,7 +75,7 @@ def test_labels_and_names_are_those_of_the_file(path):
 def test_rows_equal_those_in_memory(path, rows):
     whole = screen()
     rows = rows if isinstance(rows, slice) else np.array(rows, dtype=np.int64)
-    with H5ADFile(path) as data:
+    with AnnDataFile(path) as data:
         on_disk, in_memory = matrices(data), matrices(whole)
         assert set(on_disk) == set(in_memory)
         for name, matrix in in_memory.items():
@@ -89,7 +89,7 @@ def test_a_processor_reads_the_same_from_disk(path):
     rows = np.array([0, 1, 90, 91, 300, CELLS - 1])
     for source in ("X", "layers/csr", "layers/csc", "layers/double", "obsm/array", "obsm/sparse", "obsm/frame"):
         processor = StateProcessor.fit(whole, input=source, normalize="none")
-        with H5ADFile(path) as data:
+        with AnnDataFile(path) as data:
             np.testing.assert_array_equal(processor.features(data, rows), processor.features(whole, rows), source)
             np.testing.assert_array_equal(processor.features(data), processor.features(whole), source)
             assert StateProcessor.fit(data, input=source, normalize="none").vocabulary == processor.vocabulary
@@ -99,7 +99,7 @@ def test_a_file_without_x(tmp_path):
     adata = screen()
     adata.X = None
     adata.write_h5ad(tmp_path / "no_x.h5ad")
-    with H5ADFile(tmp_path / "no_x.h5ad") as data:
+    with AnnDataFile(tmp_path / "no_x.h5ad") as data:
         assert data.X is None
         with pytest.raises(KeyError, match="the data have no X, found layers .*csr"):
             StateProcessor.fit(data)
@@ -111,7 +111,7 @@ def test_what_is_not_asked_for_is_not_read(path, tmp_path):
     with h5py.File(broken, "r+") as file:
         del file["layers/csc/indptr"]
         del file["obsm/frame/x"]
-    with H5ADFile(broken) as data:
+    with AnnDataFile(broken) as data:
         assert data.X[np.array([3])].shape == (1, GENES)
         for matrix in (data.layers["csc"], data.obsm["frame"]):
             with pytest.raises(ValueError, match="cannot be read as .h5ad"):
@@ -125,7 +125,7 @@ def both_ways(path):
     """The errors of reading a file whole and row by row, every matrix of it."""
 
     def row_by_row(path):
-        with H5ADFile(path) as data:
+        with AnnDataFile(path) as data:
             for matrix in matrices(data).values():
                 if matrix is not None:
                     matrix[:]
@@ -166,17 +166,17 @@ def test_hdf5_that_is_not_anndata(tmp_path):
     with h5py.File(path, "w") as file:
         file["matrix"] = np.zeros(3)
     with pytest.raises(ValueError, match="cannot be read as .h5ad: KeyError"):
-        H5ADFile(path)
+        AnnDataFile(path)
     # The handle is closed: the file can be written again.
     with h5py.File(path, "w") as file:
         file["matrix"] = np.zeros(4)
 
 
 def test_missing_files_and_folders(tmp_path):
-    for read in (read_h5ad, H5ADFile):
+    for read in (read_h5ad, AnnDataFile):
         with pytest.raises(FileNotFoundError, match=r"gone.h5ad: no such file \(looked from "):
             read(tmp_path / "gone.h5ad")
-        with pytest.raises(ValueError, match="is a folder; expected one .h5ad file"):
+        with pytest.raises(ValueError, match="is a folder; expected one .h5ad or .zarr file"):
             read(tmp_path)
 
 
@@ -198,5 +198,5 @@ def test_file_folder_and_glob(tmp_path, monkeypatch):
     monkeypatch.setenv("SCREENS", str(tmp_path))
     assert expand_paths("$SCREENS/a.h5ad") == [one]
     for nothing in ("c.h5ad", f"{tmp_path}/*.zarr", f"{tmp_path}/none"):
-        with pytest.raises(FileNotFoundError, match="no such file, folder of .h5ad files or glob"):
+        with pytest.raises(FileNotFoundError, match="no such file, folder of .h5ad or .zarr files or glob"):
             expand_paths(nothing)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cellstate.data import Cells, SentenceCollator, SentenceDataset
+from cellstate.data.cells import sort_into_groups
 from cellstate.processing import StateProcessor, Vocabulary
 
 
@@ -36,13 +37,14 @@ def cells(with_batches=True, with_genes=False, leave_out=()) -> Cells:
         for _ in range(n)
     ]
     obs = pd.DataFrame(rows, columns=["dataset", "context", "perturbation", "batch", "split"])
-    obs = obs.sample(frac=1, random_state=0)
-    obs.index = [f"cell{i}" for i in range(len(obs))]
     if not with_batches:
         obs = obs.drop(columns="batch")
+    _, groups = sort_into_groups(obs.drop(columns="split"))
+    split_of = {key[:3]: split for *key, split in map(tuple, rows) for key in [tuple(key)]}
+    groups["split"] = [split_of[key] for key in zip(groups["dataset"], groups["context"], groups["perturbation"])]
     # A cell's features are its row number: what comes out says which cell it was.
     features = np.repeat(np.arange(len(obs), dtype=np.float32)[:, None], 2, axis=1)
-    return Cells(features, features[:, :1] + 0.5 if with_genes else None, obs.astype("category"))
+    return Cells(features, features[:, :1] + 0.5 if with_genes else None, groups)
 
 
 def processor(batches=True) -> StateProcessor:
@@ -279,11 +281,69 @@ def test_groups_without_controls_are_named():
         SentenceDataset(one, processor(), "train", 4)
     one = cells(leave_out=[("a", "T", "control", "b1")])
     SentenceDataset(one, processor(), "train", 4)
-    with pytest.raises(
-        ValueError,
-        match=r"1 groups .* dataset, context and batch: \['a / T / b1 / P'\].*or use control_matching='context'",
-    ):
-        SentenceDataset(one, processor(), "train", 4, control_matching="batch")
+
+
+def test_without_controls_of_its_batch_a_cell_gets_those_of_its_context(caplog):
+    one = cells(leave_out=[("a", "T", "control", "b1")])
+    data = SentenceDataset(one, processor(), "train", 4, control_matching="batch", control_sentences=False)
+    assert data.num_without_batch_controls == 6
+    assert "train: 6 perturbed cells have no controls of their batch" in caplog.text
+    obs, fallen_back = one.obs, 0
+    for targets, controls in sentences(data):
+        label = obs.iloc[targets[0]]
+        where = ["dataset", "context"]
+        assert (obs.iloc[controls][where].to_numpy() == label[where].to_numpy()).all()
+        own = label["batch"] == "b0" or label[where].tolist() != ["a", "T"]
+        assert set(obs.iloc[controls]["batch"]) == {label["batch"] if own else "b0"}
+        fallen_back += 0 if own else len(targets)
+    assert fallen_back == 6
+    caplog.clear()
+    assert dataset(control_matching="batch").num_without_batch_controls == 0 and not caplog.text
+
+
+@pytest.mark.parametrize("sentences_per_group", ["proportional", "equal", "capped"])
+def test_weights_of_groups(sentences_per_group):
+    cap = 2 if sentences_per_group == "capped" else None
+    data = dataset(set_size=3, sentences_per_group=sentences_per_group, sentence_cap=cap)
+    sizes = np.array([len(group.rows) for group in data.groups])
+    natural = -(-sizes // 3)
+    seen = [set() for _ in sizes]
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        drawn = [data.rows(i) for i in range(len(data))]
+        found = np.bincount([index for index, _, _ in drawn], minlength=len(sizes))
+        if sentences_per_group == "proportional":
+            assert found.tolist() == natural.tolist()
+        elif sentences_per_group == "equal":
+            assert found.tolist() == [-(-natural.sum() // len(sizes))] * len(sizes)
+        else:
+            assert found.tolist() == np.minimum(natural, 2).tolist()
+        for index, targets, _ in drawn:
+            assert len(set(targets)) == len(targets) <= 3 and set(targets) <= set(data.groups[index].rows)
+            seen[index].update(targets)
+        if sentences_per_group != "equal":
+            targets = np.concatenate([targets for _, targets, _ in drawn])
+            assert len(set(targets)) == len(targets)  # no cell twice in an epoch
+    assert [len(rows) for rows in seen] == sizes.tolist()  # over the epochs, every cell
+
+
+def test_weights_are_for_training_alone():
+    data = dataset("test", sentences_per_group="capped", sentence_cap=1, set_size=2)
+    assert sum(len(data.rows(i)[1]) for i in range(len(data))) == sum(TEST.values())
+    for options in ({"sentence_cap": 2}, {"sentences_per_group": "capped"}):
+        with pytest.raises(ValueError, match="sentence_cap, a whole number from 1, belongs to sentences_per_group"):
+            dataset(**options)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_batch_read_at_once_is_the_collated_sentences(size):
+    data = SentenceDataset(cells(with_genes=True), processor(), "train", 4)
+    indices = list(range(5, 5 + size))
+    at_once, one_by_one = data.__getitems__(indices), SentenceCollator()([data[i] for i in indices])
+    assert list(at_once) == list(one_by_one)
+    for key, value in one_by_one.items():
+        assert at_once[key].dtype == value.dtype and torch.equal(at_once[key], value), key
+    assert SentenceCollator()(at_once) == dict(at_once)
 
 
 def test_splits_without_cells():

@@ -165,9 +165,11 @@ def test_every_cell_gets_the_split_of_its_pair(files):
     ]
     assert obs["split"].tolist() == expected
     whole = screen()
-    order = np.argsort(whole.obs["cell_type"] != "type_0", kind="stable")  # as the two files have them
-    assert obs.index.tolist() == whole.obs_names[order].tolist()
-    assert obs["batch"].tolist() == whole.obs["batch"].iloc[order].tolist()
+    first = np.argsort(whole.obs["cell_type"] != "type_0", kind="stable")  # as the two files have them
+    labels = whole.obs.iloc[first].astype(str)
+    order = first[np.lexsort([labels["batch"], labels["perturbation"], labels["cell_type"]])]  # stable, batch last
+    for name, key in (("context", "cell_type"), ("perturbation", "perturbation"), ("batch", "batch")):
+        assert obs[name].tolist() == whole.obs[key].iloc[order].tolist()
     np.testing.assert_array_equal(cells.features, processor.features(whole[order].copy()))
     assert (obs["dataset"] == "one").all()
     pairs = obs[obs["split"] != "control"].groupby(["dataset", "context", "perturbation"], observed=True)["split"]
@@ -298,8 +300,10 @@ def test_expression_beside_an_embedding_is_loaded(tmp_path):
     adata.write_h5ad(tmp_path / "screen.h5ad")
     splits = Splits({"one": [tmp_path / "screen.h5ad"]}, {"one"})
     cells, processor = load_cells(splits, input="obsm/X_emb", gene_input="X")
-    np.testing.assert_array_equal(cells.features, adata.obsm["X_emb"])
-    np.testing.assert_array_equal(cells.genes, StateProcessor.fit(adata).features(adata))
+    labels = adata.obs.astype(str)
+    order = np.lexsort([labels["perturbation"], labels["cell_type"]])
+    np.testing.assert_array_equal(cells.features, adata.obsm["X_emb"][order])
+    np.testing.assert_array_equal(cells.genes, StateProcessor.fit(adata).features(adata)[order])
     assert load_cells(splits, input="obsm/X_emb")[0].genes is None
 
 

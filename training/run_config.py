@@ -9,7 +9,7 @@ from typing import ClassVar
 import yaml
 
 from cellstate.configuration_state import closest
-from cellstate.data.reading import H5ADFile, expand_paths
+from cellstate.data.reading import AnnDataFile, expand_paths
 from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
 
@@ -121,7 +121,7 @@ class DataArguments:
         present: dict[tuple[str, str], set[str]] = {}
         for name, paths in datasets.items():
             for path in paths:
-                with H5ADFile(path) as data:
+                with AnnDataFile(path) as data:
                     labels = reader.labels(data)
                 if self.contexts is not None:
                     labels = labels[labels["context"].isin(self.contexts)]

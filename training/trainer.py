@@ -123,10 +123,9 @@ class StateTrainer(Trainer):
         """What the baselines know: the mean change of each perturbation over the training split."""
         if self._mean_changes is None:
             cells = self.train_dataset.cells
-            used = cells.obs["split"].isin(["train", "control"]).to_numpy()
             self._mean_changes = MeanChanges.fit(
-                cells.features[used],
-                cells.obs[used],
+                cells.features,
+                cells.groups[cells.groups["split"].isin(["train", "control"])],
                 self.train_dataset.processor.control,
                 clip=self.model.config.nonnegative_output,
             )

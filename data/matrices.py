@@ -1,0 +1,223 @@
+"""Matrices on disk, read row by row: dense, CSR, and CSC turned into rows in bounded memory."""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+
+class RowReader:
+    """
+    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go, with those between them,
+    but never more than `_block` rows at once.
+
+    Dense and CSR matrices are read row by row. The rows of a CSC matrix do not stand together: one of more than
+    `_in_memory` bytes is first transposed into a temporary file.
+
+    Args:
+        node: dataset, array or group of the matrix.
+        is_group (`bool`): whether it is a group (sparse, or a table).
+        name (`str`): of the matrix in its file, for errors.
+        expected (`tuple`): shape that the rest of the file says it has; None where any will do.
+        reading (`Callable`): gives the context manager that turns errors of reading into one that names the file.
+    """
+
+    _gap, _block, _in_memory = 64, 512, 1 << 27
+
+    def __init__(self, node, is_group: bool, name: str, expected: tuple, reading: Callable[[], AbstractContextManager]):
+        self._node, self._is_group, self._name, self._expected, self._reading = node, is_group, name, expected, reading
+        self._temporary: tempfile.TemporaryDirectory | None = None
+
+    @cached_property
+    def _matrix(self) -> "np.ndarray | sp.csr_matrix | CSRMatrix | h5py.Dataset":
+        matrix = self._open()
+        for axis, (found, expected) in enumerate(zip(matrix.shape, self._expected)):
+            if expected is not None and found != expected:
+                what = ("rows, obs has", "columns, var has")[axis]
+                raise ValueError(f"{self._name} has {found} {what} {expected}")
+        if matrix.dtype.kind not in "biuf":
+            raise ValueError(f"{self._name} holds values of type {matrix.dtype}, expected numbers")
+        return matrix
+
+    def _open(self):
+        node = self._node
+        if not self._is_group:
+            if len(node.shape) != 2:
+                raise ValueError(f"{self._name} has {len(node.shape)} dimensions, expected cells x features")
+            return node
+        encoding = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format"))
+        if encoding in ("csr_matrix", "csr"):
+            return CSRMatrix(node, self._name)
+        if encoding in ("csc_matrix", "csc"):
+            columns = CSRMatrix(node, self._name, transposed=True)
+            if columns.nbytes <= self._in_memory:
+                return columns[:].T.tocsr()
+            self._temporary = tempfile.TemporaryDirectory(prefix="cellstate-rows-")
+            return rows_of_columns(columns, Path(self._temporary.name))
+        whole = ad.io.read_elem(node)  # a table
+        if not isinstance(whole, pd.DataFrame):
+            raise ValueError(f"{self._name} is {encoding or 'of no known encoding'}, expected a matrix")
+        return whole.to_numpy()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        with self._reading():
+            return tuple(self._matrix.shape)
+
+    def __getitem__(self, rows: "slice | np.ndarray"):
+        with self._reading():
+            matrix = self._matrix
+            if isinstance(rows, slice) or len(rows) == 0:
+                return matrix[rows if isinstance(rows, slice) else slice(0, 0)]
+            rows = np.asarray(rows)
+            far = np.abs(np.diff(rows, prepend=rows[0])) > self._gap
+            breaks = np.flatnonzero(far | (np.diff(rows // self._block, prepend=rows[0] // self._block) != 0))
+            parts = []
+            for segment in np.split(rows, breaks):
+                first = int(segment.min())
+                parts.append(matrix[first : int(segment.max()) + 1][segment - first])
+            return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
+
+    def blocks(self, values: int = 1 << 23, cells: int = 1 << 14) -> list[slice]:
+        """Consecutive rows that hold at most so many values and cells each, one row at least; all rows in order."""
+        with self._reading():
+            matrix = self._matrix
+            if isinstance(matrix, (CSRMatrix, sp.csr_matrix)):
+                return split_rows(np.asarray(matrix.indptr), values, cells)
+            step = max(1, min(cells, values // max(1, matrix.shape[1])))
+            return [slice(i, min(i + step, matrix.shape[0])) for i in range(0, matrix.shape[0], step)]
+
+    def close(self):
+        """Remove the temporary file, where there is one."""
+        if self._temporary is not None:
+            self._matrix.close()
+            self._temporary.cleanup()
+
+
+class CSRMatrix:
+    """
+    A CSR matrix in a group of arrays `data`, `indices` and `indptr`, checked where a damaged file would give wrong
+    numbers. `transposed` reads a CSC matrix as the CSR matrix of its transpose.
+
+    Raises:
+        ValueError: the arrays contradict one another.
+    """
+
+    def __init__(self, node, name: str = "X", transposed: bool = False):
+        self._data, self._indices, self._name, self._node = node["data"], node["indices"], name, node
+        shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
+        self.shape = tuple(int(n) for n in shape)[:: -1 if transposed else 1]
+        self.dtype = self._data.dtype
+        indptr = node["indptr"][:]
+        if indptr.dtype.kind not in "iu" or self._indices.dtype.kind not in "iu":
+            raise ValueError(f"indices and indptr of {name} are {self._indices.dtype} and {indptr.dtype}, not integers")
+        self.indptr = indptr.astype(np.int64)
+        ends = (int(self.indptr[0]), int(self.indptr[-1])) if len(indptr) else (0, 0)
+        stored = self._data.shape[0]
+        if (
+            len(indptr) != self.shape[0] + 1
+            or (np.diff(self.indptr) < 0).any()
+            or ends != (0, stored)
+            or self._indices.shape[0] != stored
+        ):
+            raise ValueError(
+                f"indptr of {name} should rise from 0 to {stored} in {self.shape[0] + 1} steps, as long as data "
+                f"({stored}) and indices ({self._indices.shape[0]}); found {len(indptr)} from {ends[0]} to {ends[1]}"
+            )
+        # zarr reads a chunk that is gone as zeros: right for stored zeros, which a sparse matrix does not have.
+        for array in (self._data, self._indices):
+            if not isinstance(array, h5py.Dataset) and array.nchunks_initialized < array.nchunks:
+                if array is self._data or self.shape[1] > 1:
+                    missing = array.nchunks - array.nchunks_initialized
+                    raise ValueError(f"{missing} of {array.nchunks} chunks of {name}/{array.basename} are missing")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored values and their indices in memory."""
+        return int(self.indptr[-1]) * (self.dtype.itemsize + 4)
+
+    def __getitem__(self, rows: slice) -> sp.csr_matrix:
+        start, stop, _ = rows.indices(self.shape[0])
+        stop = max(start, stop)
+        first, last = int(self.indptr[start]), int(self.indptr[stop])
+        data, indices = self._data[first:last], self._indices[first:last]
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
+            raise ValueError(
+                f"indices of {self._name} should be 0 to {self.shape[1] - 1}, found {indices.min()} to {indices.max()}"
+            )
+        indptr = self.indptr[start : stop + 1] - first
+        small = np.int32 if max(self.shape[1], last - first) < 2**31 else np.int64
+        return sp.csr_matrix(
+            (data, indices.astype(small, copy=False), indptr.astype(small)), shape=(stop - start, self.shape[1])
+        )
+
+    def close(self):
+        """Close the file that the matrix is in."""
+        self._node.file.close()
+
+
+def split_rows(indptr: np.ndarray, values: int, cells: int) -> list[slice]:
+    """Consecutive rows of a CSR matrix with at most so many values and rows each, one row at least."""
+    blocks, start, rows = [], 0, len(indptr) - 1
+    while start < rows:
+        stop = int(np.searchsorted(indptr, indptr[start] + values, side="right")) - 1
+        stop = min(max(stop, start + 1), start + cells, rows)
+        blocks.append(slice(start, stop))
+        start = stop
+    return blocks
+
+
+def rows_of_columns(columns: CSRMatrix, folder: Path, values: int = 1 << 22) -> CSRMatrix:
+    """
+    The rows of a CSC matrix as a CSR matrix in a temporary file, with about `values` values in memory.
+
+    The columns are read once and their entries dealt out to files by ranges of rows; each of these is then sorted.
+
+    Args:
+        columns ([`CSRMatrix`]): the transpose, as stored.
+        folder (`Path`): for the temporary files.
+    """
+    num_columns, num_rows = columns.shape
+    stored = int(columns.indptr[-1])
+    buckets = max(1, -(-stored // values))
+    width = max(1, -(-num_rows // buckets))
+    entry = np.dtype([("row", np.int64), ("column", np.int32), ("value", columns.dtype)])
+    names = [folder / f"rows-{i}.bin" for i in range(-(-num_rows // width))]
+    for block in split_rows(columns.indptr, values, num_columns):
+        part = columns[block]
+        entries = np.empty(part.nnz, dtype=entry)
+        entries["row"], entries["value"] = part.indices, part.data
+        entries["column"] = np.repeat(np.arange(block.start, block.stop), np.diff(part.indptr))
+        bucket = entries["row"] // width
+        order = np.argsort(bucket, kind="stable")
+        entries, edges = entries[order], np.searchsorted(bucket[order], np.arange(len(names) + 1))
+        for name, start, stop in zip(names, edges[:-1], edges[1:]):
+            if stop > start:
+                with open(name, "ab") as file:
+                    entries[start:stop].tofile(file)
+    file = h5py.File(folder / "rows.h5", "w")
+    group = file.create_group("X")
+    group.attrs["shape"] = (num_rows, num_columns)
+    data = group.create_dataset("data", (stored,), dtype=columns.dtype)
+    indices = group.create_dataset("indices", (stored,), dtype=np.int32)
+    indptr, done = np.zeros(num_rows + 1, dtype=np.int64), 0
+    for i, name in enumerate(names):
+        if not name.exists():
+            continue
+        entries = np.fromfile(name, dtype=entry)
+        name.unlink()
+        entries = entries[np.argsort(entries["row"], kind="stable")]
+        data[done : done + len(entries)], indices[done : done + len(entries)] = entries["value"], entries["column"]
+        done += len(entries)
+        first, last = i * width, min((i + 1) * width, num_rows)
+        indptr[first + 1 : last + 1] = np.bincount(entries["row"] - first, minlength=last - first)
+    np.cumsum(indptr, out=indptr)
+    group.create_dataset("indptr", data=indptr)
+    return CSRMatrix(group)
