@@ -80,6 +80,31 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
     return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
 
 
+def normalize_counts(
+    counts: np.ndarray, totals: np.ndarray, target_sum: float, stored: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    Counts scaled to `target_sum` a cell, then log1p. A cell without counts stays 0.
+
+    Args:
+        counts (`np.ndarray`): of shape `(cells, genes)`; or, with `stored`, the stored values of sparse rows, one
+            cell's after another (the `data` of a CSR matrix). Any numeric type; left as it is.
+        totals (`np.ndarray` of shape `(cells,)`): counts of each cell over all genes of the data, not only over those
+            given.
+        target_sum (`float`): counts a cell is scaled to.
+        stored (`np.ndarray` of shape `(cells,)`, *optional*): how many of the values are each cell's
+            (`np.diff(indptr)`).
+
+    Returns:
+        `np.ndarray` of the shape of `counts`, float32: log1p expression.
+    """
+    totals = np.asarray(totals, dtype=np.float64)
+    scale = (target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
+    values = counts.astype(np.float32)
+    values *= scale[:, None] if stored is None else np.repeat(scale, stored)
+    return np.log1p(values, out=values)
+
+
 def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
     """(normalize, values) from what was asked for and the kinds of values that the files hold."""
     kinds = found - {"zeros"}

@@ -71,6 +71,21 @@ def check_processes(world_size: int):
         )
 
 
+def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
+    """The cells of the run: in memory, or where they are in its store."""
+    if run.data.store is None:
+        splits = run.data.resolve_splits()
+        options = {"contexts": run.data.contexts, "hvg_on_all": run.data.hvg_on_all, **run.data.processor_options()}
+        return *load_cells(splits, **options), splits
+    # Arrow takes a moment to import, which runs from files need not wait for.
+    from cellstate.data.store import CellStore, load_store
+
+    store = CellStore(run.data.store)
+    run.data.check_store(store.manifest)
+    splits = run.data.resolve_splits(store.groups)
+    return *load_store(store, splits, **run.data.store_options()), splits
+
+
 def build_config(run: RunConfig, processor: StateProcessor) -> StateConfig:
     """The model's config: the YAML's fields, and the sizes that the data give."""
     fields = dict(run.model)
@@ -173,10 +188,7 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run a training; returns the figures of the test split, where there is one."""
     run = parse(sys.argv[1:] if argv is None else argv)
-    splits = run.data.resolve_splits()
-    cells, processor = load_cells(
-        splits, contexts=run.data.contexts, hvg_on_all=run.data.hvg_on_all, **run.data.processor_options()
-    )
+    cells, processor, splits = load_data(run)
     args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")

@@ -3,10 +3,12 @@
 import argparse
 import sys
 
-from cellstate_cli import evaluate, predict
+from cellstate_cli import evaluate, info, predict, prepare
 
 
-COMMANDS = {"predict": predict, "evaluate": evaluate}
+COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate}
+# Fields of a run configuration may follow as flags.
+TAKE_FLAGS = ("prepare",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,9 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
+        command = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(command)
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
+    if args.command in TAKE_FLAGS:
+        args.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         COMMANDS[args.command].run(args)
     except (ValueError, KeyError, OSError, ImportError) as error:

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cellstate.data.matrices import RowReader
+from cellstate.processing import StateProcessor
 
 
 def expand_paths(pattern: str | os.PathLike) -> list[Path]:
@@ -166,6 +168,26 @@ class AnnDataFile:
                 reader.close()
         if isinstance(self._file, h5py.File):
             self._file.close()
+
+
+@dataclass
+class _Labelled:
+    """Labels of some cells, as [`StateProcessor.labels`] reads them."""
+
+    obs: pd.DataFrame
+
+    @property
+    def obs_names(self) -> pd.Index:
+        return self.obs.index
+
+
+def read_labels(data: AnnDataFile, reader: StateProcessor, rows: slice = slice(None)) -> pd.DataFrame:
+    """[`StateProcessor.labels`] of a range of cells, reading the columns that it needs and no other."""
+    keys = (reader.perturbation_key, reader.context_key, reader.batch_key)
+    wanted = list(dict.fromkeys(key for key in keys if key is not None))
+    if not set(wanted) <= set(data.obs_columns):
+        return reader.labels(data)  # says what is missing
+    return reader.labels(_Labelled(data.obs_rows(rows, wanted)))
 
 
 def _existing(path: str | os.PathLike) -> Path:

@@ -139,6 +139,7 @@ class SentenceDataset(Dataset):
             self._first_of_group = cells.groups["start"].to_numpy()
         self._equal = sentences_per_group == "equal" and split == "train"
         self._cap = sentence_cap if split == "train" else None
+        self._row_type = np.min_scalar_type(int(cells.groups["stop"].max()))
         self.multiple_of = multiple_of
         self.set_epoch(0)
         if not len(self):
@@ -165,7 +166,7 @@ class SentenceDataset(Dataset):
                 of_sentence = np.full(count, size // count)
                 of_sentence[: size % count] += 1
                 of_sentence = of_sentence[: number - first]
-                rows.append((drawn[: of_sentence.sum()] + group.rows.start).astype(np.min_scalar_type(len(self.cells))))
+                rows.append((drawn[: of_sentence.sum()] + group.rows.start).astype(self._row_type))
                 sizes.append(of_sentence)
         self._rows, sizes = np.concatenate(rows), np.concatenate(sizes)
         stops = np.cumsum(sizes)

@@ -65,10 +65,11 @@ class Splits:
                 )
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike) -> "Splits":
+    def from_toml(cls, path: str | os.PathLike, stored: list[str] | None = None) -> "Splits":
         """Read the sections `[datasets]`, `[training]`, `[zeroshot]` and `[fewshot."dataset.context"]`.
 
-        Dataset paths are files, folders or globs, relative ones to the working directory.
+        Dataset paths are files, folders or globs, relative ones to the working directory. With `stored`, the names of
+        the datasets of a store, the section need not be there and its paths are not looked at.
 
         Raises:
             FileNotFoundError: the file or a dataset is missing.
@@ -86,9 +87,16 @@ class Splits:
                 raise ValueError(f"{path}: unknown section [{section}]; {closest(section, sections)}")
             if not isinstance(values, dict):
                 raise ValueError(f"{path}: [{section}] should hold `name = value` lines, found {values!r}")
-        if "datasets" not in content:
+        if stored is not None:
+            if sorted(content.get("datasets", stored)) != sorted(stored):
+                raise ValueError(
+                    f"{path}: [datasets] has {sorted(content['datasets'])}, the store was made of {stored}"
+                )
+            datasets = {name: [] for name in stored}
+        elif "datasets" not in content:
             raise ValueError(f"{path}: no [datasets] section (name = file, folder or glob)")
-        datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
+        else:
+            datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
         for name, value in content.get("training", {}).items():
             if value != "train":
                 raise ValueError(f"{path}: [training] {name} = {value!r}: expected 'train'")

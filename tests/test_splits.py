@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cellstate.data import Splits, load_cells, simulate_screen
+from cellstate.data.arguments import DataArguments
 from cellstate.processing import StateProcessor
-from cellstate.training.run_config import DataArguments, load_run_config
+from cellstate.training.run_config import load_run_config
 
 
 CONTEXTS = ["type_0", "type_1", "type_2"]
@@ -461,7 +462,7 @@ def test_the_strategy_no_stays_no(tmp_path):
         (YAML + "  genes: 3", [], "unknown field 'genes' in section 'training'; it belongs to section 'data'"),
         (YAML + "modle: {}", [], "unknown section 'modle'; did you mean 'model'"),
         ("data: [a]", [], "section 'data' should hold `field: value` lines, found ['a']"),
-        ("- a", [], "expected the sections ['data', 'model', 'training'], found list"),
+        ("- a", [], "expected the sections ['data', 'model', 'training', 'prepare'], found list"),
         ("data: {", [], "is not valid YAML"),
         (YAML, ["--control"], "data.control: expected str, found True"),
         (YAML, ["--test_contexts", "NO"], "data.test_contexts: expected list, found False"),

@@ -1,0 +1,27 @@
+"""`cellstate info`."""
+
+import argparse
+
+
+HELP = "Say what a file, a cell store or a checkpoint holds, and what is missing before a model can be trained on it."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "path", metavar="STORE|FILE.h5ad|CHECKPOINT", help="cell store, .h5ad, .zarr or checkpoint folder"
+    )
+    for name, what in (
+        ("--perturbation-key", "perturbation of each cell"),
+        ("--context-key", "context (cell type or line)"),
+        ("--batch-key", "experimental batch"),
+    ):
+        parser.add_argument(name, metavar="COLUMN", help=f"obs column of a file with the {what}; guessed by default")
+    parser.add_argument("--control", metavar="NAME", help="label of unperturbed cells in a file; guessed by default")
+    parser.add_argument("--input", default="X", help="X, layers/NAME or obsm/NAME of a file")
+
+
+def run(args: argparse.Namespace):
+    from cellstate.data.info import describe
+
+    keys = {"perturbation_key": args.perturbation_key, "context_key": args.context_key, "batch_key": args.batch_key}
+    print(describe(args.path, control=args.control, input=args.input, **keys))

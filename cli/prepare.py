@@ -1,0 +1,37 @@
+"""`cellstate prepare`."""
+
+import argparse
+
+
+HELP = (
+    "Turn .h5ad or .zarr files into a cell store: Arrow files that training reads by memory map, whatever their size."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="DATA.yaml",
+        help="run configuration: its section `data` says which files, `prepare` how the store is laid out; any field of "
+        "either may follow as a flag (--genes 2000, --knockdown_filter true)",
+    )
+    parser.add_argument("--output", required=True, metavar="STORE", help="folder to write, whole or not at all")
+    parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="read so many files at a time")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace):
+    from cellstate.data.prepare import prepare
+    from cellstate.training.run_config import load_run_config
+
+    config = load_run_config(args.config, args.flags)
+    store = prepare(config.data, args.output, config.prepare, num_proc=args.num_proc, quiet=args.quiet)
+    manifest = store.manifest
+    for note in manifest.notes:
+        print(note)
+    size = sum(shard["bytes"] for shard in manifest.shards)
+    print(
+        f"{args.output}: {manifest.cells:,} cells in {len(store.groups):,} groups, {len(manifest.genes):,} genes, "
+        f"{size / 1e6:,.0f} MB; train with --store {args.output}, look at it with cellstate info {args.output}"
+    )

@@ -1,0 +1,243 @@
+"""What a run says of its data: the `data` and `prepare` sections."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from cellstate.configuration_state import closest
+from cellstate.data.reading import AnnDataFile, expand_paths, read_labels
+from cellstate.data.splits import Splits
+from cellstate.processing import StateProcessor
+
+
+if TYPE_CHECKING:
+    from cellstate.data.store import Manifest
+
+
+@dataclass
+class DataArguments:
+    """
+    The `data` section.
+
+    Args:
+        store (`str`, *optional*): folder that `cellstate prepare` wrote of these data, or name of a data set on the Hub
+            that holds one; read instead of the files, which need not be there then.
+        splits (`str`, *optional*): TOML file with `[datasets]`, `[training]`, `[zeroshot]`, `[fewshot]`. Or, for the
+            simple cases, the next five fields.
+        datasets (`dict[str, str]` or `str`, *optional*): name of each dataset to a file, folder or glob; or one of
+            these alone.
+        test_contexts, val_contexts (`list[str]`): contexts held out whole, in every dataset that has them.
+        test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
+        contexts (`list[str]`, *optional*): use these contexts of the files alone.
+        perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
+            gene_input: see [`StateProcessor.fit`].
+        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
+        control_matching, small_groups, control_sentences, heldout_controls, sentences_per_group, sentence_cap: see
+            [`SentenceDataset`].
+    """
+
+    store: str | None = None
+    splits: str | None = None
+    datasets: dict | str | None = None
+    test_contexts: list = field(default_factory=list)
+    val_contexts: list = field(default_factory=list)
+    test_perturbations: list = field(default_factory=list)
+    val_perturbations: list = field(default_factory=list)
+    contexts: list | None = None
+    perturbation_key: str = "perturbation"
+    control: str = "control"
+    context_key: str = "cell_type"
+    batch_key: str | None = None
+    input: str = "X"
+    genes: int | list | None = None
+    normalize: str = "auto"
+    combination_separator: str | None = "+"
+    gene_input: str | None = None
+    hvg_on_all: bool = False
+    control_matching: str = "context"
+    small_groups: str = "pad"
+    control_sentences: bool = True
+    heldout_controls: bool = True
+    sentences_per_group: str = "proportional"
+    sentence_cap: int | None = None
+
+    def __post_init__(self):
+        simple = ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, _checked(option, getattr(self, option.name)))
+        if self.splits is not None and self.datasets is not None:
+            raise ValueError("data: set one of `splits` (a TOML file) and `datasets` (files), found both")
+        if self.splits is None and self.datasets is None and self.store is None:
+            raise ValueError(
+                "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
+            )
+        if self.splits is not None and any(getattr(self, name) for name in simple):
+            raise ValueError(f"data: with a `splits` file, say there what is held out, not in {list(simple)}")
+        for kind in ("contexts", "perturbations"):
+            both = set(getattr(self, f"test_{kind}")) & set(getattr(self, f"val_{kind}"))
+            if both:
+                raise ValueError(f"data: {sorted(both)} are in val_{kind} and test_{kind}; a pair has one split")
+
+    def processor_options(self) -> dict:
+        """Arguments of [`StateProcessor.fit`]."""
+        names = ("perturbation_key", "control", "context_key", "batch_key", "input", "genes", "normalize")
+        return {name: getattr(self, name) for name in (*names, "combination_separator", "gene_input")}
+
+    def sentence_options(self) -> dict:
+        """Arguments of [`SentenceDataset`]."""
+        names = ("control_matching", "small_groups", "control_sentences", "heldout_controls")
+        return {name: getattr(self, name) for name in (*names, "sentences_per_group", "sentence_cap")}
+
+    def store_options(self) -> dict:
+        """Arguments of [`load_store`]."""
+        return {name: getattr(self, name) for name in ("contexts", "hvg_on_all", "genes", "normalize")}
+
+    def check_store(self, manifest: "Manifest"):
+        """
+        Raises:
+            ValueError: the section says how to read files, and the store was read in another way.
+        """
+        for option in dataclasses.fields(self):
+            given = getattr(self, option.name)
+            if option.name in manifest.reading and given not in (option.default, manifest.reading[option.name]):
+                raise ValueError(
+                    f"data.{option.name}={given!r}, but the store was prepared with {manifest.reading[option.name]!r}; leave "
+                    "it out, or prepare the store anew"
+                )
+
+    def resolve_splits(self, groups: pd.DataFrame | None = None) -> Splits:
+        """
+        The [`Splits`] that the section describes; reads labels of the files where the simple fields need them.
+
+        Args:
+            groups (`pandas.DataFrame`, *optional*): the groups of the store that is read instead of the files.
+        """
+        stored = None if groups is None else sorted(groups["dataset"].unique())
+        if self.splits is not None:
+            return Splits.from_toml(self.splits, stored)
+        if stored is None:
+            named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
+            datasets = {name: expand_paths(pattern) for name, pattern in named.items()}
+        else:
+            if isinstance(self.datasets, dict) and sorted(self.datasets) != stored:
+                raise ValueError(f"data: datasets names {sorted(self.datasets)}, the store was made of {stored}")
+            datasets = {name: [] for name in stored}
+        held = {"test": self.test_perturbations, "val": self.val_perturbations}
+        contexts = {**dict.fromkeys(self.val_contexts, "val"), **dict.fromkeys(self.test_contexts, "test")}
+        if not contexts and not any(held.values()):
+            return Splits(datasets, set(datasets))
+        present = self._present(datasets) if groups is None else self._present_in(groups)
+        for context in contexts:
+            if context not in {c for _, c in present}:
+                raise ValueError(
+                    f"data: held-out context {context!r} is not in the data; {closest(context, sorted({c for _, c in present}))}"
+                )
+        everything = sorted({p for names in present.values() for p in names})
+        for name in (n for names in held.values() for n in names):
+            if name not in everything:
+                raise ValueError(
+                    f"data: held-out perturbation {name!r} is not in the data; {closest(name, everything)}"
+                )
+        zeroshot, fewshot = {}, {}
+        for (dataset, context), names in present.items():
+            if context in contexts:
+                zeroshot[dataset, context] = contexts[context]
+                continue
+            here = {split: [n for n in wanted if n in names] for split, wanted in held.items()}
+            if any(here.values()):
+                fewshot[dataset, context] = here
+        return Splits(datasets, set(datasets), zeroshot, fewshot)
+
+    def _present(self, datasets: dict[str, list[Path]]) -> dict[tuple[str, str], set[str]]:
+        """Perturbations of each (dataset, context), from the obs of the files."""
+        reader = StateProcessor(
+            perturbation_key=self.perturbation_key, control=self.control, context_key=self.context_key
+        )
+        present: dict[tuple[str, str], set[str]] = {}
+        for name, paths in datasets.items():
+            for path in paths:
+                with AnnDataFile(path) as data:
+                    labels = read_labels(data, reader)
+                if self.contexts is not None:
+                    labels = labels[labels["context"].isin(self.contexts)]
+                for context, group in labels.groupby("context"):
+                    present.setdefault((name, str(context)), set()).update(group["perturbation"].unique())
+        return present
+
+    def _present_in(self, groups: pd.DataFrame) -> dict[tuple[str, str], set[str]]:
+        used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
+        by_context = used.groupby(["dataset", "context"])["perturbation"]
+        return {pair: set(names) for pair, names in by_context}
+
+
+@dataclass
+class PrepareArguments:
+    r"""
+    The `prepare` section: how `cellstate prepare` lays a store out. Training does not read it.
+
+    Args:
+        layout (`str`): how expression is stored.
+
+            - `"auto"`: sparse
+            - `"sparse"`: gene ids and values of what is not zero
+            - `"dense"`: a value for every gene
+        dtype (`str`): type of the values.
+
+            - `"auto"`: counts as the smallest whole numbers that hold them all, anything else as float32
+            - `"float32"`, `"float16"`: of log1p expression and embeddings (float16 keeps three digits)
+        obs_columns (`list[str]`, *optional*): columns of `obs` to keep beside the labels; by default those that every
+            file has.
+        knockdown_filter (`bool`): leave ineffective knock-downs out. In each context, a perturbation whose name is a
+            gene of the data (each part of a combination) stays if the gene's mean expression is at most
+            `knockdown_residual` of that in the controls; of its cells those stay in which it is at most
+            `knockdown_cell_residual`; and then the perturbation if `knockdown_min_cells` cells are left. Expression is
+            normalised, not logarithmic. A perturbation that is no gene of the data, or whose gene the controls do not
+            express, cannot be judged: it stays, and is listed.
+        knockdown_residual, knockdown_cell_residual (`float`), knockdown_min_cells (`int`): see there.
+        shard_megabytes (`int`): size of the files of the store, about; as much memory is used several times over.
+    """
+
+    layout: str = "auto"
+    dtype: str = "auto"
+    obs_columns: list | None = None
+    knockdown_filter: bool = False
+    knockdown_residual: int | float = 0.3
+    knockdown_cell_residual: int | float = 0.5
+    knockdown_min_cells: int = 30
+    shard_megabytes: int = 128
+
+    def __post_init__(self):
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, _checked(option, getattr(self, option.name), "prepare"))
+        for name, allowed in (("layout", ("auto", "sparse", "dense")), ("dtype", ("auto", "float32", "float16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"prepare.{name}={getattr(self, name)!r}; {closest(getattr(self, name), allowed)}")
+        for name in ("knockdown_residual", "knockdown_cell_residual", "knockdown_min_cells", "shard_megabytes"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"prepare.{name}: expected a number above 0, found {getattr(self, name)!r}")
+
+
+def _checked(option: dataclasses.Field, value, section: str = "data"):
+    """The value of a field as its type says. A whole number where names are expected is a name, as in `control: 0`."""
+
+    def as_name(item):
+        return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
+
+    takes_list, takes_text = isinstance([], option.type), isinstance("", option.type)
+    if isinstance(value, list):
+        value = [as_name(item) for item in value]
+    elif not isinstance(1, option.type):
+        value = as_name(value)
+    if takes_list and isinstance(value, str):
+        value = [value]
+    fits = isinstance(value, option.type) and (option.type is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+        expected = option.type.__name__ if isinstance(option.type, type) else str(option.type)
+        raise ValueError(
+            f"{section}.{option.name}: expected {expected}, found {value!r}"
+            + ("; a name that reads as something else stands in quotes" if takes_list or takes_text else "")
+        )
+    return value

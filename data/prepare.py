@@ -1,0 +1,511 @@
+"""
+Files to a cell store, whatever their size: each file is read from front to back (once more where genes are chosen or
+knock-downs judged), its cells dealt out to the shards that they belong to, and each shard sorted by itself.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse as sp
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from cellstate.cell_values import kind_of_values, resolve_normalisation, take_rows
+from cellstate.configuration_state import closest
+from cellstate.data.arguments import DataArguments, PrepareArguments
+from cellstate.data.cells import assign_splits, trained_on, with_rows
+from cellstate.data.genes import highly_variable_genes, shared_genes
+from cellstate.data.knockdown import filter_knockdowns
+from cellstate.data.reading import AnnDataFile
+from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, matrix_of, open_source
+from cellstate.data.splits import Splits
+from cellstate.data.store import (
+    BARCODE,
+    EMBEDDING,
+    EXPRESSION,
+    GENE_IDS,
+    GENE_VALUES,
+    OBS,
+    READING,
+    STORE_FILE,
+    TOTAL,
+    CellStore,
+    Manifest,
+)
+from cellstate.processing import StateProcessor
+
+
+PLACE = "place"  # of a cell in the store, while it is on its way there
+
+
+def prepare(
+    data: DataArguments,
+    output: str | os.PathLike,
+    options: PrepareArguments | None = None,
+    num_proc: int = 1,
+    quiet: bool = False,
+) -> CellStore:
+    """
+    Make a cell store of the files that a run names. Memory stays bounded, whatever their size; a kill, an error or a
+    full disk leaves no store.
+
+    Args:
+        data ([`DataArguments`]): the files, how to read them, and what is held out: genes are chosen on training cells
+            alone.
+        output: folder to write. It appears whole or not at all.
+        options ([`PrepareArguments`], *optional*): how it is laid out.
+        num_proc (`int`): processes, each reading a file at a time. The store is the same for any number.
+        quiet (`bool`): no progress bars.
+
+    Raises:
+        KeyError, ValueError, FileNotFoundError: a file, a column or a value is not what it should be.
+        FileExistsError: there is something at `output`.
+        OSError: the disk is full.
+    """
+    options = options or PrepareArguments()
+    if data.store is not None:
+        raise ValueError("data.store names a store: give the files that a new one is made of, in datasets or splits")
+    if num_proc < 1:
+        raise ValueError(f"num_proc must be at least 1, found {num_proc}")
+    splits = data.resolve_splits()
+    with _building(Path(output)) as folder:
+        plan = _plan(data, splits, options, quiet)
+        runs = _write_runs(plan, folder, num_proc, quiet)
+        shards = _write_shards(plan, folder, runs, num_proc, quiet)
+        _write_descriptions(plan, folder, shards, quiet)
+    return CellStore(output)
+
+
+@contextmanager
+def _building(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` when the block ends well, and is gone otherwise."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists; remove it, or write the store elsewhere")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
+    partial_folder = output.with_name(output.name + ".partial")
+    partial_folder.mkdir(exist_ok=True)
+    lock = FileLock(partial_folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is preparing {output}; wait for it, or write elsewhere") from error
+    try:
+        for left in partial_folder.iterdir():  # by a process that was killed
+            if left.name != ".lock":
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield partial_folder
+        (partial_folder / ".lock").unlink()
+        os.replace(partial_folder, output)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        message = f"cannot be written, nothing is left of it: {os.strerror(error.errno)}"
+        raise OSError(error.errno, message, str(output)) from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        lock.release()
+
+
+# What goes where
+
+
+@dataclass
+class _Plan:
+    """Everything known before the cells are written."""
+
+    sources: list[Source]
+    groups: pd.DataFrame
+    sizes: np.ndarray
+    recipe: Recipe
+    reader: StateProcessor
+    options: PrepareArguments
+    obs_columns: dict[str, str]
+    cells_of_shard: int
+    highly_variable: int | None
+    notes: list[str]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-int(self.sizes.sum()) // self.cells_of_shard)
+
+    def next_places(self) -> list[np.ndarray]:
+        """For each source the place of its first cell of each group: cells of a group stand in the order of files."""
+        place = np.cumsum(self.sizes) - self.sizes
+        places = []
+        for source in self.sources:
+            places.append(place.copy())
+            place = place + np.bincount(source.codes[source.codes >= 0], minlength=len(self.sizes))
+        return places
+
+
+def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet: bool) -> _Plan:
+    names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
+    reader = StateProcessor(**{name: getattr(data, name) for name in names})
+    sources, groups = find_groups(splits.datasets, reader, data.contexts)
+    for context in data.contexts or ():
+        if context not in set(groups["context"]):
+            found = sorted(groups["context"].unique())
+            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
+    groups, sizes = drop_empty(sources, groups)
+    if not len(groups):
+        raise ValueError("the files hold no cells")
+    if reader.control not in set(groups["perturbation"]):
+        raise ValueError(
+            f"no control cells: no cell has obs[{reader.perturbation_key!r}] == {reader.control!r}; say which label marks "
+            "the controls with control="
+        )
+    embedded = data.input.startswith("obsm/")
+    if data.gene_input is not None and not embedded:
+        raise ValueError(
+            f"gene_input={data.gene_input!r} goes with an embedding; input={data.input!r} is expression itself"
+        )
+    recipe = Recipe(data.gene_input if embedded else data.input, data.input if embedded else None, None, [])
+    notes: list[str] = []
+    if recipe.expression is not None:
+        reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
+        recipe.genes, note = shared_genes([source.var_names for source in sources])
+        notes += [note] if note else []
+    total = sum(len(source.codes) for source in sources)
+    if options.knockdown_filter:
+        if recipe.expression is None:
+            raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
+        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="judge knock-downs") as bar:
+            notes += filter_knockdowns(sources, groups, recipe, reader, options, reader.target_sum, bar.update)
+        groups, sizes = drop_empty(sources, groups)
+    variable = None
+    if recipe.expression is not None and isinstance(data.genes, int):
+        with_splits = assign_splits(with_rows(groups, sizes), splits, reader.control)
+        wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_on(with_splits, splits)
+        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="choose genes") as bar:
+            recipe.genes = _variable_genes(sources, recipe, wanted, data.genes, reader.target_sum, bar.update)
+        variable = data.genes
+    elif recipe.expression is not None and data.genes is not None:
+        missing = [gene for gene in data.genes if gene not in set(recipe.genes)]
+        if missing:
+            raise KeyError(f"{len(missing)} of {len(data.genes)} listed genes are not in every file: {missing[:10]}")
+        recipe.genes = list(data.genes)
+    columns = _obs_columns(sources, reader, options.obs_columns, notes)
+    cells_of_shard = _cells_of_shard(sources, recipe, options)
+    return _Plan(sources, groups, sizes, recipe, reader, options, columns, cells_of_shard, variable, notes)
+
+
+def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple[str, str]:
+    """(normalize, what the expression is); every cell is checked against it later."""
+    found = set()
+    for source in sources:
+        with AnnDataFile(source.path) as data:
+            found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
+    normalize, values = resolve_normalisation(asked, found, expression)
+    return normalize, "counts" if normalize == "log1p_cp10k" else values
+
+
+def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, target_sum: float, progress) -> list[str]:
+    def read(reading: SourceReader, rows: slice) -> sp.csr_matrix:
+        progress(rows.stop - rows.start)
+        return reading.read(rows, wanted).log1p(target_sum)
+
+    with ExitStack() as stack:
+        blocks: list[tuple[int, Callable]] = []
+        for source in sources:
+            reading = stack.enter_context(open_source(source, recipe))
+            of_training = (source.codes >= 0) & wanted[source.codes]
+            blocks += [(int(of_training[rows].sum()), partial(read, reading, rows)) for rows in reading.slices()]
+        return highly_variable_genes(blocks, recipe.genes, number)
+
+
+def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:
+    """The columns of `obs` to keep, and whether each is `"bool"`, `"int64"`, `"float64"` or `"string"` in all files."""
+    labels = {reader.perturbation_key, reader.context_key, reader.batch_key}
+    kinds: dict[str, set[str]] = {}
+    for source in sources:
+        with AnnDataFile(source.path) as data:
+            for name in asked or ():
+                if name not in data.obs_columns:
+                    raise KeyError(f"{source.path}: obs has no column {name!r}; {closest(name, data.obs_columns)}")
+            wanted = [c for c in (data.obs_columns if asked is None else asked) if c not in labels]
+            first = data.obs_rows(slice(0, 1), wanted)
+        for name in wanted:
+            kinds.setdefault(name, set()).add(_kind_of_column(first[name].dtype))
+        if asked is None and kinds.keys() - set(wanted):
+            notes.append(
+                f"columns of obs that {source.path} lacks are left out: {sorted(kinds.keys() - set(wanted))[:10]}"
+            )
+            kinds = {name: kind for name, kind in kinds.items() if name in wanted}
+    ranks = ("bool", "int64", "float64", "string")
+    together = {}
+    for name, found in kinds.items():
+        mixed = len(found) > 1 and found != {"int64", "float64"}
+        together[name] = "string" if mixed else max(found, key=ranks.index)
+    in_all = [set(_columns_of(source)) for source in sources] if asked is None and len(sources) > 1 else []
+    return {name: kind for name, kind in together.items() if all(name in columns for columns in in_all)}
+
+
+def _columns_of(source: Source) -> list[str]:
+    with AnnDataFile(source.path) as data:
+        return data.obs_columns
+
+
+def _kind_of_column(dtype) -> str:
+    kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
+    return {"b": "bool", "i": "int64", "u": "int64", "f": "float64"}.get(kind, "string")
+
+
+def _cells_of_shard(sources: list[Source], recipe: Recipe, options: PrepareArguments) -> int:
+    """How many cells make a shard of the size asked for, from the first cells of each file."""
+    of_cell, cells = 0.0, 0
+    for source in sources:
+        with open_source(source, recipe) as reading:
+            block = next((block for _, block in reading.blocks()), None)
+        if block is None:
+            continue
+        size = 128 if block.embedding is None else 128 + 4 * block.embedding.shape[1]
+        if block.expression is not None:
+            dense = options.layout == "dense"
+            size += 4 * len(recipe.genes) if dense else 8 * block.expression.nnz / block.expression.shape[0]
+        number = int((source.codes >= 0).sum())
+        of_cell, cells = of_cell + size * number, cells + number
+    return max(1, int(options.shard_megabytes * 2**20 / (of_cell / cells)))
+
+
+# From files to runs: the cells of one file, dealt out by shard
+
+
+@dataclass
+class _Run:
+    """The cells of one file in an Arrow file: one record batch for each block and shard."""
+
+    path: Path
+    shard_of_batch: list[int]
+    largest: float
+
+
+def _write_runs(plan: _Plan, folder: Path, num_proc: int, quiet: bool) -> list[_Run]:
+    jobs = [
+        partial(_write_run, source, places, folder / f"run-{i}.arrow", plan)
+        for i, (source, places) in enumerate(zip(plan.sources, plan.next_places()))
+    ]
+    sizes = [len(source.codes) for source in plan.sources]
+    return _do(jobs, sizes, "read", num_proc, quiet, inner_progress=True)
+
+
+def _write_run(source: Source, places: np.ndarray, path: Path, plan: _Plan, progress=None) -> _Run:
+    shards, largest, writer = [], 0.0, None
+    with open_source(source, plan.recipe) as reading, ExitStack() as stack:
+        for rows, block in reading.blocks():
+            order = np.argsort(block.codes, kind="stable")
+            codes = block.codes[order]
+            first = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
+            sizes = np.diff(np.r_[first, len(codes)])
+            place = places[codes] + np.arange(len(codes)) - np.repeat(first, sizes)
+            places[codes[first]] += sizes
+            if block.expression is not None and block.expression.nnz:
+                largest = max(largest, float(block.expression.data.max()))
+            batch = _arrow_of(block, reading.data.obs_rows(rows, list(plan.obs_columns)), rows.start, order, plan)
+            batch = batch.append_column(PLACE, pa.array(place))
+            if writer is None:
+                writer = stack.enter_context(
+                    pa.ipc.new_file(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
+                )
+            shard = place // plan.cells_of_shard
+            edges = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1], True])
+            for start, stop in zip(edges[:-1], edges[1:]):
+                writer.write_batch(batch.slice(start, stop - start))
+                shards.append(int(shard[start]))
+            if progress is not None:
+                progress(rows.stop - rows.start)
+    return _Run(path, shards, largest)
+
+
+def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, plan: _Plan) -> pa.RecordBatch:
+    """The cells of a block in another order."""
+    columns: dict[str, pa.Array] = {}
+    obs = obs.iloc[block.rows[order] - first]
+    if block.expression is not None:
+        part = block.expression[order]
+        values = part.data.astype(np.uint32 if plan.recipe.kind == "counts" else np.float32)
+        if plan.options.layout == "dense":
+            dense = sp.csr_matrix((values, part.indices, part.indptr), shape=part.shape).toarray()
+            columns[EXPRESSION] = pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), part.shape[1])
+        else:
+            offsets = pa.array(part.indptr.astype(np.int32))
+            columns[GENE_IDS] = pa.ListArray.from_arrays(offsets, pa.array(part.indices.astype(np.int32)))
+            columns[GENE_VALUES] = pa.ListArray.from_arrays(offsets, pa.array(values))
+        if block.totals is not None:
+            columns[TOTAL] = pa.array(block.totals[order])
+    if block.embedding is not None:
+        flat = pa.array(np.ascontiguousarray(block.embedding[order]).ravel())
+        columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(flat, block.embedding.shape[1])
+    columns[BARCODE] = pa.array(obs.index.astype(str), type=pa.string())
+    for name, kind in plan.obs_columns.items():
+        values = obs[name].astype(object).where(obs[name].notna(), None)
+        if kind == "string":
+            values = [None if value is None else str(value) for value in values]
+        columns[OBS + name] = pa.array(values, type=pa.type_for_alias(kind))
+    return pa.RecordBatch.from_pydict(columns)
+
+
+# From runs to shards
+
+
+def _write_shards(plan: _Plan, folder: Path, runs: list[_Run], num_proc: int, quiet: bool) -> list[dict]:
+    value_type = _value_type(plan, max(run.largest for run in runs))
+    cells = int(plan.sizes.sum())
+    jobs, sizes = [], []
+    for shard in range(plan.num_shards):
+        rows = range(shard * plan.cells_of_shard, min((shard + 1) * plan.cells_of_shard, cells))
+        path = folder / f"data-{shard:05d}-of-{plan.num_shards:05d}.arrow"
+        jobs.append(partial(_write_shard, shard, rows, path, runs, plan, value_type))
+        sizes.append(len(rows))
+    shards = _do(jobs, sizes, "write", num_proc, quiet)
+    for run in runs:
+        run.path.unlink(missing_ok=True)
+    return shards
+
+
+def _value_type(plan: _Plan, largest: float) -> pa.DataType:
+    if plan.recipe.kind == "counts":
+        if plan.options.dtype != "auto":
+            raise ValueError(
+                f"prepare.dtype={plan.options.dtype!r}: counts are stored exactly, as whole numbers; use 'auto'"
+            )
+        return pa.from_numpy_dtype(np.min_scalar_type(int(largest)))
+    return pa.float16() if plan.options.dtype == "float16" else pa.float32()
+
+
+def _write_shard(shard: int, rows: range, path: Path, runs: list[_Run], plan: _Plan, value_type: pa.DataType) -> dict:
+    parts = []
+    for run in runs:
+        numbers = [i for i, of in enumerate(run.shard_of_batch) if of == shard]
+        if numbers:
+            file = pa.ipc.open_file(pa.memory_map(str(run.path)))
+            parts += [file.get_batch(i) for i in numbers]
+    table = pa.Table.from_batches(parts)
+    order = np.argsort(table[PLACE].to_numpy())
+    if not np.array_equal(table[PLACE].to_numpy()[order], np.arange(rows.start, rows.stop)):
+        raise ValueError("the files changed while they were read; prepare the store again")
+    batch = table.drop_columns([PLACE]).combine_chunks().to_batches()[0].take(pa.array(order))
+    del table, parts
+    columns = {name: _final(batch.column(name), name, value_type) for name in batch.schema.names}
+    codes = np.searchsorted(np.cumsum(plan.sizes), np.arange(rows.start, rows.stop), side="right")
+    for name in plan.groups.columns:
+        names, of_group = np.unique(plan.groups[name].to_numpy().astype(str), return_inverse=True)
+        columns[name] = pa.DictionaryArray.from_arrays(of_group[codes].astype(np.int32), names)
+    final = pa.RecordBatch.from_pydict(columns)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, final.schema) as writer:
+        writer.write_batch(final)
+    return {"file": path.name, "cells": len(rows), "bytes": path.stat().st_size}
+
+
+def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
+    """A column as it stands in the store."""
+    if name == GENE_VALUES:
+        return pa.ListArray.from_arrays(column.offsets, column.values.cast(value_type))
+    if name in (EXPRESSION, EMBEDDING):
+        of = value_type if name == EXPRESSION or value_type == pa.float16() else pa.float32()
+        return pa.FixedSizeListArray.from_arrays(column.flatten().cast(of), column.type.list_size)
+    if name.startswith(OBS) and column.type == pa.string():
+        return column.dictionary_encode()
+    return column
+
+
+# What is said of the store
+
+
+def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict], quiet: bool):
+    """`store.json`, and the two files by which `datasets.load_from_disk` knows the folder."""
+    vocabularies, groups = {}, {}
+    for name in plan.groups.columns:
+        names, codes = np.unique(plan.groups[name].to_numpy().astype(str), return_inverse=True)
+        vocabularies[name], groups[name] = names.tolist(), codes.tolist()
+    groups["offset"] = (np.cumsum(plan.sizes) - plan.sizes).tolist()
+    groups["length"] = plan.sizes.tolist()
+    schema = pa.ipc.open_stream(pa.memory_map(str(folder / shards[0]["file"]))).schema
+    recipe = plan.recipe
+    values = next(
+        schema.field(name).type.value_type for name in (GENE_VALUES, EXPRESSION, EMBEDDING) if name in schema.names
+    )
+    manifest = Manifest(
+        cells=int(plan.sizes.sum()),
+        genes=recipe.genes,
+        reading={name: getattr(plan.reader, name) for name in READING},
+        expression=recipe.kind,
+        layout="dense" if plan.options.layout == "dense" else "sparse",
+        dtype=np.dtype(values.to_pandas_dtype()).name,
+        embedding_dim=schema.field(EMBEDDING).type.list_size if EMBEDDING in schema.names else None,
+        normalize=plan.reader.normalize,
+        target_sum=plan.reader.target_sum,
+        vocabularies=vocabularies,
+        groups=groups,
+        shards=shards,
+        sources=[_describe(source, quiet) for source in plan.sources],
+        highly_variable=plan.highly_variable,
+        notes=plan.notes,
+    )
+    _describe_for_datasets(schema, shards, folder)
+    manifest.write(folder / STORE_FILE)
+
+
+def _describe(source: Source, quiet: bool) -> dict:
+    files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
+    digest, size = hashlib.sha256(), 0
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+                size += len(chunk)
+    return {
+        "dataset": source.dataset,
+        "path": str(source.path),
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+        "cells": int((source.codes >= 0).sum()),
+        "genes": len(source.var_names),
+    }
+
+
+def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
+    from datasets import DatasetInfo, Features
+
+    DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": shard["file"]} for shard in shards],
+        "_fingerprint": hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": "train",
+    }
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def _do(jobs: list[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False) -> list:
+    """The results of all jobs, in order, with a progress bar of cells."""
+    with tqdm(total=sum(sizes), unit="cells", unit_scale=True, disable=quiet, desc=what) as bar:
+        if num_proc == 1 or len(jobs) == 1:
+            results = []
+            for job, size in zip(jobs, sizes):
+                results.append(job(progress=bar.update) if inner_progress else job())
+                bar.update(0 if inner_progress else size)
+            return results
+        # Not forked: the threads of Arrow and of torch do not survive a fork.
+        with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(job): i for i, job in enumerate(jobs)}
+            results = [None] * len(jobs)
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                bar.update(sizes[futures[future]])
+            return results

@@ -1,0 +1,476 @@
+"""A cell store: cells grouped and memory-mapped in Arrow files, with one JSON that says what they are."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse as sp
+
+from cellstate._version import __version__
+from cellstate.cell_values import normalize_counts, some
+from cellstate.data.cells import GROUP_KEYS, Cells, assign_splits, check_names, keep_contexts, trained_on, with_rows
+from cellstate.data.genes import highly_variable_genes
+from cellstate.data.splits import Splits
+from cellstate.processing import StateProcessor, Vocabulary
+
+
+STORE_FILE = "store.json"
+FORMAT_VERSION = 1
+
+# Columns of the Arrow files. Expression is sparse (two list columns: the arrays of a CSR matrix) or dense.
+GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
+EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
+
+READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
+
+
+@dataclass
+class Manifest:
+    """
+    What a store holds; `store.json`.
+
+    Args:
+        cells (`int`): number of cells.
+        genes (`list[str]`): names of the genes, in the order of the gene ids.
+        reading (`dict`): how the files were read: `perturbation_key`, `control`, `context_key`, `batch_key`, `input`,
+            `gene_input` and `combination_separator`, see [`StateProcessor`].
+        expression (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`; None where there is none.
+        layout (`str`): `"sparse"` or `"dense"` expression.
+        dtype (`str`): type of the expression values, or of the embedding where there is no expression.
+        embedding_dim (`int`, *optional*): dimensions of the embedding.
+        normalize (`str`), target_sum (`float`): what a model's processor does with the expression by default.
+        vocabularies (`dict[str, list[str]]`): the names of `dataset`, `context`, `perturbation` and `batch`.
+        groups (`dict[str, list[int]]`): the groups in order: their codes in these vocabularies, `offset` (of the first
+            cell) and `length`.
+        shards (`list[dict]`): `file`, `cells` and `bytes` of each Arrow file, in order.
+        sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
+        highly_variable (`int`, *optional*): how many highly variable genes were chosen.
+        notes (`list[str]`): what was left out, and why.
+    """
+
+    cells: int
+    genes: list[str]
+    reading: dict
+    expression: str | None
+    layout: str
+    dtype: str
+    embedding_dim: int | None
+    normalize: str
+    target_sum: float
+    vocabularies: dict[str, list[str]]
+    groups: dict[str, list[int]]
+    shards: list[dict]
+    sources: list[dict]
+    highly_variable: int | None = None
+    notes: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    cellstate_version: str = __version__
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Manifest":
+        """
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or of a later version.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path.parent} is no cell store: it has no {path.name} (looked from {Path.cwd()}); make one with "
+                "`cellstate prepare`"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}; update cellstate"
+            )
+        names = set(cls.__dataclass_fields__)
+        if version is None or set(content) != names:
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: expected the fields {sorted(names)}, found {found}; prepare the store again")
+        return cls(**content)
+
+    def write(self, path: Path):
+        """Write the JSON beside and rename it."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(partial, path)
+
+    def group_table(self) -> pd.DataFrame:
+        """The groups with names, `start` and `stop`, as in [`Cells`].
+
+        Raises:
+            ValueError: the groups do not add up to the cells.
+        """
+        keys = [name for name in GROUP_KEYS if name in self.groups]
+        columns = {name: np.array(self.vocabularies[name], dtype=object)[self.groups[name]] for name in keys}
+        table = with_rows(pd.DataFrame(columns), np.array(self.groups["length"], dtype=np.int64))
+        in_shards = sum(shard["cells"] for shard in self.shards)
+        if int(table["stop"].iloc[-1]) != self.cells or in_shards != self.cells:
+            raise ValueError(
+                f"{STORE_FILE}: {self.cells} cells, but the groups hold {int(table['stop'].iloc[-1])} and the shards "
+                f"{in_shards}; prepare the store again"
+            )
+        return table
+
+
+class CellStore:
+    """
+    Cells on disk, read by memory map: opening costs nothing, reading a cell costs its own bytes.
+
+    Args:
+        path (`str` or `Path`): folder that `cellstate prepare` wrote.
+
+    Attributes:
+        manifest ([`Manifest`]): what the store holds.
+        groups (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `batch` (where there are batches),
+            `start` and `stop`.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not a whole store.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest = Manifest.from_file(self.path / STORE_FILE)
+        self._files = [self.path / shard["file"] for shard in self.manifest.shards]
+        for file, shard in zip(self._files, self.manifest.shards):
+            found = file.stat().st_size if file.is_file() else None
+            if found != shard["bytes"]:
+                raise ValueError(
+                    f"{file}: expected {shard['bytes']:,} bytes, found {'no file' if found is None else f'{found:,}'}; "
+                    "copy the store again, or prepare it again"
+                )
+        self.groups = self.manifest.group_table()
+
+    @classmethod
+    def of_files(cls, path: Path, manifest: Manifest, files: list[Path]) -> "CellStore":
+        """A store whose cells are in other Arrow files, as `datasets` makes from parquet."""
+        store = cls.__new__(cls)
+        store.path, store.manifest, store._files, store.groups = path, manifest, files, manifest.group_table()
+        return store
+
+    def __len__(self) -> int:
+        return self.manifest.cells
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_pieces"}
+
+    @cached_property
+    def _pieces(self) -> "list[_Piece]":
+        pieces, first = [], 0
+        for file in self._files:
+            try:
+                table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
+            for batch in table.to_batches():
+                pieces.append(_Piece(first, batch, self.manifest, file))
+                first += batch.num_rows
+        if first != len(self):
+            raise ValueError(f"{self.path}: expected {len(self)} cells, found {first}; prepare the store again")
+        return pieces
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([piece.first for piece in self._pieces])
+
+    def locate(self, rows: np.ndarray) -> "list[tuple[_Piece, np.ndarray, np.ndarray | slice]]":
+        """Where some cells lie: each piece with rows in it, and where those stand among the cells asked for."""
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)} cells")
+        of = np.searchsorted(self._starts, rows, side="right") - 1
+        found = np.unique(of)
+        if len(found) == 1:
+            piece = self._pieces[found[0]]
+            return [(piece, rows - piece.first, slice(None))]
+        places = [np.flatnonzero(of == i) for i in found]
+        return [(self._pieces[i], rows[place] - self._pieces[i].first, place) for i, place in zip(found, places)]
+
+    def expression(self, rows: np.ndarray) -> sp.csr_matrix:
+        """The stored expression of some cells, `(len(rows), genes)`, CSR: counts, or log1p as they were read."""
+        rows = np.asarray(rows, dtype=np.int64)
+        parts, places = [], []
+        for piece, local, place in self.locate(rows):
+            parts.append(sp.csr_matrix(piece.expression_of(local)))
+            places.append(np.arange(len(rows))[place])
+        whole = sp.vstack(parts, format="csr") if parts else sp.csr_matrix((0, len(self.manifest.genes)))
+        return whole[np.argsort(np.concatenate(places))] if len(parts) > 1 else whole
+
+    def embedding(self, rows: np.ndarray) -> np.ndarray:
+        """The stored embedding of some cells, `(len(rows), embedding_dim)`."""
+        return self._column(rows, lambda piece: piece.embedding)
+
+    def totals(self, rows: np.ndarray) -> np.ndarray:
+        """Counts of some cells, summed over all genes of their file (not only those of the store), float64."""
+        return self._column(rows, lambda piece: piece.totals)
+
+    def _column(self, rows: np.ndarray, column) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        located = self.locate(rows)
+        values = [column(piece)[local] for piece, local, _ in located]
+        if len(located) == 1:
+            return values[0]
+        whole = np.empty((len(rows), *values[0].shape[1:]), dtype=values[0].dtype)
+        for (_, _, place), value in zip(located, values):
+            whole[place] = value
+        return whole
+
+    def obs(self, rows: np.ndarray | None = None) -> pd.DataFrame:
+        """The labels of some cells (all by default) and the columns kept of their files, indexed by barcode."""
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        names = [BARCODE, *(name for name in self._pieces[0].batch.schema.names if name.startswith(OBS))]
+        frame = pd.DataFrame(index=range(len(rows)), columns=names, dtype=object)
+        parts = []
+        for piece, local, place in self.locate(rows):
+            taken = piece.batch.select(names).take(pa.array(local)).to_pandas()
+            parts.append(taken.set_axis(np.arange(len(rows))[place]))
+        frame = pd.concat(parts).sort_index()
+        group = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
+        labels = self.groups.drop(columns=["start", "stop"]).astype("category").iloc[group]
+        keys = {"perturbation": "perturbation_key", "context": "context_key", "batch": "batch_key"}
+        labels = labels.rename(columns={k: self.manifest.reading[v] for k, v in keys.items() if k in labels})
+        for name in names[1:]:
+            column = frame[name]
+            labels[name[len(OBS) :]] = (column.astype("category") if column.dtype == object else column).to_numpy()
+        return labels.set_axis(pd.Index(frame[BARCODE].astype(str), name=None))
+
+    def to_anndata(self, rows: np.ndarray | None = None) -> ad.AnnData:
+        """Some cells (all by default) as they were read: X the stored expression, `obsm["embedding"]` the embedding."""
+        rows = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
+        var = pd.DataFrame(index=pd.Index(self.manifest.genes, dtype=str))
+        embedded = {"embedding": self.embedding(rows)} if self.manifest.embedding_dim is not None else {}
+        expression = self.expression(rows) if self.manifest.expression is not None else None
+        return ad.AnnData(expression, obs=self.obs(rows), var=var, obsm=embedded)
+
+    def as_dataset(self):
+        """The cells as a memory-mapped [`datasets.Dataset`], one row each."""
+        from datasets import load_from_disk
+
+        return load_from_disk(str(self.path))
+
+
+class _Piece:
+    """One record batch of a store: views into the memory map."""
+
+    def __init__(self, first: int, batch: pa.RecordBatch, manifest: Manifest, file: Path):
+        self.first, self.batch = first, batch
+        self.totals = batch.column(TOTAL).to_numpy() if TOTAL in batch.schema.names else None
+        self.embedding = self.dense = self.sparse = None
+        if manifest.embedding_dim is not None:
+            self.embedding = _matrix_of(batch.column(EMBEDDING), manifest.embedding_dim)
+        if manifest.expression is not None and manifest.layout == "dense":
+            self.dense = _matrix_of(batch.column(EXPRESSION), len(manifest.genes))
+        elif manifest.expression is not None:
+            ids, values = batch.column(GENE_IDS), batch.column(GENE_VALUES)
+            offsets = ids.offsets.to_numpy()
+            if not np.array_equal(offsets, values.offsets.to_numpy()):
+                raise ValueError(f"{file}: gene ids and values of a cell differ in number; prepare the store again")
+            inside = slice(offsets[0], offsets[-1])
+            data = values.values.to_numpy()[inside]
+            # SciPy has no sparse float16; its bits travel as integers.
+            data = data.view(np.uint16) if data.dtype == np.float16 else data
+            indices = ids.values.to_numpy()[inside]
+            self.sparse = sp.csr_matrix(
+                (data, indices, offsets - offsets[0]), shape=(batch.num_rows, len(manifest.genes)), copy=False
+            )
+            self.half = manifest.dtype == "float16"
+
+    def expression_of(self, rows: np.ndarray) -> "sp.csr_matrix | np.ndarray":
+        """Stored expression of some rows."""
+        if self.sparse is None:
+            return self.dense[rows]
+        part = self.sparse[rows]
+        if self.half:
+            part.data = part.data.view(np.float16).astype(np.float32)
+        return part
+
+
+def _matrix_of(column: "pa.FixedSizeListArray | pa.ListArray", width: int) -> np.ndarray:
+    values = column.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(len(column), width)
+
+
+class StoredRows:
+    """
+    A model's features of the cells of a store, `(cells, features)` float32, read where they are asked for: put into
+    the model's gene order and normalised, as [`StateProcessor`] does with a file.
+
+    Args:
+        store ([`CellStore`]): the cells.
+        processor ([`StateProcessor`]): the model's genes and normalisation.
+        source (`str`): `"features"`, or `"genes"` for the gene decoder's target of a model on embeddings.
+    """
+
+    def __init__(self, store: CellStore, processor: StateProcessor, source: str = "features"):
+        self.store = store
+        self.embedded = processor.values == "embedding" and source == "features"
+        as_log1p = source == "genes" or processor.values == "log1p"
+        self.scaled, self.target_sum = as_log1p and store.manifest.expression == "counts", processor.target_sum
+        width = processor.feature_dim if source == "features" else len(processor.vocabulary.genes)
+        self.shape = (len(store), width)
+        self._columns = None
+        if not self.embedded and processor.vocabulary.genes != store.manifest.genes:
+            self._columns = pd.Index(store.manifest.genes).get_indexer(processor.vocabulary.genes)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: "slice | np.ndarray") -> np.ndarray:
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        return self.take(rows, np.empty((len(rows), self.shape[1]), dtype=np.float32))
+
+    def take(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Some cells, in any order, into a C-contiguous float32 array `(len(rows), features)`."""
+        for piece, local, place in self.store.locate(rows) if len(rows) else ():
+            if isinstance(place, slice):
+                self._fill(piece, local, out)
+            else:
+                part = np.empty((len(local), self.shape[1]), dtype=np.float32)
+                self._fill(piece, local, part)
+                out[place] = part
+        return out
+
+    def _fill(self, piece: _Piece, rows: np.ndarray, out: np.ndarray):
+        if self.embedded:
+            out[:] = piece.embedding[rows]
+            return
+        part = piece.expression_of(rows)
+        if self._columns is not None:
+            part = part[:, self._columns]
+        totals = piece.totals[rows] if self.scaled else None
+        if not sp.issparse(part):
+            out[:] = normalize_counts(part, totals, self.target_sum) if self.scaled else part
+            return
+        if self.scaled:
+            part.data = normalize_counts(part.data, totals, self.target_sum, np.diff(part.indptr))
+        part.astype(np.float32, copy=False).toarray(out=out)
+
+
+def load_store(
+    store: CellStore,
+    splits: Splits,
+    contexts: list[str] | None = None,
+    hvg_on_all: bool = False,
+    processor: StateProcessor | None = None,
+    genes: int | list[str] | None = None,
+    normalize: str = "auto",
+    target_sum: "float | str | None" = None,
+    set_size: int = 128,
+) -> tuple[Cells, StateProcessor]:
+    """
+    The cells of a store for a run: what [`load_cells`] does with files, and nothing is read into memory.
+
+    Args:
+        store ([`CellStore`]), splits ([`Splits`], with the store's datasets).
+        contexts, hvg_on_all, processor: see [`load_cells`].
+        genes (`int`, `list[str]` or None): the model's genes: so many highly variable ones of the training cells, the
+            ones listed, or all of the store's.
+        normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default what
+            the store says.
+
+    Raises:
+        KeyError, ValueError: what is asked for is not in the store.
+    """
+    manifest = store.manifest
+    groups = store.groups[keep_contexts(store.groups, contexts)].reset_index(drop=True)
+    groups = assign_splits(groups, splits, manifest.reading["control"])
+    if processor is None:
+        trained = groups[trained_on(groups, splits)]
+        processor = _processor_of(
+            store, trained, genes, normalize, target_sum, set_size, groups if hvg_on_all else trained
+        )
+    else:
+        missing = [g for g in processor.vocabulary.genes if g not in set(manifest.genes)]
+        if missing:
+            raise KeyError(f"{len(missing)} of the model's genes are not in the store {store.path}: {some(missing)}")
+    check_names(groups, processor)
+    decoded = processor.gene_input is not None
+    return Cells(
+        StoredRows(store, processor), StoredRows(store, processor, "genes") if decoded else None, groups
+    ), processor
+
+
+def _processor_of(store: CellStore, trained: pd.DataFrame, genes, normalize, target_sum, set_size, variable_in):
+    """A processor that knows the labels of the groups `trained` on; variable genes are those of other groups."""
+    manifest = store.manifest
+    reading = {name: manifest.reading[name] for name in READING}
+    normalize, values = _normalisation(manifest, normalize)
+    if target_sum is None:
+        target_sum = manifest.target_sum
+    elif normalize != "log1p_cp10k":
+        raise ValueError(f"target_sum={target_sum!r} is for counts that are normalised; the store gives {values}")
+    elif target_sum == "median":
+        target_sum = median_total(store, trained)
+    reader = StateProcessor(**reading, normalize=normalize, values=values, target_sum=target_sum)
+    chosen = _choose_genes(store, variable_in, genes, reader)
+    singles = sorted({part for name in trained["perturbation"].unique() for part in reader.split_combination(name)})
+    batches = sorted(trained["batch"].unique()) if "batch" in trained else []
+    return StateProcessor(
+        Vocabulary(chosen, singles, sorted(trained["context"].unique()), batches),
+        **reading,
+        values="embedding" if manifest.embedding_dim is not None else values,
+        normalize=normalize,
+        target_sum=target_sum,
+        feature_dim=manifest.embedding_dim if manifest.embedding_dim is not None else len(chosen),
+        set_size=set_size,
+    )
+
+
+def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
+    """(normalize, values) of the store's expression for what was asked."""
+    if asked not in ("auto", "log1p_cp10k", "none"):
+        raise ValueError(f"normalize={asked!r}; expected 'auto', 'log1p_cp10k' or 'none'")
+    if manifest.expression == "counts" and asked != "none":
+        return "log1p_cp10k", "log1p"
+    if asked == "log1p_cp10k":
+        raise ValueError(
+            f"normalize='log1p_cp10k' is for counts; the store holds {manifest.expression or 'an embedding'}"
+        )
+    return "none", manifest.expression or "embedding"
+
+
+def median_total(store: CellStore, groups: pd.DataFrame) -> float:
+    """The median counts of a cell, over the cells of some groups that have any."""
+    totals = np.concatenate([store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
+    if not totals.any():
+        raise ValueError("target_sum='median': no training cell has any counts")
+    return float(np.median(totals[totals > 0]))
+
+
+def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, reader: StateProcessor) -> list[str]:
+    known = store.manifest.genes
+    if genes is None or store.manifest.expression is None:
+        return known
+    if isinstance(genes, str):
+        raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
+    if not isinstance(genes, (int, np.integer)):
+        genes = [str(gene) for gene in genes]
+        missing = sorted(set(genes) - set(known))
+        if missing:
+            raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the store: {missing[:10]}")
+        return genes
+    scaled = store.manifest.expression == "counts"
+
+    def read(start: int, stop: int) -> sp.csr_matrix:
+        rows = np.arange(start, stop)
+        part = store.expression(rows)
+        if scaled:
+            part.data = normalize_counts(part.data, store.totals(rows), reader.target_sum, np.diff(part.indptr))
+        return part.astype(np.float32, copy=False)
+
+    starts, stops = groups["start"].to_numpy(), groups["stop"].to_numpy()
+    gaps = np.flatnonzero(starts[1:] != stops[:-1])
+    runs = zip(starts[np.r_[0, gaps + 1]], stops[np.r_[gaps, len(stops) - 1]])
+    spans = [(i, min(i + 4096, stop)) for start, stop in runs for i in range(start, stop, 4096)]
+    blocks = [(stop - start, partial(read, start, stop)) for start, stop in spans]
+    return highly_variable_genes(blocks, known, int(genes))
