@@ -78,9 +78,10 @@ def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
         options = {"contexts": run.data.contexts, "hvg_on_all": run.data.hvg_on_all, **run.data.processor_options()}
         return *load_cells(splits, **options), splits
     # Arrow takes a moment to import, which runs from files need not wait for.
-    from cellstate.data.store import CellStore, load_store
+    from cellstate.data.store import load_store
+    from cellstate.hub.stores import open_store
 
-    store = CellStore(run.data.store)
+    store = open_store(run.data.store)
     run.data.check_store(store.manifest)
     splits = run.data.resolve_splits(store.groups)
     return *load_store(store, splits, **run.data.store_options()), splits

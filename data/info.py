@@ -1,2 +1,258 @@
-def describe(*a, **k):
-    raise ValueError
+"""What a file, a cell store or a checkpoint holds, in words."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from cellstate.cell_values import kind_of_values, some, take_rows
+from cellstate.configuration_state import closest
+from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
+from cellstate.data.source import matrix_of
+from cellstate.processing import VOCABULARY_FILE, StateProcessor, Vocabulary
+
+
+# Where nothing is said, the names that screens in the public repositories use.
+_KEYS = {
+    "perturbation_key": (
+        "perturbation",
+        "gene",
+        "target_gene",
+        "gene_target",
+        "condition",
+        "drug",
+        "treatment",
+        "guide",
+    ),
+    "context_key": ("cell_type", "cell_line", "celltype", "cell_line_id", "context"),
+    "batch_key": ("batch", "gem_group", "plate", "replicate", "donor", "sample"),
+}
+_CONTROLS = (
+    "control",
+    "non-targeting",
+    "nt",
+    "ctrl",
+    "dmso",
+    "dmso_tf",
+    "vehicle",
+    "unperturbed",
+    "negative_control",
+    "pbs",
+)
+_LARGEST_TABLE = 12
+
+
+def describe(path: str | os.PathLike, input: str = "X", control: str | None = None, **keys: str | None) -> str:
+    """
+    What a `.h5ad` or `.zarr` file, a cell store or a checkpoint folder holds, and what is missing before a model can be
+    trained on it.
+
+    Args:
+        path: the file or folder.
+        input (`str`): which matrix of a file, `"X"`, `"layers/NAME"` or `"obsm/NAME"`.
+        control (`str`, *optional*): label of unperturbed cells; guessed by default.
+        keys: `perturbation_key`, `context_key`, `batch_key`: columns of a file's obs; guessed where None.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: there is no such thing, or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "store.json").is_file():
+        return _describe_store(path)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _describe_checkpoint(path)
+    if path.is_dir() and not is_zarr(path):
+        raise ValueError(
+            f"{path}: expected a cell store (store.json), a checkpoint (config.json) or a .zarr, found neither"
+        )
+    return _describe_file(path, input, control, {name: keys.get(name) for name in _KEYS})
+
+
+def _describe_store(path: Path) -> str:
+    from cellstate.data.store import CellStore
+
+    store = CellStore(path)
+    manifest = store.manifest
+    size = sum(shard["bytes"] for shard in manifest.shards)
+    holds = []
+    if manifest.expression is not None:
+        holds.append(f"{manifest.layout} {manifest.expression} ({manifest.dtype}) of {len(manifest.genes):,} genes")
+    if manifest.embedding_dim is not None:
+        holds.append(f"an embedding of {manifest.embedding_dim} dimensions ({manifest.reading['input']})")
+    lines = [
+        f"{path}: cell store of {manifest.cells:,} cells in {len(manifest.shards)} files, {size / 1e6:,.1f} MB",
+        "holds: " + " and ".join(holds),
+    ]
+    if manifest.expression == "counts":
+        lines.append(
+            f"a model sees: counts scaled to {manifest.target_sum:,g} per cell, log1p (or counts: normalize none)"
+        )
+    if manifest.highly_variable is not None:
+        lines.append(f"genes: the {manifest.highly_variable:,} most variable in training cells")
+    sources = ", ".join(f"{Path(s['path']).name} ({s['cells']:,} cells)" for s in manifest.sources[:5])
+    lines.append(f"made of {len(manifest.sources)} files: {sources}{', ..' if len(manifest.sources) > 5 else ''}")
+    sizes = (store.groups["stop"] - store.groups["start"]).rename("cells")
+    control = manifest.reading["control"]
+    lines += ["", _table(store.groups.assign(cells=sizes), control), ""]
+    problems = _problems_of_labels(store.groups.assign(cells=sizes), control)
+    lines += [*manifest.notes, *_verdict(problems, f"accelerate launch train.py --config RUN.yaml --store {path}")]
+    return "\n".join(lines)
+
+
+def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, str | None]) -> str:
+    with AnnDataFile(path) as data:
+        columns = data.obs_columns
+        for name, key in keys.items():
+            if key is not None and key not in columns:
+                raise KeyError(f"obs has no column {key!r} ({name}), found {some(columns)}; {closest(key, columns)}")
+            keys[name] = key or next((c for c in _KEYS[name] if c in columns), None)
+        matrix = matrix_of(data, input)
+        lines = [
+            f"{path}: {data.n_obs:,} cells x {matrix.shape[1]:,} " + ("dimensions" if "obsm" in input else "genes")
+        ]
+        have = [
+            *(["X"] if data.X is not None else []),
+            *(f"layers/{k}" for k in data.layers),
+            *(f"obsm/{k}" for k in data.obsm),
+        ]
+        lines.append("has: " + ", ".join(have))
+        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input)
+        lines.append(f"{input}: {looks}")
+        if not data.var_names.is_unique:
+            problems.append("gene names stand twice: run adata.var_names_make_unique()")
+        for name in ("perturbation_key", "context_key"):
+            if keys[name] is None:
+                problems.append(f"no column found for {name}; obs has {some(columns)}")
+        if keys["perturbation_key"] is None or keys["context_key"] is None:
+            return "\n".join([*lines, *_verdict(problems, "")])
+        labels = read_labels(data, StateProcessor(**keys)).assign(dataset=path.stem)
+    names = labels["perturbation"].unique()
+    control = control or next((n for n in names if n.lower() in _CONTROLS), None)
+    groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
+    lines += ["", _table(groups, control), ""]
+    if control is None:
+        problems.append(f"no label looks like the control, found {some(names)}; name it with control=")
+    problems += _problems_of_labels(groups, control)
+    section = {**keys, "control": control, "input": input if input != "X" else None}
+    yaml = [
+        f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items() if value is not None
+    ]
+    return "\n".join(
+        lines + ["data:", f"  datasets: {json.dumps(str(path))}", *yaml, "", *_verdict(problems, "train with these")]
+    )
+
+
+def _look(matrix, input: str) -> tuple[str, list[str]]:
+    """What the values are, and what is wrong with them."""
+    values = matrix.data if sp.issparse(matrix) else matrix
+    if not np.isfinite(values).all():
+        return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite"]
+    if input.startswith("obsm/"):
+        return f"an embedding, {values.min():.3g} to {values.max():.3g}", []
+    if values.size and values.min() < 0:
+        return "has negative values: scaled or centred", [
+            f"{input} is scaled; use counts or log1p expression (another layer?)"
+        ]
+    kind = kind_of_values(matrix)
+    if kind == "zeros":
+        return "nothing but zeros in the first cells", []
+    if kind == "counts":
+        totals = np.asarray(matrix.sum(axis=1)).ravel()
+        return f"counts, {np.median(totals):,.0f} per cell (median); scaled to 10,000 and log1p in training", []
+    if kind == "linear":
+        return "normalised, not log1p", [f"{input} is normalised but not log1p: run sc.pp.log1p(adata)"]
+    linear = matrix.copy()
+    if sp.issparse(linear):
+        linear.data = np.expm1(linear.data.astype(np.float64))
+    else:
+        linear = np.expm1(linear.astype(np.float64))
+    totals = np.asarray(linear.sum(axis=1)).ravel()
+    middle = float(np.median(totals))
+    if np.ptp(totals) < 0.01 * middle:
+        return f"log1p of {middle:,.0f} counts per cell", []
+    low, high = np.percentile(totals, [5, 95])
+    return (
+        f"log1p; the genes here sum to {low:,.0f} to {high:,.0f} per cell, so it was normalised over more genes or not at all",
+        [],
+    )
+
+
+def _problems_of_labels(groups: pd.DataFrame, control: str | None) -> list[str]:
+    """What keeps a model from being trained on these groups."""
+    if control is None:
+        return []
+    is_control = groups["perturbation"] == control
+    problems = []
+    if not is_control.any():
+        problems.append(f"no cell is a control ({control!r}): found {some(groups['perturbation'].unique())}")
+    if is_control.all():
+        problems.append("every cell is a control: there is nothing to learn")
+    pairs = groups[["dataset", "context"]].apply(tuple, axis=1)
+    without = [" / ".join(pair) for pair in pairs[~is_control].unique() if pair not in set(pairs[is_control])]
+    if without and is_control.any():
+        problems.append(f"{len(without)} contexts have no control cells: {some(without)}; leave them out with contexts")
+    return problems
+
+
+def _verdict(problems: list[str], ready: str) -> list[str]:
+    if not problems:
+        return [f"ready: {ready}"]
+    return ["before a model can be trained on it:", *(f"- {problem}" for problem in problems)]
+
+
+def _table(groups: pd.DataFrame, control: str | None) -> str:
+    """Cells of each context and perturbation; the largest of many."""
+    counts = groups.pivot_table(index="context", columns="perturbation", values="cells", aggfunc="sum", fill_value=0)
+    by_size = counts.sum().sort_values(ascending=False, kind="stable").index
+    order = [name for name in by_size if name == control] + [name for name in by_size if name != control]
+    shown = counts[order[:_LARGEST_TABLE]].astype(int)
+    if len(order) > _LARGEST_TABLE:
+        rest = counts[order[_LARGEST_TABLE:]]
+        shown = shown.assign(**{f"{rest.shape[1]} others": rest.sum(axis=1).astype(int)})
+    shown = shown.assign(all=counts.sum(axis=1).astype(int))
+    title = f"{counts.shape[0]} contexts x {len([n for n in order if n != control])} perturbations, cells of each:"
+    text = shown.iloc[: 2 * _LARGEST_TABLE].rename_axis(None).rename_axis(None, axis=1).to_string()
+    more = len(shown) - 2 * _LARGEST_TABLE
+    return "\n".join([title, text] + ([f"and {more} more contexts"] if more > 0 else []))
+
+
+def _describe_checkpoint(path: Path) -> str:
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    import cellstate  # noqa: F401 - registers the models with the Auto classes
+
+    config = AutoConfig.from_pretrained(path)
+    lines = [f"{path}: checkpoint of {config.model_type}"]
+    problems = []
+    weights = path / "model.safetensors"
+    if weights.is_file():
+        with safe_open(weights, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+        lines[0] += f", {sum(int(np.prod(shape)) for shape in shapes):,} parameters"
+    else:
+        problems.append("model.safetensors is missing")
+    if not (path / VOCABULARY_FILE).is_file():
+        problems.append(f"{VOCABULARY_FILE} is missing: nobody knows which gene is which")
+        return "\n".join([*lines, *_verdict(problems, "")])
+    vocabulary = Vocabulary.from_file(path / VOCABULARY_FILE)
+    settings = StateProcessor.from_pretrained(path)
+    reads = {
+        "log1p_cp10k": f"counts, scaled to {settings.target_sum:,g} per cell and log1p",
+        "none": {"log1p": "log1p expression", "counts": "counts", "embedding": "an embedding"}[settings.values],
+    }[settings.normalize]
+    lines += [
+        f"reads: {reads} from {settings.input}, {settings.feature_dim:,} features; sentences of {settings.set_size} cells",
+        f"columns: perturbation {settings.perturbation_key!r} (control {settings.control!r}), context "
+        f"{settings.context_key!r}" + (f", batch {settings.batch_key!r}" if settings.batch_key else ""),
+        f"genes ({len(vocabulary.genes):,}): {some(vocabulary.genes, 5)}",
+        f"perturbations ({len(vocabulary.perturbations):,}): {some(vocabulary.perturbations, 5)}",
+        f"contexts ({len(vocabulary.contexts):,}): {some(vocabulary.contexts, 5)}",
+    ]
+    ready = f"cellstate predict --model {path} --adata CELLS.h5ad --output PREDICTED.h5ad"
+    return "\n".join([*lines, *_verdict(problems, ready)]).replace(
+        "before a model can be trained on it", "before it can be used"
+    )

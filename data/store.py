@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -251,6 +252,11 @@ class CellStore:
         embedded = {"embedding": self.embedding(rows)} if self.manifest.embedding_dim is not None else {}
         expression = self.expression(rows) if self.manifest.expression is not None else None
         return ad.AnnData(expression, obs=self.obs(rows), var=var, obsm=embedded)
+
+    def batches_of_shards(self) -> Iterator[list[pa.RecordBatch]]:
+        """The record batches of each Arrow file."""
+        for file in self._files:
+            yield pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
 
     def as_dataset(self):
         """The cells as a memory-mapped [`datasets.Dataset`], one row each."""
