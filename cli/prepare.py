@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.data.prepare import prepare
+    from cellstate.data.preparation import prepare
     from cellstate.training.run_config import load_run_config
 
     config = load_run_config(args.config, args.flags)

@@ -1,4 +1,4 @@
-"""Files to cell sentences: splits, cells in memory, sentences, and a simulated screen."""
+"""Files to cell sentences: splits, cells in memory or in a store, sentences, and a simulated screen."""
 
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.reading import read_h5ad
@@ -7,4 +7,27 @@ from cellstate.data.simulator import simulate_screen
 from cellstate.data.splits import Splits
 
 
-__all__ = ["Cells", "SentenceCollator", "SentenceDataset", "Splits", "load_cells", "read_h5ad", "simulate_screen"]
+# Those that need Arrow are imported where they are used: runs from files do not wait for it.
+_STORES = {"CellStore": "store", "load_store": "store", "prepare": "preparation"}
+
+
+def __getattr__(name: str):
+    if name in _STORES:
+        from importlib import import_module
+
+        return getattr(import_module(f"cellstate.data.{_STORES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "CellStore",
+    "Cells",
+    "SentenceCollator",
+    "SentenceDataset",
+    "Splits",
+    "load_cells",
+    "load_store",
+    "prepare",
+    "read_h5ad",
+    "simulate_screen",
+]

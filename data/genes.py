@@ -57,9 +57,13 @@ def highly_variable_genes(
     import scanpy as sc
 
     shape = (len(genes),)
-    empty = sp.csr_matrix((0, len(genes)), dtype=np.float32)
+    empty = sp.csr_matrix((0, len(genes)), dtype=np.float64)
+
+    def exact(read) -> sp.csr_matrix:
+        return read().astype(np.float64)  # sums that do not depend on the blocks
+
     parts = [
-        da.from_delayed(dask.delayed(read, pure=False)(), shape=(cells, *shape), dtype=np.float32, meta=empty)
+        da.from_delayed(dask.delayed(exact, pure=False)(read), shape=(cells, *shape), dtype=np.float64, meta=empty)
         for cells, read in blocks
         if cells
     ]

@@ -79,7 +79,7 @@ class AnnDataFile:
                 self._file, self._groups = on_error.enter_context(h5py.File(self.path, "r")), h5py.Group
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
-            self.n_obs = len(self.obs) if self._whole_obs else len(self._obs[self._obs.attrs["_index"]])
+            self.n_obs = len(self.obs) if self._whole_obs else self._obs[self._obs.attrs["_index"]].shape[0]
             self.var_names = ad.io.read_elem(self._file["var"]).index
             self.X = self._reader("X", genes=True) if "X" in self._file else None
             self.layers = self._readers("layers", genes=True)
