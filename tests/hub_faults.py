@@ -60,67 +60,68 @@ class Faults:
                     return fault
         return None
 
+    def _give_back(self, fault: Fault):
+        with self._lock:
+            fault.times += 1
+
     async def __call__(self, scope, receive, send):
         method, path = scope["method"], scope["raw_path"].decode()
         fault = self._take(method, path)
-        status = None
-
-        async def noted_send(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        exchange = _Exchange(fault, self.transport_of(scope["client"]), receive, send)
         try:
-            if fault is None:
-                await self.app(scope, receive, noted_send)
-            elif fault.status is not None:
+            if fault is not None and fault.status is not None:
                 # The body is read first, so that a client always gets as far as the answer.
                 await Request(scope, receive).body()
                 answer = JSONResponse({"error": f"refused with {fault.status}"}, fault.status, fault.headers)
-                await answer(scope, receive, noted_send)
-            elif fault.of_request:
-                await self.app(scope, self._cutting_receive(scope, receive, fault), send)
+                await answer(scope, receive, exchange.send)
             else:
-                await self.app(scope, receive, self._cutting_send(scope, send, fault))
+                await self.app(scope, exchange.receive, exchange.send)
+                if fault is not None and not exchange.is_cut:
+                    self._give_back(fault)
         except ClientDisconnect:
             pass
         except Exception as error:
             self.crashes.append(error)
             raise
         finally:
-            self.requests.append(Seen(method, path, status))
+            self.requests.append(Seen(method, path, None if exchange.is_cut else exchange.status))
 
-    def _cutting_receive(self, scope, receive, fault: Fault) -> Callable:
-        passed = 0
 
-        async def cutting():
-            nonlocal passed
-            message = await receive()
-            passed += len(message.get("body", b""))
-            if passed <= fault.after:
-                return message
-            self.transport_of(scope["client"]).abort()
-            return {"type": "http.disconnect"}
+class _Exchange:
+    """The messages of one request and its answer, up to where they are cut."""
 
-        return cutting
+    def __init__(self, fault: Fault | None, transport, receive: Callable, send: Callable):
+        cuts = fault is not None and fault.status is None
+        self.cuts_request = cuts and fault.of_request
+        self.cuts_answer = cuts and not fault.of_request
+        self.after = fault.after if cuts else 0
+        self.transport = transport
+        self._receive = receive
+        self._send = send
+        self.passed = 0
+        self.is_cut = False
+        self.status: int | None = None
 
-    def _cutting_send(self, scope, send, fault: Fault) -> Callable:
-        passed = 0
+    async def receive(self) -> dict:
+        message = await self._receive()
+        if self.cuts_request and not self.is_cut:
+            self.passed += len(message.get("body", b""))
+            if self.passed > self.after:
+                self.is_cut = True
+                self.transport.abort()
+        return {"type": "http.disconnect"} if self.is_cut else message
 
-        async def cutting(message):
-            nonlocal passed
-            transport = self.transport_of(scope["client"])
-            if transport is None or transport.is_closing():
-                return
-            body = message.get("body", b"")
-            if message["type"] == "http.response.body":
-                if fault.after:
-                    await send({**message, "body": body[: fault.after - passed], "more_body": True})
-                passed += len(body)
-                if passed >= fault.after:
-                    transport.close()
-            elif fault.after:
-                await send(message)
-
-        return cutting
+    async def send(self, message: dict):
+        if self.is_cut:
+            return
+        is_body = message["type"] == "http.response.body"
+        body = message.get("body", b"")
+        if self.cuts_answer and is_body and (self.passed + len(body) > self.after or self.after == 0):
+            if self.after:
+                await self._send({**message, "body": body[: self.after - self.passed], "more_body": True})
+            self.is_cut = True
+            self.transport.close()
+        elif is_body or not self.cuts_answer or self.after:
+            self.status = message.get("status", self.status)
+            self.passed += len(body) if self.cuts_answer else 0
+            await self._send(message)

@@ -155,8 +155,9 @@ class HubServer:
 
     def cut(self, path: str, of: str, after: int = 0, method: str | None = None, times: int = 1):
         """
-        The connections of the next `times` requests that match are cut once `after` bytes of the body have passed,
-        of the request (`of="request"`) or of the answer (`of="answer"`: what was asked for has then been done).
+        Cut the connections of the next `times` requests that match and whose body is longer than `after` bytes, there:
+        the body of the request (`of="request"`), or of the answer (`of="answer"`), when what was asked for is done.
+        An answer cut after 0 bytes says nothing at all.
         """
         if of not in ("request", "answer"):
             raise ValueError(f'`of` must be "request" or "answer", found {of!r}')
