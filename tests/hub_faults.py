@@ -1,7 +1,6 @@
 """Requests that fail on demand: refused with a status, or cut off in the middle of a body."""
 
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,6 +19,11 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
     of_request: bool = False
+
+    def claim(self) -> bool:
+        """Whether there is one left; if so it is used up."""
+        self.times -= 1
+        return self.times >= 0
 
 
 @dataclass(frozen=True)
@@ -43,85 +47,77 @@ class Faults:
     def __init__(self, app: Callable, transport_of: Callable):
         self.app = app
         self.transport_of = transport_of
+        self.faults: list[Fault] = []
         self.requests: list[Seen] = []
         self.crashes: list[Exception] = []
-        self._faults: list[Fault] = []
-        self._lock = threading.Lock()
-
-    def add(self, fault: Fault):
-        with self._lock:
-            self._faults.append(fault)
-
-    def _take(self, method: str, path: str) -> Fault | None:
-        with self._lock:
-            for fault in self._faults:
-                if fault.times and fault.method in (None, method) and re.search(fault.path, path):
-                    fault.times -= 1
-                    return fault
-        return None
-
-    def _give_back(self, fault: Fault):
-        with self._lock:
-            fault.times += 1
 
     async def __call__(self, scope, receive, send):
         method, path = scope["method"], scope["raw_path"].decode()
-        fault = self._take(method, path)
+        matching = (f for f in self.faults if f.times > 0 and f.method in (None, method) and re.search(f.path, path))
+        fault = next(matching, None)
         exchange = _Exchange(fault, self.transport_of(scope["client"]), receive, send)
+        exchange.on_end = lambda: self.requests.append(Seen(method, path, exchange.status))
         try:
-            if fault is not None and fault.status is not None:
+            if fault is not None and fault.status is not None and fault.claim():
                 # The body is read first, so that a client always gets as far as the answer.
                 await Request(scope, receive).body()
                 answer = JSONResponse({"error": f"refused with {fault.status}"}, fault.status, fault.headers)
                 await answer(scope, receive, exchange.send)
             else:
                 await self.app(scope, exchange.receive, exchange.send)
-                if fault is not None and not exchange.is_cut:
-                    self._give_back(fault)
         except ClientDisconnect:
-            pass
+            exchange.end()
         except Exception as error:
             self.crashes.append(error)
             raise
-        finally:
-            self.requests.append(Seen(method, path, None if exchange.is_cut else exchange.status))
 
 
 class _Exchange:
-    """The messages of one request and its answer, up to where they are cut."""
+    """The messages of a request and its answer, up to where they are cut."""
+
+    on_end: Callable[[], None]
 
     def __init__(self, fault: Fault | None, transport, receive: Callable, send: Callable):
-        cuts = fault is not None and fault.status is None
-        self.cuts_request = cuts and fault.of_request
-        self.cuts_answer = cuts and not fault.of_request
-        self.after = fault.after if cuts else 0
+        self.fault = fault if fault is not None and fault.status is None else None
         self.transport = transport
         self._receive = receive
         self._send = send
         self.passed = 0
-        self.is_cut = False
         self.status: int | None = None
+        self.ended = False
+
+    def end(self):
+        # Told before the client sees the end, so that whatever it does next comes later.
+        if not self.ended:
+            self.ended = True
+            self.on_end()
 
     async def receive(self) -> dict:
         message = await self._receive()
-        if self.cuts_request and not self.is_cut:
+        if self.fault is not None and self.fault.of_request and not self.ended:
             self.passed += len(message.get("body", b""))
-            if self.passed > self.after:
-                self.is_cut = True
+            # Only where the body gets that far: a shorter one leaves the fault to the next request.
+            if self.passed > self.fault.after and self.fault.claim():
+                self.end()
                 self.transport.abort()
-        return {"type": "http.disconnect"} if self.is_cut else message
+                return {"type": "http.disconnect"}
+        return message
 
     async def send(self, message: dict):
-        if self.is_cut:
+        if self.ended:
             return
-        is_body = message["type"] == "http.response.body"
-        body = message.get("body", b"")
-        if self.cuts_answer and is_body and (self.passed + len(body) > self.after or self.after == 0):
-            if self.after:
-                await self._send({**message, "body": body[: self.after - self.passed], "more_body": True})
-            self.is_cut = True
-            self.transport.close()
-        elif is_body or not self.cuts_answer or self.after:
-            self.status = message.get("status", self.status)
-            self.passed += len(body) if self.cuts_answer else 0
-            await self._send(message)
+        if self.fault is not None and not self.fault.of_request:
+            body = message.get("body", b"")
+            silent = self.fault.after == 0
+            if (silent or self.passed + len(body) > self.fault.after) and self.fault.claim():
+                if not silent:
+                    await self._send({**message, "body": body[: self.fault.after - self.passed], "more_body": True})
+                self.status = None
+                self.end()
+                self.transport.close()
+                return
+            self.passed += len(body)
+        self.status = message.get("status", self.status)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.end()
+        await self._send(message)

@@ -151,7 +151,7 @@ class HubServer:
 
     def refuse(self, path: str, status: int, method: str | None = None, times: int = 1, headers: dict | None = None):
         """The next `times` requests whose path matches the regular expression `path` are answered with `status`."""
-        self._faults.add(Fault(path, method, times, status, headers or {}))
+        self._faults.faults.append(Fault(path, method, times, status, headers or {}))
 
     def cut(self, path: str, of: str, after: int = 0, method: str | None = None, times: int = 1):
         """
@@ -161,7 +161,7 @@ class HubServer:
         """
         if of not in ("request", "answer"):
             raise ValueError(f'`of` must be "request" or "answer", found {of!r}')
-        self._faults.add(Fault(path, method, times, after=after, of_request=of == "request"))
+        self._faults.faults.append(Fault(path, method, times, after=after, of_request=of == "request"))
 
     # Who asks, and for what
 
