@@ -11,9 +11,9 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -138,7 +138,7 @@ def test_old_revisions_are_still_served(hub, api, pushed, tmp_path):
     assert hub.read("ada/model", "wip/one") == {**FILES, "wip.txt": b"wip"}
     assert open(hf_hub_download("ada/model", "config.json"), "rb").read() == b"new"
     assert open(hf_hub_download("ada/model", "model.safetensors", revision=second), "rb").read() == WEIGHTS
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(RemoteEntryNotFoundError):
         hf_hub_download("ada/model", "model.safetensors")
     titles = [commit.title for commit in api.list_repo_commits("ada/model")]
     assert titles == ["Third", "Second", "Upload folder using huggingface_hub", "initial commit"]
@@ -172,6 +172,23 @@ def test_the_storage_takes_signed_addresses_and_no_token(hub, pushed):
     assert httpx2.get(signed[:-1] + ("0" if signed[-1] != "0" else "1")).status_code == 403
     assert httpx2.put(signed, content=WEIGHTS).status_code == 403
     assert httpx2.get(signed, headers={"Authorization": f"Bearer {os.environ['HF_TOKEN']}"}).status_code == 400
+
+
+def test_a_commit_that_names_a_large_file_that_never_came_changes_nothing(hub, api, pushed):
+    api.create_repo("ada/other")
+    missing = hub.repository("ada/model").at().files["model.safetensors"].sha256
+    lines = [
+        {"key": "header", "value": {"summary": "all or nothing"}},
+        {"key": "file", "value": {"path": "a.txt", "content": "YQ==", "encoding": "base64"}},
+        {"key": "lfsFile", "value": {"path": "b.bin", "algo": "sha256", "oid": missing, "size": 400_000}},
+    ]
+    answer = httpx2.post(
+        f"{hub.url}/api/models/ada/other/commit/main",
+        content="\n".join(map(json.dumps, lines)),
+        headers={"Authorization": f"Bearer {os.environ['HF_TOKEN']}"},
+    )
+    assert answer.status_code == 400 and answer.json()["error"] == f"b.bin: the LFS object {missing} was not uploaded"
+    assert hub.read("ada/other") == {} and len(hub.repository("ada/other").history()) == 1
 
 
 # Who may do what
@@ -225,11 +242,11 @@ def test_what_is_not_there(hub, api, pushed):
         snapshot_download("ada/model", revision="v9")
     with pytest.raises(RevisionNotFoundError):
         api.upload_file(repo_id="ada/model", path_or_fileobj=b"x", path_in_repo="x", revision="v9")
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(RemoteEntryNotFoundError):
         hf_hub_download("ada/model", "pytorch_model.bin")
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(RemoteEntryNotFoundError):
         list(api.list_repo_tree("ada/model", "weights"))
-    with pytest.raises(EntryNotFoundError, match="A file with this name doesn't exist: gone.txt"):
+    with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist: gone.txt"):
         api.delete_file("gone.txt", repo_id="ada/model")
     with pytest.raises(RepositoryNotFoundError):
         snapshot_download("ada/nothing")
