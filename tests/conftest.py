@@ -32,3 +32,44 @@ def pytest_terminal_summary(terminalreporter, config):
 def shared() -> Path:
     """The folder of reference outputs and real data."""
     return SHARED
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """
+    A [`HubServer`] of this test with the user "ada", and all clients pointed at it: an empty cache, her token.
+
+    Processes that the test starts get all of it from their environment. In this process `huggingface_hub` does, as it
+    reads the values changed here at each call; `transformers` and `datasets` keep what they read when they were
+    imported, so code that reaches the Hub through them belongs in a process of its own.
+    """
+    # Only the tests that ask for a Hub need its web framework.
+    import huggingface_hub
+    from hub_server import HubServer
+
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGINGFACE_", "TRANSFORMERS_")):
+            monkeypatch.delenv(name)
+    home = tmp_path / "hf_home"
+    with HubServer(tmp_path / "hub") as server:
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": server.add_user("ada", organizations=("lab",)),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        yield server
+    assert server.crashes == []
