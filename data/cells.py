@@ -114,7 +114,7 @@ def _fit(adatas: list[ad.AnnData], in_training: np.ndarray, hvg_on_all: bool, op
     masks = np.split(in_training, ends[:-1])
     training = [data[mask] for data, mask in zip(adatas, masks) if mask.any()]
     if hvg_on_all and isinstance(options.get("genes"), int):
-        everything = StateProcessor.fit(adatas, **options)
+        everything = StateProcessor.fit(adatas, **{**options, "perturbation_features": None})
         options = {**options, "genes": everything.vocabulary.genes}
     return StateProcessor.fit(training, **options)
 
@@ -132,13 +132,18 @@ def _check_one_name_each(names, processor: StateProcessor):
 
 
 def _check_expressible(obs: pd.DataFrame, processor: StateProcessor):
-    """A held-out perturbation that no training cell has cannot be predicted from ids: an error that lists them."""
-    known = set(processor.vocabulary.perturbations)
+    """A held-out perturbation needs training cells, or with perturbation features a vector: an error lists the others."""
+    known, features = set(processor.vocabulary.perturbations), processor.perturbation_features
     for split in ("val", "test"):
         names = pd.unique(obs.loc[obs["split"] == split, "perturbation"])
+        if features is not None:
+            singles = {part for name in names for part in processor.split_combination(str(name))}
+            features.check_covers(singles, f"held out for {split}")
+            continue
         unknown = [n for n in names if not set(processor.split_combination(str(n))) <= known]
         if unknown:
             raise ValueError(
                 f"{len(unknown)} perturbations held out for {split} have no training cell in any context, so a model "
-                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others"
+                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
+                "perturbation_features"
             )

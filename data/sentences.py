@@ -16,7 +16,6 @@ from cellstate.modeling_perturbation import (
     CONTROL_CELLS,
     GENE_LABELS,
     LABELS,
-    PERTURBATION_IDS,
 )
 from cellstate.processing import StateProcessor
 
@@ -100,7 +99,9 @@ class SentenceDataset(Dataset):
             control_sentences and split == "train",
             heldout_controls,
         )
-        self.perturbation_ids = processor.encode_perturbations([group.perturbation for group in self.groups])
+        # Groups of one perturbation share its ids or features, which may be wide.
+        names, self._perturbation = np.unique([group.perturbation for group in self.groups], return_inverse=True)
+        self.perturbations = processor.encode(names)
         self.context_ids = processor.encode_contexts([group.context for group in self.groups])
         self.batch_ids = None
         if "batch" in cells.obs:
@@ -148,7 +149,7 @@ class SentenceDataset(Dataset):
         sentence = {
             CONTROL_CELLS: self.cells.features[controls],
             LABELS: self.cells.features[targets],
-            PERTURBATION_IDS: self.perturbation_ids[index],
+            **{key: values[self._perturbation[index]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[index],
         }
         if self.batch_ids is not None:

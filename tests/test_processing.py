@@ -281,7 +281,7 @@ def test_combinations(name, ids):
 def test_a_perturbation_whose_name_holds_the_separator_is_itself():
     vocabulary = Vocabulary(["g"], ["A+B", "A", "B"], ["c"], [])
     processor = StateProcessor(vocabulary)
-    assert processor.encode_perturbations(["A+B", "B+A"]).tolist() == [[0, -1], [2, 1]]
+    assert processor.encode(["A+B", "B+A"])["perturbation_ids"].tolist() == [[0, -1], [2, 1]]
 
 
 def test_doses():

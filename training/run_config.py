@@ -9,6 +9,7 @@ from typing import ClassVar
 import yaml
 
 from cellstate.configuration_state import closest
+from cellstate.data.perturbation_features import read_perturbation_features
 from cellstate.data.reading import H5ADFile, expand_paths
 from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
@@ -28,7 +29,9 @@ class DataArguments:
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
         contexts (`list[str]`, *optional*): use these contexts of the files alone.
         perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
-            gene_input: see [`StateProcessor.fit`].
+            gene_input, target_sum: see [`StateProcessor.fit`].
+        perturbation_features (`str`, *optional*): file with a vector for each perturbation, see
+            [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
         control_matching, small_groups, control_sentences, heldout_controls: see [`SentenceDataset`].
     """
@@ -49,6 +52,8 @@ class DataArguments:
     normalize: str = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
+    target_sum: float | int | str | None = None
+    perturbation_features: str | None = None
     hvg_on_all: bool = False
     control_matching: str = "context"
     small_groups: str = "pad"
@@ -74,7 +79,10 @@ class DataArguments:
     def processor_options(self) -> dict:
         """Arguments of [`StateProcessor.fit`]."""
         names = ("perturbation_key", "control", "context_key", "batch_key", "input", "genes", "normalize")
-        return {name: getattr(self, name) for name in (*names, "combination_separator", "gene_input")}
+        options = {name: getattr(self, name) for name in (*names, "combination_separator", "gene_input", "target_sum")}
+        if self.perturbation_features is not None:
+            options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
+        return options
 
     def sentence_options(self) -> dict:
         """Arguments of [`SentenceDataset`]."""
