@@ -108,7 +108,9 @@ def _read_csv(path: Path):
                 )
             names.append(row[0])
             try:
-                rows.append(np.array(row[1:], dtype=np.float32))
+                # A number too large becomes infinite, which is refused by name.
+                with np.errstate(over="ignore"):
+                    rows.append(np.array(row[1:], dtype=np.float32))
             except ValueError as error:
                 raise ValueError(f"line {lines.line_num}, {row[0]!r}: expected numbers ({error})") from error
     if not rows:
@@ -132,7 +134,11 @@ def _check_header(header: list[str]):
 
 
 def _read_parquet(path: Path):
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except OSError as error:
+        # What pyarrow raises for a file that is damaged inside.
+        raise ValueError(f"cannot be read as parquet ({error})") from error
     index = [name for name in (table.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
     text = [field.name for field in table.schema if _is_text(field.type)]
     # Where rows were left out of a frame with numbered rows, the numbers are stored too; they are no feature.
