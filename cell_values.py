@@ -1,11 +1,17 @@
-"""Reading the values of cells: rows in memory, what kind of values they are, and errors that name cell and gene."""
+"""Reading the values of cells: rows and genes, what kind of values they are, CP10K, errors that name cell and gene."""
+
+from collections.abc import Callable
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from .configuration_state import closest
 
+
+# Counts a cell is scaled to unless something else is asked for.
+TARGET_SUM = 1e4
 # log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
 _LARGEST_LOG1P = 20.0
 
@@ -27,6 +33,21 @@ def take_rows(matrix, rows):
         taken = taken.copy()
         taken.sum_duplicates()
     return taken
+
+
+def matrix_of(adata: ad.AnnData, source: str):
+    """The matrix that `"X"`, `"layers/NAME"` or `"obsm/NAME"` names. KeyError that lists what there is."""
+    if source == "X":
+        if adata.X is None:
+            raise KeyError(f"input 'X': the data have no X, found layers {some(adata.layers)}")
+        return adata.X
+    kind, _, name = source.partition("/")
+    if kind not in ("layers", "obsm") or not name:
+        raise ValueError(f"input={source!r}: expected 'X', 'layers/NAME' or 'obsm/NAME'")
+    holder = adata.layers if kind == "layers" else adata.obsm
+    if name not in holder:
+        raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
+    return holder[name]
 
 
 def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):
@@ -80,6 +101,26 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
     return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
 
 
+def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
+    """(normalize, values) from what was asked for and the kinds of values that the files hold."""
+    kinds = found - {"zeros"}
+    if len(kinds) > 1:
+        raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
+    kind = kinds.pop() if kinds else "log1p"
+    if kind == "linear":
+        raise ValueError(wrong_kind(source, "log1p", kind, TARGET_SUM))
+    if asked == "log1p_cp10k" and kind != "counts":
+        raise ValueError(wrong_kind(source, "counts", kind, TARGET_SUM))
+    if asked == "none":
+        return "none", kind
+    return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
+
+
+def cell_totals(counts) -> np.ndarray:
+    """Counts of each cell over all genes, `(cells,)` float64, of a dense or sparse matrix `(cells, genes)`."""
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+
 def normalize_counts(
     counts: np.ndarray, totals: np.ndarray, target_sum: float, stored: np.ndarray | None = None
 ) -> np.ndarray:
@@ -89,8 +130,8 @@ def normalize_counts(
     Args:
         counts (`np.ndarray`): of shape `(cells, genes)`; or, with `stored`, the stored values of sparse rows, one
             cell's after another (the `data` of a CSR matrix). Any numeric type; left as it is.
-        totals (`np.ndarray` of shape `(cells,)`): counts of each cell over all genes of the data, not only over those
-            given.
+        totals (`np.ndarray` of shape `(cells,)`): counts of each cell over all genes of the data ([`cell_totals`]), not
+            only over those given.
         target_sum (`float`): counts a cell is scaled to.
         stored (`np.ndarray` of shape `(cells,)`, *optional*): how many of the values are each cell's
             (`np.diff(indptr)`).
@@ -105,16 +146,111 @@ def normalize_counts(
     return np.log1p(values, out=values)
 
 
-def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
-    """(normalize, values) from what was asked for and the kinds of values that the files hold."""
-    kinds = found - {"zeros"}
-    if len(kinds) > 1:
-        raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
-    kind = kinds.pop() if kinds else "log1p"
-    if kind == "linear":
-        raise ValueError(wrong_kind(source, "log1p", kind, 1e4))
-    if asked == "log1p_cp10k" and kind != "counts":
-        raise ValueError(wrong_kind(source, "counts", kind, 1e4))
-    if asked == "none":
-        return "none", kind
-    return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
+def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: Callable[[], np.ndarray]) -> float:
+    """
+    What counts are scaled to: the number asked for, or with `"median"` the median total of the cells that have counts.
+
+    Args:
+        source (`str`): where the values are read, for errors.
+        totals (`Callable`): gives the counts of every training cell; called for the median alone.
+
+    Raises:
+        ValueError: it is neither a number above 0 nor `"median"`, or the values are not counts that are scaled.
+    """
+    number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
+    if asked != "median" and not (number and np.isfinite(asked) and asked > 0):
+        raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
+    if normalize != "log1p_cp10k":
+        raise ValueError(
+            f"target_sum={asked!r} is what counts are scaled to, but {source} is used as it is; leave target_sum out, "
+            "or read raw counts with normalize='auto'"
+        )
+    if asked != "median":
+        return float(asked)
+    found = totals()
+    if not found.any():
+        raise ValueError(f"target_sum='median': no training cell has counts in {source}; give a number")
+    return float(np.median(found[found > 0]))
+
+
+def totals_of(adatas: list[ad.AnnData], source: str) -> np.ndarray:
+    """Counts of every cell of some data, `(cells,)` float64, read block by block."""
+    totals = []
+    for data in adatas:
+        for start in range(0, data.n_obs, 4096):
+            rows = slice(start, start + 4096)
+            counts = take_rows(matrix_of(data, source), rows)
+            check_finite(counts, data, rows, source, nonnegative=True)
+            totals.append(cell_totals(counts))
+    return np.concatenate(totals)
+
+
+def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
+    """The genes that all data have, in the order of the first. ValueError where names stand twice or none is common."""
+    shared = adatas[0].var_names
+    for data in adatas:
+        if not data.var_names.is_unique:
+            duplicates = data.var_names[data.var_names.duplicated()].unique()
+            raise ValueError(
+                f"gene names are not unique, found {some(duplicates)} twice; run adata.var_names_make_unique()"
+            )
+        shared = shared[shared.isin(data.var_names)]
+    if len(shared) == 0:
+        raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
+    return shared
+
+
+def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.ndarray:
+    """
+    The column of each gene in the data, int64, -1 where it has none.
+
+    Raises:
+        KeyError: genes are missing and `missing_genes` is `"error"`, or all are.
+        ValueError: a gene stands twice in the data, or `missing_genes` is neither `"error"` nor `"zero"`.
+    """
+    if missing_genes not in ("error", "zero"):
+        raise ValueError(f"missing_genes={missing_genes!r}; expected 'error' or 'zero'")
+    if not adata.var_names.is_unique:
+        names = pd.Index(adata.var_names)
+        duplicates = names[names.duplicated()].unique().intersection(pd.Index(genes))
+        duplicates = duplicates.tolist()
+        if duplicates:
+            raise ValueError(
+                f"genes of the model stand twice in the data: {some(duplicates)}; run adata.var_names_make_unique()"
+            )
+        columns = pd.Series(np.arange(len(names)), index=names)[lambda s: ~s.index.duplicated()]
+        columns = columns.reindex(genes, fill_value=-1).to_numpy()
+    else:
+        columns = adata.var_names.get_indexer(genes)
+    missing = [g for g, column in zip(genes, columns) if column < 0]
+    if missing and (missing_genes == "error" or len(missing) == len(genes)):
+        raise KeyError(
+            f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
+            + ("; pass missing_genes='zero' to read them as unexpressed" if len(missing) < len(genes) else "")
+            + f" (the data's genes look like {some(adata.var_names, 3)})"
+        )
+    return columns
+
+
+def listed_genes(genes, shared: pd.Index) -> list[str]:
+    """The genes of a list, in its order. KeyError for those that the data lack."""
+    genes = [str(g) for g in genes]
+    missing = [g for g, there in zip(genes, pd.Index(genes).isin(shared)) if not there]
+    if missing:
+        raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the data: {missing[:10]}")
+    return genes
+
+
+def highly_variable_genes(expression, genes, count: int) -> list[str]:
+    """
+    The `count` most variable genes of log1p expression `(cells, genes)`, CSR or a dask array of CSR blocks, in the data's
+    order (scanpy, "seurat").
+    """
+    # A checkpoint's user never chooses genes: scanpy is not needed to load this file.
+    try:
+        import scanpy as sc
+    except ImportError as error:
+        raise ImportError("choosing highly variable genes needs scanpy: pip install scanpy") from error
+    joined = ad.AnnData(expression, var=pd.DataFrame(index=genes))
+    sc.pp.highly_variable_genes(joined, n_top_genes=count)
+    return [str(g) for g, chosen in zip(genes, joined.var["highly_variable"]) if chosen]

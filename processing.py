@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
 
 import anndata as ad
 import numpy as np
@@ -12,7 +11,24 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from .cell_values import check_finite, kind_of_values, resolve_normalisation, some, take_rows, wrong_kind
+from .cell_values import (
+    TARGET_SUM,
+    cell_totals,
+    check_finite,
+    gene_columns,
+    highly_variable_genes,
+    kind_of_values,
+    listed_genes,
+    matrix_of,
+    normalize_counts,
+    resolve_normalisation,
+    resolve_target_sum,
+    shared_genes,
+    some,
+    take_rows,
+    totals_of,
+    wrong_kind,
+)
 from .configuration_state import closest
 from .modeling_perturbation import (
     BATCH_IDS,
@@ -20,50 +36,22 @@ from .modeling_perturbation import (
     CONTEXT_IDS,
     CONTROL_CELLS,
     PERTURBATION_DOSES,
+    PERTURBATION_FEATURES,
     PERTURBATION_IDS,
     PerturbationOutput,
 )
+from .vocabulary import (
+    PERTURBATION_FEATURES_FILE,
+    VOCABULARY_FILE,
+    PerturbationFeatures,
+    Vocabulary,
+    encode_ids,
+    read_labels,
+    split_combination,
+)
 
 
-VOCABULARY_FILE = "vocabulary.json"
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-@dataclass
-class Vocabulary:
-    """The names behind a model's numbers, in order. Saved as `vocabulary.json` beside the weights.
-
-    Args:
-        genes (`list[str]`): features of a cell in the model's order; for an embedding, the genes of the gene decoder.
-        perturbations (`list[str]`): single perturbations. The control is no perturbation and is not among them,
-            except in converted checkpoints that gave it a row of its own.
-        contexts (`list[str]`): cell types or lines seen in training.
-        batches (`list[str]`): experimental batches seen in training.
-    """
-
-    genes: list[str] = field(default_factory=list)
-    perturbations: list[str] = field(default_factory=list)
-    contexts: list[str] = field(default_factory=list)
-    batches: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        for name, values in asdict(self).items():
-            if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-                raise ValueError(f"vocabulary {name!r}: expected a list of names, found {type(values).__name__}")
-            duplicates = pd.Index(values)[pd.Index(values).duplicated()].unique().tolist()
-            if duplicates:
-                raise ValueError(f"vocabulary {name!r} has duplicates: {duplicates[:10]}; every name must be unique")
-
-    @classmethod
-    def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a whole JSON file ({error}); copy the checkpoint again") from error
-        if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
-            raise ValueError(f"{path}: expected the lists {sorted(cls.__dataclass_fields__)}")
-        return cls(**content)
 
 
 class CellSentences(BatchFeature):
@@ -114,6 +102,8 @@ class StateProcessor(ProcessorMixin):
             there are no combinations (or names contain the character).
         feature_dim (`int`): features of a cell.
         set_size (`int`): cells of a sentence.
+        perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
+            takes those instead of ids; it predicts every perturbation that has one. The control is zeros.
     """
 
     def __init__(
@@ -127,10 +117,11 @@ class StateProcessor(ProcessorMixin):
         gene_input: str | None = None,
         values: str = "log1p",
         normalize: str = "none",
-        target_sum: float = 1e4,
+        target_sum: float = TARGET_SUM,
         combination_separator: str | None = "+",
         feature_dim: int | None = None,
         set_size: int = 128,
+        perturbation_features: PerturbationFeatures | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -145,6 +136,9 @@ class StateProcessor(ProcessorMixin):
         self.combination_separator = combination_separator
         self.feature_dim = feature_dim if feature_dim is not None else len(self.vocabulary.genes)
         self.set_size = set_size
+        if perturbation_features is not None:
+            perturbation_features.check_control(control)
+        self.perturbation_features = perturbation_features
         self.chat_template = None  # the inherited save looks for it
         self._ids = {
             kind: {name: i for i, name in enumerate(getattr(self.vocabulary, kind))}
@@ -167,6 +161,8 @@ class StateProcessor(ProcessorMixin):
         combination_separator: str | None = "+",
         gene_input: str | None = None,
         set_size: int = 128,
+        target_sum: float | str | None = None,
+        perturbation_features: PerturbationFeatures | None = None,
     ) -> "StateProcessor":
         r"""
         Learn gene order, normalisation and vocabularies from training cells (one AnnData or several).
@@ -179,13 +175,17 @@ class StateProcessor(ProcessorMixin):
                 gene decoder.
             normalize (`str`): `"auto"` finds out whether the values are counts (then `"log1p_cp10k"`) or log1p
                 already (then `"none"`); `"log1p_cp10k"`; `"none"` keeps values as they are, counts included.
+            target_sum (`float`, `"median"` or None): what counts are scaled to, a cell: 10,000, or the number given, or
+                the median total of the training cells that have counts, which is stored as a number. For counts alone.
+            perturbation_features ([`PerturbationFeatures`], *optional*): vectors of at least the perturbations of the
+                training cells. The model takes them instead of ids.
 
             The other arguments are those of the class.
 
         Raises:
             KeyError: a column, layer or obsm entry is missing; what exists is listed.
             ValueError: values are NaN, negative, neither counts nor log1p, or contradict `normalize`; no cell is a
-                control; a label is missing.
+                control; a label is missing; a perturbation has no vector; `target_sum` is given and not for counts.
         """
         adatas = list(adata) if isinstance(adata, (list, tuple)) else [adata]
         if not adatas:
@@ -201,6 +201,7 @@ class StateProcessor(ProcessorMixin):
             gene_input=gene_input,
             combination_separator=combination_separator or None,
             set_size=set_size,
+            perturbation_features=perturbation_features,
         )
         embedding = input.startswith("obsm/")
         if gene_input is not None and not embedding:
@@ -218,9 +219,9 @@ class StateProcessor(ProcessorMixin):
             if batch_key is not None:
                 batches.update(labels["batch"].unique())
             if embedding:
-                widths.add(processor._matrix(data, input).shape[1])
+                widths.add(matrix_of(data, input).shape[1])
             if expression is not None:
-                found.add(kind_of_values(take_rows(processor._matrix(data, expression), slice(0, 2000))))
+                found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
         if control not in names:
             raise ValueError(
                 f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found {some(sorted(names))}; "
@@ -228,6 +229,8 @@ class StateProcessor(ProcessorMixin):
             )
         for name in names:
             singles.update(processor.split_combination(name))
+        if perturbation_features is not None:
+            perturbation_features.check_covers(singles, "of the training cells")
         if len(widths) > 1:
             raise ValueError(f"{input}: expected one width in all files, found {sorted(widths)}")
         if expression is not None:
@@ -239,72 +242,65 @@ class StateProcessor(ProcessorMixin):
             raise ValueError(
                 f"the gene decoder predicts log1p expression, {gene_input} holds counts: use normalize='auto'"
             )
+        if target_sum is not None:
+            source = expression or input
+            processor.target_sum = resolve_target_sum(
+                target_sum, processor.normalize, source, lambda: totals_of(adatas, source)
+            )
         genes_of_model = processor._choose_genes(adatas, genes, expression) if expression is not None else []
         vocabulary = Vocabulary(genes_of_model, sorted(singles), sorted(contexts), sorted(batches))
         settings = {name: getattr(processor, name) for name in _SETTINGS}
         settings["feature_dim"] = widths.pop() if embedding else len(genes_of_model)
-        return cls(vocabulary=vocabulary, **settings)
+        return cls(vocabulary=vocabulary, perturbation_features=perturbation_features, **settings)
 
     def _choose_genes(self, adatas, genes, expression: str) -> list[str]:
-        shared = adatas[0].var_names
-        for data in adatas:
-            if not data.var_names.is_unique:
-                duplicates = data.var_names[data.var_names.duplicated()].unique()
-                raise ValueError(
-                    f"gene names are not unique, found {some(duplicates)} twice; run adata.var_names_make_unique()"
-                )
-            shared = shared[shared.isin(data.var_names)]
-        if len(shared) == 0:
-            raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
+        shared = shared_genes(adatas)
         if genes is None:
             return [str(g) for g in shared]
         if isinstance(genes, str):
             raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
         if not isinstance(genes, (int, np.integer)):
-            genes = [str(g) for g in genes]
-            missing = [g for g, there in zip(genes, pd.Index(genes).isin(shared)) if not there]
-            if missing:
-                raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the data: {missing[:10]}")
-            return genes
+            return listed_genes(genes, shared)
         if not 1 <= genes <= len(shared):
             raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
         if genes == len(shared):
             return [str(g) for g in shared]
-        # A checkpoint's user never chooses genes: scanpy is not needed to load this file.
-        try:
-            import scanpy as sc
-        except ImportError as error:
-            raise ImportError("choosing highly variable genes needs scanpy: pip install scanpy") from error
         blocks = []
         for data in adatas:
             columns = data.var_names.get_indexer(shared)
             block, _ = self._expression(data, expression, slice(None), columns, as_log1p=True)
             blocks.append(sp.csr_matrix(block))
-        joined = ad.AnnData(sp.vstack(blocks, format="csr"), var=pd.DataFrame(index=shared))
-        sc.pp.highly_variable_genes(joined, n_top_genes=genes)
-        return [str(g) for g in shared[joined.var["highly_variable"].to_numpy()]]
+        return highly_variable_genes(sp.vstack(blocks, format="csr"), shared, genes)
 
     # Saving and loading
 
     def to_dict(self) -> dict:
         output = super().to_dict()
         output.pop("vocabulary")
+        output.pop("perturbation_features")
+        # What tells a checkpoint that lacks its perturbation features from one that has none.
+        if self.perturbation_features is not None:
+            output["perturbation_dim"] = self.perturbation_features.dim
         return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Write `processor_config.json` and `vocabulary.json` (and this code); optionally push them to the Hub."""
+        """Write `processor_config.json`, the vocabulary, any perturbation features and this code; push them if asked."""
         os.makedirs(save_directory, exist_ok=True)
-        partial = os.path.join(save_directory, VOCABULARY_FILE + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(asdict(self.vocabulary), file, ensure_ascii=False, indent=0)
-        os.replace(partial, os.path.join(save_directory, VOCABULARY_FILE))
+        self.vocabulary.save(os.path.join(save_directory, VOCABULARY_FILE))
+        if self.perturbation_features is not None:
+            self.perturbation_features.save(os.path.join(save_directory, PERTURBATION_FEATURES_FILE))
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "StateProcessor":
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        path = cached_file(pretrained_model_name_or_path, VOCABULARY_FILE, **hub)
-        return super().from_pretrained(pretrained_model_name_or_path, vocabulary=Vocabulary.from_file(path), **kwargs)
+        vocabulary = cached_file(pretrained_model_name_or_path, VOCABULARY_FILE, **hub)
+        tables = {"vocabulary": Vocabulary.from_file(vocabulary)}
+        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
+        if "perturbation_dim" in settings:
+            features = cached_file(pretrained_model_name_or_path, PERTURBATION_FEATURES_FILE, **hub)
+            tables["perturbation_features"] = PerturbationFeatures.from_file(features)
+        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs)
 
     # Labels
 
@@ -313,55 +309,63 @@ class StateProcessor(ProcessorMixin):
         columns = {"perturbation": self.perturbation_key, "context": self.context_key}
         if self.batch_key is not None:
             columns["batch"] = self.batch_key
-        frame = {}
-        for name, key in columns.items():
-            if key not in adata.obs:
-                raise KeyError(
-                    f"obs has no column {key!r} ({name}), found {some(adata.obs.columns)}; "
-                    f"{closest(key, adata.obs.columns) if len(adata.obs.columns) else 'add it'}"
-                )
-            column = adata.obs[key]
-            if column.isna().any():
-                first = adata.obs_names[column.isna().to_numpy()][0]
-                raise ValueError(f"obs[{key!r}] is empty in {int(column.isna().sum())} cells, first in {first!r}")
-            frame[name] = column.astype(str).to_numpy()
-            blank = np.isin(frame[name], [label for label in pd.unique(frame[name]) if not label.strip()])
-            if blank.any():
-                first = adata.obs_names[blank][0]
-                raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
-        return pd.DataFrame(frame, index=adata.obs_names)
+        return read_labels(adata.obs, columns)
 
     def split_combination(self, name: str) -> list[str]:
         """The perturbations in a label: none for the control, several for a combination."""
-        if name == self.control or name in self._ids["perturbations"]:
-            return [] if name == self.control and name not in self._ids["perturbations"] else [name]
-        parts = name.split(self.combination_separator) if self.combination_separator else [name]
-        if not all(part.strip() for part in parts):
-            raise ValueError(
-                f"perturbation {name!r} has an empty part around {self.combination_separator!r}; where the character "
-                "belongs to a name, set combination_separator=None"
-            )
-        return [part.strip() for part in parts if part.strip() != self.control]
+        ids, features = self._ids["perturbations"], self.perturbation_features
+        if name == self.control and name not in ids:
+            return []
+        known = ids if features is None else features.index
+        return split_combination(name, known, self.control, self.combination_separator)
 
-    def encode_perturbations(self, names) -> np.ndarray:
-        """Labels to ids of shape `(len(names), K)`, int64, padded with -1; all -1 is the control.
+    def encode(self, names, doses: list[float] | None = None) -> dict[str, np.ndarray]:
+        """
+        Labels of perturbations as the model takes them, by batch key.
+
+        Args:
+            names (sequence of `str`): labels; `"A+B"` is a combination.
+            doses (`list[float]`, *optional*): weight of each perturbation of a combination, 1 by default.
+
+        Returns:
+            For a model on ids `perturbation_ids` (N, K) int64, padded with -1, all -1 being the control, and with
+            doses `perturbation_doses` (N, K) float32. For a model on features `perturbation_features` (N, P) float32:
+            the sum of the vectors of a combination, each times its dose; the control is zeros.
 
         Raises:
-            KeyError: a perturbation is not in the vocabulary; the nearest names are said.
+            KeyError: a perturbation is not in the vocabulary, or has no vector; the nearest names are said.
+            ValueError: the number of doses is not that of the perturbations applied together.
         """
-        known = self._ids["perturbations"]
-        parts = []
-        for name in names:
-            split = self.split_combination(str(name))
-            unknown = [part for part in split if part not in known]
-            if unknown:
-                raise KeyError(
-                    f"perturbation {unknown[0]!r} is unknown to this model ({len(known)} are known); "
-                    + closest(unknown[0], known)
-                )
-            parts.append([known[part] for part in split])
-        width = max([1, *map(len, parts)])
-        return np.array([part + [-1] * (width - len(part)) for part in parts], dtype=np.int64).reshape(-1, width)
+        parts = [self.split_combination(str(name)) for name in names]
+        together = max([1, *map(len, parts)])
+        if doses is not None and len(doses) != together:
+            raise ValueError(f"doses: expected {together} (one for each perturbation together), found {len(doses)}")
+        if self.perturbation_features is not None:
+            return {PERTURBATION_FEATURES: self.perturbation_features.encode(parts, doses)}
+        encoded = {PERTURBATION_IDS: encode_ids(parts, self._ids["perturbations"])}
+        if doses is not None:
+            encoded[PERTURBATION_DOSES] = np.tile(np.array(doses, dtype=np.float32), (len(parts), 1))
+        return encoded
+
+    def add_perturbation_features(self, names, vectors):
+        """
+        Vectors of further perturbations, for a model on perturbation features, which then predicts those too.
+
+        Args:
+            names (sequence of `str`), vectors (array of shape `(len(names), perturbation_dim)`): see
+                [`PerturbationFeatures`].
+
+        Raises:
+            ValueError: the model takes perturbation ids; the width differs; a known name has another vector.
+        """
+        if self.perturbation_features is None:
+            raise ValueError(
+                "this model was trained on perturbation ids, so features cannot be added to it; train one with "
+                "perturbation_features"
+            )
+        further = PerturbationFeatures(names, vectors)
+        further.check_control(self.control)
+        self.perturbation_features = self.perturbation_features.extended(further)
 
     def encode_contexts(self, names) -> np.ndarray:
         """Contexts to ids, int64; -1 for one that was not seen in training."""
@@ -385,7 +389,7 @@ class StateProcessor(ProcessorMixin):
         """
         source = input or self.input
         if self.values == "embedding":
-            matrix = take_rows(self._matrix(adata, source), rows)
+            matrix = take_rows(matrix_of(adata, source), rows)
             matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
             if matrix.shape[1] != self.feature_dim:
                 raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
@@ -398,69 +402,31 @@ class StateProcessor(ProcessorMixin):
         return self._genes(adata, self.gene_input, rows, "error", as_log1p=True)
 
     def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
-        if missing_genes not in ("error", "zero"):
-            raise ValueError(f"missing_genes={missing_genes!r}; expected 'error' or 'zero'")
-        genes = self.vocabulary.genes
-        if not adata.var_names.is_unique:
-            names = pd.Index(adata.var_names)
-            duplicates = names[names.duplicated()].unique().intersection(pd.Index(genes))
-            duplicates = duplicates.tolist()
-            if duplicates:
-                raise ValueError(
-                    f"genes of the model stand twice in the data: {some(duplicates)}; run adata.var_names_make_unique()"
-                )
-            columns = pd.Series(np.arange(len(names)), index=names)[lambda s: ~s.index.duplicated()]
-            columns = columns.reindex(genes, fill_value=-1).to_numpy()
-        else:
-            columns = adata.var_names.get_indexer(genes)
-        missing = [g for g, c in zip(genes, columns) if c < 0]
-        if missing and (missing_genes == "error" or len(missing) == len(genes)):
-            raise KeyError(
-                f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
-                + ("; pass missing_genes='zero' to read them as unexpressed" if len(missing) < len(genes) else "")
-                + f" (the data's genes look like {some(adata.var_names, 3)})"
-            )
+        columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
         present = columns[columns >= 0]
         block, _ = self._expression(adata, source, rows, present, as_log1p)
         dense = block.toarray() if sp.issparse(block) else np.asarray(block)
-        if not missing:
+        if len(present) == len(columns):
             return np.ascontiguousarray(dense, dtype=np.float32)
-        full = np.zeros((dense.shape[0], len(genes)), dtype=np.float32)
+        full = np.zeros((dense.shape[0], len(columns)), dtype=np.float32)
         full[:, columns >= 0] = dense
         return full
 
     def _expression(self, adata, source: str, rows, columns, as_log1p: bool):
         """Checked and normalised expression of some rows and columns, CSR or dense float32, and the raw kind."""
-        matrix = take_rows(self._matrix(adata, source), rows)
+        matrix = take_rows(matrix_of(adata, source), rows)
         check_finite(matrix, adata, rows, source, nonnegative=True)
         kind = kind_of_values(matrix)
         expected = "counts" if self.normalize == "log1p_cp10k" or self.values == "counts" else "log1p"
         if kind not in (expected, "zeros"):
             raise ValueError(wrong_kind(source, expected, kind, self.target_sum))
         if expected == "counts" and as_log1p:
-            totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).reshape(-1, 1)
-            scale = (self.target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
-            matrix = matrix[:, columns]
-            if sp.issparse(matrix):
-                matrix = sp.csr_matrix(matrix, dtype=np.float32)
-                matrix.data *= np.repeat(scale.ravel(), np.diff(matrix.indptr))
-                np.log1p(matrix.data, out=matrix.data)
-                return matrix, kind
-            return np.log1p(matrix.astype(np.float32) * scale), kind
+            totals, matrix = cell_totals(matrix), matrix[:, columns]
+            if not sp.issparse(matrix):
+                return normalize_counts(matrix, totals, self.target_sum), kind
+            matrix.data = normalize_counts(matrix.data, totals, self.target_sum, stored=np.diff(matrix.indptr))
+            return matrix, kind
         return matrix[:, columns].astype(np.float32), kind
-
-    def _matrix(self, adata: ad.AnnData, source: str):
-        if source == "X":
-            if adata.X is None:
-                raise KeyError(f"input 'X': the data have no X, found layers {some(adata.layers)}")
-            return adata.X
-        kind, _, name = source.partition("/")
-        if kind not in ("layers", "obsm") or not name:
-            raise ValueError(f"input={source!r}: expected 'X', 'layers/NAME' or 'obsm/NAME'")
-        holder = getattr(adata, kind)
-        if name not in holder:
-            raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
-        return holder[name]
 
     # Sentences
 
@@ -487,9 +453,10 @@ class StateProcessor(ProcessorMixin):
             seed (`int`, *optional*): shuffle the controls of each context before they are cut into sentences.
 
         Returns:
-            [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K), `context_ids` (B,),
-            `cell_mask` (B, S), and where they apply `perturbation_doses` (B, K) and `batch_ids` (B, S). Every control
-            cell stands in one sentence per perturbation; sentences of a context have sizes that differ by one at most.
+            [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
+            `perturbation_features` (B, P), `context_ids` (B,), `cell_mask` (B, S), and where they apply
+            `perturbation_doses` (B, K) and `batch_ids` (B, S). Every control cell stands in one sentence per
+            perturbation; sentences of a context have sizes that differ by one at most.
 
         Raises:
             KeyError: an unknown perturbation or context, a missing gene, column or entry.
@@ -498,9 +465,7 @@ class StateProcessor(ProcessorMixin):
         names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))
         if not names:
             raise ValueError("perturbation: expected at least one name, found an empty list")
-        ids = self.encode_perturbations(names)
-        if doses is not None and len(doses) != ids.shape[1]:
-            raise ValueError(f"doses: expected {ids.shape[1]} (one for each perturbation together), found {len(doses)}")
+        encoded = self.encode(names, doses)
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
         cut = {name: self.cut(rows, seed) for name, rows in groups.items()}
@@ -511,17 +476,17 @@ class StateProcessor(ProcessorMixin):
             values = self.features(adata, rows, missing_genes, input)
             cells[name] = [values[np.searchsorted(rows, sentence)] for sentence in sentences]
 
-        batch: dict[str, list] = {CONTROL_CELLS: [], CELL_MASK: [], PERTURBATION_IDS: [], CONTEXT_IDS: []}
-        if self.batch_key is not None:
-            batch[BATCH_IDS] = []
+        keys = [CONTROL_CELLS, CELL_MASK, CONTEXT_IDS, *encoded]
+        batch: dict[str, list] = {key: [] for key in (keys if self.batch_key is None else [*keys, BATCH_IDS])}
         obs = []
-        for name, encoded in zip(names, ids):
+        for position, name in enumerate(names):
             for context_name, sentences in cut.items():
-                for rows, values in zip(sentences, cells[context_name]):
+                for rows, of_controls in zip(sentences, cells[context_name]):
                     real = np.arange(size) < len(rows)
-                    batch[CONTROL_CELLS].append(np.pad(values, ((0, size - len(rows)), (0, 0))))
+                    batch[CONTROL_CELLS].append(np.pad(of_controls, ((0, size - len(rows)), (0, 0))))
                     batch[CELL_MASK].append(real)
-                    batch[PERTURBATION_IDS].append(encoded)
+                    for key, values in encoded.items():
+                        batch[key].append(values[position])
                     batch[CONTEXT_IDS].append(self.encode_contexts([context_name])[0])
                     frame = {self.perturbation_key: name, self.context_key: context_name}
                     if self.batch_key is not None:
@@ -531,8 +496,6 @@ class StateProcessor(ProcessorMixin):
                     frame["control_barcode"] = adata.obs_names[rows].to_numpy()
                     obs.append(pd.DataFrame(frame))
         tensors = {key: torch.from_numpy(np.stack(value)) for key, value in batch.items()}
-        if doses is not None:
-            tensors[PERTURBATION_DOSES] = torch.tensor([doses] * len(tensors[CELL_MASK]), dtype=torch.float32)
         sentences = CellSentences(tensors)
         sentences.obs = pd.concat(obs, ignore_index=True)
         sentences.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
@@ -638,4 +601,4 @@ _SETTINGS = (
 
 StateProcessor.register_for_auto_class()
 
-__all__ = ["CellSentences", "StateProcessor", "Vocabulary"]
+__all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

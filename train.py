@@ -93,9 +93,12 @@ def build_config(run: RunConfig, processor: StateProcessor) -> StateConfig:
     preset = fields.pop("preset", None)
     sizes = {
         "input_dim": processor.feature_dim,
-        "num_perturbations": len(processor.vocabulary.perturbations),
         "num_contexts": len(processor.vocabulary.contexts),
     }
+    if processor.perturbation_features is None:
+        sizes["num_perturbations"] = len(processor.vocabulary.perturbations)
+    else:
+        sizes["perturbation_dim"] = processor.perturbation_features.dim
     if processor.vocabulary.batches:
         sizes["num_batches"] = len(processor.vocabulary.batches)
     if processor.gene_input is not None:
@@ -172,13 +175,19 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     sizes = cells.groups["stop"] - cells.groups["start"]
     counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
-    read = {"log1p_cp10k": "counts, scaled to CP10K and log1p", "none": f"{processor.values}, as they are"}
+    read = {
+        "log1p_cp10k": f"counts, scaled to {processor.target_sum:g} and log1p",
+        "none": f"{processor.values}, as they are",
+    }
     lines = [
         f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read[processor.normalize]})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
         f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
         + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
     ]
+    if processor.perturbation_features is not None:
+        features = processor.perturbation_features
+        lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
     if splits.zeroshot:
         held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
         used = "are" if run.data.control_sentences and run.data.heldout_controls else "are not"

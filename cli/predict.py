@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="NAME",
         help="what to predict, A+B for a combination; by default what the file's own cells have",
     )
-    which.add_argument("--all", action="store_true", help="every single perturbation that the model knows")
+    which.add_argument("--all", action="store_true", help="every single perturbation that the model was trained on")
+    parser.add_argument(
+        "--perturbation-features",
+        metavar="FILE",
+        help="vectors of further perturbations, for a model on perturbation features: .safetensors, .npz, .csv, .parquet",
+    )
     parser.add_argument("--context", nargs="+", metavar="NAME", help="contexts (cell types or lines); by default all")
     parser.add_argument(
         "--cells-per-perturbation",
@@ -65,9 +70,13 @@ def _load(name: str, revision: str, device: str | None):
 
 
 def run(args: argparse.Namespace):
+    from cellstate.data.perturbation_features import read_perturbation_features
     from cellstate.evaluation.prediction import predict_file
 
+    further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
     model, processor = _load(args.model, args.revision, args.device)
+    if further is not None:
+        processor.add_perturbation_features(further.names, further.vectors)
     done = predict_file(
         model,
         processor,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cellstate.configuration_state import closest
+from cellstate.data.perturbation_features import read_perturbation_features
 from cellstate.data.reading import AnnDataFile, expand_paths, read_labels
 from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
@@ -33,7 +34,9 @@ class DataArguments:
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
         contexts (`list[str]`, *optional*): use these contexts of the files alone.
         perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
-            gene_input: see [`StateProcessor.fit`].
+            gene_input, target_sum: see [`StateProcessor.fit`].
+        perturbation_features (`str`, *optional*): file with a vector for each perturbation, see
+            [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
         control_matching, small_groups, control_sentences, heldout_controls, sentences_per_group, sentence_cap: see
             [`SentenceDataset`].
@@ -56,6 +59,8 @@ class DataArguments:
     normalize: str = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
+    target_sum: float | int | str | None = None
+    perturbation_features: str | None = None
     hvg_on_all: bool = False
     control_matching: str = "context"
     small_groups: str = "pad"
@@ -84,7 +89,7 @@ class DataArguments:
     def processor_options(self) -> dict:
         """Arguments of [`StateProcessor.fit`]."""
         names = ("perturbation_key", "control", "context_key", "batch_key", "input", "genes", "normalize")
-        return {name: getattr(self, name) for name in (*names, "combination_separator", "gene_input")}
+        return self._fit_options(*names, "combination_separator", "gene_input", "target_sum")
 
     def sentence_options(self) -> dict:
         """Arguments of [`SentenceDataset`]."""
@@ -93,7 +98,13 @@ class DataArguments:
 
     def store_options(self) -> dict:
         """Arguments of [`load_store`]."""
-        return {name: getattr(self, name) for name in ("contexts", "hvg_on_all", "genes", "normalize")}
+        return self._fit_options("contexts", "hvg_on_all", "genes", "normalize", "target_sum")
+
+    def _fit_options(self, *names: str) -> dict:
+        options = {name: getattr(self, name) for name in names}
+        if self.perturbation_features is not None:
+            options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
+        return options
 
     def check_store(self, manifest: "Manifest"):
         """

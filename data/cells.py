@@ -194,7 +194,7 @@ def _fit(adatas: list[ad.AnnData], masks: list[np.ndarray], hvg_on_all: bool, op
     """A processor of the training cells alone; with `hvg_on_all` its genes come from all cells."""
     training = [data[mask] for data, mask in zip(adatas, masks) if mask.any()]
     if hvg_on_all and isinstance(options.get("genes"), int):
-        everything = StateProcessor.fit(adatas, **options)
+        everything = StateProcessor.fit(adatas, **{**options, "perturbation_features": None})
         options = {**options, "genes": everything.vocabulary.genes}
     return StateProcessor.fit(training, **options)
 
@@ -205,7 +205,8 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
 
     Raises:
         ValueError: `A+B` and `B+A` (or `A` and `A+control`), which are one perturbation, both stand in the data: they
-            could be in two splits. Or a held-out perturbation has no training cell in any context.
+            could be in two splits. Or a held-out perturbation has no training cell in any context, or, with perturbation
+            features, no vector.
     """
     by_parts: dict[tuple[str, ...], str] = {}
     for name in pd.unique(groups["perturbation"]):
@@ -215,12 +216,17 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
                 f"labels {first!r} and {name!r} name the same perturbation; give all of its cells one label, or set "
                 "combination_separator to null if they differ"
             )
-    known = set(processor.vocabulary.perturbations)
+    known, features = set(processor.vocabulary.perturbations), processor.perturbation_features
     for split in ("val", "test"):
         names = pd.unique(groups.loc[groups["split"] == split, "perturbation"])
+        if features is not None:
+            singles = {part for name in names for part in processor.split_combination(name)}
+            features.check_covers(singles, f"held out for {split}")
+            continue
         unknown = [n for n in names if not set(processor.split_combination(n)) <= known]
         if unknown:
             raise ValueError(
                 f"{len(unknown)} perturbations held out for {split} have no training cell in any context, so a model "
-                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others"
+                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
+                "perturbation_features"
             )

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstate.cell_values import kind_of_values, some, take_rows
+from cellstate.cell_values import kind_of_values, matrix_of, some, take_rows
 from cellstate.configuration_state import closest
 from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
-from cellstate.data.source import matrix_of
-from cellstate.processing import VOCABULARY_FILE, StateProcessor, Vocabulary
+from cellstate.processing import StateProcessor
+from cellstate.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
 # Where nothing is said, the names that screens in the public repositories use.

@@ -22,14 +22,22 @@ import scipy.sparse as sp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cellstate.cell_values import kind_of_values, resolve_normalisation, take_rows
+from cellstate.cell_values import (
+    kind_of_values,
+    listed_genes,
+    matrix_of,
+    resolve_normalisation,
+    resolve_target_sum,
+    shared_genes,
+    take_rows,
+)
 from cellstate.configuration_state import closest
 from cellstate.data.arguments import DataArguments, PrepareArguments
 from cellstate.data.cells import assign_splits, trained_on, with_rows
-from cellstate.data.genes import highly_variable_genes, shared_genes
+from cellstate.data.genes import variable_genes
 from cellstate.data.knockdown import filter_knockdowns
 from cellstate.data.reading import AnnDataFile
-from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, matrix_of, open_source
+from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
 from cellstate.data.splits import Splits
 from cellstate.data.store import (
     BARCODE,
@@ -176,9 +184,22 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
     notes: list[str] = []
     if recipe.expression is not None:
         reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
-        recipe.genes, note = shared_genes([source.var_names for source in sources])
-        notes += [note] if note else []
+        recipe.genes = [str(gene) for gene in shared_genes(sources)]
+        everything = set().union(*(source.var_names for source in sources))
+        if len(everything) > len(recipe.genes):
+            left = len(everything) - len(recipe.genes)
+            notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
     total = sum(len(source.codes) for source in sources)
+
+    def trained_groups() -> np.ndarray:
+        return trained_on(assign_splits(with_rows(groups, sizes), splits, reader.control), splits)
+
+    if data.target_sum is not None:
+        where = recipe.expression or recipe.embedding
+        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="count") as bar:
+            reader.target_sum = resolve_target_sum(
+                data.target_sum, reader.normalize, where, lambda: _totals(sources, recipe, trained_groups(), bar.update)
+            )
     if options.knockdown_filter:
         if recipe.expression is None:
             raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
@@ -187,16 +208,12 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
         groups, sizes = drop_empty(sources, groups)
     variable = None
     if recipe.expression is not None and isinstance(data.genes, int):
-        with_splits = assign_splits(with_rows(groups, sizes), splits, reader.control)
-        wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_on(with_splits, splits)
+        wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_groups()
         with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="choose genes") as bar:
             recipe.genes = _variable_genes(sources, recipe, wanted, data.genes, reader.target_sum, bar.update)
         variable = data.genes
     elif recipe.expression is not None and data.genes is not None:
-        missing = [gene for gene in data.genes if gene not in set(recipe.genes)]
-        if missing:
-            raise KeyError(f"{len(missing)} of {len(data.genes)} listed genes are not in every file: {missing[:10]}")
-        recipe.genes = list(data.genes)
+        recipe.genes = listed_genes(data.genes, pd.Index(recipe.genes))
     columns = _obs_columns(sources, reader, options.obs_columns, notes)
     cells_of_shard = _cells_of_shard(sources, recipe, options)
     return _Plan(sources, groups, sizes, recipe, reader, options, columns, cells_of_shard, variable, notes)
@@ -212,6 +229,17 @@ def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple
     return normalize, "counts" if normalize == "log1p_cp10k" else values
 
 
+def _totals(sources: list[Source], recipe: Recipe, wanted: np.ndarray, progress: Callable) -> np.ndarray:
+    """Counts of each cell of the groups that are wanted."""
+    totals = [np.empty(0)]
+    for source in sources:
+        with open_source(source, recipe) as reading:
+            for rows, block in reading.blocks(wanted):
+                totals.append(block.totals)
+                progress(rows.stop - rows.start)
+    return np.concatenate(totals)
+
+
 def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, target_sum: float, progress) -> list[str]:
     def read(reading: SourceReader, rows: slice) -> sp.csr_matrix:
         progress(rows.stop - rows.start)
@@ -223,7 +251,7 @@ def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, ta
             reading = stack.enter_context(open_source(source, recipe))
             of_training = (source.codes >= 0) & wanted[source.codes]
             blocks += [(int(of_training[rows].sum()), partial(read, reading, rows)) for rows in reading.slices()]
-        return highly_variable_genes(blocks, recipe.genes, number)
+        return variable_genes(blocks, recipe.genes, number)
 
 
 def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:

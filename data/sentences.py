@@ -17,7 +17,6 @@ from cellstate.modeling_perturbation import (
     CONTROL_CELLS,
     GENE_LABELS,
     LABELS,
-    PERTURBATION_IDS,
 )
 from cellstate.processing import StateProcessor
 
@@ -129,7 +128,9 @@ class SentenceDataset(Dataset):
                 f"{split}: {self.num_without_batch_controls} perturbed cells have no controls of their batch; they are "
                 "matched with those of their context"
             )
-        self.perturbation_ids = processor.encode_perturbations([group.perturbation for group in self.groups])
+        # Groups of one perturbation share its ids or features, which may be wide.
+        names, self._perturbation = np.unique([group.perturbation for group in self.groups], return_inverse=True)
+        self.perturbations = processor.encode(names)
         self.context_ids = processor.encode_contexts([group.context for group in self.groups])
         self.has_batches = "batch" in cells.groups
         if self.has_batches:
@@ -205,7 +206,7 @@ class SentenceDataset(Dataset):
         batch = {
             CONTROL_CELLS: self._padded(self.cells.features, controls, shape),
             LABELS: self._padded(self.cells.features, targets, shape),
-            PERTURBATION_IDS: self.perturbation_ids[groups],
+            **{key: values[self._perturbation[groups]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[groups],
         }
         if self.has_batches:

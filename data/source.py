@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstate.cell_values import check_finite, kind_of_values, normalize_counts, take_rows, wrong_kind
+from cellstate.cell_values import (
+    cell_totals,
+    check_finite,
+    kind_of_values,
+    matrix_of,
+    normalize_counts,
+    take_rows,
+    wrong_kind,
+)
 from cellstate.data.cells import GROUP_KEYS
 from cellstate.data.matrices import RowReader
 from cellstate.data.reading import AnnDataFile, read_labels
@@ -174,7 +182,7 @@ class SourceReader:
                 error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
                 raise ValueError(f"{self.source.path}: {error} (in cells {rows.start} to {rows.stop - 1})")
             if kind == "counts":
-                totals = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
+                totals = cell_totals(matrix)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
         if self._embedding is not None:
@@ -190,11 +198,6 @@ class SourceReader:
             codes = self.source.codes[rows]
             if ((codes >= 0) if wanted is None else (codes >= 0) & wanted[codes]).any():
                 yield rows, self.read(rows, wanted)
-
-
-def matrix_of(data: AnnDataFile, name: str) -> RowReader:
-    """X, a layer or an obsm entry of a file. KeyError where there is none, with those that are."""
-    return StateProcessor()._matrix(data, name)
 
 
 @contextmanager

@@ -14,11 +14,12 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from cellstate._version import __version__
-from cellstate.cell_values import normalize_counts, some
+from cellstate.cell_values import listed_genes, normalize_counts, resolve_target_sum
 from cellstate.data.cells import GROUP_KEYS, Cells, assign_splits, check_names, keep_contexts, trained_on, with_rows
-from cellstate.data.genes import highly_variable_genes
+from cellstate.data.genes import variable_genes
 from cellstate.data.splits import Splits
-from cellstate.processing import StateProcessor, Vocabulary
+from cellstate.processing import StateProcessor
+from cellstate.vocabulary import PerturbationFeatures, Vocabulary
 
 
 STORE_FILE = "store.json"
@@ -367,10 +368,10 @@ def load_store(
     splits: Splits,
     contexts: list[str] | None = None,
     hvg_on_all: bool = False,
-    processor: StateProcessor | None = None,
     genes: int | list[str] | None = None,
     normalize: str = "auto",
     target_sum: "float | str | None" = None,
+    perturbation_features: PerturbationFeatures | None = None,
     set_size: int = 128,
 ) -> tuple[Cells, StateProcessor]:
     """
@@ -378,11 +379,12 @@ def load_store(
 
     Args:
         store ([`CellStore`]), splits ([`Splits`], with the store's datasets).
-        contexts, hvg_on_all, processor: see [`load_cells`].
+        contexts, hvg_on_all: see [`load_cells`].
         genes (`int`, `list[str]` or None): the model's genes: so many highly variable ones of the training cells, the
             ones listed, or all of the store's.
         normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default what
             the store says.
+        perturbation_features ([`PerturbationFeatures`], *optional*): see [`StateProcessor.fit`].
 
     Raises:
         KeyError, ValueError: what is asked for is not in the store.
@@ -390,15 +392,23 @@ def load_store(
     manifest = store.manifest
     groups = store.groups[keep_contexts(store.groups, contexts)].reset_index(drop=True)
     groups = assign_splits(groups, splits, manifest.reading["control"])
-    if processor is None:
-        trained = groups[trained_on(groups, splits)]
-        processor = _processor_of(
-            store, trained, genes, normalize, target_sum, set_size, groups if hvg_on_all else trained
-        )
+    trained = groups[trained_on(groups, splits)]
+    normalize, values = _normalisation(manifest, normalize)
+    if target_sum is None:
+        target_sum = manifest.target_sum
     else:
-        missing = [g for g in processor.vocabulary.genes if g not in set(manifest.genes)]
-        if missing:
-            raise KeyError(f"{len(missing)} of the model's genes are not in the store {store.path}: {some(missing)}")
+        target_sum = resolve_target_sum(target_sum, normalize, str(store.path), lambda: _totals(store, trained))
+    chosen = _choose_genes(store, groups if hvg_on_all else trained, genes, target_sum)
+    processor = _processor_of(
+        store,
+        trained,
+        chosen,
+        normalize=normalize,
+        values=values,
+        target_sum=target_sum,
+        perturbation_features=perturbation_features,
+        set_size=set_size,
+    )
     check_names(groups, processor)
     decoded = processor.gene_input is not None
     return Cells(
@@ -406,29 +416,25 @@ def load_store(
     ), processor
 
 
-def _processor_of(store: CellStore, trained: pd.DataFrame, genes, normalize, target_sum, set_size, variable_in):
-    """A processor that knows the labels of the groups `trained` on; variable genes are those of other groups."""
+def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], values: str, **settings) -> StateProcessor:
+    """A processor that knows the labels of the groups that are trained on."""
     manifest = store.manifest
     reading = {name: manifest.reading[name] for name in READING}
-    normalize, values = _normalisation(manifest, normalize)
-    if target_sum is None:
-        target_sum = manifest.target_sum
-    elif normalize != "log1p_cp10k":
-        raise ValueError(f"target_sum={target_sum!r} is for counts that are normalised; the store gives {values}")
-    elif target_sum == "median":
-        target_sum = median_total(store, trained)
-    reader = StateProcessor(**reading, normalize=normalize, values=values, target_sum=target_sum)
-    chosen = _choose_genes(store, variable_in, genes, reader)
+    reader = StateProcessor(**reading)
     singles = sorted({part for name in trained["perturbation"].unique() for part in reader.split_combination(name)})
+    if settings["perturbation_features"] is not None:
+        settings["perturbation_features"].check_covers(singles, "of the training cells")
+    if manifest.embedding_dim is not None and values == "counts":
+        raise ValueError(
+            f"the gene decoder predicts log1p expression, {manifest.reading['gene_input']} holds counts: use normalize='auto'"
+        )
     batches = sorted(trained["batch"].unique()) if "batch" in trained else []
     return StateProcessor(
-        Vocabulary(chosen, singles, sorted(trained["context"].unique()), batches),
+        Vocabulary(genes, singles, sorted(trained["context"].unique()), batches),
         **reading,
+        **settings,
         values="embedding" if manifest.embedding_dim is not None else values,
-        normalize=normalize,
-        target_sum=target_sum,
-        feature_dim=manifest.embedding_dim if manifest.embedding_dim is not None else len(chosen),
-        set_size=set_size,
+        feature_dim=manifest.embedding_dim if manifest.embedding_dim is not None else len(genes),
     )
 
 
@@ -445,33 +451,25 @@ def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
     return "none", manifest.expression or "embedding"
 
 
-def median_total(store: CellStore, groups: pd.DataFrame) -> float:
-    """The median counts of a cell, over the cells of some groups that have any."""
-    totals = np.concatenate([store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
-    if not totals.any():
-        raise ValueError("target_sum='median': no training cell has any counts")
-    return float(np.median(totals[totals > 0]))
+def _totals(store: CellStore, groups: pd.DataFrame) -> np.ndarray:
+    return np.concatenate([store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
 
 
-def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, reader: StateProcessor) -> list[str]:
+def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, target_sum: float) -> list[str]:
     known = store.manifest.genes
     if genes is None or store.manifest.expression is None:
         return known
     if isinstance(genes, str):
         raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
     if not isinstance(genes, (int, np.integer)):
-        genes = [str(gene) for gene in genes]
-        missing = sorted(set(genes) - set(known))
-        if missing:
-            raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the store: {missing[:10]}")
-        return genes
+        return listed_genes(genes, pd.Index(known))
     scaled = store.manifest.expression == "counts"
 
     def read(start: int, stop: int) -> sp.csr_matrix:
         rows = np.arange(start, stop)
         part = store.expression(rows)
         if scaled:
-            part.data = normalize_counts(part.data, store.totals(rows), reader.target_sum, np.diff(part.indptr))
+            part.data = normalize_counts(part.data, store.totals(rows), target_sum, np.diff(part.indptr))
         return part.astype(np.float32, copy=False)
 
     starts, stops = groups["start"].to_numpy(), groups["stop"].to_numpy()
@@ -479,4 +477,4 @@ def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, reader: StatePr
     runs = zip(starts[np.r_[0, gaps + 1]], stops[np.r_[gaps, len(stops) - 1]])
     spans = [(i, min(i + 4096, stop)) for start, stop in runs for i in range(start, stop, 4096)]
     blocks = [(stop - start, partial(read, start, stop)) for start, stop in spans]
-    return highly_variable_genes(blocks, known, int(genes))
+    return variable_genes(blocks, known, int(genes))

@@ -15,17 +15,17 @@ import torch
 from tqdm import tqdm
 
 from cellstate.data.reading import AnnDataFile
-from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, PERTURBATION_IDS
+from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS
 from cellstate.processing import StateProcessor
 
 
 @dataclass
 class Arm:
-    """One (context, perturbation) of the experiment: which rows of the output it fills."""
+    """One (context, perturbation) of the experiment, the perturbation as the model takes it; which rows it fills."""
 
     context: str
     perturbation: str
-    ids: np.ndarray
+    encoded: dict[str, np.ndarray]
     first: int
 
 
@@ -101,9 +101,9 @@ def predict_file(
                     block = sentences[start : start + batch_size]
                     batch, cells = _block(processor, data, labels, context, block, missing_genes, input, model.device)
                     for arm in of_context:
-                        batch[PERTURBATION_IDS] = torch.from_numpy(np.repeat(arm.ids[None], len(block), axis=0)).to(
-                            model.device
-                        )
+                        for key, values in arm.encoded.items():
+                            repeated = np.repeat(values[None], len(block), axis=0)
+                            batch[key] = torch.from_numpy(repeated).to(model.device)
                         outputs = model(**batch)
                         writer.write(arm.first + offset, outputs, batch[CELL_MASK].cpu().numpy(), cells)
                         check_disk()
@@ -113,16 +113,18 @@ def predict_file(
 
 
 def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
+    wanted = {}
+    for context in chosen:
+        own = labels.loc[(labels["context"] == context).to_numpy(), "perturbation"]
+        own = [name for name in pd.unique(own) if name != processor.control]
+        wanted[context] = own if perturbations is None else list(dict.fromkeys(perturbations))
+    names = list(dict.fromkeys(name for of_context in wanted.values() for name in of_context))
+    encoded = processor.encode(names)
+    by_name = {name: {key: values[i] for key, values in encoded.items()} for i, name in enumerate(names)}
     arms, first = [], 0
     for context, rows in chosen.items():
-        names = None if perturbations is None else list(dict.fromkeys(perturbations))
-        if names is None:
-            own = labels.loc[(labels["context"] == context).to_numpy(), "perturbation"]
-            names = [name for name in pd.unique(own) if name != processor.control]
-        if not names:
-            continue
-        for name, ids in zip(names, processor.encode_perturbations(names)):
-            arms.append(Arm(context, name, ids, first))
+        for name in wanted[context]:
+            arms.append(Arm(context, name, by_name[name], first))
             first += len(rows)
     if not arms:
         raise ValueError(

@@ -65,6 +65,7 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         features="dimensions of an embedding" if processor.values == "embedding" else "genes, " + processor.values,
         contexts=f"{len(vocabulary.contexts)}: " + ", ".join(vocabulary.contexts[:20]),
         perturbations=f"{len(vocabulary.perturbations)}: " + ", ".join(vocabulary.perturbations[:20]),
+        perturbation_features=processor.perturbation_features,
         held_out=held or "nothing",
         heldout_controls="among the training sentences"
         if run.data.control_sentences and run.data.heldout_controls

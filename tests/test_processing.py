@@ -14,6 +14,7 @@ import torch
 from transformers import AutoProcessor
 
 from cellstate import PerturbationOutput, StateConfig, StateForPerturbation, StateProcessor
+from cellstate.cell_values import cell_totals, normalize_counts
 from cellstate.processing import CellSentences, Vocabulary
 
 
@@ -98,6 +99,94 @@ def test_counts_are_normalised_as_scanpy_does(form, dtype):
     features = StateProcessor.fit(adata).features(adata)
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, dense(expected.X), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("target_sum", [1e4, 777.5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint16])
+def test_normalize_counts_is_one_function_of_dense_and_stored_values(dtype, target_sum):
+    counts = counts_screen().X.toarray().astype(dtype)
+    counts[3] = 0
+    totals = cell_totals(counts)
+    assert totals.dtype == np.float64 and totals[3] == 0
+    scale = np.array([target_sum / (total or 1) for total in totals.tolist()]).astype(np.float32)
+    expected = np.log1p(counts.astype(np.float32) * scale[:, None])
+    before = counts.copy()
+    dense_values = normalize_counts(counts, totals, target_sum)
+    np.testing.assert_array_equal(dense_values, expected)
+    assert dense_values.dtype == np.float32 and (dense_values[3] == 0).all()
+    np.testing.assert_array_equal(counts, before)
+
+    rows = sp.csr_matrix(counts)
+    stored = normalize_counts(rows.data, cell_totals(rows), target_sum, stored=np.diff(rows.indptr))
+    assert stored.dtype == np.float32 and len(stored) == rows.nnz
+    np.testing.assert_array_equal(sp.csr_matrix((stored, rows.indices, rows.indptr), rows.shape).toarray(), expected)
+    np.testing.assert_array_equal(rows.toarray(), before)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_features_are_those_of_normalize_counts(form):
+    adata = counts_screen(form=form)
+    counts = dense(adata.X)
+    processor = StateProcessor.fit(adata, target_sum=500)
+    expected = normalize_counts(counts, cell_totals(counts), 500)
+    np.testing.assert_array_equal(processor.features(adata), expected)
+    wanted = ["gene7", "gene2"]
+    some_genes = StateProcessor.fit(adata, target_sum=500, genes=wanted)
+    np.testing.assert_array_equal(some_genes.features(adata), expected[:, [7, 2]])
+
+
+def test_the_target_sum_is_10000_unless_asked_for():
+    adata = counts_screen()
+    assert StateProcessor.fit(adata).target_sum == 1e4
+    for asked in (500, 500.0, np.int64(500)):
+        processor = StateProcessor.fit(adata, target_sum=asked)
+        assert processor.target_sum == 500 and type(processor.target_sum) is float
+        np.testing.assert_allclose(np.expm1(processor.features(adata)).sum(axis=1), 500, rtol=1e-5)
+    assert processor(adata, "A")["control_cells"].max() < StateProcessor.fit(adata)(adata, "A")["control_cells"].max()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_median_is_that_of_cells_with_counts_and_is_stored(tmp_path, form):
+    adata = counts_screen(form="dense")
+    adata.X[5:9] = 0
+    totals = adata.X.sum(axis=1)
+    adata.X = FORMATS[form](sp.csr_matrix(adata.X))
+    halves = [adata[:20].copy(), adata[20:].copy()]
+    processor = StateProcessor.fit(halves, target_sum="median", genes=["gene0", "gene1"])
+    assert processor.target_sum == np.median(totals[totals > 0]) != np.median(totals)
+    processor.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["target_sum"] == processor.target_sum
+    # Other data do not move it.
+    other = counts_screen(seed=9)
+    other.X = other.X * 3
+    expected = normalize_counts(dense(other.X), cell_totals(dense(other.X)), processor.target_sum)[:, :2]
+    np.testing.assert_array_equal(StateProcessor.from_pretrained(tmp_path).features(other), expected)
+
+
+@pytest.mark.parametrize("asked", [0, -1, np.nan, np.inf, True, "mean", "1e4", [1e4]])
+def test_target_sums_that_cannot_be(asked):
+    with pytest.raises(ValueError, match=r"target_sum=.*: expected a number of counts above 0, or 'median'"):
+        StateProcessor.fit(counts_screen(), target_sum=asked)
+
+
+@pytest.mark.parametrize("asked", [1e4, "median"])
+def test_a_target_sum_is_for_counts_alone(asked):
+    embedded = counts_screen()
+    embedded.obsm["X_emb"] = np.ones((embedded.n_obs, 3))
+    message = f"target_sum={asked!r} is what counts are scaled to, but {{}} is used as it is; leave target_sum out"
+    for adata, options, source in (
+        (log1p_screen(), {}, "X"),
+        (counts_screen(), {"normalize": "none"}, "X"),
+        (log1p_screen(), {"input": "layers/counts", "normalize": "none"}, "layers/counts"),
+        (embedded, {"input": "obsm/X_emb"}, "obsm/X_emb"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message.format(source))):
+            StateProcessor.fit(adata, target_sum=asked, **options)
+    decoder = StateProcessor.fit(embedded, input="obsm/X_emb", gene_input="X", target_sum=asked)
+    totals = cell_totals(embedded.X)
+    assert decoder.target_sum == (np.median(totals) if asked == "median" else 1e4)
+    found = np.expm1(decoder.gene_features(embedded)).sum(axis=1)
+    np.testing.assert_allclose(found, decoder.target_sum, rtol=1e-5)
 
 
 def test_totals_are_those_of_all_genes_of_the_data():
@@ -281,7 +370,7 @@ def test_combinations(name, ids):
 def test_a_perturbation_whose_name_holds_the_separator_is_itself():
     vocabulary = Vocabulary(["g"], ["A+B", "A", "B"], ["c"], [])
     processor = StateProcessor(vocabulary)
-    assert processor.encode_perturbations(["A+B", "B+A"]).tolist() == [[0, -1], [2, 1]]
+    assert processor.encode(["A+B", "B+A"])["perturbation_ids"].tolist() == [[0, -1], [2, 1]]
 
 
 def test_doses():

@@ -224,7 +224,7 @@ def test_genes_of_files_are_joined_by_name(whole, tmp_path):
     for part in (one, two):
         for name, total in zip(part.obs_names, np.asarray(part.X.sum(axis=1)).ravel()):
             assert totals[name] == total
-    with pytest.raises(KeyError, match="1 of 2 listed genes are not in every file: \\['gene_2'\\]"):
+    with pytest.raises(KeyError, match="1 of 2 listed genes are not in the data: \\['gene_2'\\]"):
         prepare(DataArguments(datasets=str(tmp_path), genes=["gene_20", "gene_2"]), tmp_path / "t", quiet=True)
 
 
@@ -455,7 +455,7 @@ def test_what_contradicts_the_store_is_said(store, folder, tmp_path):
         DataArguments(store=str(store.path), datasets={"other": "gone.h5ad"}).resolve_splits(store.groups)
     splits = DataArguments(store=str(store.path)).resolve_splits(store.groups)
     for options, error, message in (
-        ({"genes": ["gene_1", "actb"]}, KeyError, "1 of 2 listed genes are not in the store: \\['actb'\\]"),
+        ({"genes": ["gene_1", "actb"]}, KeyError, "1 of 2 listed genes are not in the data: \\['actb'\\]"),
         ({"genes": 500}, ValueError, "genes=500: expected between 1 and the 80 genes"),
         ({"genes": "gene_1"}, ValueError, "expected a number of highly variable genes, or a list"),
         ({"normalize": "log2"}, ValueError, "normalize='log2'; expected"),

@@ -159,6 +159,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "processor_config.json",
         "training_args.json",
         "vocabulary.json",
+        "vocabulary.py",
     ]
     assert json.loads((tmp_path / "out" / "training_args.json").read_text())["learning_rate"] == 1e-3
     again = StateForPerturbation.from_pretrained(tmp_path / "out")

@@ -1,0 +1,179 @@
+"""Reading perturbation features (protein embeddings, chemical fingerprints, ..): a file with a vector for each name."""
+
+import csv
+import json
+import os
+import zipfile
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+from cellstate.cell_values import some
+from cellstate.vocabulary import FEATURES_TENSOR, NAMES_METADATA, PerturbationFeatures, as_array
+
+
+def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
+    """
+    The vectors of a file, by the name of their perturbation.
+
+    - `.safetensors`: a tensor (P,) for each name; or the tensor `features` (N, P) with a JSON list of the N names in the
+      metadata, under `names`, as a checkpoint holds them.
+    - `.npz`: an array (P,) for each name; or the two arrays `names` (N,) and `features` (N, P). No pickled objects.
+    - `.csv`: a header row, then the name and P numbers in each row.
+    - `.parquet`: one column (or index) of names, and P columns of numbers, or one column of lists of P numbers.
+
+    Args:
+        path: the file; its ending says which of these it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the ending is another; the file is not whole or laid out otherwise; a value is not a finite number;
+            widths differ; a name stands twice or is blank.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path}: expected perturbation features in a file that ends in {', '.join(_READERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of perturbation features (looked from {Path.cwd()})")
+    try:
+        names, vectors = _READERS[path.suffix](path)
+        return PerturbationFeatures(names, vectors)
+    except (SafetensorError, json.JSONDecodeError, zipfile.BadZipFile, zlib.error, EOFError, csv.Error) as error:
+        raise ValueError(f"{path} is not a whole {path.suffix} file ({error}); copy or write it again") from error
+    except ValueError as error:
+        # UnicodeDecodeError, pyarrow's ArrowInvalid and numpy's errors are ValueErrors too.
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _stack(vectors: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
+    """Names and matrix of a vector each."""
+    if not vectors:
+        raise ValueError("expected a vector for each perturbation, found none")
+    for name, vector in vectors.items():
+        if vector.ndim != 1:
+            raise ValueError(f"expected a vector (P,) for each name, found shape {vector.shape} for {name!r}")
+    names = list(vectors)
+    _check_widths(names, [len(vector) for vector in vectors.values()])
+    return names, np.stack(list(vectors.values()))
+
+
+def _check_widths(names: list[str], widths):
+    for name, width in zip(names, widths):
+        if width != widths[0]:
+            raise ValueError(
+                f"expected vectors of one width, found {widths[0]} numbers for {names[0]!r} and {width} for {name!r}"
+            )
+
+
+def _read_safetensors(path: Path):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if NAMES_METADATA in metadata:
+            if list(file.keys()) != [FEATURES_TENSOR]:
+                raise ValueError(
+                    f"with {NAMES_METADATA!r} in the metadata, expected the tensor {FEATURES_TENSOR!r} alone, found "
+                    f"{some(file.keys())}"
+                )
+            return json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
+        return _stack({name: as_array(file.get_tensor(name)) for name in file.keys()})
+
+
+def _read_npz(path: Path):
+    if not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("it is no zip archive")
+    with np.load(path, allow_pickle=False) as file:
+        if set(file.files) == {NAMES_METADATA, FEATURES_TENSOR} and file[NAMES_METADATA].dtype.kind == "U":
+            return file[NAMES_METADATA].tolist(), file[FEATURES_TENSOR]
+        return _stack({name: file[name] for name in file.files})
+
+
+def _read_csv(path: Path):
+    names, rows = [], []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, strict=True)
+        header = next(lines, [])
+        _check_header(header)
+        for row in lines:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {lines.line_num}: expected a name and {len(header) - 1} numbers, as in the header, found "
+                    f"{len(row)} fields"
+                )
+            names.append(row[0])
+            try:
+                # A number too large becomes infinite, which is refused by name.
+                with np.errstate(over="ignore"):
+                    rows.append(np.array(row[1:], dtype=np.float32))
+            except ValueError as error:
+                raise ValueError(f"line {lines.line_num}, {row[0]!r}: expected numbers ({error})") from error
+    if not rows:
+        raise ValueError("expected a header row, then a name and numbers in each row, found no row")
+    return names, np.stack(rows)
+
+
+def _check_header(header: list[str]):
+    """The first row is the names of columns: a perturbation there would be lost."""
+    if len(header) < 2:
+        raise ValueError(f"expected a column of names and columns of numbers, found the columns {header}")
+    try:
+        numbers = [float(field) for field in header[1:]]
+    except ValueError:
+        return
+    # Columns are often numbered.
+    if not all(number.is_integer() for number in numbers) or any(b <= a for a, b in pairwise(numbers)):
+        raise ValueError(
+            f"expected a header row, found the numbers {some(header[1:], 3)} in the first row; name the columns there"
+        )
+
+
+def _read_parquet(path: Path):
+    try:
+        table = pq.read_table(path)
+    except OSError as error:
+        # What pyarrow raises for a file that is damaged inside.
+        raise ValueError(f"cannot be read as parquet ({error})") from error
+    index = [name for name in (table.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
+    text = [field.name for field in table.schema if _is_text(field.type)]
+    # Where rows were left out of a frame with numbered rows, the numbers are stored too; they are no feature.
+    values = [field for field in table.schema if field.name not in {*text, *index}]
+    if len(text) != 1:
+        raise ValueError(f"expected one column (or index) of names, found {len(text)}: {some(text)}")
+    names = table.column(text[0])
+    if names.null_count:
+        raise ValueError(f"expected a name in each row, found {names.null_count} rows without in {text[0]!r}")
+    names = names.to_pylist()
+    if len(values) == 1 and _is_list(values[0].type):
+        lists = table.column(values[0].name)
+        if lists.null_count:
+            missing = names[lists.is_null().to_pylist().index(True)]
+            raise ValueError(f"expected a list of numbers in each row, found none for {missing!r}")
+        vectors = [np.asarray(row.values) for chunk in lists.chunks for row in chunk]
+        _check_widths(names, [len(vector) for vector in vectors])
+        return names, np.stack(vectors) if vectors else np.empty((0, 0))
+    for field in values:
+        if not (pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_boolean(field.type)):
+            raise ValueError(
+                f"expected columns of numbers, or one column of lists of numbers; found {field.name!r} of type {field.type}"
+            )
+    if not values:
+        raise ValueError("expected columns of numbers beside the names, found none")
+    return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+_READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}
