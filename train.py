@@ -20,6 +20,7 @@ from cellstate.configuration_state import StateConfig
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
 from cellstate.data.splits import Splits
+from cellstate.data.store import load_store
 from cellstate.hub.card import render_card
 from cellstate.hub.publish import whole_or_nothing
 from cellstate.modeling_state import StateForPerturbation
@@ -77,9 +78,7 @@ def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
         splits = run.data.resolve_splits()
         options = {"contexts": run.data.contexts, "hvg_on_all": run.data.hvg_on_all, **run.data.processor_options()}
         return *load_cells(splits, **options), splits
-    # Arrow takes a moment to import, which runs from files need not wait for.
-    from cellstate.data.store import load_store
-    from cellstate.hub.stores import open_store
+    from cellstate.hub.stores import open_store  # runs from files need not wait for datasets
 
     store = open_store(run.data.store)
     run.data.check_store(store.manifest)
