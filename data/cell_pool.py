@@ -42,9 +42,11 @@ class CellRows:
                 joined.append(sp.vstack(blocks, format="csr") if sp.issparse(blocks[0]) else np.concatenate(blocks))
         return cls(*joined)
 
-    def dense_features(self) -> np.ndarray:
-        """`(cells, feature_dim)` float32."""
-        return self.features.toarray() if sp.issparse(self.features) else self.features
+    def dense(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features and genes of some of them, `(cells, feature_dim)` and `(cells, genes)` float32."""
+        return _dense([(self.features, rows, slice(None))], len(rows)), (
+            None if self.genes is None else _dense([(self.genes, rows, slice(None))], len(rows))
+        )
 
     def to_arrays(self, prefix: str) -> dict[str, np.ndarray]:
         """Plain arrays that hold the same, for [`CellRows.from_arrays`]."""
@@ -73,6 +75,22 @@ class CellRows:
             else:
                 parts[name] = arrays.get(key)
         return cls(parts["features"], parts["genes"], arrays.get(f"{prefix}.batches"))
+
+
+def _dense(parts: list[tuple], count: int) -> np.ndarray:
+    """Rows of several matrices, put in their places. Many small parts make scipy's own indexing slow."""
+    out = np.zeros((count, parts[0][0].shape[1]), dtype=np.float32)
+    places_of = np.arange(count)
+    for matrix, rows, places in parts:
+        if sp.issparse(matrix):
+            starts = matrix.indptr[rows]
+            lengths = matrix.indptr[rows + 1] - starts
+            before = np.cumsum(lengths) - lengths
+            entries = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+            out[np.repeat(places_of[places], lengths), matrix.indices[entries]] = matrix.data[entries]
+        else:
+            out[places] = matrix[rows]
+    return out
 
 
 class CellPool:
@@ -123,19 +141,34 @@ class CellPool:
 
     def take(self, slots: np.ndarray) -> CellRows:
         """Some cells, which stay."""
-        rows = self._row[slots]
-        chunk = np.searchsorted(self._starts, rows, side="right") - 1
-        order = np.argsort(chunk, kind="stable")
-        numbers, firsts = np.unique(chunk[order], return_index=True)
-        parts = [
-            self._chunks[number].take(rows[part] - self._starts[number])
-            for number, part in zip(numbers, np.split(order, firsts[1:]))
-        ]
-        if len(parts) == 1:
-            return parts[0]  # one chunk: the stable order is the order asked for
+        found = self._find(slots)
+        if len(found) == 1:
+            return found[0][0].take(found[0][1])
+        order = np.concatenate([places for *_, places in found])
         back = np.empty(len(order), dtype=np.int64)
         back[order] = np.arange(len(order))
-        return CellRows.join(parts).take(back)
+        return CellRows.join([chunk.take(rows) for chunk, rows, _ in found]).take(back)
+
+    def dense(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features and genes of some cells, as [`CellRows.dense`]."""
+        found, count = self._find(slots), len(slots)
+        features = _dense([(chunk.features, rows, places) for chunk, rows, places in found], count)
+        if found[0][0].genes is None:
+            return features, None
+        return features, _dense([(chunk.genes, rows, places) for chunk, rows, places in found], count)
+
+    def _find(self, slots: np.ndarray) -> list[tuple[CellRows, np.ndarray, np.ndarray]]:
+        """Chunks, the rows of them that are asked for, and their places among `slots`."""
+        rows = self._row[slots]
+        chunk = np.searchsorted(self._starts, rows, side="right") - 1
+        if (chunk == chunk[0]).all():
+            return [(self._chunks[chunk[0]], rows - self._starts[chunk[0]], np.arange(len(rows)))]
+        order = np.argsort(chunk, kind="stable")
+        numbers, firsts = np.unique(chunk[order], return_index=True)
+        return [
+            (self._chunks[number], rows[places] - self._starts[number], places)
+            for number, places in zip(numbers, np.split(order, firsts[1:]))
+        ]
 
     def _pack(self):
         slots = np.flatnonzero(self._row >= 0)

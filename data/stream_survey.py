@@ -90,8 +90,7 @@ class StreamSurvey:
         obs = pd.DataFrame(labels, columns=["dataset", "context", "perturbation", "split"])
         if cells.batches is not None:
             obs["batch"] = np.array(self.batch_names, dtype=object)[cells.batches]
-        genes = None if cells.genes is None else cells.genes.toarray()
-        return Cells(cells.dense_features(), genes, obs.astype("category"))
+        return Cells(*cells.dense(np.arange(len(cells))), obs.astype("category"))
 
     def to_state(self) -> tuple[dict, dict[str, np.ndarray]]:
         """All but processor and splits, as values for JSON and arrays."""

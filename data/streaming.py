@@ -190,6 +190,8 @@ class SentenceStream(IterableDataset):
                 )
             return
         self._shared[0] = epoch
+        if self._pass is not None and self._pass.read and not self._pass.ready:
+            self._pass = None  # it has ended; a state is now that of the next one
 
     # Iteration
 
@@ -204,6 +206,8 @@ class SentenceStream(IterableDataset):
                 )
             self._shared[1] = 1
             part, parts = part * worker.num_workers + worker.id, parts * worker.num_workers
+        else:
+            self._shared[1] = 0
         run, self._loaded = self._loaded or self._new_pass(self.epoch), None
         while True:
             self._pass = run
@@ -275,20 +279,20 @@ class SentenceStream(IterableDataset):
         number, slots = run.ready.pop()
         group = run.groups[number]
         drawn = run.generator.choice(group.controls, len(slots), replace=False)
-        targets, controls = run.pool.take(slots), self.survey.controls.take(drawn)
+        labels, genes = run.pool.dense(slots)
         run.pool.remove(slots)
         run.sentences += 1
         run.fallbacks += group.fell_back
         sentence = {
-            CONTROL_CELLS: controls.dense_features(),
-            LABELS: targets.dense_features(),
+            CONTROL_CELLS: self.survey.controls.dense(drawn)[0],
+            LABELS: labels,
             PERTURBATION_IDS: group.perturbation_ids,
             CONTEXT_IDS: group.context_id,
         }
         if self._control_batches is not None:
             sentence[BATCH_IDS] = self._control_batches[drawn]
-        if targets.genes is not None:
-            sentence[GENE_LABELS] = targets.genes.toarray()
+        if genes is not None:
+            sentence[GENE_LABELS] = genes
         return sentence
 
     # Groups
@@ -352,7 +356,8 @@ class SentenceStream(IterableDataset):
             )
         )
         run.pending.append([])
-        run.sizes = np.append(run.sizes, 0)
+        if len(run.groups) > len(run.sizes):
+            run.sizes = np.concatenate([run.sizes, np.zeros(len(run.sizes) + 64, dtype=np.int64)])
         run.number_of[key] = len(run.groups) - 1
         return run.number_of[key]
 
