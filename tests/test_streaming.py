@@ -1,6 +1,7 @@
 """Streams: the cells of the files and no others, bounded memory, and continuing with the very next sentence."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -576,6 +577,21 @@ def test_a_state_is_whole_or_not_there(tmp_path, monkeypatch):
             stream.save_state(tmp_path)
     after = read_stream_state(tmp_path)
     assert after["pass"] == before["pass"] and not list(tmp_path.glob("*.partial"))
+    replaced = []
+
+    def killed(source, target):
+        replaced.append(target)
+        if len(replaced) == 2:
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            stream.save_state(tmp_path)
+    with pytest.raises(FileNotFoundError):  # new arrays beside old values would be a state that never was
+        read_stream_state(tmp_path)
     stream.save_state(tmp_path)
     assert read_stream_state(tmp_path)["pass"]["sentences"] == 70
     (tmp_path / "stream_state.safetensors").write_bytes((tmp_path / "stream_state.safetensors").read_bytes()[:-9])
