@@ -150,9 +150,13 @@ class Splits:
                     )
         assigned: dict[tuple[str, str, str], str | None] = {}
         for (dataset, context), perturbations in present.items():
-            default = "train" if dataset in self.training else None
-            held = self.fewshot.get((dataset, context), {})
-            of = {name: split for split, names in held.items() for name in names}
             for name in perturbations:
-                assigned[dataset, context, name] = self.zeroshot.get((dataset, context)) or of.get(name, default)
+                assigned[dataset, context, name] = self.split_of(dataset, context, name)
         return assigned
+
+    def split_of(self, dataset: str, context: str, perturbation: str) -> str | None:
+        """The split of one (dataset, context, perturbation), as in [`Splits.assign`], whether it is in the data or not."""
+        for split, names in self.fewshot.get((dataset, context), {}).items():
+            if perturbation in names:
+                return split
+        return self.zeroshot.get((dataset, context), "train" if dataset in self.training else None)

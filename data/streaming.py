@@ -1,0 +1,489 @@
+"""Cell sentences straight from a stream: nothing on disk, bounded memory, and continuing where a run stopped."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch.utils.data import IterableDataset, get_worker_info
+
+from cellstate.data.cell_pool import CellPool, CellRows
+from cellstate.data.cells import Cells
+from cellstate.data.stream_reading import START, CellBlock, CellKey, CellReader, CellStream, Position
+from cellstate.data.stream_survey import StreamSurvey, check_controls
+from cellstate.modeling_perturbation import (
+    BATCH_IDS,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+    PERTURBATION_IDS,
+)
+
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "stream_state"
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Cells that may stand in one sentence, and the rows of the sampled controls that match them."""
+
+    key: CellKey
+    perturbation_ids: np.ndarray
+    context_id: np.int64
+    controls: np.ndarray
+    fell_back: bool
+
+
+@dataclass
+class _Pass:
+    """One pass over this process' part of the stream, as far as it has come."""
+
+    epoch: int
+    generator: np.random.Generator
+    position: Position = START
+    read: bool = False  # to the end
+    sentences: int = 0
+    fallbacks: int = 0
+    most_pending: int = 0
+    pool: CellPool = field(default_factory=CellPool)
+    groups: list[_Group] = field(default_factory=list)
+    number_of: dict[CellKey, int] = field(default_factory=dict)
+    # Slots in the pool: of the cells of each group that wait, and of the sentences that wait for their turn.
+    pending: list[list[int]] = field(default_factory=list)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    ready: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+
+class SentenceStream(IterableDataset):
+    """
+    Sentences of the training cells of a stream, in the form of those of [`SentenceDataset`].
+
+    A sentence is up to `set_size` cells of one dataset, context and perturbation (and batch, where controls match by
+    batch), as they come, and as many control cells of the survey's sample, drawn without replacement. A group's cells
+    wait until they fill a sentence; what is left at the end of the stream makes shorter ones. In a pass each training
+    cell stands in exactly one sentence. A pass is the same for the same seed, epoch and part; the shards of the stream
+    are read in another order in each epoch.
+
+    Several processes (`rank`, `world_size`) and workers of a `DataLoader` read disjoint parts that together are the
+    whole stream: a share of the shards, or where there are fewer shards than parts, every n-th cell, for which each
+    of them reads everything (`stream.reshard()` makes more shards). Parts may have different numbers of sentences:
+    with several processes use `endless`, and give batches to the model as they are, without `accelerate` dealing
+    them out a second time.
+
+    `state_dict` and `load_state_dict` continue a pass with the very next sentence, and read the shard that it is in
+    from its start, no other again. The state lives in the process that iterates, so this is for `num_workers=0`.
+
+    Args:
+        source ([`CellStream`]): the stream.
+        survey ([`StreamSurvey`]): the first look over it.
+        set_size (`int`): cells of a sentence.
+        seed (`int`): of the order and the draws.
+        control_sentences (`bool`): also map control cells to control cells of their context.
+        heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
+            those control sentences.
+        buffer_cells (`int`): most cells that wait. Where a block would make it more, the fullest groups become
+            shorter sentences.
+        shuffle_sentences (`int`): sentences that wait, of which the next one is drawn at random, so that groups mix.
+        rank, world_size (`int`): read this one of so many disjoint parts.
+        endless (`bool`): go on with the next epoch by itself.
+
+    Raises:
+        ValueError: an option is out of range; while iterating, a value or label is wrong, a context has no control
+            cells, or a label was not seen in the survey.
+    """
+
+    def __init__(
+        self,
+        source: CellStream,
+        survey: StreamSurvey,
+        set_size: int,
+        seed: int = 0,
+        control_sentences: bool = True,
+        heldout_controls: bool = True,
+        buffer_cells: int = 65_536,
+        shuffle_sentences: int = 64,
+        rank: int = 0,
+        world_size: int = 1,
+        endless: bool = False,
+    ):
+        if set_size < 1:
+            raise ValueError(f"set_size={set_size}: expected at least 1 cell")
+        if buffer_cells < source.block_size:
+            raise ValueError(
+                f"buffer_cells={buffer_cells}: expected at least the {source.block_size} cells of a block; lower block_size"
+            )
+        if shuffle_sentences < 0:
+            raise ValueError(f"shuffle_sentences={shuffle_sentences}: expected 0 or more")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank}: expected 0 to {world_size - 1}, of world_size={world_size}")
+        self.source, self.set_size, self.seed = source, set_size, seed
+        self.control_sentences, self.heldout_controls = control_sentences, heldout_controls
+        self.buffer_cells, self.shuffle_sentences = buffer_cells, shuffle_sentences
+        self.rank, self.world_size, self.endless = rank, world_size, endless
+        self._use(survey)
+        # Shared with workers that live on between epochs: the epoch, and whether one of them has iterated.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._pass: _Pass | None = None
+        self._loaded: _Pass | None = None
+
+    def _use(self, survey: StreamSurvey):
+        self.survey, self.processor = survey, survey.processor
+        self._reader = CellReader(self.source, survey.processor)
+        self._trained = survey.trained
+        names = {name for *key, name in survey.counts if survey.split_of(*key, name) == "train"}
+        # One width for all sentences, so that they stack.
+        self._width = self.processor.encode_perturbations(sorted(names)).shape[1]
+        self._control_batches = None
+        if self.processor.batch_key is not None:
+            ids = self.processor.encode_batches(survey.batch_names)
+            self._control_batches = ids[survey.controls.batches]
+
+    @property
+    def epoch(self) -> int:
+        """Of the pass that begins next, or (endless) that is under way."""
+        return int(self._shared[0])
+
+    @property
+    def cells(self) -> Cells:
+        """The sampled training and control cells in memory, which the baselines of an evaluation are learned from."""
+        cells = self.survey.to_cells("train")
+        if cells is None:
+            raise ValueError("the survey sampled no training cells to learn baselines from; give it baseline_cells=")
+        return cells
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """
+        Counts of the pass under way: `epoch`, `rows` read, `sentences` given, the most cells that were `pending`,
+        and sentences whose controls were of another batch (`fallbacks`).
+        """
+        run = self._pass or self._new_pass(self.epoch)
+        return {
+            "epoch": run.epoch,
+            "rows": run.position.rows,
+            "sentences": run.sentences,
+            "pending": run.most_pending,
+            "fallbacks": run.fallbacks,
+        }
+
+    def set_epoch(self, epoch: int):
+        """
+        The epoch of the pass that begins next. A loaded state is continued whatever is set here, if `endless`.
+
+        Raises:
+            ValueError: a loaded state is in the middle of another epoch.
+        """
+        if self._loaded is not None:
+            if not self.endless and epoch != self._loaded.epoch:
+                raise ValueError(
+                    f"set_epoch({epoch}): the loaded state is in epoch {self._loaded.epoch}; expected that, or an "
+                    "endless stream, which counts epochs by itself"
+                )
+            return
+        self._shared[0] = epoch
+        if self._pass is not None and self._pass.read and not self._pass.ready:
+            self._pass = None  # it has ended; a state is now that of the next one
+
+    # Iteration
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        worker = get_worker_info()
+        part, parts = self.rank, self.world_size
+        if worker is not None:
+            if self._loaded is not None:
+                raise ValueError(
+                    f"a loaded state is continued with num_workers=0 alone, found {worker.num_workers} workers, each "
+                    "with a part of its own"
+                )
+            self._shared[1] = 1
+            part, parts = part * worker.num_workers + worker.id, parts * worker.num_workers
+        else:
+            self._shared[1] = 0
+        run, self._loaded = self._loaded or self._new_pass(self.epoch), None
+        while True:
+            self._pass = run
+            yield from self._sentences(run, part, parts)
+            if not self.endless:
+                return
+            if run.sentences == 0:
+                raise ValueError(
+                    f"part {part} of {parts} of the stream has no training cells; use fewer processes or workers"
+                )
+            run = self._new_pass(run.epoch + 1)
+            if worker is None:
+                self._shared[0] = run.epoch
+
+    def _new_pass(self, epoch: int) -> _Pass:
+        return _Pass(epoch, np.random.default_rng([self.seed, epoch, self.rank, self.world_size]))
+
+    def _sentences(self, run: _Pass, part: int, parts: int) -> Iterator[dict[str, np.ndarray]]:
+        if parts != self.world_size and run.position == START:
+            # Workers draw differently from one another.
+            run.generator = np.random.default_rng([self.seed, run.epoch, part, parts])
+        # All parts agree on the order of shards.
+        order = np.random.default_rng([self.seed, run.epoch]).permutation(self.source.num_shards)
+        blocks = self.source.blocks(order, part, parts, run.position)
+        while True:
+            while len(run.ready) > (0 if run.read else self.shuffle_sentences):
+                yield self._draw(run)
+            if run.read:
+                return
+            following = next(blocks, None)
+            if following is None:
+                for number in np.flatnonzero(run.sizes):
+                    self._complete(run, int(number), int(run.sizes[number]))
+                run.read = True
+            else:
+                block, run.position = following
+                self._take_in(run, block)
+
+    def _take_in(self, run: _Pass, block: CellBlock):
+        """Let the training cells of a block wait, and complete the sentences that they fill."""
+        wanted = [(self._group_of(run, key, block, rows), rows) for key, rows in block.groups()]
+        wanted = [(number, rows) for number, rows in wanted if number >= 0]
+        if not wanted:
+            return
+        count = sum(len(rows) for _, rows in wanted)
+        while run.sizes.sum() + count > self.buffer_cells:
+            fullest = int(run.sizes.argmax())
+            self._complete(run, fullest, int(run.sizes[fullest]))
+        slots = run.pool.add(self._reader.read(block, np.concatenate([rows for _, rows in wanted])))
+        ends = np.cumsum([len(rows) for _, rows in wanted])
+        for (number, _), mine in zip(wanted, np.split(slots, ends[:-1])):
+            run.pending[number].extend(mine.tolist())
+            run.sizes[number] += len(mine)
+        run.most_pending = max(run.most_pending, int(run.sizes.sum()))
+        for number in sorted({number for number, _ in wanted}):
+            size = min(self.set_size, len(run.groups[number].controls))
+            while run.sizes[number] >= size:
+                self._complete(run, number, size)
+
+    def _complete(self, run: _Pass, number: int, size: int):
+        run.ready.append((number, np.array(run.pending[number][:size], dtype=np.int64)))
+        del run.pending[number][:size]
+        run.sizes[number] -= size
+
+    def _draw(self, run: _Pass) -> dict[str, np.ndarray]:
+        """One of the sentences that wait, at random."""
+        place = int(run.generator.integers(len(run.ready)))
+        run.ready[place], run.ready[-1] = run.ready[-1], run.ready[place]
+        number, slots = run.ready.pop()
+        group = run.groups[number]
+        drawn = run.generator.choice(group.controls, len(slots), replace=False)
+        labels, genes = run.pool.dense(slots)
+        run.pool.remove(slots)
+        run.sentences += 1
+        run.fallbacks += group.fell_back
+        sentence = {
+            CONTROL_CELLS: self.survey.controls.dense(drawn)[0],
+            LABELS: labels,
+            PERTURBATION_IDS: group.perturbation_ids,
+            CONTEXT_IDS: group.context_id,
+        }
+        if self._control_batches is not None:
+            sentence[BATCH_IDS] = self._control_batches[drawn]
+        if genes is not None:
+            sentence[GENE_LABELS] = genes
+        return sentence
+
+    # Groups
+
+    def _group_of(self, run: _Pass, key: CellKey, block: CellBlock, rows: np.ndarray) -> int:
+        """The number of the group of some cells, -1 where they are not trained on."""
+        number = run.number_of.get(key)
+        if number is None:
+            number = -1
+            if self._trains_on(key):
+                group_key = key if self.survey.control_matching == "batch" else key._replace(batch=None)
+                number = run.number_of.get(group_key)
+                if number is None:
+                    number = self._new_group(run, group_key, block.where(rows[0]))
+            run.number_of[key] = number
+        return number
+
+    def _trains_on(self, key: CellKey) -> bool:
+        if not self.source.uses(key.context):
+            return False
+        split = self.survey.split_of(*key[:3])
+        if split != "control":
+            return split == "train"
+        if not self.control_sentences:
+            return False
+        return key[:2] in self._trained or (
+            self.heldout_controls and key.dataset in {dataset for dataset, _ in self._trained}
+        )
+
+    def _new_group(self, run: _Pass, key: CellKey, where: str) -> int:
+        try:
+            ids = self.processor.encode_perturbations([key.perturbation])[0]
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: perturbation {key.perturbation!r} was not among the {self.survey.cells} rows of the first look; "
+                "raise fill_cells"
+            ) from error
+        if len(ids) > self._width:
+            raise ValueError(
+                f"{where}: {key.perturbation!r} combines {len(ids)} perturbations, those of the first look at most "
+                f"{self._width}; raise fill_cells"
+            )
+        parts = self.survey.control_rows.get(key[:2])
+        if parts is None:
+            check_controls([key[:2]])
+        of_batch = key.batch if self.survey.control_matching == "batch" else None
+        fell_back = of_batch not in parts
+        if fell_back:
+            logger.warning(
+                f"no control cell of batch {key.batch!r} of {key.dataset} / {key.context} was sampled; its cells are "
+                "matched with control cells of other batches"
+            )
+        controls = np.concatenate(list(parts.values())) if fell_back else parts[of_batch]
+        run.groups.append(
+            _Group(
+                key,
+                np.pad(ids, (0, self._width - len(ids)), constant_values=-1),
+                self.processor.encode_contexts([key.context])[0],
+                controls,
+                fell_back,
+            )
+        )
+        run.pending.append([])
+        if len(run.groups) > len(run.sizes):
+            run.sizes = np.concatenate([run.sizes, np.zeros(len(run.sizes) + 64, dtype=np.int64)])
+        run.number_of[key] = len(run.groups) - 1
+        return run.number_of[key]
+
+    # State
+
+    def _settings(self) -> dict:
+        """What must be the same for a state to mean the same."""
+        names = ("set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences")
+        names += ("rank", "world_size")
+        return {name: getattr(self, name) for name in names} | {
+            "block_size": self.source.block_size,
+            "num_shards": self.source.num_shards,
+            "contexts": self.source.contexts,
+            "feature_dim": self.processor.feature_dim,
+            "normalize": self.processor.normalize,
+        }
+
+    def state_dict(self) -> dict:
+        """
+        All that the rest of the pass depends on, the survey's samples included.
+
+        Returns:
+            `dict`: `settings`, `survey` and `pass` are values for JSON, `arrays` is a `dict[str, np.ndarray]`.
+
+        Raises:
+            ValueError: workers of a `DataLoader` iterate, each with a state of its own.
+        """
+        if self._shared[1] or get_worker_info() is not None:
+            raise ValueError(
+                "workers of a DataLoader iterate over this stream, each with a state of its own; use num_workers=0 where "
+                "a run is to be continued"
+            )
+        run = self._loaded or self._pass or self._new_pass(self.epoch)
+        values, arrays = self.survey.to_state()
+        waiting = [np.array(slots, dtype=np.int64) for slots in run.pending] + [slots for _, slots in run.ready]
+        if sum(map(len, waiting)):
+            arrays |= run.pool.take(np.concatenate(waiting)).to_arrays("waiting")
+        of_pass = {
+            "epoch": run.epoch,
+            "generator": run.generator.bit_generator.state,
+            "position": list(run.position),
+            "read": run.read,
+            "sentences": run.sentences,
+            "fallbacks": run.fallbacks,
+            "most_pending": run.most_pending,
+            "groups": [[*group.key, int(size)] for group, size in zip(run.groups, run.sizes)],
+            "ready": [[number, len(slots)] for number, slots in run.ready],
+        }
+        return {"settings": self._settings(), "survey": values, "pass": of_pass, "arrays": arrays}
+
+    def load_state_dict(self, state: dict):
+        """
+        Continue where a state was taken: the next iteration gives the sentences that were still to come.
+
+        Raises:
+            ValueError: the state was taken with another setting; it is named.
+        """
+        own = self._settings()
+        for name, value in own.items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"the saved stream had {name}={state['settings'][name]!r}, this one has {value!r}; give it the same"
+                )
+        self._use(StreamSurvey.from_state(state, self.processor, self.survey.splits))
+        values = state["pass"]
+        run = self._new_pass(values["epoch"])
+        run.generator.bit_generator.state = values["generator"]
+        run.position, run.read = Position(*values["position"]), values["read"]
+        run.sentences, run.fallbacks, run.most_pending = (
+            values[name] for name in ("sentences", "fallbacks", "most_pending")
+        )
+        for *labels, _ in values["groups"]:
+            self._new_group(run, CellKey(*labels), "the saved state")
+        sizes = [size for *_, size in values["groups"]] + [size for _, size in values["ready"]]
+        if sum(sizes):
+            slots = np.split(run.pool.add(CellRows.from_arrays(state["arrays"], "waiting")), np.cumsum(sizes)[:-1])
+            pending = slots[: len(run.groups)]
+            run.pending, run.sizes = [part.tolist() for part in pending], np.array(list(map(len, pending)))
+            run.ready = [(number, part) for (number, _), part in zip(values["ready"], slots[len(run.groups) :])]
+        self._loaded, self._pass = run, None
+        self._shared[0] = run.epoch
+
+    def save_state(self, folder: str | os.PathLike):
+        """Write `state_dict` to a folder: `stream_state.json` and `stream_state.safetensors` (one pair for each rank)."""
+        write_stream_state(self.state_dict(), folder, self.rank, self.world_size)
+
+
+def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, world_size: int = 1):
+    """Write a state so that the folder holds all of it, or the old one, or none that [`read_stream_state`] reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values, arrays = _state_paths(folder, rank, world_size)
+    partial = [path.with_name(path.name + ".partial") for path in (values, arrays)]
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, partial[1])
+        text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
+        partial[0].write_text(text, encoding="utf-8")
+        # Without the values there is no state: they go first and come last.
+        values.unlink(missing_ok=True)
+        os.replace(partial[1], arrays)
+        os.replace(partial[0], values)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int = 1) -> dict:
+    """
+    A state for [`SentenceStream.load_state_dict`] and [`StreamSurvey.from_state`].
+
+    Raises:
+        FileNotFoundError: the folder holds no (whole) state of this rank.
+        ValueError: its files are not whole.
+    """
+    values, arrays = _state_paths(Path(folder), rank, world_size)
+    for path in (values, arrays):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected the state of rank {rank} of {world_size} in {folder}"
+            )
+    try:
+        return json.loads(values.read_text(encoding="utf-8")) | {"arrays": load_file(arrays)}
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the stream's state is not whole ({error}); take an earlier checkpoint") from error
+
+
+def _state_paths(folder: Path, rank: int, world_size: int) -> tuple[Path, Path]:
+    name = STATE_NAME if world_size == 1 else f"{STATE_NAME}-{rank + 1:05d}-of-{world_size:05d}"
+    return folder / f"{name}.json", folder / f"{name}.safetensors"
