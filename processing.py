@@ -249,7 +249,7 @@ class StateProcessor(ProcessorMixin):
             )
         genes_of_model = processor._choose_genes(adatas, genes, expression) if expression is not None else []
         vocabulary = Vocabulary(genes_of_model, sorted(singles), sorted(contexts), sorted(batches))
-        settings = {name: getattr(processor, name) for name in _SETTINGS}
+        settings = {name: getattr(processor, name) for name in PROCESSOR_SETTINGS}
         settings["feature_dim"] = widths.pop() if embedding else len(genes_of_model)
         return cls(vocabulary=vocabulary, perturbation_features=perturbation_features, **settings)
 
@@ -580,23 +580,13 @@ class StateProcessor(ProcessorMixin):
             "checkpoint": checkpoint or "not recorded",
             "controls": controls_note,
             # How to read real cells so that they compare with these.
-            "processor": json.dumps({name: getattr(self, name) for name in _SETTINGS}, sort_keys=True),
+            "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }
 
 
-_SETTINGS = (
-    "perturbation_key",
-    "control",
-    "context_key",
-    "batch_key",
-    "input",
-    "gene_input",
-    "values",
-    "normalize",
-    "target_sum",
-    "combination_separator",
-    "set_size",
-)
+# What a processor remembers beside its vocabulary and the width of its features.
+PROCESSOR_SETTINGS = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "values")
+PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size")
 
 
 StateProcessor.register_for_auto_class()

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from cellstate.cell_values import kind_of_values, some, wrong_kind
+from cellstate.cell_values import cell_totals, kind_of_values, normalize_counts, some, wrong_kind
 from cellstate.configuration_state import closest
 from cellstate.data.cell_pool import CellRows
 from cellstate.processing import StateProcessor
@@ -494,7 +494,7 @@ class CellReader:
             where = f"column {columns.gene_values!r} near {block.where(rows[0])}"
             raise ValueError(wrong_kind(where, expected, kind, processor.target_sum))
         # The library is that of the whole cell, so it is summed before genes are left out.
-        sums = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
+        sums = cell_totals(matrix)
         totals = sums
         if columns.total is not None and expected == "counts":
             totals = block.totals(rows)
@@ -512,9 +512,7 @@ class CellReader:
         data = matrix.data[kept].astype(np.float32)
         indptr = before[matrix.indptr]
         if expected == "counts" and as_log1p:
-            scale = (processor.target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
-            data *= np.repeat(scale, np.diff(indptr))
-            np.log1p(data, out=data)
+            data = normalize_counts(data, totals, processor.target_sum, np.diff(indptr))
         return sp.csr_matrix((data, places[kept], indptr), shape=(len(rows), len(processor.vocabulary.genes)))
 
 

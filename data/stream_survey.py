@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from cellstate.cell_values import kind_of_values, resolve_normalisation, some
+from cellstate.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum, some
 from cellstate.configuration_state import closest
 from cellstate.data.cell_pool import CellRows, Reservoirs
-from cellstate.data.cells import Cells, _check_expressible, _check_one_name_each
+from cellstate.data.cells import Cells, check_names, sort_into_groups
 from cellstate.data.splits import Splits
 from cellstate.data.stream_reading import CellKey, CellReader, CellStream
-from cellstate.processing import _SETTINGS, StateProcessor, Vocabulary
+from cellstate.processing import PROCESSOR_SETTINGS, StateProcessor
+from cellstate.vocabulary import PerturbationFeatures, Vocabulary
 
 
 Controls = dict[tuple[str, str], dict[str | None, np.ndarray]]
@@ -90,7 +91,9 @@ class StreamSurvey:
         obs = pd.DataFrame(labels, columns=["dataset", "context", "perturbation", "split"])
         if cells.batches is not None:
             obs["batch"] = np.array(self.batch_names, dtype=object)[cells.batches]
-        return Cells(*cells.dense(np.arange(len(cells))), obs.astype("category"))
+        order, groups = sort_into_groups(obs)
+        groups["split"] = obs["split"].to_numpy()[order][groups["start"]]
+        return Cells(*cells.dense(order), groups)
 
     def to_state(self) -> tuple[dict, dict[str, np.ndarray]]:
         """All but processor and splits, as values for JSON and arrays."""
@@ -145,6 +148,8 @@ def survey_stream(
     normalize: str = "auto",
     combination_separator: str | None = "+",
     set_size: int = 128,
+    target_sum: float | None = None,
+    perturbation_features: PerturbationFeatures | None = None,
     control_matching: str = "context",
     reservoir_cells: int = 2048,
     fill_cells: int | None = None,
@@ -168,7 +173,9 @@ def survey_stream(
             chosen beforehand, on some files in memory.
         input (`str`): `"X"` for expression; `"obsm/NAME"` for the stream's embedding, by the name that it has in AnnData.
         gene_input (`str`, *optional*): for an embedding with a gene decoder, `"X"` or `"layers/NAME"`.
-        normalize, combination_separator, set_size: as in [`StateProcessor.fit`].
+        normalize, combination_separator, set_size, perturbation_features: as in [`StateProcessor.fit`].
+        target_sum (`float`, *optional*): what counts are scaled to, a cell; 10,000 by default. A median is not taken on
+            a stream.
         control_matching (`str`): which controls belong to a perturbed cell.
 
             - `"context"`: those of its dataset and context
@@ -207,6 +214,7 @@ def survey_stream(
             gene_input=gene_input,
             combination_separator=combination_separator or None,
             set_size=set_size,
+            perturbation_features=perturbation_features,
         )
     with_batches = source.columns.batch is not None
     batch_names: list[str] = []
@@ -242,7 +250,7 @@ def survey_stream(
             for reservoirs, groups in offers:
                 if groups and not settled:
                     rows = np.concatenate([rows for *_, rows in groups])
-                    values, settled = _settle(source, template, normalize, block, rows)
+                    values, settled = _settle(source, template, normalize, target_sum, block, rows)
                     reader = CellReader(source, values, batch_names if with_batches else None)
                 if groups:
                     reservoirs.offer(groups, partial(reader.read, block))
@@ -278,9 +286,8 @@ def survey_stream(
     if complete and splits is not None:
         splits.assign(_present(survey.counts, template.control))
     survey.processor = processor if processor is not None else _fit(reader.processor, counts, splits)
-    _check_one_name_each([name for *_, name in survey.counts], survey.processor)
     labels = [(key[2], survey.split_of(*key)) for key in survey.counts]
-    _check_expressible(pd.DataFrame(labels, columns=["perturbation", "split"]), survey.processor)
+    check_names(pd.DataFrame(labels, columns=["perturbation", "split"]), survey.processor)
     survey.controls, slots = _gather([controls])
     for owner, part, rows in slots:
         survey.control_rows.setdefault(owner, {})[part] = rows
@@ -341,10 +348,10 @@ def _genes_of_model(source: CellStream, genes, input: str, gene_input: str | Non
 
 
 def _settle(
-    source: CellStream, template: StateProcessor, normalize: str, block, rows: np.ndarray
+    source: CellStream, template: StateProcessor, normalize: str, target_sum, block, rows: np.ndarray
 ) -> tuple[StateProcessor, bool]:
     """A processor that knows what the values are, and whether these cells really said so (they may be all 0)."""
-    settings = {name: getattr(template, name) for name in _SETTINGS}
+    settings = {name: getattr(template, name) for name in PROCESSOR_SETTINGS}
     embedding, decoder = template.input.startswith("obsm/"), template.gene_input is not None
     settled, values = True, "embedding"
     if not embedding or decoder:
@@ -357,11 +364,20 @@ def _settle(
         raise ValueError(f"normalize='log1p_cp10k' is for counts; input={template.input!r} is an embedding: use 'none'")
     if embedding and values == "counts":
         raise ValueError("the gene decoder predicts log1p expression, the stream holds counts: use normalize='auto'")
+    if target_sum is not None:
+        settings["target_sum"] = resolve_target_sum(target_sum, settings["normalize"], "the stream", _no_median)
     if embedding and source.columns.embedding is None:
         raise ValueError(f"input={template.input!r} is an embedding; name its column with embedding=")
     settings["values"] = "embedding" if embedding else values
     settings["feature_dim"] = block.embedding(rows).shape[1] if embedding else len(template.vocabulary.genes)
+    settings["perturbation_features"] = template.perturbation_features
     return StateProcessor(vocabulary=template.vocabulary, **settings), settled
+
+
+def _no_median() -> np.ndarray:
+    raise ValueError(
+        "target_sum='median' is not taken on a stream, which would be read once more for it; give a number"
+    )
 
 
 def _fit(values: StateProcessor, counts: "Counter[CellKey]", splits: Splits | None) -> StateProcessor:
@@ -376,7 +392,10 @@ def _fit(values: StateProcessor, counts: "Counter[CellKey]", splits: Splits | No
             names.update(values.split_combination(key.perturbation))
             contexts.add(key.context)
             batches.update([] if key.batch is None else [key.batch])
-    settings = {name: getattr(values, name) for name in (*_SETTINGS, "feature_dim")}
+    settings = {name: getattr(values, name) for name in (*PROCESSOR_SETTINGS, "feature_dim")}
+    settings["perturbation_features"] = values.perturbation_features
+    if values.perturbation_features is not None:
+        values.perturbation_features.check_covers(names, "of the training cells")
     vocabulary = Vocabulary(values.vocabulary.genes, sorted(names), sorted(contexts), sorted(batches))
     return StateProcessor(vocabulary=vocabulary, **settings)
 

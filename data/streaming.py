@@ -37,7 +37,7 @@ class _Group:
     """Cells that may stand in one sentence, and the rows of the sampled controls that match them."""
 
     key: CellKey
-    perturbation_ids: np.ndarray
+    perturbation: dict[str, np.ndarray]
     context_id: np.int64
     controls: np.ndarray
     fell_back: bool
@@ -141,7 +141,7 @@ class SentenceStream(IterableDataset):
         self._trained = survey.trained
         names = {name for *key, name in survey.counts if survey.split_of(*key, name) == "train"}
         # One width for all sentences, so that they stack.
-        self._width = self.processor.encode_perturbations(sorted(names)).shape[1]
+        self._width = max([1, *(len(self.processor.split_combination(name)) for name in names)])
         self._control_batches = None
         if self.processor.batch_key is not None:
             ids = self.processor.encode_batches(survey.batch_names)
@@ -286,7 +286,7 @@ class SentenceStream(IterableDataset):
         sentence = {
             CONTROL_CELLS: self.survey.controls.dense(drawn)[0],
             LABELS: labels,
-            PERTURBATION_IDS: group.perturbation_ids,
+            **group.perturbation,
             CONTEXT_IDS: group.context_id,
         }
         if self._control_batches is not None:
@@ -323,18 +323,22 @@ class SentenceStream(IterableDataset):
         )
 
     def _new_group(self, run: _Pass, key: CellKey, where: str) -> int:
+        together = self.processor.split_combination(key.perturbation)
+        if len(together) > self._width:
+            raise ValueError(
+                f"{where}: {key.perturbation!r} combines {len(together)} perturbations, those of the first look at most "
+                f"{self._width}; raise fill_cells"
+            )
         try:
-            ids = self.processor.encode_perturbations([key.perturbation])[0]
+            encoded = {name: values[0] for name, values in self.processor.encode([key.perturbation]).items()}
         except KeyError as error:
             raise ValueError(
                 f"{where}: perturbation {key.perturbation!r} was not among the {self.survey.cells} rows of the first look; "
                 "raise fill_cells"
             ) from error
-        if len(ids) > self._width:
-            raise ValueError(
-                f"{where}: {key.perturbation!r} combines {len(ids)} perturbations, those of the first look at most "
-                f"{self._width}; raise fill_cells"
-            )
+        if PERTURBATION_IDS in encoded:
+            ids = encoded[PERTURBATION_IDS]
+            encoded[PERTURBATION_IDS] = np.pad(ids, (0, self._width - len(ids)), constant_values=-1)
         parts = self.survey.control_rows.get(key[:2])
         if parts is None:
             check_controls([key[:2]])
@@ -349,7 +353,7 @@ class SentenceStream(IterableDataset):
         run.groups.append(
             _Group(
                 key,
-                np.pad(ids, (0, self._width - len(ids)), constant_values=-1),
+                encoded,
                 self.processor.encode_contexts([key.context])[0],
                 controls,
                 fell_back,
