@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 
 if __name__ == "__main__":
@@ -194,18 +195,44 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     return "\n".join(lines)
 
 
+def checkpoint_of(run: RunConfig) -> str | None:
+    """The checkpoint that the run continues, where it says so and there is one."""
+    asked = run.training.get("resume_from_checkpoint")
+    if asked in (True, "True", "true", "last"):
+        folder = run.training.get("output_dir", StateTrainingArguments.output_dir)
+        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    return asked or None
+
+
+def from_cells(run: RunConfig) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
+    """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
+    cells, processor, splits = load_data(run)
+    args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
+
+    def datasets(config: StateConfig) -> dict:
+        made = sentences(cells, processor, run, args, config.set_size)
+        check_batches(config, made)
+        return made
+
+    return args, processor, datasets, describe(cells, processor, splits, run)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run a training; returns the figures of the test split, where there is one."""
     run = parse(sys.argv[1:] if argv is None else argv)
-    cells, processor, splits = load_data(run)
-    args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
+    resume = checkpoint_of(run)
+    if run.stream.path is None:
+        args, processor, make_datasets, about = from_cells(run)
+    else:
+        from cellstate.training.stream_run import from_stream
+
+        args, processor, make_datasets, about = from_stream(run, training_arguments, resume)
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor)
     processor.set_size = config.set_size
-    datasets = sentences(cells, processor, run, args, config.set_size)
-    check_batches(config, datasets)
-    logger.info(describe(cells, processor, splits, run))
+    datasets = make_datasets(config)
+    logger.info(about)
     if "val" not in datasets:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
@@ -222,9 +249,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         card=render_card(run, processor),
     )
-    resume = args.resume_from_checkpoint
-    if resume in (True, "True", "true", "last"):
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if args.resume_from_checkpoint:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
     trainer.train(resume_from_checkpoint=resume)
     metrics = {}

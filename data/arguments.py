@@ -1,4 +1,4 @@
-"""What a run says of its data: the `data` and `prepare` sections."""
+"""What a run says of its data: the sections `data`, `stream` and `prepare`."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ class DataArguments:
             gene_input, target_sum: see [`StateProcessor.fit`].
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, see
             [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
+        genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
         control_matching, small_groups, control_sentences, heldout_controls, sentences_per_group, sentence_cap: see
             [`SentenceDataset`].
@@ -61,6 +62,7 @@ class DataArguments:
     gene_input: str | None = None
     target_sum: float | int | str | None = None
     perturbation_features: str | None = None
+    genes_file: str | None = None
     hvg_on_all: bool = False
     control_matching: str = "context"
     small_groups: str = "pad"
@@ -75,12 +77,10 @@ class DataArguments:
             setattr(self, option.name, _checked(option, getattr(self, option.name)))
         if self.splits is not None and self.datasets is not None:
             raise ValueError("data: set one of `splits` (a TOML file) and `datasets` (files), found both")
-        if self.splits is None and self.datasets is None and self.store is None:
-            raise ValueError(
-                "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
-            )
         if self.splits is not None and any(getattr(self, name) for name in simple):
             raise ValueError(f"data: with a `splits` file, say there what is held out, not in {list(simple)}")
+        if self.genes is not None and self.genes_file is not None:
+            raise ValueError("data: set one of `genes` and `genes_file`, found both")
         for kind in ("contexts", "perturbations"):
             both = set(getattr(self, f"test_{kind}")) & set(getattr(self, f"val_{kind}"))
             if both:
@@ -102,6 +102,8 @@ class DataArguments:
 
     def _fit_options(self, *names: str) -> dict:
         options = {name: getattr(self, name) for name in names}
+        if self.genes_file is not None:
+            options["genes"] = _read_names(Path(self.genes_file))
         if self.perturbation_features is not None:
             options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
         return options
@@ -119,6 +121,19 @@ class DataArguments:
                     "it out, or prepare the store anew"
                 )
 
+    def survey_options(self) -> dict:
+        """Arguments of [`survey_stream`]."""
+        names = (
+            "control",
+            "input",
+            "gene_input",
+            "normalize",
+            "combination_separator",
+            "target_sum",
+            "control_matching",
+        )
+        return self._fit_options("genes", *names)
+
     def resolve_splits(self, groups: pd.DataFrame | None = None) -> Splits:
         """
         The [`Splits`] that the section describes; reads labels of the files where the simple fields need them.
@@ -126,6 +141,10 @@ class DataArguments:
         Args:
             groups (`pandas.DataFrame`, *optional*): the groups of the store that is read instead of the files.
         """
+        if groups is None and self.splits is None and self.datasets is None:
+            raise ValueError(
+                "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
+            )
         stored = None if groups is None else sorted(groups["dataset"].unique())
         if self.splits is not None:
             return Splits.from_toml(self.splits, stored)
@@ -162,6 +181,14 @@ class DataArguments:
                 fewshot[dataset, context] = here
         return Splits(datasets, set(datasets), zeroshot, fewshot)
 
+    def splits_of_stream(self, datasets: list[str]) -> Splits:
+        """The [`Splits`] that the section describes, of the datasets of a stream, whose labels nobody knows yet."""
+        if self.splits is not None:
+            return Splits.from_toml(self.splits, datasets)
+        contexts = {**dict.fromkeys(self.val_contexts, "val"), **dict.fromkeys(self.test_contexts, "test")}
+        names = {**dict.fromkeys(self.val_perturbations, "val"), **dict.fromkeys(self.test_perturbations, "test")}
+        return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
+
     def _present(self, datasets: dict[str, list[Path]]) -> dict[tuple[str, str], set[str]]:
         """Perturbations of each (dataset, context), from the obs of the files."""
         reader = StateProcessor(
@@ -182,6 +209,52 @@ class DataArguments:
         used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
         by_context = used.groupby(["dataset", "context"])["perturbation"]
         return {pair: set(names) for pair, names in by_context}
+
+
+@dataclass
+class StreamArguments:
+    """
+    The `stream` section: cells that are read while they are trained on, with nothing on disk. The `data` section says
+    the rest (`control`, `contexts`, `genes`, what is held out), but no files.
+
+    Args:
+        path (`str`, *optional*): parquet (a file, folder or glob), a cell store, or a data set on the Hub.
+        configuration, split, revision (`str`, *optional*): of a data set on the Hub.
+        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]; known for a cell store.
+        gene_names (`str`, *optional*): file that gives each gene id its name (`.csv` or `.parquet` with two columns, or
+            `.json`); known for a cell store.
+        gene_id_column, gene_name_column (`str`): those columns.
+        reservoir_cells, fill_cells, eval_cells, baseline_cells: see [`survey_stream`].
+        buffer_cells, shuffle_sentences: see [`SentenceStream`].
+        block_size (`int`): cells that are read at once.
+    """
+
+    path: str | None = None
+    configuration: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    columns: dict | None = None
+    gene_names: str | None = None
+    gene_id_column: str = "id"
+    gene_name_column: str = "name"
+    reservoir_cells: int = 2048
+    fill_cells: int | None = None
+    eval_cells: int = 256
+    baseline_cells: int = 256
+    buffer_cells: int = 65_536
+    shuffle_sentences: int = 64
+    block_size: int = 1024
+
+    def __post_init__(self):
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, _checked(option, getattr(self, option.name), "stream"))
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if self.path is None and changed:
+            raise ValueError(f"stream: {changed} are set, but no path: name what is streamed")
+
+    def survey_options(self) -> dict:
+        """Arguments of [`survey_stream`]."""
+        return {name: getattr(self, name) for name in ("reservoir_cells", "fill_cells", "eval_cells", "baseline_cells")}
 
 
 @dataclass
@@ -229,6 +302,16 @@ class PrepareArguments:
         for name in ("knockdown_residual", "knockdown_cell_residual", "knockdown_min_cells", "shard_megabytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"prepare.{name}: expected a number above 0, found {getattr(self, name)!r}")
+
+
+def _read_names(path: Path) -> list[str]:
+    """The names in a file, one on a line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of gene names (looked from {Path.cwd()})")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path}: expected gene names, one on a line; found none")
+    return names
 
 
 def _checked(option: dataclasses.Field, value, section: str = "data"):

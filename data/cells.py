@@ -106,7 +106,7 @@ def trained_on(groups: pd.DataFrame, splits: Splits) -> np.ndarray:
     if not (groups["split"] == "train").any():
         found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
         raise ValueError(f"the splits leave no cell for training; found {found}")
-    zero_shot = [(d, c) in splits.zeroshot for d, c in zip(groups["dataset"], groups["context"])]
+    zero_shot = [splits.split_of_context(d, c) is not None for d, c in zip(groups["dataset"], groups["context"])]
     controls = (groups["split"] == "control") & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
     return ((groups["split"] == "train") | controls).to_numpy()
 

@@ -23,12 +23,16 @@ class Splits:
         zeroshot (`dict[tuple[str, str], str]`): (dataset, context) to `"val"` or `"test"`: all its perturbations.
         fewshot (`dict[tuple[str, str], dict[str, list[str]]]`): (dataset, context) to the perturbations held out
             for `"val"` and `"test"`; the context's others are trained on.
+        contexts, perturbations (`dict[str, str]`): a name to `"val"` or `"test"`: held out in every dataset, and in
+            every remaining context, that has it.
     """
 
     datasets: dict[str, list[Path]]
     training: set[str]
     zeroshot: dict[tuple[str, str], str] = field(default_factory=dict)
     fewshot: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
+    contexts: dict[str, str] = field(default_factory=dict)
+    perturbations: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         named = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
@@ -148,6 +152,13 @@ class Splits:
                         f"[fewshot] holds out {name!r} in {dataset}.{context}, which does not have it; "
                         + closest(name, present[dataset, context])
                     )
+        for kind, held, there in (
+            ("context", self.contexts, {context for _, context in present}),
+            ("perturbation", self.perturbations, {name for names in present.values() for name in names}),
+        ):
+            for name in held:
+                if name not in there:
+                    raise ValueError(f"held-out {kind} {name!r} is not in the data; {closest(name, sorted(there))}")
         assigned: dict[tuple[str, str, str], str | None] = {}
         for (dataset, context), perturbations in present.items():
             for name in perturbations:
@@ -156,7 +167,14 @@ class Splits:
 
     def split_of(self, dataset: str, context: str, perturbation: str) -> str | None:
         """The split of one (dataset, context, perturbation), as in [`Splits.assign`], whether it is in the data or not."""
+        whole = self.split_of_context(dataset, context)
+        if whole is not None:
+            return whole
         for split, names in self.fewshot.get((dataset, context), {}).items():
             if perturbation in names:
                 return split
-        return self.zeroshot.get((dataset, context), "train" if dataset in self.training else None)
+        return self.perturbations.get(perturbation, "train" if dataset in self.training else None)
+
+    def split_of_context(self, dataset: str, context: str) -> str | None:
+        """The split that a context is held out for as a whole, where it is."""
+        return self.zeroshot.get((dataset, context), self.contexts.get(context))

@@ -87,8 +87,17 @@ class Manifest:
                 "`cellstate prepare`"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(cls, text: str, path: str | os.PathLike) -> "Manifest":
+        """The manifest in a text; `path` is for errors."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:

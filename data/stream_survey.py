@@ -385,7 +385,7 @@ def _fit(values: StateProcessor, counts: "Counter[CellKey]", splits: Splits | No
     names, contexts, batches = set(), set(), set()
     for key in counts:
         if key.perturbation == values.control:
-            training = splits is None or (key.dataset in splits.training and key[:2] not in splits.zeroshot)
+            training = splits is None or (key.dataset in splits.training and splits.split_of_context(*key[:2]) is None)
         else:
             training = _split_of(splits, *key[:3]) == "train"
         if training:

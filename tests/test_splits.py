@@ -462,7 +462,7 @@ def test_the_strategy_no_stays_no(tmp_path):
         (YAML + "  genes: 3", [], "unknown field 'genes' in section 'training'; it belongs to section 'data'"),
         (YAML + "modle: {}", [], "unknown section 'modle'; did you mean 'model'"),
         ("data: [a]", [], "section 'data' should hold `field: value` lines, found ['a']"),
-        ("- a", [], "expected the sections ['data', 'model', 'training', 'prepare'], found list"),
+        ("- a", [], "expected the sections ['data', 'model', 'training', 'stream', 'prepare'], found list"),
         ("data: {", [], "is not valid YAML"),
         (YAML, ["--control"], "data.control: expected str, found True"),
         (YAML, ["--test_contexts", "NO"], "data.test_contexts: expected list, found False"),

@@ -9,16 +9,17 @@ from typing import ClassVar
 import yaml
 
 from cellstate.configuration_state import closest
-from cellstate.data.arguments import DataArguments, PrepareArguments
+from cellstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
 
 
 @dataclass
 class RunConfig:
-    """The sections: data arguments, model fields (`preset` and any field of the config), training and store arguments."""
+    """The sections: data, model fields (`preset` and any field of the config), training, stream and store arguments."""
 
     data: DataArguments
     model: dict
     training: dict
+    stream: StreamArguments
     prepare: PrepareArguments
 
 
@@ -29,7 +30,7 @@ def load_run_config(
     Read a run from YAML, flags winning over it.
 
     Args:
-        path (`str`): YAML file with the sections `data`, `model` and `training` (and `prepare`, for stores).
+        path (`str`): YAML file with the sections `data`, `model` and `training` (and `stream`, or `prepare`).
         flags (`list[str]`): `--field value` or `--section.field value`; values are read as YAML, several words after a
             flag are a list.
         model_fields, training_fields (`set[str]`, *optional*): fields of the model's config and of the training
@@ -48,6 +49,7 @@ def load_run_config(
         "data": {f.name for f in dataclasses.fields(DataArguments)},
         "model": model_fields and model_fields | {"preset"},
         "training": training_fields,
+        "stream": {f.name for f in dataclasses.fields(StreamArguments)},
         "prepare": {f.name for f in dataclasses.fields(PrepareArguments)},
     }
     not_looked_at = [section for section, names in known.items() if names is None]
@@ -64,7 +66,9 @@ def load_run_config(
                     f"{path}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
                 )
     known = {section: names for section, names in known.items() if section not in not_looked_at}
-    merged = {section: dict(content.get(section) or {}) for section in ("data", "model", "training", "prepare")}
+    merged = {
+        section: dict(content.get(section) or {}) for section in ("data", "model", "training", "stream", "prepare")
+    }
     for name, value in _parse_flags(flags):
         section, _, field_name = name.rpartition(".")
         if section:
@@ -84,8 +88,8 @@ def load_run_config(
         if name.endswith("_strategy") and value is False:
             # YAML reads the strategy `no` as false.
             merged["training"][name] = "no"
-    prepare = PrepareArguments(**merged["prepare"])
-    return RunConfig(DataArguments(**merged["data"]), merged["model"], merged["training"], prepare)
+    stream, prepare = StreamArguments(**merged["stream"]), PrepareArguments(**merged["prepare"])
+    return RunConfig(DataArguments(**merged["data"]), merged["model"], merged["training"], stream, prepare)
 
 
 def _where(name: str, section: str | None, known: dict[str, set[str]]) -> str:

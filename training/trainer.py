@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
+from cellstate.data.streaming import SentenceStream, read_stream_state
 from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
 from cellstate.hub.publish import hide, reveal
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
@@ -22,7 +24,7 @@ STAGING = ".partial"
 
 class StateTrainer(Trainer):
     r"""
-    Trains a perturbation model on a [`SentenceDataset`].
+    Trains a perturbation model on a [`SentenceDataset`] or a [`SentenceStream`].
 
     Beyond the `Trainer` of transformers it
 
@@ -30,11 +32,12 @@ class StateTrainer(Trainer):
     - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
-    - writes checkpoints that are whole or do not exist.
+    - writes checkpoints that are whole or do not exist;
+    - continues a stream where a checkpoint left it, without reading it from its start.
 
     Args:
-        model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset, eval_dataset
-            ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
+        model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
+            [`SentenceStream`]), eval_dataset ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
     """
 
@@ -49,6 +52,11 @@ class StateTrainer(Trainer):
         **kwargs,
     ):
         kwargs.setdefault("data_collator", SentenceCollator())
+        if isinstance(train_dataset, SentenceStream) and args.dataloader_num_workers > 0:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers}: a stream is read by the process that trains, whose "
+                "checkpoints hold its state; leave it at 0"
+            )
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -59,6 +67,27 @@ class StateTrainer(Trainer):
         self._mean_changes: MeanChanges | None = None
         self._staging = False
         self._reset_terms()
+
+    # Streams
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, SentenceStream):
+            return super().get_train_dataloader()
+        # As it is: accelerate would read a batch ahead of the state that is saved, and deal out a stream that each
+        # process reads its own part of.
+        return DataLoader(
+            self.train_dataset,
+            self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if isinstance(self.train_dataset, SentenceStream) and resume_from_checkpoint:
+            state = read_stream_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
+            self.train_dataset.load_state_dict(state)
+            self.args.ignore_data_skip = True  # the stream goes on where it stopped
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # Loss
 
@@ -194,6 +223,8 @@ class StateTrainer(Trainer):
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
+            if isinstance(self.train_dataset, SentenceStream) and not self.args.save_only_model:
+                self.train_dataset.save_state(staged)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"

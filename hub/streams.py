@@ -1,0 +1,121 @@
+"""Streams of cells: local parquet, cell stores and data sets on the Hub, read without a copy on disk."""
+
+from pathlib import Path
+
+from datasets import IterableDataset, load_dataset
+from huggingface_hub import HfApi, HfFileSystem
+
+from cellstate.data.arguments import StreamArguments
+from cellstate.data.reading import expand_paths
+from cellstate.data.store import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
+from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
+
+
+def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:
+    """
+    The stream that a run names.
+
+    Args:
+        contexts (`list[str]`, *optional*): use the cells of these contexts alone.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
+    """
+    manifest = _manifest(arguments)
+    columns, genes = _columns(arguments, manifest), None
+    if manifest is not None:
+        genes = manifest.genes if columns.gene_ids is not None else None
+    elif columns.gene_ids is not None:
+        if arguments.gene_names is None:
+            raise ValueError("stream: name the file that gives each gene id its name, with gene_names")
+        genes = read_gene_names(arguments.gene_names, arguments.gene_id_column, arguments.gene_name_column)
+    return CellStream(
+        _load(arguments, manifest, columns.names),
+        columns,
+        genes,
+        name=dataset_name(arguments),
+        contexts=contexts,
+        block_size=arguments.block_size,
+    )
+
+
+def dataset_name(arguments: StreamArguments) -> str:
+    """What the stream's cells are called where no column says their dataset: the last part of its path."""
+    name = Path(arguments.path).name
+    return Path(name).stem if name.endswith((".parquet", ".arrow")) else name
+
+
+def datasets_of(arguments: StreamArguments) -> list[str]:
+    """The datasets whose cells the stream holds."""
+    manifest = _manifest(arguments)
+    return [dataset_name(arguments)] if manifest is None else manifest.vocabularies["dataset"]
+
+
+def _is_local(arguments: StreamArguments) -> bool:
+    path = Path(arguments.path)
+    return path.exists() or arguments.path.count("/") != 1 or path.parent.is_dir()
+
+
+def _manifest(arguments: StreamArguments) -> Manifest | None:
+    """That of a cell store; None for other data."""
+    if _is_local(arguments):
+        path = Path(arguments.path) / STORE_FILE
+        return Manifest.from_file(path) if path.is_file() else None
+    repository = HfApi()
+    if not repository.file_exists(arguments.path, STORE_FILE, repo_type="dataset", revision=arguments.revision):
+        return None
+    at = f"@{arguments.revision}" if arguments.revision else ""
+    text = HfFileSystem().read_text(f"datasets/{arguments.path}{at}/{STORE_FILE}", encoding="utf-8")
+    return Manifest.from_text(text, f"{arguments.path}/{STORE_FILE}")
+
+
+def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamColumns:
+    if manifest is None:
+        if not arguments.columns:
+            raise ValueError(
+                f"stream: {arguments.path} is no cell store; say which column holds what with columns, e.g. {{perturbation: "
+                "drug, context: cell_line_id, gene_ids: genes, gene_values: expressions, marker: -2}"
+            )
+        fields = StreamColumns.__dataclass_fields__
+        unknown = sorted(set(arguments.columns) - set(fields))
+        if unknown:
+            raise ValueError(f"stream.columns: unknown {unknown}; expected some of {sorted(fields)}")
+        return StreamColumns(**arguments.columns)
+    if arguments.columns or arguments.gene_names:
+        raise ValueError(
+            f"stream: {arguments.path} is a cell store, whose columns are known; leave columns and gene_names out"
+        )
+    if manifest.layout == "dense" and manifest.expression is not None:
+        raise ValueError(
+            f"stream: {arguments.path} holds dense expression; stream a store that is sparse, or use data.store"
+        )
+    sparse = manifest.expression is not None
+    return StreamColumns(
+        dataset="dataset",
+        perturbation="perturbation",
+        context="context",
+        batch="batch" if "batch" in manifest.groups else None,
+        gene_ids=GENE_IDS if sparse else None,
+        gene_values=GENE_VALUES if sparse else None,
+        total=TOTAL if manifest.expression == "counts" else None,
+        embedding=EMBEDDING if manifest.embedding_dim is not None else None,
+    )
+
+
+def _load(arguments: StreamArguments, manifest: Manifest | None, columns: list[str]) -> IterableDataset:
+    if not _is_local(arguments):
+        return load_dataset(
+            arguments.path,
+            arguments.configuration,
+            split=arguments.split,
+            revision=arguments.revision,
+            streaming=True,
+        )
+    if manifest is not None:
+        files = [str(Path(arguments.path) / shard["file"]) for shard in manifest.shards]
+    else:
+        pattern = Path(arguments.path)
+        files = [str(file) for file in expand_paths(pattern / "*.parquet" if pattern.is_dir() else pattern)]
+    form = "arrow" if files[0].endswith(".arrow") else "parquet"
+    options = {"columns": columns} if form == "parquet" else {}  # other columns are not read at all
+    return load_dataset(form, data_files=files, split="train", streaming=True, **options)

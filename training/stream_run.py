@@ -1,0 +1,111 @@
+"""A run that trains on a stream."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cellstate.configuration_state import StateConfig
+from cellstate.data.sentences import SentenceDataset
+from cellstate.data.stream_survey import StreamSurvey, survey_stream
+from cellstate.data.streaming import SentenceStream, read_stream_state
+from cellstate.hub.streams import datasets_of, open_stream
+from cellstate.processing import StateProcessor
+from cellstate.training.arguments import StateTrainingArguments
+from cellstate.training.run_config import RunConfig
+
+
+def from_stream(
+    run: RunConfig, training_arguments: Callable, resume: str | None
+) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
+    """
+    Arguments, processor, what makes the datasets of the splits from a config, and a description.
+
+    Args:
+        training_arguments (`Callable`): makes the arguments of a run, given whether it has validation data.
+        resume (`str`, *optional*): checkpoint that is continued: its first look over the stream is not taken again.
+
+    Raises:
+        ValueError: fields of the run contradict one another; see also [`survey_stream`].
+    """
+    data, stream = run.data, run.stream
+    set_here = [name for name in ("datasets", "store") if getattr(data, name) is not None]
+    set_here += [
+        name for name in ("small_groups", "sentences_per_group") if getattr(data, name) not in ("pad", "proportional")
+    ]
+    if set_here:
+        raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
+    splits = data.splits_of_stream(datasets_of(stream))
+    held_out = {*splits.zeroshot.values(), *splits.contexts.values(), *splits.perturbations.values()}
+    held_out |= {split for of in splits.fewshot.values() for split, names in of.items() if names}
+    args = training_arguments(run, has_validation="val" in held_out)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    source = open_stream(stream, data.contexts)
+    if resume is not None:
+        processor = StateProcessor.from_pretrained(resume)
+        state = read_stream_state(resume, args.process_index, args.world_size)
+        survey = StreamSurvey.from_state(state, processor, splits)
+    else:
+        survey = survey_stream(
+            source,
+            splits,
+            seed=seed,
+            progress=args.should_log and not args.disable_tqdm,
+            **data.survey_options(),
+            **stream.survey_options(),
+        )
+
+    def datasets(config: StateConfig) -> dict:
+        if config.batch_encoder or config.batch_token:
+            unknown = sorted(set(survey.batch_names) - set(survey.processor.vocabulary.batches))
+            if unknown:
+                raise ValueError(
+                    f"the stream has control cells of batches without training cells: {unknown[:10]}; a model with "
+                    "batch_encoder or batch_token cannot place them: leave those options out"
+                )
+        made = {
+            "train": SentenceStream(
+                source,
+                survey,
+                config.set_size,
+                seed=seed,
+                control_sentences=data.control_sentences,
+                heldout_controls=data.heldout_controls,
+                buffer_cells=stream.buffer_cells,
+                shuffle_sentences=stream.shuffle_sentences,
+                rank=args.process_index,
+                world_size=args.world_size,
+                endless=True,
+            )
+        }
+        for split in ("val", "test"):
+            cells = survey.to_cells(split)
+            if cells is not None:
+                made[split] = SentenceDataset(
+                    cells,
+                    survey.processor,
+                    split,
+                    config.set_size,
+                    seed=seed,
+                    control_matching=data.control_matching,
+                    shuffle=False,
+                )
+        return made
+
+    return args, survey.processor, datasets, _describe(survey, Path(stream.path))
+
+
+def _describe(survey: StreamSurvey, path: Path) -> str:
+    """What the run trains on, in a few lines."""
+    sizes: dict[str, int] = {}
+    for key, count in survey.counts.items():
+        split = survey.split_of(*key) or "unused"
+        sizes[split] = sizes.get(split, 0) + count
+    vocabulary = survey.processor.vocabulary
+    return "\n".join(
+        [
+            f"{path}: a stream; first look at {survey.cells} cells" + ("" if survey.complete else ", not all of it"),
+            "splits: "
+            + ", ".join(f"{name} {count}" for name, count in sorted(sizes.items(), key=lambda item: -item[1])),
+            f"{len(survey.controls)} control cells to draw from; {len(vocabulary.perturbations)} single perturbations, "
+            f"{len(vocabulary.contexts)} training contexts",
+        ]
+    )
