@@ -47,35 +47,57 @@ EPOCHS = 5
 
 
 def write_files(folder: Path, cells: int) -> dict[int, tuple[Path, int]]:
-    """The files of each number of genes, and how many cells they hold. In a process of its own, as the readers."""
+    """The file of each number of genes, and how many cells it holds. In a process of its own, as the readers."""
     files = {}
     for genes, (density, part, dense) in FILES.items():
-        target = folder / f"{genes}_genes"
-        command = [sys.executable, str(HERE / "loader_data.py"), str(target), "--cells", str(int(cells * part))]
+        path = folder / f"{genes}_genes.h5ad"
+        command = [sys.executable, str(HERE / "loader_data.py"), str(path), "--cells", str(int(cells * part))]
         command += ["--genes", str(genes), "--density", str(density)] + ["--dense"] * dense
-        files[genes] = target, int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        files[genes] = path, int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return files
 
 
-def run_reader(name: str, job: dict, peers_python: str, folder: Path) -> dict:
-    """What the reader measured, `{"missing": package}`, or `{"failed": its last words}`."""
-    # This process stays small: on Linux a child's peak memory starts from that of the process that started it.
-    job_file, result_file = folder / "job.json", folder / "result.json"
-    job_file.write_text(json.dumps(job))
-    result_file.unlink(missing_ok=True)
-    python = peers_python if READERS[name].peer else sys.executable
-    command = [python, str(HERE / "loader_readers.py"), name, str(job_file), str(result_file)]
-    process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if process.returncode:
-        print(f"{name} failed on {job}:\n{process.stderr[-3000:]}", file=sys.stderr)
-        return {"failed": process.stderr.strip().splitlines()[-1]}
-    return json.loads(result_file.read_text())
+class Runner:
+    """Runs readers, each in a process of its own, and what they need prepared once a file."""
 
+    def __init__(self, readers: list[str], peers_python: str, folder: Path):
+        self.readers, self.peers_python, self.folder = readers, peers_python, folder
+        self.preparations: dict[Path, dict] = {}
+        self.failed = False
 
-def make_job(files: dict[int, tuple[Path, int]], genes: int, layout: str, set_size: int, **limits) -> dict:
-    folder = files[genes][0]
-    paths = {order: str(folder / order / "screen.h5ad") for order in ("random", "grouped")}
-    return {**paths, "genes": genes, "set_size": set_size, "dense": layout == "dense", **limits}
+    def run(self, name: str, file: Path, **job) -> dict:
+        """What the reader measured, `{"missing": package}`, or `{"failed": its last words}`."""
+        prepare = READERS[name].prepare
+        prepared = file.with_suffix("") / (prepare.__name__ if prepare else "nothing")
+        job = {"file": str(file), "prepared": str(prepared), "seconds": 0, "epochs": 0, **job}
+        if prepare and not prepared.exists():
+            prepared.mkdir(parents=True)
+            self.preparations[prepared.relative_to(self.folder)] = self._measure(name, {**job, "task": "prepare"})
+        return self._measure(name, job)
+
+    def _measure(self, name: str, job: dict) -> dict:
+        # This process stays small: on Linux a child's peak memory starts from that of the process that started it.
+        job_file, result_file = self.folder / "job.json", self.folder / "result.json"
+        job_file.write_text(json.dumps(job))
+        result_file.unlink(missing_ok=True)
+        python = self.peers_python if READERS[name].peer else sys.executable
+        command = [python, str(HERE / "loader_readers.py"), name, str(job_file), str(result_file)]
+        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if process.returncode:
+            self.failed = True
+            print(f"{name} failed on {job}:\n{process.stderr[-3000:]}", file=sys.stderr)
+            return {"failed": process.stderr.strip().splitlines()[-1]}
+        return json.loads(result_file.read_text())
+
+    def speeds(self, seconds: float, repeats: int, **job) -> dict[str, list[dict]]:
+        results = {name: [] for name in self.readers}
+        for _ in range(repeats):
+            for name, runs in results.items():
+                runs.append(self.run(name, task="speed", seconds=seconds, **job))
+        return results
+
+    def epochs(self, **job) -> dict[str, dict]:
+        return {name: self.run(name, task="epochs", epochs=EPOCHS, **job) for name in self.readers}
 
 
 def unmeasured(results: list[dict]) -> str | None:
@@ -145,10 +167,21 @@ def epochs_table(results: dict[str, dict], epochs: int) -> str:
     return table(header, rows)
 
 
+def preparation_table(preparations: dict[Path, dict]) -> str:
+    rows = []
+    for path, result in preparations.items():
+        if unmeasured([result]) is not None:
+            rows.append([str(path), unmeasured([result]), "-", "-"])
+        else:
+            sizes = [f"{result[key] / MIB:,.0f}" for key in ("resident_peak", "bytes")]
+            rows.append([str(path), f"{result['seconds']:.1f}", *sizes])
+    return table(["file, preparation", "seconds", "peak (MiB)", "on disk (MiB)"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=40000, help="of the smaller number of genes; the larger has half")
-    parser.add_argument("--seconds", type=float, default=3.0, help="timed, of each reader and repeat")
+    parser.add_argument("--seconds", type=float, default=2.0, help="timed, of each reader and repeat")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS), metavar="READER")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter for other packages' readers")
@@ -164,39 +197,33 @@ def main():
         )
 
     begin = time.perf_counter()
-    failed = False
     load = os.getloadavg()[0]
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start, Python {platform.python_version()}"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        runner = Runner(arguments.readers, arguments.peers_python, folder)
         files = write_files(folder, arguments.cells)
         for genes, layout in LAYOUTS:
+            file, cells = files[genes]
             for set_size in SET_SIZES:
-                job = make_job(files, genes, layout, set_size, seconds=arguments.seconds, epochs=0)
-                results = {reader: [] for reader in arguments.readers}
-                for _ in range(arguments.repeats):
-                    for reader, runs in results.items():
-                        runs.append(run_reader(reader, job, arguments.peers_python, folder))
+                job = {"file": file, "genes": genes, "set_size": set_size, "dense": layout == "dense"}
+                results = runner.speeds(arguments.seconds, arguments.repeats, **job)
                 batch = 2 * SENTENCES * set_size * genes * 4 / MIB
                 print(f"\n## S = {set_size}, {genes:,} genes, {layout}\n")
-                print(f"{files[genes][1]:,} cells; a batch is {batch:,.0f} MiB.\n\n{speed_table(results)}", flush=True)
-                failed |= any("failed" in run for runs in results.values() for run in runs)
+                print(f"{cells:,} cells; a batch is {batch:,.0f} MiB.\n\n{speed_table(results)}", flush=True)
         if not arguments.quick:
-            small = write_files(folder / "epochs", int(arguments.cells * PART_FOR_EPOCHS))
+            files = write_files(folder / "epochs", int(arguments.cells * PART_FOR_EPOCHS))
             for genes, layout in LAYOUTS[::2]:
-                job = make_job(small, genes, layout, SET_SIZES[0], seconds=0, epochs=EPOCHS)
-                results = {
-                    reader: run_reader(reader, job, arguments.peers_python, folder) for reader in arguments.readers
-                }
-                print(
-                    f"\n## Memory over epochs, S = {SET_SIZES[0]}, {genes:,} genes, {layout}, {small[genes][1]:,} cells\n"
-                )
+                file, cells = files[genes]
+                results = runner.epochs(file=file, genes=genes, set_size=SET_SIZES[0], dense=layout == "dense")
+                print(f"\n## Memory over epochs, S = {SET_SIZES[0]}, {genes:,} genes, {layout}, {cells:,} cells\n")
                 print(epochs_table(results, EPOCHS), flush=True)
-                failed |= any("failed" in result for result in results.values())
+        if runner.preparations:
+            print(f"\n## Preparation, once a file\n\n{preparation_table(runner.preparations)}")
     print(f"\nwhole run: {time.perf_counter() - begin:.0f} s")
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if runner.failed else 0)
 
 
 if __name__ == "__main__":

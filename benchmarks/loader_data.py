@@ -1,10 +1,9 @@
 """
-The simulated `.h5ad` files that the readers of the loader benchmark read, written block by block:
+A simulated `.h5ad` for the readers of the loader benchmark, cells in random order, written block by block:
 
-    python benchmarks/loader_data.py FOLDER --cells 40000 --genes 2000 --density 0.1 --dense
+    python benchmarks/loader_data.py FILE --cells 40000 --genes 2000 --density 0.1 --dense
 
-writes the same cells as `FOLDER/random/screen.h5ad`, in random order, and as `FOLDER/grouped/screen.h5ad`, grouped by
-(cell type, perturbation), and prints how many cells there are.
+prints how many cells it holds.
 """
 
 import argparse
@@ -36,9 +35,9 @@ BATCHES = 4
 ROWS_AT_ONCE = 1000
 
 
-def write_screen(folder: Path, cells: int, genes: int, density: float, dense: bool) -> int:
+def write_screen(path: Path, cells: int, genes: int, density: float, dense: bool) -> int:
     """
-    Write both files of up to `cells` cells, about one in ten a control; returns how many cells they hold.
+    Write up to `cells` cells, about one in ten a control; returns how many.
 
     `X` is log1p of counts per 10,000 (CSR, float32), `layers["counts"]` the counts, and with `dense`, `obsm["X_hvg"]`
     the values of `X`.
@@ -55,39 +54,38 @@ def write_screen(folder: Path, cells: int, genes: int, density: float, dense: bo
     of_group[:, 0] = controls
     cell_type = np.repeat(np.arange(CELL_TYPES), of_group.sum(axis=1))
     perturbation = np.repeat(np.tile(np.arange(perturbations + 1), CELL_TYPES), of_group.ravel())
-    grouped = np.arange(len(cell_type))
-    for order, rows in (("grouped", grouped), ("random", np.random.default_rng(SEED).permutation(grouped))):
-        path = folder / order / "screen.h5ad"
-        path.parent.mkdir(parents=True)
-        _write(path, cell_type[rows], perturbation[rows], rows, genes, density, dense)
-    return len(grouped)
+    order = np.random.default_rng(SEED).permutation(len(cell_type))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, cell_type[order], perturbation[order], genes, density, dense)
+    return len(order)
 
 
-def _write(path: Path, cell_type, perturbation, cell, genes: int, density: float, dense: bool):
+def _write(path: Path, cell_type, perturbation, genes: int, density: float, dense: bool):
     names = np.array([CONTROL] + [f"p{i}" for i in range(1, perturbation.max() + 1)])
     obs = pd.DataFrame(
         {
             PERTURBATION: pd.Categorical(names[perturbation]),
             CELL_TYPE: pd.Categorical(np.array([f"line{i}" for i in range(CELL_TYPES)])[cell_type]),
-            BATCH: pd.Categorical(np.array([f"b{i}" for i in range(BATCHES)])[cell % BATCHES]),
+            BATCH: pd.Categorical(np.array([f"b{i}" for i in range(BATCHES)])[np.arange(len(cell_type)) % BATCHES]),
         },
-        index=[f"c{i}" for i in cell],
+        index=[f"c{i}" for i in range(len(cell_type))],
     )
     ad.AnnData(obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(genes)])).write_h5ad(path)
     code = group_code(cell_type, perturbation)
     stride = int(1 / density)
     expressed = (genes - MARK_GENES) // stride
+    generator = np.random.default_rng([SEED, genes])
     marks = code[:, None] >> np.arange(MARK_GENES) & 1
     indptr = np.concatenate([[0], np.cumsum(marks.sum(axis=1) + expressed)])
     with h5py.File(path, "r+") as file:
         # Not chunked, as anndata writes matrices by default.
         values, counts = (_new_csr(file, key, indptr, genes) for key in ("X", f"layers/{COUNTS}"))
         if dense:
-            matrix = file.create_dataset(f"obsm/{DENSE}", (len(cell), genes), dtype=np.float32)
+            matrix = file.create_dataset(f"obsm/{DENSE}", (len(obs), genes), dtype=np.float32)
             matrix.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        for start in range(0, len(cell), ROWS_AT_ONCE):
-            rows = slice(start, min(start + ROWS_AT_ONCE, len(cell)))
-            block = _counts(cell[rows], marks[rows], genes, stride)
+        for start in range(0, len(obs), ROWS_AT_ONCE):
+            rows = slice(start, min(start + ROWS_AT_ONCE, len(obs)))
+            block = _counts(marks[rows], genes, stride, generator)
             log1p = _log1p_cp10k(block)
             for group, part in ((counts, block), (values, log1p)):
                 group["data"][indptr[rows.start] : indptr[rows.stop]] = part.data
@@ -106,17 +104,14 @@ def _new_csr(file: h5py.File, key: str, indptr: np.ndarray, genes: int) -> h5py.
     return group
 
 
-def _counts(cell: np.ndarray, marks: np.ndarray, genes: int, stride: int) -> sp.csr_matrix:
-    """Counts of some cells, one expressed gene in every `stride`. A cell, named by number, has the same in both files."""
+def _counts(marks: np.ndarray, genes: int, stride: int, generator: np.random.Generator) -> sp.csr_matrix:
+    """Counts of some cells: the genes of their marks, and one gene in every `stride`."""
     starts = np.arange(MARK_GENES, genes - stride + 1, stride)
-    columns, data = [], []
-    for number, mark in zip(cell, marks):
-        generator = np.random.default_rng([SEED, genes, number])
-        columns += [np.flatnonzero(mark), starts + generator.integers(stride, size=len(starts))]
-        data.append(generator.geometric(0.5, mark.sum() + len(starts)))
+    drawn = starts + generator.integers(stride, size=(len(marks), len(starts)))
+    indices = np.concatenate([part for mark, row in zip(marks, drawn) for part in (np.flatnonzero(mark), row)])
     indptr = np.concatenate([[0], np.cumsum(marks.sum(axis=1) + len(starts))])
-    matrix = (np.concatenate(data).astype(np.float32), np.concatenate(columns).astype(np.int32), indptr)
-    return sp.csr_matrix(matrix, shape=(len(cell), genes))
+    data = generator.geometric(0.5, len(indices)).astype(np.float32)
+    return sp.csr_matrix((data, indices.astype(np.int32), indptr), shape=(len(marks), genes))
 
 
 def _log1p_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
@@ -127,7 +122,7 @@ def _log1p_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("path", type=Path)
     parser.add_argument("--cells", type=int, required=True)
     parser.add_argument("--genes", type=int, required=True)
     parser.add_argument("--density", type=float, required=True)

@@ -8,6 +8,7 @@ tensors (B, S, genes), dense float32: control cells and perturbed cells. Every r
 else, so that the readers of other packages run in an environment without cellstate.
 """
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -24,7 +25,7 @@ import numpy as np
 
 SENTENCES = 8
 WARM_UP_SECONDS = 1.0
-SECONDS_BETWEEN_CHECKS_OF_WORKERS = 0.5
+SECONDS_BETWEEN_LOOKS_AT_WORKERS = 0.5
 SEED = 0
 
 # Of the simulated files.
@@ -52,18 +53,25 @@ class Job:
     One measurement.
 
     Args:
-        random, grouped (`str`): the same cells in random order, and grouped by (cell type, perturbation).
+        file (`str`): the `.h5ad`, cells in random order.
+        prepared (`str`): folder for what the reader makes of the file once, before it can be read.
         genes, set_size (`int`): genes of a cell, cells of a sentence.
         dense (`bool`): read the dense `obsm` entry, not the sparse `X`.
-        seconds (`float`): time batches for this long, after the warm-up. 0: run `epochs` instead.
-        epochs (`int`): whole epochs after each of which the resident memory is noted.
+        task (`str`): what is measured.
+
+            - `"prepare"`: the preparation: seconds, peak memory, bytes on disk
+            - `"speed"`: batches for `seconds`, after the warm-up: cells, seconds, peak memory
+            - `"epochs"`: the resident memory after each of `epochs`
+        seconds (`float`): of `"speed"`.
+        epochs (`int`): of `"epochs"`.
     """
 
-    random: str
-    grouped: str
+    file: str
+    prepared: str
     genes: int
     set_size: int
     dense: bool
+    task: str
     seconds: float
     epochs: int
 
@@ -80,20 +88,20 @@ class Reader:
         modules: what it imports, imported before the first look at memory.
         peer: another package's, which may have its own interpreter.
         sentences: its batches are cell sentences. Where False they are cells in any order, an easier task.
-        counts: it reads counts and normalises them while it reads.
+        prepare: makes what `open` reads, in `job.prepared`. Readers with the same one share what it makes.
     """
 
     open: Callable[[Job], Epochs]
     modules: tuple[str, ...]
     peer: bool = False
     sentences: bool = True
-    counts: bool = False
+    prepare: Callable[[Job], None] | None = None
 
 
 def in_memory(job: Job) -> Epochs:
     from cellstate.data import Splits, load_cells
 
-    splits = Splits(datasets={"screen": [Path(job.random)]}, training={"screen"})
+    splits = Splits(datasets={"screen": [Path(job.file)]}, training={"screen"})
     cells, processor = load_cells(splits, input=f"obsm/{DENSE}" if job.dense else "X", batch_key=BATCH)
     return _cellstate_epochs(cells, processor, job, workers=0)
 
@@ -121,7 +129,7 @@ def h5py_rows(job: Job) -> Epochs:
     import h5py
     import torch
 
-    file = h5py.File(job.random, "r")
+    file = h5py.File(job.file, "r")
     groups = _groups(file["obs"])
     if job.dense:
         matrix = file[f"obsm/{DENSE}"]
@@ -173,11 +181,20 @@ def _sentence_batches(groups, set_size: int, epoch: int) -> Iterator[tuple[np.nd
 
 
 def cell_load_random(job: Job) -> Epochs:
-    return _cell_load(job, job.random, consecutive=False)
+    return _cell_load(job, job.file, consecutive=False)
+
+
+def group_cells(job: Job):
+    """The copy, grouped by (cell type, perturbation), that consecutive loading asks for."""
+    import anndata as ad
+
+    cells = ad.read_h5ad(job.file)
+    order = cells.obs.sort_values([CELL_TYPE, PERTURBATION], kind="stable").index
+    cells[order].write_h5ad(Path(job.prepared, "grouped.h5ad"))
 
 
 def cell_load_consecutive(job: Job) -> Epochs:
-    return _cell_load(job, job.grouped, consecutive=True)
+    return _cell_load(job, str(Path(job.prepared, "grouped.h5ad")), consecutive=True)
 
 
 def _cell_load(job: Job, path: str, consecutive: bool) -> Epochs:
@@ -251,7 +268,7 @@ def scdataset_sentences(job: Job) -> Epochs:
     from torch.utils.data import DataLoader
 
     source, read, to_tensor = _scdataset_source(job)
-    with h5py.File(job.random, "r") as file:
+    with h5py.File(job.file, "r") as file:
         groups = _groups(file["obs"])
 
     def fetch(sentences, chosen):
@@ -289,20 +306,23 @@ def _scdataset_source(job: Job):
 
     if job.dense:
         # A backed AnnData reads `obsm` whole into memory; this stays on disk.
-        return h5py.File(job.random, "r")[f"obsm/{DENSE}"], lambda source, rows: source[rows], torch.from_numpy
-    backed = ad.read_h5ad(job.random, backed="r")
+        return h5py.File(job.file, "r")[f"obsm/{DENSE}"], lambda source, rows: source[rows], torch.from_numpy
+    backed = ad.read_h5ad(job.file, backed="r")
     return backed, lambda source, rows: source[rows].X, lambda cells: torch.from_numpy(cells.toarray())
 
 
 CELLSTATE = ("psutil", "torch", "cellstate.data")
+CELL_LOAD = ("psutil", "torch", "cell_load.data_modules")
 SCDATASET = ("psutil", "torch", "anndata", "h5py", "scdataset")
 
-# A further reader is one more line: a function of a job that returns its epochs.
+# Another reader is one more line here and a function of a job that returns its epochs. One on cellstate's own store
+# prepares it with `prepare=`, and ends in `_cellstate_epochs` with the store's cells: a line per number of workers, and
+# one for counts that are normalised as they are read.
 READERS = {
     "in-memory": Reader(in_memory, CELLSTATE),
     "h5py rows": Reader(h5py_rows, ("psutil", "torch", "h5py")),
-    "cell-load, random order": Reader(cell_load_random, ("psutil", "torch", "cell_load.data_modules"), peer=True),
-    "cell-load, consecutive": Reader(cell_load_consecutive, ("psutil", "torch", "cell_load.data_modules"), peer=True),
+    "cell-load, random order": Reader(cell_load_random, CELL_LOAD, peer=True),
+    "cell-load, consecutive": Reader(cell_load_consecutive, CELL_LOAD, peer=True, prepare=group_cells),
     "scDataset, sentences": Reader(scdataset_sentences, SCDATASET, peer=True),
     "scDataset, blocks": Reader(scdataset_blocks, SCDATASET, peer=True, sentences=False),
 }
@@ -359,50 +379,75 @@ def endless(epoch: Epochs) -> Iterator[tuple]:
             raise ValueError(f"epoch {number} has no batch: the file holds too few cells for {SENTENCES} sentences")
 
 
-def measure(reader: Reader, job: Job) -> dict:
-    for module in reader.modules:
-        importlib.import_module(module)
+def peak_memory() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measure_preparation(reader: Reader, job: Job) -> dict:
+    start = time.perf_counter()
+    reader.prepare(job)
+    seconds = time.perf_counter() - start
+    files = [path for path in Path(job.prepared).rglob("*") if path.is_file()]
+    return {"seconds": seconds, "resident_peak": peak_memory(), "bytes": sum(path.stat().st_size for path in files)}
+
+
+def measure_epochs(reader: Reader, job: Job) -> dict:
+    at_start, after = resident(), []
+    epoch = reader.open(job)
+    for number in range(job.epochs):
+        for _batch in epoch(number):
+            pass
+        del _batch
+        after.append(resident())
+    return {"resident_at_start": at_start, "resident_after_epochs": after}
+
+
+def measure_speed(reader: Reader, job: Job) -> dict:
     import psutil
 
     process = psutil.Process()
-    result = {"resident_at_start": resident()}
+    at_start = resident()
     start = time.perf_counter()
-    epoch = reader.open(job)
-    if job.seconds == 0:
-        result["resident_after_epochs"] = []
-        for number in range(job.epochs):
-            for _batch in epoch(number):
-                pass
-            del _batch
-            result["resident_after_epochs"].append(resident())
-        return result
-
-    batches = endless(epoch)
+    batches = endless(reader.open(job))
+    opened = time.perf_counter()
     batch = next(batches)
-    result["first_batch_seconds"] = time.perf_counter() - start
+    first = time.perf_counter() - start
     check(*batch, job, reader)
-    start = time.perf_counter()
-    while time.perf_counter() - start < WARM_UP_SECONDS:
+    while time.perf_counter() - opened < WARM_UP_SECONDS:
         batch = next(batches)
-    cells, of_workers = 0, 0
+    cells, of_workers = 0, _of_workers(process)
     start = now = looked = time.perf_counter()
     while now - start < job.seconds:
         batch = next(batches)
         cells += batch[1].shape[0] * batch[1].shape[1]
         now = time.perf_counter()
-        if now - looked > SECONDS_BETWEEN_CHECKS_OF_WORKERS:
+        if now - looked > SECONDS_BETWEEN_LOOKS_AT_WORKERS:
             of_workers, looked = max(of_workers, _of_workers(process)), now
-    unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {**result, "cells": cells, "seconds": now - start, "resident_peak": own + of_workers}
+    return {
+        "cells": cells,
+        "seconds": now - start,
+        "first_batch_seconds": first,
+        "resident_at_start": at_start,
+        "resident_peak": peak_memory() + of_workers,
+    }
+
+
+TASKS = {"prepare": measure_preparation, "speed": measure_speed, "epochs": measure_epochs}
 
 
 def main():
-    name, job, result = sys.argv[1:]
-    reader = READERS[name]
+    name, job_file, result_file = sys.argv[1:]
+    reader, job = READERS[name], Job(**json.loads(Path(job_file).read_text()))
     package = missing_package(reader)
-    outcome = {"missing": package} if package else measure(reader, Job(**json.loads(Path(job).read_text())))
-    Path(result).write_text(json.dumps(outcome))
+    if package is None:
+        # Before the first look at memory, so that "at start" is what the packages take.
+        for module in reader.modules:
+            importlib.import_module(module)
+        result = TASKS[job.task](reader, job)
+    else:
+        result = {"missing": package}
+    Path(result_file).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
