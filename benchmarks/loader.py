@@ -14,9 +14,12 @@ and 20,000 cells x 18,000 genes (one in twelve). They are read through the page 
 
 Each reader runs in a process of its own, in turns with the others, `--repeats` times: the best figure stands first, the
 worst in parentheses. Peak memory is the resident set at its highest: the interpreter and its packages (at start), pages
-of mapped files, and what workers hold alone. After the timing, five whole epochs of a quarter of the cells show whether
-memory grows. The sizes of fetches do not shrink with the files: readers that fetch many cells at once hold a larger part
-of these files than they would of a screen of millions.
+of mapped files, and what workers hold alone. Workers start anew each epoch, and epochs of these files are short. After
+the timing, five whole epochs of a quarter of the cells show whether memory grows.
+
+cell-load keeps its defaults: its sentences of control cells count as cells. "scDataset, blocks" is the easier task: cells
+in any order, which are not sentences. Fetches do not shrink with the files: a reader that fetches 16,384 cells at once
+holds a larger part of these files than it would of a screen of millions.
 
 Other packages' readers need `pip install cell-load scDataset psutil`, here or in the environment of `--peers-python`.
 """
@@ -199,7 +202,10 @@ def main():
     begin = time.perf_counter()
     load = os.getloadavg()[0]
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start, Python {platform.python_version()}"
+        f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start, Python {platform.python_version()}\n"
+        f"A cell is one perturbed cell of a batch of {SENTENCES} sentences; the control cell with it is not counted. Best of "
+        f"{arguments.repeats} (worst), {arguments.seconds:g} s each. On a machine that also does other work the figures are "
+        "provisional."
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
