@@ -22,6 +22,7 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
         FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
     """
     manifest = _manifest(arguments)
+    files = _files(arguments, manifest) if _is_local(arguments) else None
     columns, genes = _columns(arguments, manifest), None
     if manifest is not None:
         genes = manifest.genes if columns.gene_ids is not None else None
@@ -30,7 +31,7 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
             raise ValueError("stream: name the file that gives each gene id its name, with gene_names")
         genes = read_gene_names(arguments.gene_names, arguments.gene_id_column, arguments.gene_name_column)
     return CellStream(
-        _load(arguments, manifest, columns.names),
+        _load(arguments, files, columns.names),
         columns,
         genes,
         name=dataset_name(arguments),
@@ -102,20 +103,17 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
     )
 
 
-def _load(arguments: StreamArguments, manifest: Manifest | None, columns: list[str]) -> IterableDataset:
-    if not _is_local(arguments):
-        return load_dataset(
-            arguments.path,
-            arguments.configuration,
-            split=arguments.split,
-            revision=arguments.revision,
-            streaming=True,
-        )
+def _files(arguments: StreamArguments, manifest: Manifest | None) -> list[str]:
+    pattern = Path(arguments.path)
     if manifest is not None:
-        files = [str(Path(arguments.path) / shard["file"]) for shard in manifest.shards]
-    else:
-        pattern = Path(arguments.path)
-        files = [str(file) for file in expand_paths(pattern / "*.parquet" if pattern.is_dir() else pattern)]
+        return [str(pattern / shard["file"]) for shard in manifest.shards]
+    return [str(file) for file in expand_paths(pattern / "*.parquet" if pattern.is_dir() else pattern)]
+
+
+def _load(arguments: StreamArguments, files: list[str] | None, columns: list[str]) -> IterableDataset:
+    if files is None:
+        options = {"split": arguments.split, "revision": arguments.revision, "streaming": True}
+        return load_dataset(arguments.path, arguments.configuration, **options)
     form = "arrow" if files[0].endswith(".arrow") else "parquet"
     options = {"columns": columns} if form == "parquet" else {}  # other columns are not read at all
     return load_dataset(form, data_files=files, split="train", streaming=True, **options)

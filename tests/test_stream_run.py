@@ -1,0 +1,212 @@
+"""Runs that train on a stream: from a cell store, or from columns that are named, stopped and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cellstate.train
+from cellstate.data import prepare, simulate_screen
+from cellstate.data.arguments import DataArguments, PrepareArguments
+from cellstate.data.streaming import read_stream_state
+from cellstate.hub.stores import write_parquet
+
+
+ROOT = Path(__file__).parents[1]
+RUN = """
+data: {{val_contexts: [type_1], test_contexts: [type_3], test_perturbations: [pert_0+pert_1], control_matching: batch}}
+stream: {{path: {folder}/parquet, eval_cells: 16, block_size: 64, buffer_cells: 256, shuffle_sentences: 8}}
+model: {{preset: tiny, set_size: 8}}
+training:
+  output_dir: {folder}/run
+  max_steps: 12
+  save_steps: 4
+  eval_steps: 6
+  logging_steps: 1
+  load_best_model_at_end: false
+  per_device_train_batch_size: 4
+  learning_rate: 1.0e-3
+  disable_tqdm: true
+  use_cpu: true
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A store in five shards, and the same as parquet."""
+    folder = tmp_path_factory.mktemp("stream")
+    adata = simulate_screen(
+        num_contexts=4, num_perturbations=3, num_genes=60, cells_per_group=20, combinations=[(0, 1)], seed=1
+    )
+    adata = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    adata.write_h5ad(folder / "screen.h5ad")
+    data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")}, batch_key="batch")
+    from cellstate.data import preparation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "_cells_of_shard", lambda *_: 100)
+        store = prepare(data, folder / "store", PrepareArguments(), quiet=True)
+    assert len(store.manifest.shards) == 5
+    write_parquet(store, folder / "parquet")
+    (folder / "run.yaml").write_text(RUN.format(folder=folder))
+    return folder
+
+
+def run(folder, output, *flags) -> dict:
+    return cellstate.train.main(["--config", str(folder / "run.yaml"), "--output_dir", str(output), *flags])
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder) -> Path:
+    metrics = run(folder, folder / "unbroken")
+    assert {"test_pearson", "test_energy", "test_no_change_energy", "test_perturbation_mean_energy"} <= set(metrics)
+    return folder / "unbroken"
+
+
+def assert_same_weights(one: Path, other: Path):
+    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_the_folder_is_that_of_any_run(unbroken):
+    vocabulary = json.loads((unbroken / "vocabulary.json").read_text())
+    assert vocabulary["contexts"] == ["type_0", "type_2"] and vocabulary["perturbations"] == [
+        "pert_0",
+        "pert_1",
+        "pert_2",
+    ]
+    assert len(vocabulary["genes"]) == 60 and vocabulary["batches"] == ["b0", "b1"]
+    history = json.loads((unbroken / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_energy" in entry for entry in history) == 2
+    assert not list(unbroken.rglob("*.partial"))
+
+
+def test_arrow_and_parquet_are_the_same_stream(folder, unbroken):
+    run(folder, folder / "arrow", "--stream.path", str(folder / "store"))
+    assert_same_weights(folder / "arrow", unbroken)
+
+
+def test_killed_and_continued_it_ends_with_the_same_weights(folder, unbroken, tmp_path):
+    words = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        str(folder / "run.yaml"),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if "'loss'" in line and (tmp_path / "checkpoint-4").exists():
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept and "config.json" not in kept
+    state = read_stream_state(tmp_path / "checkpoint-4")
+    assert state["pass"]["sentences"] >= 16
+    done = subprocess.run([*words, "--resume_from_checkpoint", "last"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resuming from" in done.stderr
+    assert_same_weights(tmp_path, unbroken)
+
+
+def test_two_processes_read_a_stream_once(folder, tmp_path):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"]
+    accelerate += ["--multi_gpu", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    words = [*accelerate, str(ROOT / "train.py"), "--config", str(folder / "run.yaml"), "--output_dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*words, "--max_steps", "4"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    positions = [read_stream_state(tmp_path / "checkpoint-4", rank, 2)["pass"]["position"] for rank in (0, 1)]
+    assert all(rows > 0 for *_, rows in positions)
+    with pytest.raises(FileNotFoundError, match="expected the state of rank 0 of 1"):
+        run(folder, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4"))
+
+
+def test_columns_are_named(folder, tmp_path):
+    """The layout of the published drug atlas: a marker first, gene ids of a table, labels of other names."""
+    import anndata as ad
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    adata = ad.read_h5ad(folder / "screen.h5ad")
+    adata.obs["drug"] = adata.obs["perturbation"].astype(str).replace("control", "DMSO_TF")
+    rows = []
+    for cell, obs in zip(adata.X, adata.obs.itertuples()):
+        genes, values = [1, *(cell.indices + 100).tolist()], [-2.0, *cell.data.tolist()]
+        rows.append({"genes": genes, "expressions": values, "drug": obs.drug, "cell_line_id": obs.cell_type})
+    (tmp_path / "atlas").mkdir()
+    for i in range(2):
+        pq.write_table(pa.Table.from_pylist(rows[i::2]), tmp_path / "atlas" / f"{i}.parquet")
+    names = pa.table({"token_id": list(range(100, 160)), "gene_symbol": adata.var_names.tolist()})
+    pq.write_table(names, tmp_path / "genes.parquet")
+    (tmp_path / "genes.txt").write_text("\n".join(adata.var_names[:40]) + "\n")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+data: {{control: DMSO_TF, test_contexts: [type_3], genes_file: {tmp_path}/genes.txt}}
+stream:
+  path: {tmp_path}/atlas
+  columns: {{perturbation: drug, context: cell_line_id, gene_ids: genes, gene_values: expressions, marker: -2}}
+  gene_names: {tmp_path}/genes.parquet
+  gene_id_column: token_id
+  gene_name_column: gene_symbol
+  block_size: 64
+model: {{preset: tiny, set_size: 8}}
+training: {{output_dir: {tmp_path}/run, max_steps: 3, disable_tqdm: true, use_cpu: true}}
+"""
+    )
+    metrics = cellstate.train.main(["--config", str(tmp_path / "run.yaml")])
+    assert np.isfinite(metrics["test_energy"])
+    from cellstate import StateProcessor
+
+    processor = StateProcessor.from_pretrained(tmp_path / "run")
+    assert processor.vocabulary.genes == adata.var_names[:40].tolist() and processor.normalize == "log1p_cp10k"
+    assert (processor.perturbation_key, processor.control, processor.context_key) == ("drug", "DMSO_TF", "cell_line_id")
+
+
+@pytest.mark.parametrize(
+    "flags, error, message",
+    [
+        (["--store", "s"], ValueError, "data: \\['store'\\] are not for a stream"),
+        (["--sentences_per_group", "equal"], ValueError, "data: \\['sentences_per_group'\\] are not for a stream"),
+        (["--stream.columns", "{perturbation: drug}"], ValueError, "is a cell store, whose columns are known"),
+        (["--stream.path", "gone/away/x.parquet"], FileNotFoundError, "gone/away/x.parquet: no such file"),
+        (
+            ["--test_contexts", "type_9"],
+            ValueError,
+            "held-out context 'type_9' is not in the data; did you mean 'type_",
+        ),
+        (["--test_perturbations", "pert_9"], ValueError, "held-out perturbation 'pert_9' is not in the data"),
+        (["--genes", "10"], ValueError, "highly variable genes are not chosen on a stream"),
+        (["--dataloader_num_workers", "1"], ValueError, "a stream is read by the process that trains"),
+        (["--fill_cells", "0"], ValueError, "fill_cells=0: expected at least 1 row"),
+    ],
+)
+def test_a_wrong_stream_is_one_clear_error(folder, tmp_path, flags, error, message):
+    with pytest.raises(error, match=message):
+        run(folder, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_columns_without_names_are_asked_for(folder, tmp_path):
+    flags = ["--stream.path", str(folder / "parquet" / "data")]
+    with pytest.raises(ValueError, match="is no cell store; say which column holds what with columns"):
+        run(folder, tmp_path / "run", *flags)
+    columns = "{perturbation: perturbation, context: context, gene_ids: gene_ids, gene_values: gene_values}"
+    with pytest.raises(ValueError, match="name the file that gives each gene id its name"):
+        run(folder, tmp_path / "run", *flags, "--stream.columns", columns)
+    with pytest.raises(ValueError, match="stream.columns: unknown \\['perturbatoin'\\]"):
+        run(folder, tmp_path / "run", *flags, "--stream.columns", "{perturbatoin: x}")
