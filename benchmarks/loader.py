@@ -9,12 +9,15 @@ tensors (8, S, genes). A cell, in cells per second, is a perturbed cell; the con
 counted. The first batch of every reader is checked: its shape, its values, and that each sentence holds one group and
 controls of its cell type.
 
+"store" is a cell store that `cellstate prepare` made: of log1p values, or, "of counts", of counts that are normalised as
+they are read. Pages of its files that are mapped count as resident memory.
+
 The files are simulated: 40,000 cells x 2,000 genes (one in ten expressed) with the same values in a dense `obsm` entry,
 and 20,000 cells x 18,000 genes (one in twelve). They are read through the page cache, warm.
 
 Each reader runs in a process of its own, in turns with the others, `--repeats` times: the best figure stands first, the
 worst in parentheses. Peak memory is the resident set at its highest: the interpreter and its packages (at start), pages
-of mapped files, and what workers hold alone. Workers start anew each epoch, and epochs of these files are short. After
+of mapped files, and what workers hold alone. Workers live on between epochs. After
 the timing, five whole epochs of a quarter of the cells show whether memory grows.
 
 cell-load keeps its defaults: its sentences of control cells count as cells. "scDataset, blocks" is the easier task: cells
@@ -71,7 +74,8 @@ class Runner:
     def run(self, name: str, file: Path, **job) -> dict:
         """What the reader measured, `{"missing": package}`, or `{"failed": its last words}`."""
         prepare = READERS[name].prepare
-        prepared = file.with_suffix("") / (prepare.__name__ if prepare else "nothing")
+        layout = "dense" if job["dense"] else "sparse"
+        prepared = file.with_suffix("") / (f"{prepare.__name__}, {layout}" if prepare else "nothing")
         job = {"file": str(file), "prepared": str(prepared), "seconds": 0, "epochs": 0, **job}
         if prepare and not prepared.exists():
             prepared.mkdir(parents=True)

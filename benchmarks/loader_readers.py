@@ -114,7 +114,13 @@ def _cellstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
     from cellstate.modeling_perturbation import CONTROL_CELLS, LABELS
 
     dataset = SentenceDataset(cells, processor, "train", set_size=job.set_size, seed=SEED, control_sentences=False)
-    loader = DataLoader(dataset, batch_size=SENTENCES, collate_fn=SentenceCollator(), num_workers=workers)
+    loader = DataLoader(
+        dataset,
+        batch_size=SENTENCES,
+        collate_fn=SentenceCollator(),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
 
     def epoch(number: int):
         dataset.set_epoch(number)
@@ -122,6 +128,40 @@ def _cellstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
             yield batch[CONTROL_CELLS], batch[LABELS]
 
     return epoch
+
+
+def make_store(job: Job):
+    """A cell store of what the job reads."""
+    _make_store(job, f"obsm/{DENSE}" if job.dense else "X")
+
+
+def make_store_of_counts(job: Job):
+    """A cell store of counts, one for any model."""
+    _make_store(job, f"layers/{COUNTS}")
+
+
+def _make_store(job: Job, source: str):
+    from cellstate.data import prepare
+    from cellstate.data.arguments import DataArguments
+
+    arguments = DataArguments(datasets=job.file, batch_key=BATCH, input=source)
+    prepare(arguments, Path(job.prepared, "store"), quiet=True)
+
+
+def store(job: Job) -> Epochs:
+    return _store(job, workers=0)
+
+
+def store_two_workers(job: Job) -> Epochs:
+    return _store(job, workers=2)
+
+
+def _store(job: Job, workers: int) -> Epochs:
+    from cellstate.data import CellStore, Splits, load_store
+
+    cells = CellStore(Path(job.prepared, "store"))
+    [name] = cells.groups["dataset"].unique()
+    return _cellstate_epochs(*load_store(cells, Splits({name: []}, {name})), job, workers)
 
 
 def h5py_rows(job: Job) -> Epochs:
@@ -315,10 +355,10 @@ CELLSTATE = ("psutil", "torch", "cellstate.data")
 CELL_LOAD = ("psutil", "torch", "cell_load.data_modules")
 SCDATASET = ("psutil", "torch", "anndata", "h5py", "scdataset")
 
-# Another reader is one more line here and a function of a job that returns its epochs. One on cellstate's own store
-# prepares it with `prepare=`, and ends in `_cellstate_epochs` with the store's cells: a line per number of workers, and
-# one for counts that are normalised as they are read.
 READERS = {
+    "store": Reader(store, CELLSTATE, prepare=make_store),
+    "store, 2 workers": Reader(store_two_workers, CELLSTATE, prepare=make_store),
+    "store of counts": Reader(store, CELLSTATE, prepare=make_store_of_counts),
     "in-memory": Reader(in_memory, CELLSTATE),
     "h5py rows": Reader(h5py_rows, ("psutil", "torch", "h5py")),
     "cell-load, random order": Reader(cell_load_random, CELL_LOAD, peer=True),

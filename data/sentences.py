@@ -142,6 +142,8 @@ class SentenceDataset(Dataset):
         self._cap = sentence_cap if split == "train" else None
         self._row_type = np.min_scalar_type(int(cells.groups["stop"].max()))
         self.multiple_of = multiple_of
+        # Shared with the processes of a loader, which may live on between epochs.
+        self._asked = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.set_epoch(0)
         if not len(self):
             raise ValueError(
@@ -151,6 +153,10 @@ class SentenceDataset(Dataset):
 
     def set_epoch(self, epoch: int):
         """Draw the sentences of this epoch."""
+        self._asked[0] = epoch
+        self._draw_epoch(epoch)
+
+    def _draw_epoch(self, epoch: int):
         generator = np.random.default_rng([self.seed, epoch])
         largest = np.array([min(self.set_size, len(group.controls)) for group in self.groups])
         counts = -(-np.array([len(group.rows) for group in self.groups]) // largest)
@@ -182,6 +188,8 @@ class SentenceDataset(Dataset):
 
     def rows(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Group number, perturbed rows and control rows of sentence `i` in this epoch."""
+        if self._asked[0] != self.epoch:
+            self._draw_epoch(int(self._asked[0]))
         index, (start, stop) = int(self._group[i]), self._bounds[i]
         targets, controls = self._rows[start:stop].astype(np.int64), self.groups[index].controls
         generator = np.random.default_rng([self.seed, self.epoch, i, 1])

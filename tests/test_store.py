@@ -405,6 +405,17 @@ def test_workers_give_the_same_stream(store, workers):
     assert count == len(dataset)
 
 
+def test_workers_that_live_on_draw_each_epoch_anew(store):
+    dataset, alone = datasets_of(store), datasets_of(store)
+    options = {"batch_size": 4, "collate_fn": SentenceCollator()}
+    loader = DataLoader(dataset, num_workers=1, persistent_workers=True, **options)
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        for one, other in zip(DataLoader(alone, **options), loader, strict=True):
+            assert torch.equal(one["labels"], other["labels"])
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_ranks_share_out_the_sentences(store, processes):
     dataset = datasets_of(store, multiple_of=4 * processes)
