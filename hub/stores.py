@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from cellstate.data.store import STORE_FILE, CellStore, Manifest
 
@@ -50,6 +52,7 @@ def open_store(name: str | os.PathLike) -> CellStore:
 
     Raises:
         FileNotFoundError, ValueError: there is no store, or it is not whole.
+        PermissionError, OSError: see [`on_the_hub`].
     """
     path = Path(name)
     if path.exists() or str(name).count("/") != 1 or path.parent.is_dir():
@@ -63,12 +66,40 @@ def open_store(name: str | os.PathLike) -> CellStore:
         cells = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     else:
         repository, _, revision = str(name).partition("@")
-        revision = HfApi().dataset_info(repository, revision=revision or None).sha  # all files of one commit
-        manifest = Manifest.from_file(
-            Path(hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=revision))
-        )
-        cells = load_dataset(repository, revision=revision, split="train")
+        with on_the_hub(str(name)):
+            revision = HfApi().dataset_info(repository, revision=revision or None).sha  # all files of one commit
+            manifest = Manifest.from_file(
+                Path(hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=revision))
+            )
+            cells = load_dataset(repository, revision=revision, split="train")
     return CellStore.of_files(path, manifest, [Path(file["filename"]) for file in cells.cache_files])
+
+
+@contextmanager
+def on_the_hub(name: str):
+    """One clear error for what the Hub refuses.
+
+    Raises:
+        FileNotFoundError: there is no such data set, revision or file.
+        PermissionError: this token may not read (or write) it.
+        OSError: the Hub cannot be reached, or has another problem.
+    """
+    try:
+        yield
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{name}: the Hub has no such data set, revision or {STORE_FILE}, or it is private and you are not logged in "
+            f"(hf auth login): {error.server_message or error}"
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        kind = PermissionError if status in (401, 403) else OSError
+        why = (
+            "this token may not do that; log in with another (hf auth login)"
+            if kind is PermissionError
+            else "try again later"
+        )
+        raise kind(f"{name}: the Hub answers {status}, {why}: {error.server_message or ''}") from error
 
 
 def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):
@@ -127,10 +158,13 @@ def push_store(
 
     Returns:
         `str`: the commit, to pin as `"user/name@commit"`.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: the Hub refuses; what was there stays as it was.
     """
     api = HfApi(token=token)
-    api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with on_the_hub(name), tempfile.TemporaryDirectory() as folder:
+        api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
         write_parquet(store, Path(folder) / "store", name)
         commit = api.upload_folder(
             repo_id=name,

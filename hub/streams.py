@@ -9,6 +9,7 @@ from cellstate.data.arguments import StreamArguments
 from cellstate.data.reading import expand_paths
 from cellstate.data.store import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
 from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
+from cellstate.hub.stores import on_the_hub
 
 
 def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:
@@ -62,11 +63,11 @@ def _manifest(arguments: StreamArguments) -> Manifest | None:
     if _is_local(arguments):
         path = Path(arguments.path) / STORE_FILE
         return Manifest.from_file(path) if path.is_file() else None
-    repository = HfApi()
-    if not repository.file_exists(arguments.path, STORE_FILE, repo_type="dataset", revision=arguments.revision):
-        return None
-    at = f"@{arguments.revision}" if arguments.revision else ""
-    text = HfFileSystem().read_text(f"datasets/{arguments.path}{at}/{STORE_FILE}", encoding="utf-8")
+    with on_the_hub(arguments.path):
+        if STORE_FILE not in HfApi().list_repo_files(arguments.path, repo_type="dataset", revision=arguments.revision):
+            return None
+        at = f"@{arguments.revision}" if arguments.revision else ""
+        text = HfFileSystem().read_text(f"datasets/{arguments.path}{at}/{STORE_FILE}", encoding="utf-8")
     return Manifest.from_text(text, f"{arguments.path}/{STORE_FILE}")
 
 
@@ -113,7 +114,8 @@ def _files(arguments: StreamArguments, manifest: Manifest | None) -> list[str]:
 def _load(arguments: StreamArguments, files: list[str] | None, columns: list[str]) -> IterableDataset:
     if files is None:
         options = {"split": arguments.split, "revision": arguments.revision, "streaming": True}
-        return load_dataset(arguments.path, arguments.configuration, **options)
+        with on_the_hub(arguments.path):
+            return load_dataset(arguments.path, arguments.configuration, **options)
     form = "arrow" if files[0].endswith(".arrow") else "parquet"
     options = {"columns": columns} if form == "parquet" else {}  # other columns are not read at all
     return load_dataset(form, data_files=files, split="train", streaming=True, **options)
