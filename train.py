@@ -24,10 +24,12 @@ from cellstate.data.splits import Splits
 from cellstate.data.store import load_store
 from cellstate.hub.card import render_card
 from cellstate.hub.publish import whole_or_nothing
+from cellstate.hub.stores import open_store
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
 from cellstate.training.run_config import RunConfig, load_run_config
+from cellstate.training.stream_run import from_stream
 from cellstate.training.trainer import StateTrainer
 
 
@@ -79,8 +81,6 @@ def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
         splits = run.data.resolve_splits()
         options = {"contexts": run.data.contexts, "hvg_on_all": run.data.hvg_on_all, **run.data.processor_options()}
         return *load_cells(splits, **options), splits
-    from cellstate.hub.stores import open_store  # runs from files need not wait for datasets
-
     store = open_store(run.data.store)
     run.data.check_store(store.manifest)
     splits = run.data.resolve_splits(store.groups)
@@ -224,8 +224,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.stream.path is None:
         args, processor, make_datasets, about = from_cells(run)
     else:
-        from cellstate.training.stream_run import from_stream
-
         args, processor, make_datasets, about = from_stream(run, training_arguments, resume)
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
