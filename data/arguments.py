@@ -100,10 +100,12 @@ class DataArguments:
         """Arguments of [`load_store`]."""
         return self._fit_options("contexts", "hvg_on_all", "genes", "normalize", "target_sum")
 
+    def chosen_genes(self) -> int | list[str] | None:
+        """The number of genes, or their names, where the section says either."""
+        return self.genes if self.genes_file is None else _read_names(Path(self.genes_file))
+
     def _fit_options(self, *names: str) -> dict:
-        options = {name: getattr(self, name) for name in names}
-        if self.genes_file is not None:
-            options["genes"] = _read_names(Path(self.genes_file))
+        options = {name: getattr(self, name) for name in names} | {"genes": self.chosen_genes()}
         if self.perturbation_features is not None:
             options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
         return options

@@ -29,6 +29,7 @@ from cellstate.cell_values import (
     resolve_normalisation,
     resolve_target_sum,
     shared_genes,
+    some,
     take_rows,
 )
 from cellstate.configuration_state import closest
@@ -91,8 +92,8 @@ def prepare(
     with _building(Path(output)) as folder:
         plan = _plan(data, splits, options, quiet)
         runs = _write_runs(plan, folder, num_proc, quiet)
-        shards = _write_shards(plan, folder, runs, num_proc, quiet)
-        _write_descriptions(plan, folder, shards, quiet)
+        shards = _write_shards(plan.layout, folder, runs, num_proc, quiet)
+        _write_descriptions(plan, folder, shards)
     return CellStore(output)
 
 
@@ -131,31 +132,43 @@ def _building(output: Path) -> Iterator[Path]:
 
 
 @dataclass
+class _Layout:
+    """How the cells are laid out; every process that reads or writes some of them gets it."""
+
+    groups: pd.DataFrame
+    sizes: np.ndarray
+    recipe: Recipe
+    options: PrepareArguments
+    obs_columns: dict[str, str]
+    cells_of_shard: int
+
+    @property
+    def cells(self) -> int:
+        return int(self.sizes.sum())
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.cells // self.cells_of_shard)
+
+
+@dataclass
 class _Plan:
     """Everything known before the cells are written."""
 
     sources: list[Source]
-    groups: pd.DataFrame
-    sizes: np.ndarray
-    recipe: Recipe
+    layout: _Layout
     reader: StateProcessor
-    options: PrepareArguments
-    obs_columns: dict[str, str]
-    cells_of_shard: int
     highly_variable: int | None
     notes: list[str]
 
-    @property
-    def num_shards(self) -> int:
-        return -(-int(self.sizes.sum()) // self.cells_of_shard)
-
     def next_places(self) -> list[np.ndarray]:
         """For each source the place of its first cell of each group: cells of a group stand in the order of files."""
-        place = np.cumsum(self.sizes) - self.sizes
+        sizes = self.layout.sizes
+        place = np.cumsum(sizes) - sizes
         places = []
         for source in self.sources:
             places.append(place.copy())
-            place = place + np.bincount(source.codes[source.codes >= 0], minlength=len(self.sizes))
+            place = place + np.bincount(source.codes[source.codes >= 0], minlength=len(sizes))
         return places
 
 
@@ -163,24 +176,8 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
     names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
     reader = StateProcessor(**{name: getattr(data, name) for name in names})
     sources, groups = find_groups(splits.datasets, reader, data.contexts)
-    for context in data.contexts or ():
-        if context not in set(groups["context"]):
-            found = sorted(groups["context"].unique())
-            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
-    groups, sizes = drop_empty(sources, groups)
-    if not len(groups):
-        raise ValueError("the files hold no cells")
-    if reader.control not in set(groups["perturbation"]):
-        raise ValueError(
-            f"no control cells: no cell has obs[{reader.perturbation_key!r}] == {reader.control!r}; say which label marks "
-            "the controls with control="
-        )
-    embedded = data.input.startswith("obsm/")
-    if data.gene_input is not None and not embedded:
-        raise ValueError(
-            f"gene_input={data.gene_input!r} goes with an embedding; input={data.input!r} is expression itself"
-        )
-    recipe = Recipe(data.gene_input if embedded else data.input, data.input if embedded else None, None, [])
+    groups, sizes = _check_groups(sources, groups, data)
+    recipe = _recipe(data)
     notes: list[str] = []
     if recipe.expression is not None:
         reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
@@ -189,34 +186,64 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
         if len(everything) > len(recipe.genes):
             left = len(everything) - len(recipe.genes)
             notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
-    total = sum(len(source.codes) for source in sources)
+    bar = partial(
+        tqdm, total=sum(len(source.codes) for source in sources), unit="cells", unit_scale=True, disable=quiet
+    )
 
     def trained_groups() -> np.ndarray:
         return trained_on(assign_splits(with_rows(groups, sizes), splits, reader.control), splits)
 
     if data.target_sum is not None:
-        where = recipe.expression or recipe.embedding
-        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="count") as bar:
+        with bar(desc="count") as progress:
             reader.target_sum = resolve_target_sum(
-                data.target_sum, reader.normalize, where, lambda: _totals(sources, recipe, trained_groups(), bar.update)
+                data.target_sum,
+                reader.normalize,
+                recipe.expression or recipe.embedding,
+                lambda: _totals(sources, recipe, trained_groups(), progress.update),
             )
     if options.knockdown_filter:
         if recipe.expression is None:
             raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
-        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="judge knock-downs") as bar:
-            notes += filter_knockdowns(sources, groups, recipe, reader, options, reader.target_sum, bar.update)
+        with bar(desc="judge knock-downs") as progress:
+            notes += filter_knockdowns(sources, groups, recipe, reader, options, reader.target_sum, progress.update)
         groups, sizes = drop_empty(sources, groups)
-    variable = None
-    if recipe.expression is not None and isinstance(data.genes, int):
+    genes = data.chosen_genes() if recipe.expression is not None else None
+    variable = genes if isinstance(genes, int) else None
+    if variable is not None:
         wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_groups()
-        with tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="choose genes") as bar:
-            recipe.genes = _variable_genes(sources, recipe, wanted, data.genes, reader.target_sum, bar.update)
-        variable = data.genes
-    elif recipe.expression is not None and data.genes is not None:
-        recipe.genes = listed_genes(data.genes, pd.Index(recipe.genes))
+        with bar(desc="choose genes") as progress:
+            recipe.genes = _variable_genes(sources, recipe, wanted, variable, reader.target_sum, progress.update)
+    elif genes is not None:
+        recipe.genes = listed_genes(genes, pd.Index(recipe.genes))
     columns = _obs_columns(sources, reader, options.obs_columns, notes)
-    cells_of_shard = _cells_of_shard(sources, recipe, options)
-    return _Plan(sources, groups, sizes, recipe, reader, options, columns, cells_of_shard, variable, notes)
+    layout = _Layout(groups, sizes, recipe, options, columns, _cells_of_shard(sources, recipe, options))
+    return _Plan(sources, layout, reader, variable, notes)
+
+
+def _check_groups(sources: list[Source], groups: pd.DataFrame, data: DataArguments) -> tuple[pd.DataFrame, np.ndarray]:
+    """The groups that have cells, and their sizes. ValueError where a context, the controls or all cells are missing."""
+    for context in data.contexts or ():
+        if context not in set(groups["context"]):
+            found = sorted(groups["context"].unique())
+            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
+    groups, sizes = drop_empty(sources, groups)
+    if not len(groups):
+        raise ValueError("the files hold no cells")
+    if data.control not in set(groups["perturbation"]):
+        raise ValueError(
+            f"no control cells: no cell has obs[{data.perturbation_key!r}] == {data.control!r}, found "
+            f"{some(groups['perturbation'].unique())}; say which label marks the controls with control="
+        )
+    return groups, sizes
+
+
+def _recipe(data: DataArguments) -> Recipe:
+    embedded = data.input.startswith("obsm/")
+    if data.gene_input is not None and not embedded:
+        raise ValueError(
+            f"gene_input={data.gene_input!r} goes with an embedding; input={data.input!r} is expression itself"
+        )
+    return Recipe(data.gene_input if embedded else data.input, data.input if embedded else None, None, [])
 
 
 def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple[str, str]:
@@ -322,16 +349,16 @@ class _Run:
 
 def _write_runs(plan: _Plan, folder: Path, num_proc: int, quiet: bool) -> list[_Run]:
     jobs = [
-        partial(_write_run, source, places, folder / f"run-{i}.arrow", plan)
+        partial(_write_run, source, places, folder / f"run-{i}.arrow", plan.layout)
         for i, (source, places) in enumerate(zip(plan.sources, plan.next_places()))
     ]
     sizes = [len(source.codes) for source in plan.sources]
     return _do(jobs, sizes, "read", num_proc, quiet, inner_progress=True)
 
 
-def _write_run(source: Source, places: np.ndarray, path: Path, plan: _Plan, progress=None) -> _Run:
+def _write_run(source: Source, places: np.ndarray, path: Path, layout: _Layout, progress=None) -> _Run:
     shards, largest, writer = [], 0.0, None
-    with open_source(source, plan.recipe) as reading, ExitStack() as stack:
+    with open_source(source, layout.recipe) as reading, ExitStack() as stack:
         for rows, block in reading.blocks():
             order = np.argsort(block.codes, kind="stable")
             codes = block.codes[order]
@@ -341,13 +368,13 @@ def _write_run(source: Source, places: np.ndarray, path: Path, plan: _Plan, prog
             places[codes[first]] += sizes
             if block.expression is not None and block.expression.nnz:
                 largest = max(largest, float(block.expression.data.max()))
-            batch = _arrow_of(block, reading.data.obs_rows(rows, list(plan.obs_columns)), rows.start, order, plan)
+            batch = _arrow_of(block, reading.data.obs_rows(rows, list(layout.obs_columns)), rows.start, order, layout)
             batch = batch.append_column(PLACE, pa.array(place))
             if writer is None:
                 writer = stack.enter_context(
                     pa.ipc.new_file(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
                 )
-            shard = place // plan.cells_of_shard
+            shard = place // layout.cells_of_shard
             edges = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1], True])
             for start, stop in zip(edges[:-1], edges[1:]):
                 writer.write_batch(batch.slice(start, stop - start))
@@ -357,14 +384,14 @@ def _write_run(source: Source, places: np.ndarray, path: Path, plan: _Plan, prog
     return _Run(path, shards, largest)
 
 
-def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, plan: _Plan) -> pa.RecordBatch:
+def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, layout: _Layout) -> pa.RecordBatch:
     """The cells of a block in another order."""
     columns: dict[str, pa.Array] = {}
     obs = obs.iloc[block.rows[order] - first]
     if block.expression is not None:
         part = block.expression[order]
-        values = part.data.astype(np.uint32 if plan.recipe.kind == "counts" else np.float32)
-        if plan.options.layout == "dense":
+        values = part.data.astype(np.uint32 if layout.recipe.kind == "counts" else np.float32)
+        if layout.options.layout == "dense":
             dense = sp.csr_matrix((values, part.indices, part.indptr), shape=part.shape).toarray()
             columns[EXPRESSION] = pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), part.shape[1])
         else:
@@ -377,7 +404,7 @@ def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, plan: _Pl
         flat = pa.array(np.ascontiguousarray(block.embedding[order]).ravel())
         columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(flat, block.embedding.shape[1])
     columns[BARCODE] = pa.array(obs.index.astype(str), type=pa.string())
-    for name, kind in plan.obs_columns.items():
+    for name, kind in layout.obs_columns.items():
         values = obs[name].astype(object).where(obs[name].notna(), None)
         if kind == "string":
             values = [None if value is None else str(value) for value in values]
@@ -388,14 +415,14 @@ def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, plan: _Pl
 # From runs to shards
 
 
-def _write_shards(plan: _Plan, folder: Path, runs: list[_Run], num_proc: int, quiet: bool) -> list[dict]:
-    value_type = _value_type(plan, max(run.largest for run in runs))
-    cells = int(plan.sizes.sum())
+def _write_shards(layout: _Layout, folder: Path, runs: list[_Run], num_proc: int, quiet: bool) -> list[dict]:
+    value_type = _value_type(layout, max(run.largest for run in runs))
+    cells = layout.cells
     jobs, sizes = [], []
-    for shard in range(plan.num_shards):
-        rows = range(shard * plan.cells_of_shard, min((shard + 1) * plan.cells_of_shard, cells))
-        path = folder / f"data-{shard:05d}-of-{plan.num_shards:05d}.arrow"
-        jobs.append(partial(_write_shard, shard, rows, path, runs, plan, value_type))
+    for shard in range(layout.num_shards):
+        rows = range(shard * layout.cells_of_shard, min((shard + 1) * layout.cells_of_shard, cells))
+        path = folder / f"data-{shard:05d}-of-{layout.num_shards:05d}.arrow"
+        jobs.append(partial(_write_shard, shard, rows, path, runs, layout, value_type))
         sizes.append(len(rows))
     shards = _do(jobs, sizes, "write", num_proc, quiet)
     for run in runs:
@@ -403,17 +430,19 @@ def _write_shards(plan: _Plan, folder: Path, runs: list[_Run], num_proc: int, qu
     return shards
 
 
-def _value_type(plan: _Plan, largest: float) -> pa.DataType:
-    if plan.recipe.kind == "counts":
-        if plan.options.dtype != "auto":
+def _value_type(layout: _Layout, largest: float) -> pa.DataType:
+    if layout.recipe.kind == "counts":
+        if layout.options.dtype != "auto":
             raise ValueError(
-                f"prepare.dtype={plan.options.dtype!r}: counts are stored exactly, as whole numbers; use 'auto'"
+                f"prepare.dtype={layout.options.dtype!r}: counts are stored exactly, as whole numbers; use 'auto'"
             )
         return pa.from_numpy_dtype(np.min_scalar_type(int(largest)))
-    return pa.float16() if plan.options.dtype == "float16" else pa.float32()
+    return pa.float16() if layout.options.dtype == "float16" else pa.float32()
 
 
-def _write_shard(shard: int, rows: range, path: Path, runs: list[_Run], plan: _Plan, value_type: pa.DataType) -> dict:
+def _write_shard(
+    shard: int, rows: range, path: Path, runs: list[_Run], layout: _Layout, value_type: pa.DataType
+) -> dict:
     parts = []
     for run in runs:
         numbers = [i for i, of in enumerate(run.shard_of_batch) if of == shard]
@@ -427,9 +456,9 @@ def _write_shard(shard: int, rows: range, path: Path, runs: list[_Run], plan: _P
     batch = table.drop_columns([PLACE]).combine_chunks().to_batches()[0].take(pa.array(order))
     del table, parts
     columns = {name: _final(batch.column(name), name, value_type) for name in batch.schema.names}
-    codes = np.searchsorted(np.cumsum(plan.sizes), np.arange(rows.start, rows.stop), side="right")
-    for name in plan.groups.columns:
-        names, of_group = np.unique(plan.groups[name].to_numpy().astype(str), return_inverse=True)
+    codes = np.searchsorted(np.cumsum(layout.sizes), np.arange(rows.start, rows.stop), side="right")
+    for name in layout.groups.columns:
+        names, of_group = np.unique(layout.groups[name].to_numpy().astype(str), return_inverse=True)
         columns[name] = pa.DictionaryArray.from_arrays(of_group[codes].astype(np.int32), names)
     final = pa.RecordBatch.from_pydict(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, final.schema) as writer:
@@ -452,25 +481,25 @@ def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
 # What is said of the store
 
 
-def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict], quiet: bool):
+def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
     """`store.json`, and the two files by which `datasets.load_from_disk` knows the folder."""
     vocabularies, groups = {}, {}
-    for name in plan.groups.columns:
-        names, codes = np.unique(plan.groups[name].to_numpy().astype(str), return_inverse=True)
+    for name in plan.layout.groups.columns:
+        names, codes = np.unique(plan.layout.groups[name].to_numpy().astype(str), return_inverse=True)
         vocabularies[name], groups[name] = names.tolist(), codes.tolist()
-    groups["offset"] = (np.cumsum(plan.sizes) - plan.sizes).tolist()
-    groups["length"] = plan.sizes.tolist()
+    groups["offset"] = (np.cumsum(plan.layout.sizes) - plan.layout.sizes).tolist()
+    groups["length"] = plan.layout.sizes.tolist()
     schema = pa.ipc.open_stream(pa.memory_map(str(folder / shards[0]["file"]))).schema
-    recipe = plan.recipe
+    recipe = plan.layout.recipe
     values = next(
         schema.field(name).type.value_type for name in (GENE_VALUES, EXPRESSION, EMBEDDING) if name in schema.names
     )
     manifest = Manifest(
-        cells=int(plan.sizes.sum()),
+        cells=plan.layout.cells,
         genes=recipe.genes,
         reading={name: getattr(plan.reader, name) for name in READING},
         expression=recipe.kind,
-        layout="dense" if plan.options.layout == "dense" else "sparse",
+        layout="dense" if plan.layout.options.layout == "dense" else "sparse",
         dtype=np.dtype(values.to_pandas_dtype()).name,
         embedding_dim=schema.field(EMBEDDING).type.list_size if EMBEDDING in schema.names else None,
         normalize=plan.reader.normalize,
@@ -478,7 +507,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict], quiet: bo
         vocabularies=vocabularies,
         groups=groups,
         shards=shards,
-        sources=[_describe(source, quiet) for source in plan.sources],
+        sources=[_describe(source) for source in plan.sources],
         highly_variable=plan.highly_variable,
         notes=plan.notes,
     )
@@ -486,7 +515,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict], quiet: bo
     manifest.write(folder / STORE_FILE)
 
 
-def _describe(source: Source, quiet: bool) -> dict:
+def _describe(source: Source) -> dict:
     files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
     digest, size = hashlib.sha256(), 0
     for path in files:

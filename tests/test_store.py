@@ -228,6 +228,41 @@ def test_genes_of_files_are_joined_by_name(whole, tmp_path):
         prepare(DataArguments(datasets=str(tmp_path), genes=["gene_20", "gene_2"]), tmp_path / "t", quiet=True)
 
 
+def test_genes_of_a_file(folder, tmp_path):
+    (tmp_path / "genes.txt").write_text("gene_9\n\ngene_2\n", encoding="utf-8")
+    named = arguments(folder, genes_file=str(tmp_path / "genes.txt"))
+    assert prepare(named, tmp_path / "s", quiet=True).manifest.genes == ["gene_9", "gene_2"]
+    _, processor = load_cells(named.resolve_splits(), **named.processor_options())
+    assert processor.vocabulary.genes == ["gene_9", "gene_2"]
+    with pytest.raises(ValueError, match="set one of `genes` and `genes_file`"):
+        arguments(folder, genes_file="x", genes=3)
+    for content, error, message in (
+        ("\n", ValueError, "found none"),
+        (None, FileNotFoundError, "no such file of gene"),
+    ):
+        (tmp_path / "empty.txt").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "empty.txt").write_text(content)
+        with pytest.raises(error, match=message):
+            arguments(folder, genes_file=str(tmp_path / "empty.txt")).chosen_genes()
+
+
+def test_the_target_sum_may_be_the_median_of_training_cells(folder, whole, tmp_path):
+    data = arguments(folder, target_sum="median", test_contexts=["type_1"])
+    store = prepare(data, tmp_path / "s", quiet=True)
+    training = whole[whole.obs["cell_type"] != "type_1"]
+    median = float(np.median(np.asarray(training.X.sum(axis=1))))
+    assert store.manifest.target_sum == median
+    plain = prepare(arguments(folder), tmp_path / "plain", quiet=True)
+    for opened, asked in ((store, None), (plain, "median")):
+        _, processor = load_store(opened, data.resolve_splits(opened.groups), target_sum=asked)
+        assert processor.target_sum == median and processor.normalize == "log1p_cp10k"
+    with pytest.raises(
+        ValueError, match="target_sum='median' is what counts are scaled to, but layers/log1p is used as"
+    ):
+        prepare(arguments(folder, input="layers/log1p", target_sum="median"), tmp_path / "t", quiet=True)
+
+
 def test_variable_genes_are_those_of_training_cells_in_memory(folder, tmp_path):
     held = {"test_contexts": ["type_1"], "genes": 25}
     store = prepare(arguments(folder, **held), tmp_path / "s", quiet=True)
