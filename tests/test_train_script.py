@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cellstate_cli
 from cellstate.data import simulate_screen
 
 
@@ -88,6 +89,18 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
     weights = [load_file(folder / name / "model.safetensors") for name in ("one", "two")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_processes_share_out_a_store_as_they_do_files(folder):
+    """Two processes with two workers each, from a store, learn what the same run from files does, bit for bit."""
+    assert cellstate_cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
+    flags = ["--max_steps", "10", "--save_steps", "10"]
+    train(folder, "--output_dir", str(folder / "from_files"), *flags, processes=2)
+    store = ["--store", str(folder / "store"), "--dataloader_num_workers", "2"]
+    train(folder, "--output_dir", str(folder / "from_store"), *flags, *store, processes=2)
+    files, stored = (load_file(folder / name / "model.safetensors") for name in ("from_files", "from_store"))
+    assert losses(folder / "from_files") == losses(folder / "from_store")
+    assert all(torch.equal(files[name], stored[name]) for name in files)
 
 
 def test_processes_that_accelerate_did_not_start_are_missed(folder):
