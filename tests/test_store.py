@@ -580,8 +580,8 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
                 CellStore(output)
             if (tmp_path / "s.partial" / "store.json").exists():  # killed just before it was renamed
                 assert_holds(CellStore(tmp_path / "s.partial"), whole)
-        kill_at += 4
-    assert kill_at > 10
+        kill_at += 3 if kill_at < 7 else 9  # when the folder is made, and at times through the rest
+    assert kill_at > 20
     assert_holds(CellStore(output), whole)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]  # nothing of the killed ones
 

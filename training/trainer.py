@@ -22,6 +22,13 @@ from cellstate.training.objectives import objective_for
 STAGING = ".partial"
 
 
+class _StreamLoader(DataLoader):
+    """A loader that tells its stream of the epoch, as the Trainer tells the loader."""
+
+    def set_epoch(self, epoch: int):
+        self.dataset.set_epoch(epoch)
+
+
 class StateTrainer(Trainer):
     r"""
     Trains a perturbation model on a [`SentenceDataset`] or a [`SentenceStream`].
@@ -75,7 +82,7 @@ class StateTrainer(Trainer):
             return super().get_train_dataloader()
         # As it is: accelerate would read a batch ahead of the state that is saved, and deal out a stream that each
         # process reads its own part of.
-        return DataLoader(
+        return _StreamLoader(
             self.train_dataset,
             self.args.train_batch_size,
             collate_fn=self.data_collator,
