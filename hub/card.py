@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from cellstate._version import __version__
 from cellstate.configuration_state import StateConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
+from cellstate.hub.stores import on_hub
 from cellstate.processing import StateProcessor
 from cellstate.training.run_config import RunConfig
 
@@ -45,8 +46,6 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         for name in ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
         if getattr(run.data, name)
     )
-    datasets = run.data.datasets if run.data.datasets is not None else run.data.splits
-    paths = datasets.values() if isinstance(datasets, dict) else [datasets]
     folder = run.training.get("output_dir", "runs/cellstate")
     card = ModelCard.from_template(
         ModelCardData(
@@ -61,7 +60,7 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         example=vocabulary.perturbations[0],
         processor=processor,
         reads=reads,
-        datasets=", ".join(os.path.basename(str(path)) for path in paths),
+        datasets=", ".join(_datasets(run)),
         features="dimensions of an embedding" if processor.values == "embedding" else "genes, " + processor.values,
         contexts=f"{len(vocabulary.contexts)}: " + ", ".join(vocabulary.contexts[:20]),
         perturbations=f"{len(vocabulary.perturbations)}: " + ", ".join(vocabulary.perturbations[:20]),
@@ -84,3 +83,12 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         ),
     )
     return card.content
+
+
+def _datasets(run: RunConfig) -> list[str]:
+    """What the cells were read from: names of files and folders, or of data sets on the Hub."""
+    streamed = f"{run.stream.path}@{run.stream.revision}" if run.stream.revision else run.stream.path
+    named = streamed or run.data.store or run.data.datasets or run.data.splits
+    names = list(named.values()) if isinstance(named, dict) else [named]
+    # A name on the Hub stays whole; of a path, which is nobody's business, the last part.
+    return [str(n) if on_hub(n) else os.path.basename(os.path.normpath(n)) for n in names]

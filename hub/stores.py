@@ -55,7 +55,7 @@ def open_store(name: str | os.PathLike) -> CellStore:
         PermissionError, OSError: see [`on_the_hub`].
     """
     path = Path(name)
-    if path.exists() or str(name).count("/") != 1 or path.parent.is_dir():
+    if not on_hub(name):
         manifest = Manifest.from_file(path / STORE_FILE)
         if all(shard["file"].endswith(".arrow") for shard in manifest.shards):
             return CellStore(path)
@@ -73,6 +73,12 @@ def open_store(name: str | os.PathLike) -> CellStore:
             )
             cells = load_dataset(repository, revision=revision, split="train")
     return CellStore.of_files(path, manifest, [Path(file["filename"]) for file in cells.cache_files])
+
+
+def on_hub(name: str | os.PathLike) -> bool:
+    """Whether a name means a data set on the Hub, `"user/name"`, and not a file or folder."""
+    path = Path(name)
+    return str(name).count("/") == 1 and not path.exists() and not path.parent.is_dir()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from cellstate.data.arguments import StreamArguments
 from cellstate.data.reading import expand_paths
 from cellstate.data.store import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
 from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
-from cellstate.hub.stores import on_the_hub
+from cellstate.hub.stores import on_hub, on_the_hub
 
 
 def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:
@@ -23,7 +23,7 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
         FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
     """
     manifest = _manifest(arguments)
-    files = _files(arguments, manifest) if _is_local(arguments) else None
+    files = _files(arguments, manifest) if not on_hub(arguments.path) else None
     columns, genes = _columns(arguments, manifest), None
     if manifest is not None:
         genes = manifest.genes if columns.gene_ids is not None else None
@@ -53,14 +53,9 @@ def datasets_of(arguments: StreamArguments) -> list[str]:
     return [dataset_name(arguments)] if manifest is None else manifest.vocabularies["dataset"]
 
 
-def _is_local(arguments: StreamArguments) -> bool:
-    path = Path(arguments.path)
-    return path.exists() or arguments.path.count("/") != 1 or path.parent.is_dir()
-
-
 def _manifest(arguments: StreamArguments) -> Manifest | None:
     """That of a cell store; None for other data."""
-    if _is_local(arguments):
+    if not on_hub(arguments.path):
         path = Path(arguments.path) / STORE_FILE
         return Manifest.from_file(path) if path.is_file() else None
     with on_the_hub(arguments.path):

@@ -486,6 +486,8 @@ def test_a_run_from_a_store_learns_what_one_from_files_does(folder, tmp_path, ca
     files, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "store"))
     vocabularies = [(tmp_path / name / "vocabulary.json").read_text() for name in ("files", "store")]
     assert vocabularies[0] == vocabularies[1]
+    assert "| datasets | halves |" in (tmp_path / "files" / "README.md").read_text()
+    assert "| datasets | s |" in (tmp_path / "store" / "README.md").read_text()
     for name in files:
         assert torch.equal(files[name], stored[name]), name
     for name in scores[0]:
