@@ -1,5 +1,6 @@
 """Matrices on disk, read row by row: dense, CSR, and CSC turned into rows in bounded memory."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -182,12 +183,18 @@ class CSRMatrix:
 
 def check_chunks(array, name: str):
     """
-    ValueError where chunks of an array in a zarr are gone. They read as zeros or empty text, and zarr leaves chunks out
-    that hold nothing else: this is for arrays that never do.
+    ValueError where chunks of an array are gone. They read as zeros or empty text, and zarr leaves chunks out that hold
+    nothing else: this is for arrays that never do.
     """
-    if not isinstance(array, h5py.Dataset) and array.nchunks_initialized < array.nchunks:
-        missing = array.nchunks - array.nchunks_initialized
-        raise ValueError(f"{missing} of {array.nchunks} chunks of {name} are missing, or hold nothing but zeros")
+    if not isinstance(array, h5py.Dataset):
+        expected, found = array.nchunks, array.nchunks_initialized
+    elif array.chunks is not None:
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks))
+        found = array.id.get_num_chunks()
+    else:
+        return
+    if found < expected:
+        raise ValueError(f"{expected - found} of {expected} chunks of {name} are missing, or hold nothing but zeros")
 
 
 def split_rows(indptr: np.ndarray, values: int, cells: int) -> list[slice]:

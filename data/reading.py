@@ -89,12 +89,16 @@ class AnnDataFile:
                 self._file, self._groups = on_error.enter_context(h5py.File(self.path, "r")), h5py.Group
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
-            self.n_obs = len(self.obs) if self._whole_obs else self._obs[self._obs.attrs["_index"]].shape[0]
+            if self._whole_obs:
+                self.obs, self.var_names = self._tables_of_old()
+                self.n_obs = len(self.obs)
+            else:
+                self.n_obs = self._obs[self._obs.attrs["_index"]].shape[0]
+                self.var_names = _table(self._file["var"]).index
             for name in ("obs", "var"):
                 table = self._file[name]
                 if isinstance(table, self._groups):
                     check_chunks(table[table.attrs["_index"]], f"{name}/{table.attrs['_index']}")
-            self.var_names = _table(self._file["var"]).index
             self.X = self._reader("X", genes=True) if "X" in self._file else None
             self.layers = self._readers("layers", genes=True)
             self.obsm = self._readers("obsm", genes=False)
@@ -108,7 +112,20 @@ class AnnDataFile:
     def _readers(self, name: str, genes: bool) -> dict[str, RowReader]:
         if name not in self._file:
             return {}
+        if not isinstance(self._file[name], self._groups):  # as obs, one table of all
+            return {
+                key: RowReader(self._file[name][key], False, f"{name}/{key}", (self.n_obs, None), self._reading)
+                for key in self._file[name].dtype.names
+            }
         return {key: self._reader(f"{name}/{key}", genes) for key in self._file[name].keys()}
+
+    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.Index]:
+        """The table of the cells and the names of the genes, which anndata puts together from parts of the file."""
+        adata = ad.read_h5ad(self.path, backed="r")
+        try:
+            return _native(adata.obs), adata.var_names.astype(str)
+        finally:
+            adata.file.close()
 
     def _reading(self):
         return _reading(self.path)

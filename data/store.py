@@ -30,6 +30,8 @@ FORMAT_VERSION = 1
 GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
+_COUNTS = ("uint8", "uint16", "uint32")
+
 READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
 
 
@@ -117,7 +119,7 @@ class Manifest:
             "reading": isinstance(self.reading, dict) and set(self.reading) == set(READING),
             "expression": self.expression in (None, "counts", "log1p"),
             "layout": self.layout in ("sparse", "dense"),
-            "dtype": isinstance(self.dtype, str),
+            "dtype": self.dtype in (_COUNTS if self.expression == "counts" else ("float32", "float16")),
             "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
             "normalize": self.normalize in ("none", "log1p_cp10k"),
             "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
@@ -228,10 +230,9 @@ class CellStore:
     def _pieces(self) -> "list[_Piece]":
         pieces, first = [], 0
         for file in self._files:
-            with _reading_arrow(file):
-                for batch in _batches(file):
-                    pieces.append(_Piece(first, batch, self.manifest, file))
-                    first += batch.num_rows
+            for batch in _batches(file):
+                pieces.append(_Piece(first, batch, self.manifest, file))
+                first += batch.num_rows
         if first != len(self):
             raise ValueError(f"{self.path}: expected {len(self)} cells, found {first}; prepare the store again")
         return pieces
@@ -288,7 +289,7 @@ class CellStore:
         frame = pd.DataFrame(index=range(len(rows)), columns=names, dtype=object)
         parts = []
         for piece, local, place in self.locate(rows):
-            taken = piece.labels(names).take(pa.array(local)).to_pandas()
+            taken = piece.labels(names, local)
             parts.append(taken.set_axis(np.arange(len(rows))[place]))
         frame = pd.concat(parts).sort_index()
         group = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
@@ -311,9 +312,7 @@ class CellStore:
     def batches_of_shards(self) -> Iterator[list[pa.RecordBatch]]:
         """The record batches of each Arrow file."""
         for file in self._files:
-            with _reading_arrow(file):
-                batches = _batches(file)
-            yield batches
+            yield _batches(file)
 
     def as_dataset(self):
         """The cells as a memory-mapped [`datasets.Dataset`], one row each."""
@@ -327,12 +326,13 @@ def _reading_arrow(file: Path):
     """One clear error for whatever a damaged file makes Arrow raise."""
     try:
         yield
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
 
 
 def _batches(file: Path) -> list[pa.RecordBatch]:
-    return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+    with _reading_arrow(file):
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
 
 
 class _Piece:
@@ -381,13 +381,13 @@ class _Piece:
     def _checked(self) -> set[str]:
         return set()
 
-    def labels(self, names: list[str]) -> pa.RecordBatch:
-        """The barcodes and columns of obs, checked where damage would be read from elsewhere in memory."""
+    def labels(self, names: list[str], rows: np.ndarray) -> pd.DataFrame:
+        """Barcodes and columns of obs of some rows, checked where damage would be read from elsewhere in memory."""
         with _reading_arrow(self.file):
             for name in set(names) - self._checked:
                 self.batch.column(name).validate(full=True)
                 self._checked.add(name)
-            return self.batch.select(names)
+            return self.batch.select(names).take(pa.array(rows)).to_pandas()
 
 
 def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
@@ -410,8 +410,9 @@ def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
             f"{file}: expected the columns { {name: str(expected[name]) for name in wrong} }, found "
             f"{ {name: str(found.get(name)) for name in wrong} }; prepare the store again"
         )
-    for name in expected.keys() - {BARCODE}:
-        batch.column(name).validate(full=True)
+    with _reading_arrow(file):
+        for name in expected.keys() - {BARCODE}:
+            batch.column(name).validate(full=True)
 
 
 def _matrix_of(column: "pa.FixedSizeListArray | pa.ListArray", width: int) -> np.ndarray:
