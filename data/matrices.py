@@ -70,6 +70,7 @@ class RowReader:
         if encoding in _COMPRESSED and encoding.startswith("csr"):
             return CSRMatrix(node, self._name)
         if encoding in _COMPRESSED:
+            check_numbers(node["data"].dtype, self._name)
             columns = CSRMatrix(node, self._name, transposed=True)
             if columns.nbytes <= self._in_memory:
                 return columns[:].T.tocsr()
@@ -134,7 +135,6 @@ class CSRMatrix:
         if np.shape(shape) != (2,) or min(shape) < 0:
             raise ValueError(f"shape of {name} should be cells x features, found {np.asarray(shape).tolist()}")
         self.shape = tuple(int(n) for n in shape)[:: -1 if transposed else 1]
-        check_numbers(self._data.dtype, name)
         self.dtype = native_numbers(np.empty(0, dtype=self._data.dtype)).dtype
         indptr = node["indptr"][:]
         if indptr.dtype.kind not in "iu" or self._indices.dtype.kind not in "iu":

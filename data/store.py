@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
+_OPTIONAL = ("batch_key", "gene_input", "combination_separator")
 _COUNTS = ("uint8", "uint16", "uint32")
 
 READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
@@ -112,11 +113,12 @@ class Manifest:
 
     def _wrong_fields(self) -> list[str]:
         """Names of the fields that hold what `cellstate prepare` never writes."""
-        names = {key for key in GROUP_KEYS if key != "batch" or key in self.vocabularies}
         fits = {
             "cells": _is_count(self.cells, 1),
             "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
-            "reading": isinstance(self.reading, dict) and set(self.reading) == set(READING),
+            "reading": isinstance(self.reading, dict)
+            and set(self.reading) == set(READING)
+            and all(type(value) is str or value is None and key in _OPTIONAL for key, value in self.reading.items()),
             "expression": self.expression in (None, "counts", "log1p"),
             "layout": self.layout in ("sparse", "dense"),
             "dtype": self.dtype in (_COUNTS if self.expression == "counts" else ("float32", "float16")),
@@ -124,7 +126,7 @@ class Manifest:
             "normalize": self.normalize in ("none", "log1p_cp10k"),
             "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
             "vocabularies": isinstance(self.vocabularies, dict)
-            and set(self.vocabularies) == names
+            and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
             and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),
             "shards": _is_list(self.shards, dict) and all(map(_is_shard, self.shards)),
             "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
@@ -140,7 +142,7 @@ class Manifest:
         keys, groups = [name for name in GROUP_KEYS if name in self.vocabularies], self.groups
         if not isinstance(groups, dict) or set(groups) != {*keys, "offset", "length"}:
             return False
-        if not all(_is_list(column, int) and len(column) == len(groups["length"]) for column in groups.values()):
+        if not all(_is_list(column, int) for column in groups.values()) or len(set(map(len, groups.values()))) > 1:
             return False
         codes = list(zip(*(groups[name] for name in keys)))
         known = all(0 <= code < len(self.vocabularies[name]) for name in keys for code in groups[name])
@@ -403,7 +405,8 @@ def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
         expected[EXPRESSION] = pa.list_(numbers, len(manifest.genes))
     elif manifest.expression is not None:
         expected |= {GENE_IDS: pa.list_(pa.int32()), GENE_VALUES: pa.list_(numbers)}
-    found = {name: batch.schema.field(name).type for name in expected if name in batch.schema.names}
+    with _reading_arrow(file):
+        found = {name: batch.schema.field(name).type for name in expected if name in batch.schema.names}
     if found != expected:
         wrong = [name for name, of in expected.items() if found.get(name) != of]
         raise ValueError(
