@@ -22,21 +22,56 @@ def some(names, count: int = 10) -> str:
     return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
+def check_numbers(dtype: np.dtype, name: str):
+    """ValueError unless values of a type are numbers. Complex ones, text and objects are not."""
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds values of type {dtype}, expected numbers")
+
+
+def check_matrix(matrix, name: str):
+    """ValueError unless it holds numbers in two dimensions."""
+    if len(matrix.shape) != 2:
+        raise ValueError(f"{name} has {len(matrix.shape)} dimensions, expected cells x features")
+    check_numbers(matrix.dtype, name)
+
+
+def native_numbers(values: np.ndarray) -> np.ndarray:
+    """The values in a type that scipy knows: not half precision, nor the byte order of another machine."""
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
 def take_rows(matrix, rows):
-    """Some rows of an in-memory or backed, dense or sparse matrix, in memory: CSR or ndarray."""
+    """
+    Some rows of an in-memory or backed, dense or sparse matrix, in memory: CSR or ndarray.
+
+    Raises:
+        ValueError: it does not hold numbers in two dimensions.
+    """
     taken = matrix.iloc[rows].to_numpy() if isinstance(matrix, pd.DataFrame) else matrix[rows]
     if not sp.issparse(taken):
-        return np.asarray(taken)
+        taken = np.asarray(taken)
+        check_matrix(taken, "the matrix")
+        return native_numbers(taken)
+    check_matrix(taken, "the matrix")
     taken = sp.csr_matrix(taken)
     if not taken.has_canonical_format:
-        # An entry that stands in parts would be checked, and log1p-transformed, part by part.
-        taken = taken.copy()
+        # An entry that stands in parts would be checked, and log1p-transformed, part by part. The sum of small whole
+        # numbers may not fit their type.
+        taken = taken.copy() if taken.dtype.kind == "f" else taken.astype(np.int64)
         taken.sum_duplicates()
     return taken
 
 
 def matrix_of(adata: ad.AnnData, source: str):
-    """The matrix that `"X"`, `"layers/NAME"` or `"obsm/NAME"` names. KeyError that lists what there is."""
+    """
+    The matrix that `"X"`, `"layers/NAME"` or `"obsm/NAME"` names.
+
+    Raises:
+        KeyError: there is none; what there is is listed.
+        ValueError: the name is none of these, or an embedding has no dimensions.
+    """
     if source == "X":
         if adata.X is None:
             raise KeyError(f"input 'X': the data have no X, found layers {some(adata.layers)}")
@@ -47,7 +82,10 @@ def matrix_of(adata: ad.AnnData, source: str):
     holder = adata.layers if kind == "layers" else adata.obsm
     if name not in holder:
         raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
-    return holder[name]
+    matrix = holder[name]
+    if kind == "obsm" and matrix.shape[1] == 0:
+        raise ValueError(f"{source} has no dimensions, expected at least one")
+    return matrix
 
 
 def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):
@@ -189,6 +227,8 @@ def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
     """The genes that all data have, in the order of the first. ValueError where names stand twice or none is common."""
     shared = adatas[0].var_names
     for data in adatas:
+        if len(data.var_names) == 0:
+            raise ValueError("the data have no genes, expected at least one name in var")
         if not data.var_names.is_unique:
             duplicates = data.var_names[data.var_names.duplicated()].unique()
             raise ValueError(

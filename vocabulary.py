@@ -227,7 +227,7 @@ def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
 
     Raises:
         KeyError: there is no such column; those that exist are listed.
-        ValueError: a label is empty or blank.
+        ValueError: a label is empty or blank, or holds a NUL character.
     """
     frame = {}
     for name, key in columns.items():
@@ -245,6 +245,9 @@ def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
         if blank.any():
             first = obs.index[blank][0]
             raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
+        cut = next((label for label in frame[name] if "\0" in label), None)
+        if cut is not None:  # pandas and HDF5 take the text before it for the whole
+            raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
     return pd.DataFrame(frame, index=obs.index)
 
 

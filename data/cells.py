@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cellstate.configuration_state import closest
-from cellstate.data.reading import read_h5ad
+from cellstate.data.reading import naming, read_h5ad
 from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
 
@@ -149,17 +149,20 @@ def load_cells(
     """
     reader = processor or label_reader(processor_options)
     adatas: list[ad.AnnData] = []
-    frames = []
+    files, frames = [], []
     for name, paths in splits.datasets.items():
         for path in paths:
             data = read_h5ad(path)
             adatas.append(data)
-            frames.append(reader.labels(data).assign(dataset=name))
+            files.append(path)
+            with naming(path):
+                frames.append(reader.labels(data).assign(dataset=name))
     labels = pd.concat(frames, ignore_index=True)
     keep = keep_contexts(labels, contexts)
     if not keep.all():
         masks = np.split(keep, np.cumsum([data.n_obs for data in adatas])[:-1])
         adatas, labels = [data[mask] for data, mask in zip(adatas, masks)], labels[keep]
+    files = [path for path, data in zip(files, adatas) if data.n_obs]
     adatas = [data for data in adatas if data.n_obs]
     if not adatas:
         raise ValueError("the files hold no cells")
@@ -177,10 +180,11 @@ def load_cells(
     decoded = processor.gene_input is not None
     features = np.empty((len(order), processor.feature_dim), dtype=np.float32)
     genes = np.empty((len(order), len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
-    for data, rows in zip(adatas, np.split(place, ends[:-1])):
-        features[rows] = processor.features(data)
-        if genes is not None:
-            genes[rows] = processor.gene_features(data)
+    for path, data, rows in zip(files, adatas, np.split(place, ends[:-1])):
+        with naming(path):
+            features[rows] = processor.features(data)
+            if genes is not None:
+                genes[rows] = processor.gene_features(data)
     return Cells(features, genes, groups), processor
 
 

@@ -151,6 +151,8 @@ def _look(matrix, input: str) -> tuple[str, list[str]]:
     if not np.isfinite(values).all():
         return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite"]
     if input.startswith("obsm/"):
+        if not values.size:
+            return "an embedding", []
         return f"an embedding, {values.min():.3g} to {values.max():.3g}", []
     if values.size and values.min() < 0:
         return "has negative values: scaled or centred", [

@@ -1,5 +1,6 @@
 """Matrices on disk, read row by row: dense, CSR, and CSC turned into rows in bounded memory."""
 
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,6 +12,11 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+
+from cellstate.cell_values import check_matrix, check_numbers, native_numbers
+
+
+_COMPRESSED = ("csr_matrix", "csr", "csc_matrix", "csc")  # encodings, today's and those of files before 2019
 
 
 class RowReader:
@@ -38,24 +44,33 @@ class RowReader:
     @cached_property
     def _matrix(self) -> "np.ndarray | sp.csr_matrix | CSRMatrix | h5py.Dataset":
         matrix = self._open()
+        check_matrix(matrix, self._name)
         for axis, (found, expected) in enumerate(zip(matrix.shape, self._expected)):
             if expected is not None and found != expected:
                 what = ("rows, obs has", "columns, var has")[axis]
                 raise ValueError(f"{self._name} has {found} {what} {expected}")
-        if matrix.dtype.kind not in "biuf":
-            raise ValueError(f"{self._name} holds values of type {matrix.dtype}, expected numbers")
         return matrix
+
+    def check(self):
+        """ValueError where the arrays of a sparse matrix contradict one another; reads neither values nor indices."""
+        if self._is_group and self._encoding() in _COMPRESSED:
+            with self._reading():
+                CSRMatrix(self._node, self._name, transposed=self._encoding().startswith("csc"))
+
+    def _encoding(self) -> str | None:
+        return self._node.attrs.get("encoding-type", self._node.attrs.get("h5sparse_format"))
 
     def _open(self):
         node = self._node
         if not self._is_group:
-            if len(node.shape) != 2:
-                raise ValueError(f"{self._name} has {len(node.shape)} dimensions, expected cells x features")
+            if node.shape is None:
+                raise ValueError(f"{self._name} is empty, expected cells x features")
             return node
-        encoding = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format"))
-        if encoding in ("csr_matrix", "csr"):
+        encoding = self._encoding()
+        if encoding in _COMPRESSED and encoding.startswith("csr"):
             return CSRMatrix(node, self._name)
-        if encoding in ("csc_matrix", "csc"):
+        if encoding in _COMPRESSED:
+            check_numbers(node["data"].dtype, self._name)
             columns = CSRMatrix(node, self._name, transposed=True)
             if columns.nbytes <= self._in_memory:
                 return columns[:].T.tocsr()
@@ -113,8 +128,14 @@ class CSRMatrix:
     def __init__(self, node, name: str = "X", transposed: bool = False):
         self._data, self._indices, self._name, self._node = node["data"], node["indices"], name, node
         shape = node.attrs["shape"] if "shape" in node.attrs else node.attrs["h5sparse_shape"]
+        arrays = {"data": self._data, "indices": self._indices, "indptr": node["indptr"]}
+        flat = {key: array.shape for key, array in arrays.items() if array.shape is None or len(array.shape) != 1}
+        if flat:
+            raise ValueError(f"data, indices and indptr of {name} should have one dimension; found shapes {flat}")
+        if np.shape(shape) != (2,) or min(shape) < 0:
+            raise ValueError(f"shape of {name} should be cells x features, found {np.asarray(shape).tolist()}")
         self.shape = tuple(int(n) for n in shape)[:: -1 if transposed else 1]
-        self.dtype = self._data.dtype
+        self.dtype = native_numbers(np.empty(0, dtype=self._data.dtype)).dtype
         indptr = node["indptr"][:]
         if indptr.dtype.kind not in "iu" or self._indices.dtype.kind not in "iu":
             raise ValueError(f"indices and indptr of {name} are {self._indices.dtype} and {indptr.dtype}, not integers")
@@ -123,7 +144,7 @@ class CSRMatrix:
         stored = self._data.shape[0]
         if (
             len(indptr) != self.shape[0] + 1
-            or (np.diff(self.indptr) < 0).any()
+            or (self.indptr[1:] < self.indptr[:-1]).any()  # differences could overflow
             or ends != (0, stored)
             or self._indices.shape[0] != stored
         ):
@@ -131,12 +152,9 @@ class CSRMatrix:
                 f"indptr of {name} should rise from 0 to {stored} in {self.shape[0] + 1} steps, as long as data "
                 f"({stored}) and indices ({self._indices.shape[0]}); found {len(indptr)} from {ends[0]} to {ends[1]}"
             )
-        # zarr reads a chunk that is gone as zeros: right for stored zeros, which a sparse matrix does not have.
-        for array in (self._data, self._indices):
-            if not isinstance(array, h5py.Dataset) and array.nchunks_initialized < array.nchunks:
-                if array is self._data or self.shape[1] > 1:
-                    missing = array.nchunks - array.nchunks_initialized
-                    raise ValueError(f"{missing} of {array.nchunks} chunks of {name}/{array.basename} are missing")
+        check_chunks(self._data, f"{name}/data")
+        if self.shape[1] > 1:
+            check_chunks(self._indices, f"{name}/indices")
 
     @property
     def nbytes(self) -> int:
@@ -147,7 +165,7 @@ class CSRMatrix:
         start, stop, _ = rows.indices(self.shape[0])
         stop = max(start, stop)
         first, last = int(self.indptr[start]), int(self.indptr[stop])
-        data, indices = self._data[first:last], self._indices[first:last]
+        data, indices = native_numbers(self._data[first:last]), self._indices[first:last]
         if len(indices) and (indices.min() < 0 or indices.max() >= self.shape[1]):
             raise ValueError(
                 f"indices of {self._name} should be 0 to {self.shape[1] - 1}, found {indices.min()} to {indices.max()}"
@@ -161,6 +179,22 @@ class CSRMatrix:
     def close(self):
         """Close the file that the matrix is in."""
         self._node.file.close()
+
+
+def check_chunks(array, name: str):
+    """
+    ValueError where chunks of an array are gone. They read as zeros or empty text, and zarr leaves chunks out that hold
+    nothing else: this is for arrays that never do.
+    """
+    if not isinstance(array, h5py.Dataset):
+        expected, found = array.nchunks, array.nchunks_initialized
+    elif array.chunks is not None:
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks))
+        found = array.id.get_num_chunks()
+    else:
+        return
+    if found < expected:
+        raise ValueError(f"{expected - found} of {expected} chunks of {name} are missing, or hold nothing but zeros")
 
 
 def split_rows(indptr: np.ndarray, values: int, cells: int) -> list[slice]:

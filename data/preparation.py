@@ -37,7 +37,7 @@ from cellstate.data.arguments import DataArguments, PrepareArguments
 from cellstate.data.cells import assign_splits, trained_on, with_rows
 from cellstate.data.genes import variable_genes
 from cellstate.data.knockdown import filter_knockdowns
-from cellstate.data.reading import AnnDataFile
+from cellstate.data.reading import AnnDataFile, naming
 from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
 from cellstate.data.splits import Splits
 from cellstate.data.store import (
@@ -180,6 +180,9 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
     recipe = _recipe(data)
     notes: list[str] = []
     if recipe.expression is not None:
+        for source in sources:
+            with naming(source.path):
+                shared_genes([source])  # says which file has no genes, or one twice
         reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
         recipe.genes = [str(gene) for gene in shared_genes(sources)]
         everything = set().union(*(source.var_names for source in sources))
@@ -250,7 +253,7 @@ def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple
     """(normalize, what the expression is); every cell is checked against it later."""
     found = set()
     for source in sources:
-        with AnnDataFile(source.path) as data:
+        with AnnDataFile(source.path) as data, naming(source.path):
             found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
     normalize, values = resolve_normalisation(asked, found, expression)
     return normalize, "counts" if normalize == "log1p_cp10k" else values
@@ -282,7 +285,7 @@ def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, ta
 
 
 def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:
-    """The columns of `obs` to keep, and whether each is `"bool"`, `"int64"`, `"float64"` or `"string"` in all files."""
+    """The columns of `obs` to keep, and the type that holds each in all files, an alias of Arrow."""
     labels = {reader.perturbation_key, reader.context_key, reader.batch_key}
     kinds: dict[str, set[str]] = {}
     for source in sources:
@@ -299,7 +302,7 @@ def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes
                 f"columns of obs that {source.path} lacks are left out: {sorted(kinds.keys() - set(wanted))[:10]}"
             )
             kinds = {name: kind for name, kind in kinds.items() if name in wanted}
-    ranks = ("bool", "int64", "float64", "string")
+    ranks = ("bool", "int64", "uint64", "float64", "string")
     together = {}
     for name, found in kinds.items():
         mixed = len(found) > 1 and found != {"int64", "float64"}
@@ -314,6 +317,8 @@ def _columns_of(source: Source) -> list[str]:
 
 
 def _kind_of_column(dtype) -> str:
+    if dtype == np.uint64:
+        return "uint64"
     kind = dtype.kind if isinstance(dtype, np.dtype) else "O"
     return {"b": "bool", "i": "int64", "u": "int64", "f": "float64"}.get(kind, "string")
 
@@ -458,7 +463,7 @@ def _write_shard(
     columns = {name: _final(batch.column(name), name, value_type) for name in batch.schema.names}
     codes = np.searchsorted(np.cumsum(layout.sizes), np.arange(rows.start, rows.stop), side="right")
     for name in layout.groups.columns:
-        names, of_group = np.unique(layout.groups[name].to_numpy().astype(str), return_inverse=True)
+        names, of_group = np.unique(layout.groups[name].to_numpy(), return_inverse=True)
         columns[name] = pa.DictionaryArray.from_arrays(of_group[codes].astype(np.int32), names)
     final = pa.RecordBatch.from_pydict(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, final.schema) as writer:
@@ -485,7 +490,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
     """`store.json`, and the two files by which `datasets.load_from_disk` knows the folder."""
     vocabularies, groups = {}, {}
     for name in plan.layout.groups.columns:
-        names, codes = np.unique(plan.layout.groups[name].to_numpy().astype(str), return_inverse=True)
+        names, codes = np.unique(plan.layout.groups[name].to_numpy(), return_inverse=True)
         vocabularies[name], groups[name] = names.tolist(), codes.tolist()
     groups["offset"] = (np.cumsum(plan.layout.sizes) - plan.layout.sizes).tolist()
     groups["length"] = plan.layout.sizes.tolist()

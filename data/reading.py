@@ -10,8 +10,9 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
-from cellstate.data.matrices import RowReader
+from cellstate.data.matrices import RowReader, check_chunks
 from cellstate.processing import StateProcessor
 
 
@@ -52,8 +53,17 @@ def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
         ValueError: it is not a whole `.h5ad` or `.zarr` file.
     """
     path = _existing(path)
+    # anndata takes the arrays of a sparse matrix as they are; damaged ones give other numbers, or end the process.
+    with AnnDataFile(path) as data:
+        for reader in data.matrices():
+            reader.check()
     with _reading(path):
-        return ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+        for matrix in (adata.X, *adata.layers.values(), *adata.obsm.values()):
+            if sp.issparse(matrix):
+                matrix.check_format(full_check=True)
+        adata.obs = _native(adata.obs)
+    return adata
 
 
 class AnnDataFile:
@@ -79,8 +89,16 @@ class AnnDataFile:
                 self._file, self._groups = on_error.enter_context(h5py.File(self.path, "r")), h5py.Group
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
-            self.n_obs = len(self.obs) if self._whole_obs else self._obs[self._obs.attrs["_index"]].shape[0]
-            self.var_names = ad.io.read_elem(self._file["var"]).index
+            if self._whole_obs:
+                self.obs, self.var_names = self._tables_of_old()
+                self.n_obs = len(self.obs)
+            else:
+                self.n_obs = self._obs[self._obs.attrs["_index"]].shape[0]
+                self.var_names = _table(self._file["var"]).index
+            for name in ("obs", "var"):
+                table = self._file[name]
+                if isinstance(table, self._groups):
+                    check_chunks(table[table.attrs["_index"]], f"{name}/{table.attrs['_index']}")
             self.X = self._reader("X", genes=True) if "X" in self._file else None
             self.layers = self._readers("layers", genes=True)
             self.obsm = self._readers("obsm", genes=False)
@@ -94,7 +112,20 @@ class AnnDataFile:
     def _readers(self, name: str, genes: bool) -> dict[str, RowReader]:
         if name not in self._file:
             return {}
+        if not isinstance(self._file[name], self._groups):  # as obs, one table of all
+            return {
+                key: RowReader(self._file[name][key], False, f"{name}/{key}", (self.n_obs, None), self._reading)
+                for key in self._file[name].dtype.names
+            }
         return {key: self._reader(f"{name}/{key}", genes) for key in self._file[name].keys()}
+
+    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.Index]:
+        """The table of the cells and the names of the genes, which anndata puts together from parts of the file."""
+        adata = ad.read_h5ad(self.path, backed="r")
+        try:
+            return _native(adata.obs), adata.var_names.astype(str)
+        finally:
+            adata.file.close()
 
     def _reading(self):
         return _reading(self.path)
@@ -103,7 +134,7 @@ class AnnDataFile:
     def obs(self) -> pd.DataFrame:
         """The whole table of the cells."""
         with self._reading():
-            return ad.io.read_elem(self._obs)
+            return _table(self._obs)
 
     @property
     def obs_names(self) -> pd.Index:
@@ -128,22 +159,28 @@ class AnnDataFile:
             return self.obs.iloc[rows][columns]
         with self._reading():
             index = pd.Index(self._column(self._obs.attrs["_index"], rows)).astype(str)
-            frame = pd.DataFrame({name: self._column(name, rows) for name in columns}, index=index)
-            if len(frame) != len(range(*rows.indices(self.n_obs))):
-                raise ValueError("columns of obs differ in length")
-            return frame
+            return pd.DataFrame({name: self._column(name, rows) for name in columns}, index=index)
 
     def _column(self, name: str, rows: slice):
         node = self._obs[name]
         encoding = node.attrs.get("encoding-type")
         if encoding == "categorical":
+            self._check_length(node["codes"], name)
             return pd.Categorical.from_codes(node["codes"][rows], self._categories(name))
         if isinstance(node, self._groups):
+            self._check_length(self._small(name), name)
             return self._small(name)[rows]  # nullable numbers, and what else a table may hold
+        self._check_length(node, name)
         if isinstance(node, h5py.Dataset) and h5py.check_string_dtype(node.dtype) is not None:
             return node.asstr()[rows]
         values = node[rows]
-        return values if values.dtype.kind in "biuf" else np.asarray(values, dtype=object)
+        if values.dtype.kind in "biuf":
+            return values.astype(values.dtype.newbyteorder("="), copy=False)
+        return np.asarray(values, dtype=object)
+
+    def _check_length(self, values, name: str):
+        if tuple(values.shape) != (self.n_obs,):
+            raise ValueError(f"obs[{name!r}] has the shape {tuple(values.shape)}, expected {self.n_obs} cells")
 
     def _categories(self, name: str):
         if name not in self._cached:
@@ -159,13 +196,16 @@ class AnnDataFile:
     def _cached(self) -> dict:
         return {}
 
+    def matrices(self) -> list[RowReader]:
+        """X, where there is one, the layers and the embeddings."""
+        return [*([] if self.X is None else [self.X]), *self.layers.values(), *self.obsm.values()]
+
     def __enter__(self) -> "AnnDataFile":
         return self
 
     def __exit__(self, *_):
-        for reader in (self.X, *self.layers.values(), *self.obsm.values()):
-            if reader is not None:
-                reader.close()
+        for reader in self.matrices():
+            reader.close()
         if isinstance(self._file, h5py.File):
             self._file.close()
 
@@ -197,6 +237,32 @@ def _existing(path: str | os.PathLike) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
     return path
+
+
+def _table(node) -> pd.DataFrame:
+    """A table of cells or genes, with names that are text, as anndata reads them."""
+    table = _native(ad.io.read_elem(node))
+    return table.set_axis(table.index.astype(str))
+
+
+def _native(table: pd.DataFrame) -> pd.DataFrame:
+    """Its numbers in the byte order of this machine, the only one that pandas computes with."""
+    dtypes = {name: column.dtype for name, column in table.items() if isinstance(column.dtype, np.dtype)}
+    foreign = {name: dtype.newbyteorder("=") for name, dtype in dtypes.items() if not dtype.isnative}
+    return table.astype(foreign) if foreign else table
+
+
+@contextmanager
+def naming(path: Path):
+    """Errors about the content of a file name it: a run may read many."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if str(path) in message:
+            raise
+        kind = KeyError if isinstance(error, KeyError) else ValueError
+        raise kind(f"{path}: {message}") from error
 
 
 @contextmanager

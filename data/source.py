@@ -20,10 +20,11 @@ from cellstate.cell_values import (
 )
 from cellstate.data.cells import GROUP_KEYS
 from cellstate.data.matrices import RowReader
-from cellstate.data.reading import AnnDataFile, read_labels
+from cellstate.data.reading import AnnDataFile, naming, read_labels
 from cellstate.processing import StateProcessor
 
 
+LARGEST_COUNT = 2**32 - 1  # a store keeps counts in 32 bits at most
 VALUES_OF_BLOCK = 1 << 22
 LABELS_OF_BLOCK = 1 << 16
 
@@ -107,7 +108,7 @@ def find_groups(
     sources = []
     for dataset, paths in datasets.items():
         for path in paths:
-            with AnnDataFile(path) as data:
+            with AnnDataFile(path) as data, naming(path):
                 codes = np.empty(data.n_obs, dtype=np.int32)
                 for start in range(0, data.n_obs, LABELS_OF_BLOCK):
                     rows = slice(start, min(start + LABELS_OF_BLOCK, data.n_obs))
@@ -151,6 +152,8 @@ class SourceReader:
         self._expression = self._matrix(recipe.expression)
         self._embedding = self._matrix(recipe.embedding)
         self._columns = data.var_names.get_indexer(recipe.genes)
+        if (self._columns < 0).any():
+            raise ValueError(f"{source.path} changed while it was read: it lacks genes that it had")
         self._all_genes = np.array_equal(self._columns, np.arange(len(data.var_names)))
 
     def _matrix(self, name: str | None) -> RowReader | None:
@@ -180,7 +183,12 @@ class SourceReader:
             check_finite(matrix, self.data, taken, name, nonnegative=True)
             if kind_of_values(matrix) not in (kind, "zeros"):
                 error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
-                raise ValueError(f"{self.source.path}: {error} (in cells {rows.start} to {rows.stop - 1})")
+                raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
+            if kind == "counts" and matrix.nnz and matrix.data.max() > LARGEST_COUNT:
+                raise ValueError(
+                    f"{name} holds a count of {matrix.data.max()} in cells {rows.start} to {rows.stop - 1}; expected "
+                    f"at most {LARGEST_COUNT:,} (2^32 - 1)"
+                )
             if kind == "counts":
                 totals = cell_totals(matrix)
             expression = matrix if self._all_genes else matrix[:, self._columns]
@@ -203,5 +211,5 @@ class SourceReader:
 @contextmanager
 def open_source(source: Source, recipe: Recipe) -> Iterator[SourceReader]:
     """A reader of one file."""
-    with AnnDataFile(source.path) as data:
+    with AnnDataFile(source.path) as data, naming(source.path):
         yield SourceReader(data, source, recipe)

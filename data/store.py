@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +29,9 @@ FORMAT_VERSION = 1
 # Columns of the Arrow files. Expression is sparse (two list columns: the arrays of a CSR matrix) or dense.
 GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
+
+_OPTIONAL = ("batch_key", "gene_input", "combination_separator")
+_COUNTS = ("uint8", "uint16", "uint32")
 
 READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
 
@@ -108,7 +112,52 @@ class Manifest:
         if version is None or set(content) != names:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: expected the fields {sorted(names)}, found {found}; prepare the store again")
-        return cls(**content)
+        manifest = cls(**content)
+        wrong = manifest._wrong_fields()
+        if wrong:
+            raise ValueError(
+                f"{path}: these fields are damaged or contradict one another: {wrong}; prepare the store again"
+            )
+        return manifest
+
+    def _wrong_fields(self) -> list[str]:
+        """Names of the fields that hold what `cellstate prepare` never writes."""
+        fits = {
+            "cells": _is_count(self.cells, 1),
+            "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
+            "reading": isinstance(self.reading, dict)
+            and set(self.reading) == set(READING)
+            and all(type(value) is str or value is None and key in _OPTIONAL for key, value in self.reading.items()),
+            "expression": self.expression in (None, "counts", "log1p"),
+            "layout": self.layout in ("sparse", "dense"),
+            "dtype": self.dtype in (_COUNTS if self.expression == "counts" else ("float32", "float16")),
+            "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
+            "normalize": self.normalize in ("none", "log1p_cp10k"),
+            "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
+            "vocabularies": isinstance(self.vocabularies, dict)
+            and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
+            and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),
+            "shards": _is_list(self.shards, dict) and all(map(_is_shard, self.shards)),
+            "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
+            "highly_variable": self.highly_variable is None or _is_count(self.highly_variable, 1),
+            "notes": _is_list(self.notes, str),
+            "cellstate_version": isinstance(self.cellstate_version, str),
+        }
+        fits["groups"] = fits["vocabularies"] and self._groups_fit()
+        return [name for name, fit in fits.items() if not fit]
+
+    def _groups_fit(self) -> bool:
+        """Whether the groups are in order, each once, with codes of names that there are, one after another."""
+        keys, groups = [name for name in GROUP_KEYS if name in self.vocabularies], self.groups
+        if not isinstance(groups, dict) or set(groups) != {*keys, "offset", "length"}:
+            return False
+        if not all(_is_list(column, int) for column in groups.values()) or len(set(map(len, groups.values()))) > 1:
+            return False
+        codes = list(zip(*(groups[name] for name in keys)))
+        known = all(0 <= code < len(self.vocabularies[name]) for name in keys for code in groups[name])
+        lengths = np.array(groups["length"], dtype=object)  # any number that JSON may hold
+        follow = groups["offset"] == (np.cumsum(lengths) - lengths).tolist()
+        return known and follow and min(lengths, default=0) > 0 and all(a < b for a, b in zip(codes, codes[1:]))
 
     def write(self, path: Path):
         """Write the JSON beside and rename it."""
@@ -132,6 +181,20 @@ class Manifest:
                 f"{in_shards}; prepare the store again"
             )
         return table
+
+
+def _is_count(value, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_list(value, of: type) -> bool:
+    return type(value) is list and all(type(item) is of for item in value)
+
+
+def _is_shard(shard: dict) -> bool:
+    file = shard.get("file")
+    inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
+    return inside and _is_count(shard.get("cells"), 1) and _is_count(shard.get("bytes"), 1)
 
 
 class CellStore:
@@ -180,11 +243,7 @@ class CellStore:
     def _pieces(self) -> "list[_Piece]":
         pieces, first = [], 0
         for file in self._files:
-            try:
-                table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-            except (OSError, pa.ArrowException) as error:
-                raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
-            for batch in table.to_batches():
+            for batch in _batches(file):
                 pieces.append(_Piece(first, batch, self.manifest, file))
                 first += batch.num_rows
         if first != len(self):
@@ -243,7 +302,7 @@ class CellStore:
         frame = pd.DataFrame(index=range(len(rows)), columns=names, dtype=object)
         parts = []
         for piece, local, place in self.locate(rows):
-            taken = piece.batch.select(names).take(pa.array(local)).to_pandas()
+            taken = piece.labels(names, local)
             parts.append(taken.set_axis(np.arange(len(rows))[place]))
         frame = pd.concat(parts).sort_index()
         group = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
@@ -266,7 +325,7 @@ class CellStore:
     def batches_of_shards(self) -> Iterator[list[pa.RecordBatch]]:
         """The record batches of each Arrow file."""
         for file in self._files:
-            yield pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+            yield _batches(file)
 
     def as_dataset(self):
         """The cells as a memory-mapped [`datasets.Dataset`], one row each."""
@@ -275,11 +334,26 @@ class CellStore:
         return load_from_disk(str(self.path))
 
 
+@contextmanager
+def _reading_arrow(file: Path):
+    """One clear error for whatever a damaged file makes Arrow raise."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
+
+
+def _batches(file: Path) -> list[pa.RecordBatch]:
+    with _reading_arrow(file):
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all().to_batches()
+
+
 class _Piece:
     """One record batch of a store: views into the memory map."""
 
     def __init__(self, first: int, batch: pa.RecordBatch, manifest: Manifest, file: Path):
-        self.first, self.batch = first, batch
+        self.first, self.batch, self.file = first, batch, file
+        _check_columns(batch, manifest, file)
         self.totals = batch.column(TOTAL).to_numpy() if TOTAL in batch.schema.names else None
         self.embedding = self.dense = self.sparse = None
         if manifest.embedding_dim is not None:
@@ -306,9 +380,53 @@ class _Piece:
         if self.sparse is None:
             return self.dense[rows]
         part = self.sparse[rows]
+        # Beyond the genes, the next step would write beyond its memory. Below 0 is far beyond, too.
+        if part.nnz and part.indices.view(f"u{part.indices.itemsize}").max() >= part.shape[1]:
+            raise ValueError(
+                f"{self.file}: gene ids should be 0 to {part.shape[1] - 1}, found {part.indices.min()} to "
+                f"{part.indices.max()}; prepare the store again"
+            )
         if self.half:
             part.data = part.data.view(np.float16).astype(np.float32)
         return part
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        return set()
+
+    def labels(self, names: list[str], rows: np.ndarray) -> pd.DataFrame:
+        """Barcodes and columns of obs of some rows, checked where damage would be read from elsewhere in memory."""
+        with _reading_arrow(self.file):
+            for name in set(names) - self._checked:
+                self.batch.column(name).validate(full=True)
+                self._checked.add(name)
+            return self.batch.select(names).take(pa.array(rows)).to_pandas()
+
+
+def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
+    """ValueError where the columns are not those of the manifest, or their lists reach beyond their values."""
+    expected = {BARCODE: pa.string()}
+    numbers = pa.from_numpy_dtype(manifest.dtype)
+    if manifest.expression == "counts":
+        expected[TOTAL] = pa.float64()
+    if manifest.embedding_dim is not None:
+        half = manifest.dtype == "float16"
+        expected[EMBEDDING] = pa.list_(pa.float16() if half else pa.float32(), manifest.embedding_dim)
+    if manifest.expression is not None and manifest.layout == "dense":
+        expected[EXPRESSION] = pa.list_(numbers, len(manifest.genes))
+    elif manifest.expression is not None:
+        expected |= {GENE_IDS: pa.list_(pa.int32()), GENE_VALUES: pa.list_(numbers)}
+    with _reading_arrow(file):
+        found = {name: batch.schema.field(name).type for name in expected if name in batch.schema.names}
+    if found != expected:
+        wrong = [name for name, of in expected.items() if found.get(name) != of]
+        raise ValueError(
+            f"{file}: expected the columns { {name: str(expected[name]) for name in wrong} }, found "
+            f"{ {name: str(found.get(name)) for name in wrong} }; prepare the store again"
+        )
+    with _reading_arrow(file):
+        for name in expected.keys() - {BARCODE}:
+            batch.column(name).validate(full=True)
 
 
 def _matrix_of(column: "pa.FixedSizeListArray | pa.ListArray", width: int) -> np.ndarray:

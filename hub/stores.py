@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -60,10 +61,19 @@ def open_store(name: str | os.PathLike) -> CellStore:
         if all(shard["file"].endswith(".arrow") for shard in manifest.shards):
             return CellStore(path)
         files = [path / shard["file"] for shard in manifest.shards]
-        for file in files:
+        for file, shard in zip(files, manifest.shards):
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file, but {STORE_FILE} names it; copy the store again")
-        cells = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+            if file.stat().st_size != shard["bytes"]:
+                raise ValueError(
+                    f"{file}: expected {shard['bytes']:,} bytes, found {file.stat().st_size:,}; copy the store again"
+                )
+        try:
+            cells = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        except (DatasetsError, pa.ArrowException, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read as parquet ({error.__cause__ or error}); copy the store again"
+            ) from error
     else:
         repository, _, revision = str(name).partition("@")
         with on_the_hub(str(name)):

@@ -641,6 +641,10 @@ def test_damage_is_one_clear_error(store, tmp_path):
         ("[]", "expected the fields"),
         (json.dumps({**json.loads(text), "format_version": 99}), "is of format 99, this version reads up to 1"),
         (json.dumps({**json.loads(text), "cells": 7}), "7 cells, but the groups hold"),
+        (
+            json.dumps({**json.loads(text), "shards": [{**json.loads(text)["shards"][0], "file": f"../s/{shard}"}]}),
+            "shards",
+        ),
     ):
         (fresh() / "store.json").write_text(broken)
         with pytest.raises(ValueError, match=message):
