@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from safetensors import safe_open
+from transformers import AutoConfig
 
 from cellstate.cell_values import kind_of_values, matrix_of, some, take_rows
 from cellstate.configuration_state import closest
 from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
+from cellstate.data.store import STORE_FILE, CellStore
 from cellstate.processing import StateProcessor
 from cellstate.vocabulary import VOCABULARY_FILE, Vocabulary
 
@@ -60,20 +63,18 @@ def describe(path: str | os.PathLike, input: str = "X", control: str | None = No
         FileNotFoundError, ValueError, KeyError: there is no such thing, or it cannot be read.
     """
     path = Path(path)
-    if path.is_dir() and (path / "store.json").is_file():
+    if path.is_dir() and (path / STORE_FILE).is_file():
         return _describe_store(path)
     if path.is_dir() and (path / "config.json").is_file():
         return _describe_checkpoint(path)
     if path.is_dir() and not is_zarr(path):
         raise ValueError(
-            f"{path}: expected a cell store (store.json), a checkpoint (config.json) or a .zarr, found neither"
+            f"{path}: expected a cell store ({STORE_FILE}), a checkpoint (config.json) or a .zarr, found neither"
         )
     return _describe_file(path, input, control, {name: keys.get(name) for name in _KEYS})
 
 
 def _describe_store(path: Path) -> str:
-    from cellstate.data.store import CellStore
-
     store = CellStore(path)
     manifest = store.manifest
     size = sum(shard["bytes"] for shard in manifest.shards)
@@ -222,11 +223,6 @@ def _table(groups: pd.DataFrame, control: str | None) -> str:
 
 
 def _describe_checkpoint(path: Path) -> str:
-    from safetensors import safe_open
-    from transformers import AutoConfig
-
-    import cellstate  # noqa: F401 - registers the models with the Auto classes
-
     config = AutoConfig.from_pretrained(path)
     lines = [f"{path}: checkpoint of {config.model_type}"]
     problems = []
