@@ -22,6 +22,7 @@ from cellstate import StateConfig, StateForPerturbation, StateProcessor
 from cellstate.data import CellStore, load_cells, load_store, prepare, read_h5ad
 from cellstate.data.arguments import DataArguments, PrepareArguments
 from cellstate.data.info import describe
+from cellstate.data.matrices import RowReader
 from cellstate.data.reading import AnnDataFile
 from cellstate.evaluation.prediction import predict_file
 from cellstate.hub.stores import open_store, write_parquet
@@ -332,6 +333,26 @@ def test_sparse_arrays_of_another_kind(template, tmp_path, name, value, match):
     with h5py.File(path, "r+") as file:
         put(file, name, value)
     assert_refused(path, match=match)
+
+
+def test_indptr_whose_differences_overflow(template, tmp_path):
+    path = Path(shutil.copy(template, tmp_path))
+    with h5py.File(path, "r+") as file:
+        stored = int(file["X/indptr"][-1])
+        put(file, "X/indptr", np.array([0, 2**63 - 1, -2] + [stored] * (CELLS - 2), dtype=np.int64))
+    assert_refused(path, match="indptr of X should rise from 0")
+
+
+@pytest.mark.parametrize("dtype", ["f2", ">f4", ">i4", "u1"])
+def test_columns_that_are_transposed_on_disk(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(RowReader, "_in_memory", 0)
+    path = write(screen(sp.csc_matrix(counts())), tmp_path / "screen.h5ad")
+    with h5py.File(path, "r+") as file:
+        put(file, "X/data", file["X/data"][:].astype(dtype))
+    assert_read(path, counts(), readers=(by_rows, prepared))
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][2] = CELLS
+    assert_refused(path, match="indices of X should be 0 to 11, found 0 to 12" if dtype == "u1" else "")
 
 
 @pytest.mark.parametrize("shape", [(CELLS,), (CELLS, GENES, 1), (-CELLS, GENES), (GENES, CELLS), (CELLS, GENES + 1)])
