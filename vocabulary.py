@@ -245,8 +245,10 @@ def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
         if blank.any():
             first = obs.index[blank][0]
             raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
-        cut = next((label for label in frame[name] if "\0" in label), None)
-        if cut is not None:  # pandas and HDF5 take the text before it for the whole
+        # Of a text with a NUL pandas and numpy see what stands before it, or all, here this and there that.
+        given = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+        cut = next((label for label in given if isinstance(label, str) and "\0" in label), None)
+        if cut is not None:
             raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
     return pd.DataFrame(frame, index=obs.index)
 

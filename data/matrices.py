@@ -112,7 +112,8 @@ class RowReader:
     def close(self):
         """Remove the temporary file, where there is one."""
         if self._temporary is not None:
-            self._matrix.close()
+            if "_matrix" in self.__dict__:  # else transposing failed
+                self._matrix.close()
             self._temporary.cleanup()
 
 

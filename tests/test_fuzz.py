@@ -13,14 +13,18 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cellstate
+from cellstate import StateConfig, StateForPerturbation, StateProcessor
 from cellstate.data import CellStore, load_cells, load_store, prepare, read_h5ad
 from cellstate.data.arguments import DataArguments, PrepareArguments
 from cellstate.data.info import describe
+from cellstate.data.matrices import RowReader
 from cellstate.data.reading import AnnDataFile
+from cellstate.evaluation.prediction import predict_file
 from cellstate.hub.stores import open_store, write_parquet
 
 
@@ -331,6 +335,26 @@ def test_sparse_arrays_of_another_kind(template, tmp_path, name, value, match):
     assert_refused(path, match=match)
 
 
+def test_indptr_whose_differences_overflow(template, tmp_path):
+    path = Path(shutil.copy(template, tmp_path))
+    with h5py.File(path, "r+") as file:
+        stored = int(file["X/indptr"][-1])
+        put(file, "X/indptr", np.array([0, 2**63 - 1, -2] + [stored] * (CELLS - 2), dtype=np.int64))
+    assert_refused(path, match="indptr of X should rise from 0")
+
+
+@pytest.mark.parametrize("dtype", ["f2", ">f4", ">i4", "u1"])
+def test_columns_that_are_transposed_on_disk(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(RowReader, "_in_memory", 0)
+    path = write(screen(sp.csc_matrix(counts())), tmp_path / "screen.h5ad")
+    with h5py.File(path, "r+") as file:
+        put(file, "X/data", file["X/data"][:].astype(dtype))
+    assert_read(path, counts(), readers=(by_rows, prepared))
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][2] = CELLS
+    assert_refused(path, (by_rows, prepared, in_words), match="indices of X should be 0 to 11, found 0 to 12")
+
+
 @pytest.mark.parametrize("shape", [(CELLS,), (CELLS, GENES, 1), (-CELLS, GENES), (GENES, CELLS), (CELLS, GENES + 1)])
 def test_a_shape_that_disagrees(template, tmp_path, shape):
     path = Path(shutil.copy(template, tmp_path))
@@ -594,6 +618,62 @@ def test_a_table_of_files_before_2019(template, tmp_path):
     assert_read(path, np.outer(np.arange(CELLS), [1, 2]), source="obsm/E")
     store = prepare(DataArguments(datasets=str(path)), tmp_path / "store", quiet=True)
     assert store.obs()["perturbation"].astype(str).to_dict() == {f"cell{i}": LABELS[i] for i in range(CELLS)}
+
+
+# Predictions
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    """A model of the screen, and its processor."""
+    processor = StateProcessor.fit(screen(), set_size=4)
+    torch.manual_seed(0)
+    config = StateConfig.from_preset("tiny", input_dim=GENES, num_perturbations=2, set_size=4)
+    return StateForPerturbation(config), processor
+
+
+@pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
+@pytest.mark.parametrize("form", FORMS)
+def test_predictions_start_from_the_cells_of_the_file(tmp_path, predictor, suffix, form):
+    path = write(screen(FORMS[form](counts())), tmp_path / f"screen{suffix}")
+    predict_file(*predictor, path, tmp_path / "predicted.h5ad", quiet=True)
+    found = ad.read_h5ad(tmp_path / "predicted.h5ad")
+    assert sorted(set(found.obs["control_barcode"])) == ["cell0", "cell3", "cell6", "cell9"]
+    rows = [int(name[4:]) for name in found.obs["control_barcode"]]
+    totals = np.maximum(counts().sum(axis=1, keepdims=True), 1)
+    np.testing.assert_allclose(found.layers["control"], np.log1p(counts() / totals * 1e4)[rows], rtol=1e-6)
+
+
+def test_predictions_of_damaged_files_are_not_written(template, tmp_path, predictor):
+    def nan(file):
+        file["X/data"][0] = np.nan
+
+    def codes(file):
+        file["obs/perturbation/codes"][0] = 99
+
+    def missing(file):
+        del file["X/indices"]
+
+    def far(file):
+        file["X/indices"][0] = GENES
+
+    def rising(file):
+        file["X/indptr"][1] = 2**30
+
+    def text(file):
+        put(file, "X/data", file["X/data"][:].astype("S3"))
+
+    def unknown(file):
+        put(file, "var/_index", [f"other{i}" for i in range(GENES)])
+
+    for damage in (nan, codes, missing, far, rising, text, unknown):
+        path = Path(shutil.copy(template, tmp_path / f"{damage.__name__}.h5ad"))
+        with h5py.File(path, "r+") as file:
+            damage(file)
+        before = sorted(tmp_path.iterdir())
+        _, error = attempt(lambda path=path: predict_file(*predictor, path, tmp_path / "predicted.h5ad", quiet=True))
+        assert error is not None, damage.__name__
+        assert sorted(tmp_path.iterdir()) == before
 
 
 # Damaged bytes
