@@ -17,11 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     ):
         parser.add_argument(name, metavar="COLUMN", help=f"obs column of a file with the {what}; guessed by default")
     parser.add_argument("--control", metavar="NAME", help="label of unperturbed cells in a file; guessed by default")
+    parser.add_argument("--verify", action="store_true", help="read all files of a store and compare their SHA-256")
     parser.add_argument("--input", default="X", help="X, layers/NAME or obsm/NAME of a file")
 
 
 def run(args: argparse.Namespace):
     from cellstate.data.info import describe
+    from cellstate.hub.stores import open_store
 
+    if args.verify:
+        open_store(args.path).verify()
     keys = {"perturbation_key": args.perturbation_key, "context_key": args.context_key, "batch_key": args.batch_key}
     print(describe(args.path, control=args.control, input=args.input, **keys))
+    if args.verify:
+        print("verified: every file is what was written")

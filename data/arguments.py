@@ -15,7 +15,7 @@ from cellstate.processing import StateProcessor
 
 
 if TYPE_CHECKING:
-    from cellstate.data.store import Manifest
+    from cellstate.data.manifest import Manifest
 
 
 @dataclass

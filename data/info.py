@@ -12,8 +12,9 @@ from transformers import AutoConfig
 
 from cellstate.cell_values import kind_of_values, matrix_of, some, take_rows
 from cellstate.configuration_state import closest
+from cellstate.data.manifest import STORE_FILE
 from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
-from cellstate.data.store import STORE_FILE, CellStore
+from cellstate.data.store import CellStore
 from cellstate.processing import StateProcessor
 from cellstate.vocabulary import VOCABULARY_FILE, Vocabulary
 

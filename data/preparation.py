@@ -37,10 +37,7 @@ from cellstate.data.arguments import DataArguments, PrepareArguments
 from cellstate.data.cells import assign_splits, trained_on, with_rows
 from cellstate.data.genes import variable_genes
 from cellstate.data.knockdown import filter_knockdowns
-from cellstate.data.reading import AnnDataFile, naming
-from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
-from cellstate.data.splits import Splits
-from cellstate.data.store import (
+from cellstate.data.manifest import (
     BARCODE,
     EMBEDDING,
     EXPRESSION,
@@ -50,9 +47,13 @@ from cellstate.data.store import (
     READING,
     STORE_FILE,
     TOTAL,
-    CellStore,
     Manifest,
+    sha256_of,
 )
+from cellstate.data.reading import AnnDataFile, naming
+from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
+from cellstate.data.splits import Splits
+from cellstate.data.store import CellStore
 from cellstate.processing import StateProcessor
 
 
@@ -468,7 +469,7 @@ def _write_shard(
     final = pa.RecordBatch.from_pydict(columns)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, final.schema) as writer:
         writer.write_batch(final)
-    return {"file": path.name, "cells": len(rows), "bytes": path.stat().st_size}
+    return {"file": path.name, "cells": len(rows), "bytes": path.stat().st_size, "sha256": sha256_of([path])}
 
 
 def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
@@ -522,17 +523,11 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
 
 def _describe(source: Source) -> dict:
     files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
-    digest, size = hashlib.sha256(), 0
-    for path in files:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-                size += len(chunk)
     return {
         "dataset": source.dataset,
         "path": str(source.path),
-        "bytes": size,
-        "sha256": digest.hexdigest(),
+        "bytes": sum(file.stat().st_size for file in files),
+        "sha256": sha256_of(files),
         "cells": int((source.codes >= 0).sum()),
         "genes": len(source.var_names),
     }

@@ -13,7 +13,8 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from cellstate.data.store import STORE_FILE, CellStore, Manifest
+from cellstate.data.manifest import STORE_FILE, Manifest, sha256_of
+from cellstate.data.store import CellStore
 
 
 CELLS_OF_ROW_GROUP = 4096
@@ -137,7 +138,10 @@ def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(i, column.name, table[i].cast(column.type.value_type))
         pq.write_table(table, folder / file, row_group_size=CELLS_OF_ROW_GROUP, compression="zstd")
-        shards.append({"file": file, "cells": shard["cells"], "bytes": (folder / file).stat().st_size})
+        written = folder / file
+        shards.append(
+            {"file": file, "cells": shard["cells"], "bytes": written.stat().st_size, "sha256": sha256_of([written])}
+        )
     sources = [{**source, "path": Path(source["path"]).name} for source in store.manifest.sources]
     replace(store.manifest, shards=shards, sources=sources).write(folder / STORE_FILE)
     (folder / "README.md").write_text(_card(store, name), encoding="utf-8")

@@ -6,8 +6,8 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi, HfFileSystem
 
 from cellstate.data.arguments import StreamArguments
+from cellstate.data.manifest import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
 from cellstate.data.reading import expand_paths
-from cellstate.data.store import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
 from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 from cellstate.hub.stores import on_hub, on_the_hub
 

@@ -1,0 +1,203 @@
+"""What a cell store says of itself: `store.json`, and the names of the columns of its files."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cellstate._version import __version__
+from cellstate.data.cells import GROUP_KEYS, with_rows
+
+
+STORE_FILE = "store.json"
+FORMAT_VERSION = 1
+
+# Columns of the Arrow files. Expression is sparse (two list columns: the arrays of a CSR matrix) or dense.
+GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
+EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
+
+_OPTIONAL = ("batch_key", "gene_input", "combination_separator")
+_COUNTS = ("uint8", "uint16", "uint32")
+
+READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
+
+
+@dataclass
+class Manifest:
+    """
+    What a store holds; `store.json`.
+
+    Args:
+        cells (`int`): number of cells.
+        genes (`list[str]`): names of the genes, in the order of the gene ids.
+        reading (`dict`): how the files were read: `perturbation_key`, `control`, `context_key`, `batch_key`, `input`,
+            `gene_input` and `combination_separator`, see [`StateProcessor`].
+        expression (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`; None where there is none.
+        layout (`str`): `"sparse"` or `"dense"` expression.
+        dtype (`str`): type of the expression values, or of the embedding where there is no expression.
+        embedding_dim (`int`, *optional*): dimensions of the embedding.
+        normalize (`str`), target_sum (`float`): what a model's processor does with the expression by default.
+        vocabularies (`dict[str, list[str]]`): the names of `dataset`, `context`, `perturbation` and `batch`.
+        groups (`dict[str, list[int]]`): the groups in order: their codes in these vocabularies, `offset` (of the first
+            cell) and `length`.
+        shards (`list[dict]`): `file`, `cells`, `bytes` and `sha256` of each Arrow file, in order.
+        sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
+        highly_variable (`int`, *optional*): how many highly variable genes were chosen.
+        notes (`list[str]`): what was left out, and why.
+    """
+
+    cells: int
+    genes: list[str]
+    reading: dict
+    expression: str | None
+    layout: str
+    dtype: str
+    embedding_dim: int | None
+    normalize: str
+    target_sum: float
+    vocabularies: dict[str, list[str]]
+    groups: dict[str, list[int]]
+    shards: list[dict]
+    sources: list[dict]
+    highly_variable: int | None = None
+    notes: list[str] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+    cellstate_version: str = __version__
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Manifest":
+        """
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged, or of a later version.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path.parent} is no cell store: it has no {path.name} (looked from {Path.cwd()}); make one with "
+                "`cellstate prepare`"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(cls, text: str, path: str | os.PathLike) -> "Manifest":
+        """The manifest in a text; `path` is for errors."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}; update cellstate"
+            )
+        names = set(cls.__dataclass_fields__)
+        if version is None or set(content) != names:
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: expected the fields {sorted(names)}, found {found}; prepare the store again")
+        manifest = cls(**content)
+        wrong = manifest._wrong_fields()
+        if wrong:
+            raise ValueError(
+                f"{path}: these fields are damaged or contradict one another: {wrong}; prepare the store again"
+            )
+        return manifest
+
+    def _wrong_fields(self) -> list[str]:
+        """Names of the fields that hold what `cellstate prepare` never writes."""
+        fits = {
+            "cells": _is_count(self.cells, 1),
+            "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
+            "reading": isinstance(self.reading, dict)
+            and set(self.reading) == set(READING)
+            and all(type(value) is str or value is None and key in _OPTIONAL for key, value in self.reading.items()),
+            "expression": self.expression in (None, "counts", "log1p"),
+            "layout": self.layout in ("sparse", "dense"),
+            "dtype": self.dtype in (_COUNTS if self.expression == "counts" else ("float32", "float16")),
+            "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
+            "normalize": self.normalize in ("none", "log1p_cp10k"),
+            "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
+            "vocabularies": isinstance(self.vocabularies, dict)
+            and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
+            and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),
+            "shards": _is_list(self.shards, dict) and all(map(_is_shard, self.shards)),
+            "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
+            "highly_variable": self.highly_variable is None or _is_count(self.highly_variable, 1),
+            "notes": _is_list(self.notes, str),
+            "cellstate_version": isinstance(self.cellstate_version, str),
+        }
+        fits["groups"] = fits["vocabularies"] and self._groups_fit()
+        return [name for name, fit in fits.items() if not fit]
+
+    def _groups_fit(self) -> bool:
+        """Whether the groups are in order, each once, with codes of names that there are, one after another."""
+        keys, groups = [name for name in GROUP_KEYS if name in self.vocabularies], self.groups
+        if not isinstance(groups, dict) or set(groups) != {*keys, "offset", "length"}:
+            return False
+        if not all(_is_list(column, int) for column in groups.values()) or len(set(map(len, groups.values()))) > 1:
+            return False
+        codes = list(zip(*(groups[name] for name in keys)))
+        known = all(0 <= code < len(self.vocabularies[name]) for name in keys for code in groups[name])
+        lengths = np.array(groups["length"], dtype=object)  # any number that JSON may hold
+        follow = groups["offset"] == (np.cumsum(lengths) - lengths).tolist()
+        return known and follow and min(lengths, default=0) > 0 and all(a < b for a, b in zip(codes, codes[1:]))
+
+    def write(self, path: Path):
+        """Write the JSON beside and rename it."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(partial, path)
+
+    def group_table(self) -> pd.DataFrame:
+        """The groups with names, `start` and `stop`, as in [`Cells`].
+
+        Raises:
+            ValueError: the groups do not add up to the cells.
+        """
+        keys = [name for name in GROUP_KEYS if name in self.groups]
+        columns = {name: np.array(self.vocabularies[name], dtype=object)[self.groups[name]] for name in keys}
+        table = with_rows(pd.DataFrame(columns), np.array(self.groups["length"], dtype=np.int64))
+        in_shards = sum(shard["cells"] for shard in self.shards)
+        if int(table["stop"].iloc[-1]) != self.cells or in_shards != self.cells:
+            raise ValueError(
+                f"{STORE_FILE}: {self.cells} cells, but the groups hold {int(table['stop'].iloc[-1])} and the shards "
+                f"{in_shards}; prepare the store again"
+            )
+        return table
+
+
+def _is_count(value, least: int) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_list(value, of: type) -> bool:
+    return type(value) is list and all(type(item) is of for item in value)
+
+
+def _is_shard(shard: dict) -> bool:
+    file = shard.get("file")
+    inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
+    return (
+        inside
+        and isinstance(shard.get("sha256"), str)
+        and _is_count(shard.get("cells"), 1)
+        and _is_count(shard.get("bytes"), 1)
+    )
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """The SHA-256 of some files, one after another, read block by block."""
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
