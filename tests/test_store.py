@@ -495,6 +495,24 @@ def test_a_run_from_a_store_learns_what_one_from_files_does(folder, tmp_path, ca
             assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-9), name
 
 
+def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
+    names = [f"pert_{i}" for i in range(4)]
+    np.savez(tmp_path / "vectors.npz", **{name: np.eye(4, 6)[i] for i, name in enumerate(names)})
+    fields = {"perturbation_features": str(tmp_path / "vectors.npz"), "test_perturbations": ["pert_3"]}
+    data = arguments(folder, **fields)
+    expected, processor = load_cells(data.resolve_splits(), **data.processor_options())
+    cells, fitted = load_store(store, data.resolve_splits(store.groups), **data.store_options())
+    assert fitted.vocabulary == processor.vocabulary and "pert_3" not in fitted.vocabulary.perturbations
+    one, other = (SentenceDataset(c, p, "test", 6, seed=1) for c, p in ((expected, processor), (cells, fitted)))
+    for key, value in one[0].items():
+        np.testing.assert_array_equal(value, other[0][key], err_msg=key)
+    assert one[0]["perturbation_features"].tolist() == [0, 0, 0, 1, 0, 0]
+    np.savez(tmp_path / "fewer.npz", **{name: np.ones(6) for name in names[:2]})
+    lacking = arguments(folder, perturbation_features=str(tmp_path / "fewer.npz"))
+    with pytest.raises(ValueError, match="2 of 4 perturbations of the training cells have no vector"):
+        load_store(store, lacking.resolve_splits(store.groups), **lacking.store_options())
+
+
 def test_what_contradicts_the_store_is_said(store, folder, tmp_path):
     run = DataArguments(store=str(store.path), context_key="line")
     with pytest.raises(ValueError, match="data.context_key='line', but the store was prepared with 'cell_type'"):

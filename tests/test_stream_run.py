@@ -178,6 +178,16 @@ training: {{output_dir: {tmp_path}/run, max_steps: 3, disable_tqdm: true, use_cp
     assert (processor.perturbation_key, processor.control, processor.context_key) == ("drug", "DMSO_TF", "cell_line_id")
 
 
+def test_perturbations_as_vectors_from_a_stream(folder, tmp_path):
+    np.savez(tmp_path / "vectors.npz", **{f"pert_{i}": np.eye(3, 5)[i] for i in range(3)})
+    flags = ["--perturbation_features", str(tmp_path / "vectors.npz"), "--max_steps", "2", "--val_contexts", "[]"]
+    metrics = run(folder, tmp_path / "run", *flags)
+    assert np.isfinite(metrics["test_energy"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["perturbation_dim"] == 5 and config.get("num_perturbations") is None
+    assert (tmp_path / "run" / "perturbation_features.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "flags, error, message",
     [
