@@ -234,13 +234,20 @@ class SentenceDataset(Dataset):
     def _padded(matrix, rows: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
         """The cells of each sentence, `(B, S, D)`, zeros after the last of a short one."""
         cells = np.empty((*shape, matrix.shape[1]), dtype=np.float32)
+        if all(len(taken) == shape[1] for taken in rows):  # no padding: all sentences in one go
+            SentenceDataset._read(matrix, np.concatenate(rows), cells.reshape(-1, matrix.shape[1]))
+            return cells
         for sentence, taken in zip(cells, rows):
-            if isinstance(matrix, np.ndarray):
-                np.take(matrix, taken, axis=0, out=sentence[: len(taken)], mode="clip")
-            else:
-                matrix.take(taken, out=sentence[: len(taken)])
+            SentenceDataset._read(matrix, taken, sentence[: len(taken)])
             sentence[len(taken) :] = 0
         return cells
+
+    @staticmethod
+    def _read(matrix, rows: np.ndarray, out: np.ndarray):
+        if isinstance(matrix, np.ndarray):
+            np.take(matrix, rows, axis=0, out=out, mode="clip")
+        else:
+            matrix.take(rows, out=out)
 
 
 class SentenceBatch(dict):

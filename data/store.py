@@ -321,8 +321,10 @@ class StoredRows:
     def take(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Some cells, in any order, into a C-contiguous float32 array `(len(rows), features)`."""
         for piece, local, place in self.store.locate(rows) if len(rows) else ():
+            if isinstance(place, np.ndarray) and place[-1] - place[0] == len(place) - 1:
+                place = slice(place[0], place[-1] + 1)  # side by side, so that nothing need be copied there
             if isinstance(place, slice):
-                self._fill(piece, local, out)
+                self._fill(piece, local, out[place])
             else:
                 part = np.empty((len(local), self.shape[1]), dtype=np.float32)
                 self._fill(piece, local, part)
@@ -330,6 +332,9 @@ class StoredRows:
         return out
 
     def _fill(self, piece: _Piece, rows: np.ndarray, out: np.ndarray):
+        if self.embedded and piece.embedding.dtype == np.float32:
+            np.take(piece.embedding, rows, axis=0, out=out, mode="clip")
+            return
         if self.embedded:
             out[:] = piece.embedding[rows]
             return
