@@ -429,13 +429,14 @@ def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
     """(normalize, values) of the store's expression for what was asked."""
     if asked not in ("auto", "log1p_cp10k", "none"):
         raise ValueError(f"normalize={asked!r}; expected 'auto', 'log1p_cp10k' or 'none'")
-    if manifest.expression == "counts" and asked != "none":
-        return "log1p_cp10k", "log1p"
-    if asked == "log1p_cp10k":
+    asked = manifest.normalize if asked == "auto" else asked
+    if asked == "none":
+        return "none", manifest.expression or "embedding"
+    if manifest.expression != "counts":
         raise ValueError(
             f"normalize='log1p_cp10k' is for counts; the store holds {manifest.expression or 'an embedding'}"
         )
-    return "none", manifest.expression or "embedding"
+    return "log1p_cp10k", "log1p"
 
 
 def _totals(store: CellStore, groups: pd.DataFrame) -> np.ndarray:

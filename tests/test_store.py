@@ -263,6 +263,21 @@ def test_the_target_sum_may_be_the_median_of_training_cells(folder, whole, tmp_p
         prepare(arguments(folder, input="layers/log1p", target_sum="median"), tmp_path / "t", quiet=True)
 
 
+def test_a_run_normalises_as_the_store_says_unless_it_says_else(folder, store, tmp_path):
+    raw = prepare(arguments(folder, normalize="none"), tmp_path / "raw", quiet=True)
+    splits = arguments(folder).resolve_splits()
+    for opened, asked, values in (
+        (store, "auto", ("log1p_cp10k", "log1p")),
+        (store, "none", ("none", "counts")),
+        (raw, "auto", ("none", "counts")),
+        (raw, "log1p_cp10k", ("log1p_cp10k", "log1p")),
+    ):
+        cells, processor = load_store(opened, splits, normalize=asked)
+        assert (processor.normalize, processor.values) == values
+        whole = np.allclose(cells.features[:], np.rint(cells.features[:]))
+        assert whole == (values[1] == "counts")
+
+
 def test_variable_genes_are_those_of_training_cells_in_memory(folder, tmp_path):
     held = {"test_contexts": ["type_1"], "genes": 25}
     store = prepare(arguments(folder, **held), tmp_path / "s", quiet=True)
