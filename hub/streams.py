@@ -22,7 +22,7 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
     Raises:
         FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
     """
-    manifest = _manifest(arguments)
+    manifest = manifest_of(arguments)
     files = _files(arguments, manifest) if not on_hub(arguments.path) else None
     columns, genes = _columns(arguments, manifest), None
     if manifest is not None:
@@ -49,11 +49,11 @@ def dataset_name(arguments: StreamArguments) -> str:
 
 def datasets_of(arguments: StreamArguments) -> list[str]:
     """The datasets whose cells the stream holds."""
-    manifest = _manifest(arguments)
+    manifest = manifest_of(arguments)
     return [dataset_name(arguments)] if manifest is None else manifest.vocabularies["dataset"]
 
 
-def _manifest(arguments: StreamArguments) -> Manifest | None:
+def manifest_of(arguments: StreamArguments) -> Manifest | None:
     """That of a cell store; None for other data."""
     if not on_hub(arguments.path):
         path = Path(arguments.path) / STORE_FILE
@@ -73,7 +73,7 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
                 f"stream: {arguments.path} is no cell store; say which column holds what with columns, e.g. {{perturbation: "
                 "drug, context: cell_line_id, gene_ids: genes, gene_values: expressions, marker: -2}"
             )
-        fields = StreamColumns.__dataclass_fields__
+        fields = set(StreamColumns.__dataclass_fields__) - {"dataset"}  # a stream that is no store is one data set
         unknown = sorted(set(arguments.columns) - set(fields))
         if unknown:
             raise ValueError(f"stream.columns: unknown {unknown}; expected some of {sorted(fields)}")

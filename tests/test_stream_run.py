@@ -178,6 +178,31 @@ training: {{output_dir: {tmp_path}/run, max_steps: 3, disable_tqdm: true, use_cp
     assert (processor.perturbation_key, processor.control, processor.context_key) == ("drug", "DMSO_TF", "cell_line_id")
 
 
+def test_a_store_is_streamed_as_it_was_read(folder, tmp_path):
+    import anndata as ad
+
+    adata = ad.read_h5ad(folder / "screen.h5ad")
+    adata.obs = adata.obs.rename(columns={"perturbation": "gene", "cell_type": "line"}).astype(str)
+    adata.obs["gene"] = adata.obs["gene"].replace("control", "NT")
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(tmp_path / "named.h5ad")
+    keys = {"perturbation_key": "gene", "context_key": "line", "control": "NT", "input": "layers/counts"}
+    data = DataArguments(datasets=str(tmp_path / "named.h5ad"), target_sum=5000, **keys)
+    prepare(data, tmp_path / "store", quiet=True)
+    (tmp_path / "run.yaml").write_text(
+        "model: {preset: tiny, set_size: 8}\ndata: {test_contexts: [type_3]}\n"
+        "training: {max_steps: 2, disable_tqdm: true, use_cpu: true}\n"
+    )
+    words = ["--config", str(tmp_path / "run.yaml"), "--output_dir"]
+    cellstate.train.main([*words, str(tmp_path / "streamed"), "--stream.path", str(tmp_path / "store")])
+    cellstate.train.main([*words, str(tmp_path / "stored"), "--store", str(tmp_path / "store")])
+    one, other = (json.loads((tmp_path / n / "processor_config.json").read_text()) for n in ("streamed", "stored"))
+    assert one == other and one["target_sum"] == 5000 and {name: one[name] for name in keys} == keys
+    with pytest.raises(ValueError, match="data.control='DMSO', but the store was prepared with 'NT'"):
+        flags = ["--stream.path", str(tmp_path / "store"), "--control", "DMSO"]
+        cellstate.train.main([*words, str(tmp_path / "no"), *flags])
+
+
 def test_perturbations_as_vectors_from_a_stream(folder, tmp_path):
     np.savez(tmp_path / "vectors.npz", **{f"pert_{i}": np.eye(3, 5)[i] for i in range(3)})
     flags = ["--perturbation_features", str(tmp_path / "vectors.npz"), "--max_steps", "2", "--val_contexts", "[]"]
@@ -192,6 +217,7 @@ def test_perturbations_as_vectors_from_a_stream(folder, tmp_path):
     "flags, error, message",
     [
         (["--store", "s"], ValueError, "data: \\['store'\\] are not for a stream"),
+        (["--hvg_on_all", "true"], ValueError, "data: \\['hvg_on_all'\\] are not for a stream"),
         (["--sentences_per_group", "equal"], ValueError, "data: \\['sentences_per_group'\\] are not for a stream"),
         (["--stream.columns", "{perturbation: drug}"], ValueError, "is a cell store, whose columns are known"),
         (["--stream.path", "gone/away/x.parquet"], FileNotFoundError, "gone/away/x.parquet: no such file"),

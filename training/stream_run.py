@@ -1,5 +1,6 @@
 """A run that trains on a stream."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from cellstate.configuration_state import StateConfig
 from cellstate.data.sentences import SentenceDataset
 from cellstate.data.stream_survey import StreamSurvey, survey_stream
 from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.hub.streams import datasets_of, open_stream
+from cellstate.hub.streams import datasets_of, manifest_of, open_stream
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
 from cellstate.training.run_config import RunConfig
@@ -27,12 +28,23 @@ def from_stream(
         ValueError: fields of the run contradict one another; see also [`survey_stream`].
     """
     data, stream = run.data, run.stream
-    set_here = [name for name in ("datasets", "store") if getattr(data, name) is not None]
-    set_here += [
-        name for name in ("small_groups", "sentences_per_group") if getattr(data, name) not in ("pad", "proportional")
-    ]
+    manifest = manifest_of(stream)
+    unused = ["datasets", "store", "hvg_on_all", "small_groups", "sentences_per_group", "sentence_cap"]
+    unused += ["perturbation_key", "context_key", "batch_key"] if manifest is None else []
+    defaults = {field.name: field.default for field in dataclasses.fields(data)}
+    set_here = [name for name in unused if getattr(data, name) != defaults[name]]
     if set_here:
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
+    options = data.survey_options()
+    if manifest is not None:
+        data.check_store(manifest)
+        options |= {
+            name: manifest.reading[name] for name in ("control", "input", "gene_input", "combination_separator")
+        }
+        if options["normalize"] == "auto":
+            options["normalize"] = manifest.normalize
+        if options["target_sum"] is None and options["normalize"] == "log1p_cp10k":
+            options["target_sum"] = manifest.target_sum
     splits = data.splits_of_stream(datasets_of(stream))
     held_out = {*splits.zeroshot.values(), *splits.contexts.values(), *splits.perturbations.values()}
     held_out |= {split for of in splits.fewshot.values() for split, names in of.items() if names}
@@ -49,9 +61,13 @@ def from_stream(
             splits,
             seed=seed,
             progress=args.should_log and not args.disable_tqdm,
-            **data.survey_options(),
+            **options,
             **stream.survey_options(),
         )
+        if manifest is not None:
+            # The model reads files like those that the store was made of, not its columns.
+            for name in ("perturbation_key", "context_key", "batch_key"):
+                setattr(survey.processor, name, manifest.reading[name])
 
     def datasets(config: StateConfig) -> dict:
         if config.batch_encoder or config.batch_token:
