@@ -1,5 +1,6 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
+import math
 import os
 import shutil
 import time
@@ -96,6 +97,42 @@ class StateTrainer(Trainer):
             self.train_dataset.load_state_dict(state)
             self.args.ignore_data_skip = True  # the stream goes on where it stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    # Learning rate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """
+        Optimiser steps of one pass over the training data. A stream has as many as if each of its training cells stood
+        in a full sentence.
+
+        Raises:
+            ValueError: the first look at a stream did not see all of it.
+        """
+        args, data = self.args, self.train_dataset
+        if isinstance(data, SentenceStream):
+            if not data.survey.complete:
+                raise ValueError(
+                    f"the length of an epoch of the stream is not known: the first look at it ended after "
+                    f"{data.survey.cells} cells; leave stream.fill_cells out, or do without schedules in epochs "
+                    "(lr_decay_epochs: null)"
+                )
+            sentences = math.ceil(data.num_cells / data.set_size)
+        else:
+            sentences = len(data)
+        of_batch = args.train_batch_size * args.world_size
+        batches = sentences // of_batch if args.dataloader_drop_last else math.ceil(sentences / of_batch)
+        return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_decay_epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        # Counted in steps, so that it continues from a checkpoint where it was.
+        steps = max(1, round(self.args.lr_decay_epochs * self.steps_per_epoch))
+        optimizer = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, self.args.lr_decay_factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # Loss
 
