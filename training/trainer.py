@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, ro
 
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
+from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.hub.publish import hide, reveal
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
 from cellstate.training.objectives import objective_for
@@ -160,7 +160,7 @@ class StateTrainer(Trainer):
         if self._mean_changes is None:
             cells = self.train_dataset.cells
             self._mean_changes = MeanChanges.fit(
-                cells.features,
+                AsPredicted(cells.features, self.train_dataset.processor),
                 cells.groups[cells.groups["split"].isin(["train", "control"])],
                 self.train_dataset.processor.control,
                 clip=self.model.config.nonnegative_output,
@@ -175,7 +175,7 @@ class StateTrainer(Trainer):
         scores = []
         for index, sentences in of_group.items():
             rows = [dataset.rows(i) for i in sentences]
-            group, features = dataset.groups[index], dataset.cells.features
+            group, features = dataset.groups[index], AsPredicted(dataset.cells.features, dataset.processor)
             scores.append(
                 score_group(
                     np.concatenate([prediction.predictions[i, : len(r[1])] for i, r in zip(sentences, rows)]),
