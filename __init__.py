@@ -3,14 +3,47 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
+from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
 from cellstate.configuration_state import StateConfig
-from cellstate.modeling_perturbation import PerturbationOutput
+from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
+from cellstate.modeling_embed_sum import EmbedSumForPerturbation
+from cellstate.modeling_neural_ot import NeuralOTForPerturbation
+from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
+from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
 
-AutoConfig.register(StateConfig.model_type, StateConfig)
-AutoModel.register(StateConfig, StateForPerturbation)
-AutoProcessor.register(StateConfig, StateProcessor)
+# Every family of models, by the `model_type` of its config.
+FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
+    model.config_class.model_type: model
+    for model in (
+        StateForPerturbation,
+        EmbedSumForPerturbation,
+        NeuralOTForPerturbation,
+        PseudobulkForPerturbation,
+        DecoderOnlyForPerturbation,
+    )
+}
 
-__all__ = ["PerturbationOutput", "StateConfig", "StateForPerturbation", "StateProcessor", "__version__"]
+for _model_type, _model in FAMILIES.items():
+    AutoConfig.register(_model_type, _model.config_class)
+    AutoModel.register(_model.config_class, _model)
+    AutoProcessor.register(_model.config_class, StateProcessor)
+
+__all__ = [
+    "FAMILIES",
+    "DecoderOnlyConfig",
+    "DecoderOnlyForPerturbation",
+    "EmbedSumConfig",
+    "EmbedSumForPerturbation",
+    "NeuralOTConfig",
+    "NeuralOTForPerturbation",
+    "PerturbationOutput",
+    "PseudobulkConfig",
+    "PseudobulkForPerturbation",
+    "StateConfig",
+    "StateForPerturbation",
+    "StateProcessor",
+    "__version__",
+]

@@ -61,28 +61,22 @@ class PerturbationConfig(PreTrainedConfig):
         gene_dim (`int`, *optional*):
             Genes that the gene decoder predicts. Set it where the model works on embeddings and should also predict
             expression; None builds no decoder.
-        hidden_size (`int`, *optional*, defaults to 672) [hidden_dim]:
-            Width of every hidden layer.
         set_size (`int`, *optional*, defaults to 128) [cell_set_len]:
             Cells of one sentence in training and prediction. No weight depends on it: any other number works.
-        hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the encoders and heads, a name of `transformers.activations.ACT2FN`.
-        hidden_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout of the encoders and heads.
         nonnegative_output (`bool`, *optional*):
             Clamp predictions at 0. Right for expression, wrong for an embedding. Defaults to True exactly where
             `gene_dim` is None, that is where the model predicts expression itself; set it to False for a model on
             embeddings without a gene decoder.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the normal distribution that new weights are drawn from.
-        perturbation_initializer_range (`float`, *optional*, defaults to 1.0):
-            The same for the rows of perturbations: how loud a perturbation is beside the cell at the start. Large, a
-            model soon tells perturbations apart (few of them, many contexts); small, the effects of perturbations
-            that are applied together add up more nearly (combinations). Features are scaled by their width, too.
     """
 
     model_type = "perturbation"
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    # Named configurations of the family, by field.
+    presets: ClassVar[dict[str, dict]] = {}
+    # Fields that follow `hidden_size` and the heads where a preset's own are overridden.
+    _derived: ClassVar[tuple[str, ...]] = ()
+    # Training arguments that the family is trained with unless a run says else.
+    training_defaults: ClassVar[dict] = {}
 
     input_dim: int = 2000
     output_dim: int | None = None
@@ -91,13 +85,8 @@ class PerturbationConfig(PreTrainedConfig):
     num_contexts: int | None = None
     num_batches: int | None = None
     gene_dim: int | None = None
-    hidden_size: int = 672
     set_size: int = 128
-    hidden_act: str = "gelu"
-    hidden_dropout: float | int = 0.1
     nonnegative_output: bool | None = None
-    initializer_range: float | int = 0.02
-    perturbation_initializer_range: float | int = 1.0
 
     def __post_init__(self, **kwargs):
         own = [f.name for f in fields(self)]
@@ -111,6 +100,43 @@ class PerturbationConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check()
 
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "PerturbationConfig":
+        """One of the family's named configurations (`presets`), any field overridden.
+
+        Raises:
+            ValueError: the preset or a field is unknown (the nearest valid name is said), or fields contradict.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; {closest(name, cls.presets)}")
+        values = {**cls.presets[name], **overrides}
+        if "hidden_size" in overrides or "num_attention_heads" in overrides:
+            # The preset's widths belong to its own hidden size; they follow the given one unless given too.
+            for derived in cls._derived:
+                if derived not in overrides:
+                    values.pop(derived, None)
+        return cls(**values)
+
+    @classmethod
+    def sizes(cls, processor) -> dict:
+        """The fields that follow from the data: sizes of what a [`StateProcessor`] learned from the training cells."""
+        vocabulary = processor.vocabulary
+        sizes = {"input_dim": processor.feature_dim, "num_contexts": len(vocabulary.contexts)}
+        if processor.perturbation_features is None:
+            sizes["num_perturbations"] = len(vocabulary.perturbations)
+        else:
+            sizes["perturbation_dim"] = processor.perturbation_features.dim
+        if vocabulary.batches:
+            sizes["num_batches"] = len(vocabulary.batches)
+        if processor.gene_input is not None:
+            sizes["gene_dim"] = len(vocabulary.genes)
+        return sizes
+
+    @property
+    def embeds_batches(self) -> bool:
+        """Whether the model has weights for each experimental batch, and so takes those of the training cells alone."""
+        return False
+
     def _check(self):
         """Cross-field checks, in one place. A subclass calls `super()._check()` first."""
         for name, allowed in self._choices.items():
@@ -120,20 +146,19 @@ class PerturbationConfig(PreTrainedConfig):
                     f"{name}={value!r} is not an option of {type(self).__name__}: expected one of {list(allowed)}; "
                     + closest(value, allowed)
                 )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation; {closest(self.hidden_act, ACT2FN)}")
-        positive = ("input_dim", "output_dim", "hidden_size", "set_size")
+        positive = ("input_dim", "output_dim", "set_size")
         optional = ("num_perturbations", "perturbation_dim", "num_contexts", "num_batches", "gene_dim")
-        for name in positive + optional:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, found {value}")
-        self._check_range("hidden_dropout", 0, 1, upper_open=True)
+        self._check_at_least(1, *positive, *(name for name in optional if getattr(self, name) is not None))
         if self.num_perturbations is not None and self.perturbation_dim is not None:
             raise ValueError(
                 f"num_perturbations={self.num_perturbations} (perturbations by id) and perturbation_dim="
                 f"{self.perturbation_dim} (perturbations by features) contradict one another: set one of them"
             )
+
+    def _check_at_least(self, low: int, *names: str):
+        for name in names:
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, found {getattr(self, name)}")
 
     def _check_range(self, name: str, low: float, high: float = float("inf"), upper_open: bool = False):
         value = getattr(self, name)
@@ -142,21 +167,110 @@ class PerturbationConfig(PreTrainedConfig):
 
 
 @strict
-class StateConfig(PerturbationConfig):
+class NetworkConfig(PerturbationConfig):
     r"""
-    Configuration of the State transition model, [`StateForPerturbation`]. The fields of [`PerturbationConfig`], and
-    the following; names in brackets are those of published checkpoints.
+    What the families that are neural networks share. The fields of [`PerturbationConfig`], and:
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 672) [hidden_dim]:
+            Width of every hidden layer.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the encoders and heads, a name of `transformers.activations.ACT2FN`.
+        hidden_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the encoders and heads.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the normal distribution that new weights are drawn from.
+        perturbation_initializer_range (`float`, *optional*, defaults to 1.0):
+            The same for the rows of perturbations: how loud a perturbation is beside the cell at the start. Large, a
+            model soon tells perturbations apart (few of them, many contexts); small, the effects of perturbations
+            that are applied together add up more nearly (combinations). Features are scaled by their width, too.
+    """
+
+    hidden_size: int = 672
+    hidden_act: str = "gelu"
+    hidden_dropout: float | int = 0.1
+    initializer_range: float | int = 0.02
+    perturbation_initializer_range: float | int = 1.0
+
+    def _check(self):
+        super()._check()
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation; {closest(self.hidden_act, ACT2FN)}")
+        self._check_at_least(1, "hidden_size")
+        self._check_range("hidden_dropout", 0, 1, upper_open=True)
+
+
+@strict
+class GeneDecoderConfig(PerturbationConfig):
+    r"""
+    What the families with a gene decoder share, which turns embeddings into expression. The fields of
+    [`PerturbationConfig`], and:
+
+    Args:
+        decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[1024, 1024, 512]` where `gene_dim` is set):
+            Hidden widths of the gene decoder.
+        decoder_dropout (`float`, *optional*, defaults to 0.1):
+            Dropout of the gene decoder.
+        residual_decoder (`bool`, *optional*, defaults to False):
+            Add the output of block i-1 to that of every odd block i of the gene decoder, where their widths agree.
+    """
+
+    decoder_hidden_sizes: list[int] | None = None
+    decoder_dropout: float | int = 0.1
+    residual_decoder: bool = False
+
+    # Options that only mean something where there is a gene decoder, and what they are without.
+    _of_decoder: ClassVar[dict] = {"decoder_hidden_sizes": None, "residual_decoder": False}
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_hidden_sizes is None and self.gene_dim is not None:
+            self.decoder_hidden_sizes = [1024, 1024, 512]
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        super()._check()
+        self._check_range("decoder_dropout", 0, 1, upper_open=True)
+        if self.gene_dim is None:
+            for option, off in self._of_decoder.items():
+                if getattr(self, option) != off:
+                    raise ValueError(
+                        f"{option}={getattr(self, option)!r} is an option of the gene decoder: set gene_dim"
+                    )
+        elif not all(width >= 1 for width in self.decoder_hidden_sizes):
+            raise ValueError(f"decoder_hidden_sizes must all be at least 1, found {self.decoder_hidden_sizes}")
+
+
+@strict
+class EncoderConfig(NetworkConfig, GeneDecoderConfig):
+    r"""
+    What the families that encode cell and perturbation, and read predictions off an output head, share. The fields of
+    [`NetworkConfig`] and [`GeneDecoderConfig`], and:
 
     Args:
         num_encoder_layers (`int`, *optional*, defaults to 4) [n_encoder_layers]:
-            Linear layers of the perturbation encoder, and of the cell encoder where `basal_encoder="mlp"`.
+            Linear layers of the perturbation encoder (State: and of the cell encoder where `basal_encoder="mlp"`).
         num_decoder_layers (`int`, *optional*, defaults to 4) [n_decoder_layers]:
             Linear layers of the output head.
-        basal_encoder (`str`, *optional*, defaults to `"linear"`) [use_basal_projection]:
-            How a control cell is encoded.
+        decoder_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the gene decoder's loss.
+    """
 
-            - `"linear"`: one linear layer
-            - `"mlp"`: `num_encoder_layers` layers
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    decoder_weight: float | int = 1.0
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "num_encoder_layers", "num_decoder_layers")
+        self._check_range("decoder_weight", 0)
+
+
+@strict
+class SetTransformerConfig(EncoderConfig):
+    r"""
+    What the families with a set transformer and a distributional loss share. The fields of [`EncoderConfig`], and:
+
+    Args:
         backbone (`str`, *optional*, defaults to `"llama"`) [transformer_backbone_key]:
             Blocks of the set transformer.
 
@@ -172,6 +286,89 @@ class StateConfig(PerturbationConfig):
             Width of the feed-forward layer.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
+        loss (`str`, *optional*, defaults to `"energy"`):
+            The distance between the predicted and the observed cells of a sentence.
+
+            - `"energy"`: energy distance
+            - `"sinkhorn"`: debiased entropic optimal transport, squared Euclidean cost
+            - `"combined"`: `energy_weight` x energy + `sinkhorn_weight` x sinkhorn
+            - `"mse"`: mean squared error of cell i against cell i
+        blur (`float`, *optional*, defaults to 0.05):
+            Entropic blur of the Sinkhorn divergence, in units of the features.
+        energy_weight (`float`, *optional*, defaults to 1.0), sinkhorn_weight (`float`, *optional*, defaults to 0.01):
+            Weights of the two terms of `loss="combined"`.
+        feature_chunks (`int`, *optional*, defaults to 1) [mmd_num_chunks]:
+            Split the features in this many chunks and average the distances within each.
+        shuffle_feature_chunks (`bool`, *optional*, defaults to False):
+            Draw the chunks anew each step.
+        detach_decoder (`bool`, *optional*, defaults to False):
+            Stop the decoder's gradient at the latents; one training step in ten then decodes the true latents.
+    """
+
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "backbone": ("llama", "gpt2"),
+        "loss": ("energy", "sinkhorn", "combined", "mse"),
+    }
+    _derived: ClassVar[tuple[str, ...]] = ("head_dim", "intermediate_size")
+    _of_decoder: ClassVar[dict] = {**GeneDecoderConfig._of_decoder, "detach_decoder": False}
+    # What tokens see of one another, and that they have no order; the State model has options for legacy checkpoints.
+    attention: ClassVar[str] = "bidirectional"
+    positions: ClassVar[str] = "none"
+
+    backbone: str = "llama"
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    attention_dropout: float | int = 0.0
+    loss: str = "energy"
+    blur: float | int = 0.05
+    energy_weight: float | int = 1.0
+    sinkhorn_weight: float | int = 0.01
+    feature_chunks: int = 1
+    shuffle_feature_chunks: bool = False
+    detach_decoder: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = max(1, self.hidden_size // max(1, self.num_attention_heads))
+            if self.head_dim * self.num_attention_heads != self.hidden_size:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                    f"{self.num_attention_heads}: change one of them, or set head_dim (it is free)"
+                )
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(
+            1, "num_hidden_layers", "num_attention_heads", "head_dim", "intermediate_size", "feature_chunks"
+        )
+        self._check_range("attention_dropout", 0, 1, upper_open=True)
+        for name in ("energy_weight", "sinkhorn_weight"):
+            self._check_range(name, 0)
+        if self.blur <= 0:
+            raise ValueError(f"blur must be above 0, found {self.blur}")
+        if self.feature_chunks > self.output_dim:
+            raise ValueError(f"feature_chunks={self.feature_chunks} exceeds output_dim={self.output_dim}")
+        if self.shuffle_feature_chunks and self.feature_chunks == 1:
+            raise ValueError("shuffle_feature_chunks=True has no effect with feature_chunks=1")
+
+
+@strict
+class StateConfig(SetTransformerConfig):
+    r"""
+    Configuration of the State transition model, [`StateForPerturbation`]. The fields of [`SetTransformerConfig`], and
+    the following; names in brackets are those of published checkpoints.
+
+    Args:
+        basal_encoder (`str`, *optional*, defaults to `"linear"`) [use_basal_projection]:
+            How a control cell is encoded.
+
+            - `"linear"`: one linear layer
+            - `"mlp"`: `num_encoder_layers` layers
         attention (`str`, *optional*, defaults to `"bidirectional"`) [bidirectional_attention, mask_attn]:
             Which cells a cell sees.
 
@@ -197,31 +394,6 @@ class StateConfig(PerturbationConfig):
             Put a learned token before the cells and classify the batch from it.
         confidence_token (`bool`, *optional*, defaults to False):
             Put a learned token after the cells and predict the sentence's loss from it.
-        decoder_hidden_sizes (`list[int]`, *optional*, defaults to `[1024, 1024, 512]` where `gene_dim` is set):
-            Hidden widths of the gene decoder.
-        decoder_dropout (`float`, *optional*, defaults to 0.1):
-            Dropout of the gene decoder.
-        residual_decoder (`bool`, *optional*, defaults to False):
-            Add the output of block i-1 to that of every odd block i of the gene decoder, where their widths agree.
-        loss (`str`, *optional*, defaults to `"energy"`):
-            The distance between the predicted and the observed cells of a sentence.
-
-            - `"energy"`: energy distance
-            - `"sinkhorn"`: debiased entropic optimal transport, squared Euclidean cost
-            - `"combined"`: `energy_weight` x energy + `sinkhorn_weight` x sinkhorn
-            - `"mse"`: mean squared error of cell i against cell i
-        blur (`float`, *optional*, defaults to 0.05):
-            Entropic blur of the Sinkhorn divergence, in units of the features.
-        energy_weight (`float`, *optional*, defaults to 1.0), sinkhorn_weight (`float`, *optional*, defaults to 0.01):
-            Weights of the two terms of `loss="combined"`.
-        feature_chunks (`int`, *optional*, defaults to 1) [mmd_num_chunks]:
-            Split the features in this many chunks and average the distances within each.
-        shuffle_feature_chunks (`bool`, *optional*, defaults to False):
-            Draw the chunks anew each step.
-        decoder_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the gene decoder's loss.
-        detach_decoder (`bool`, *optional*, defaults to False):
-            Stop the decoder's gradient at the latents; one training step in ten then decodes the true latents.
         l1_weight (`float`, *optional*, defaults to 0.0) [regularization]:
             Weight of the mean absolute change from control to prediction.
         confidence_weight (`float`, *optional*, defaults to 0.01):
@@ -241,12 +413,11 @@ class StateConfig(PerturbationConfig):
 
     model_type = "state"
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        **SetTransformerConfig._choices,
         "basal_encoder": ("linear", "mlp"),
-        "backbone": ("llama", "gpt2"),
         "attention": ("bidirectional", "causal", "none"),
         "positions": ("none", "rope"),
         "residual": ("none", "hidden", "output"),
-        "loss": ("energy", "sinkhorn", "combined", "mse"),
     }
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {
@@ -293,15 +464,7 @@ class StateConfig(PerturbationConfig):
         },
     }
 
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
     basal_encoder: str = "linear"
-    backbone: str = "llama"
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    attention_dropout: float | int = 0.0
     attention: str = "bidirectional"
     positions: str = "none"
     residual: str = "output"
@@ -309,82 +472,19 @@ class StateConfig(PerturbationConfig):
     batch_encoder: bool = False
     batch_token: bool = False
     confidence_token: bool = False
-    decoder_hidden_sizes: list[int] | None = None
-    decoder_dropout: float | int = 0.1
-    residual_decoder: bool = False
-    loss: str = "energy"
-    blur: float | int = 0.05
-    energy_weight: float | int = 1.0
-    sinkhorn_weight: float | int = 0.01
-    feature_chunks: int = 1
-    shuffle_feature_chunks: bool = False
-    decoder_weight: float | int = 1.0
-    detach_decoder: bool = False
     l1_weight: float | int = 0.0
     confidence_weight: float | int = 0.01
     confidence_target_scale: float | int = 10.0
     batch_token_weight: float | int = 0.1
 
-    def __post_init__(self, **kwargs):
-        if self.head_dim is None:
-            self.head_dim = max(1, self.hidden_size // max(1, self.num_attention_heads))
-            if self.head_dim * self.num_attention_heads != self.hidden_size:
-                raise ValueError(
-                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
-                    f"{self.num_attention_heads}: change one of them, or set head_dim (it is free)"
-                )
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.decoder_hidden_sizes is None and self.gene_dim is not None:
-            self.decoder_hidden_sizes = [1024, 1024, 512]
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "StateConfig":
-        """The configuration of a published size (`tiny`, `small`, `base`, `large`, `gpt2`), any field overridden.
-
-        Raises:
-            ValueError: the preset or a field is unknown (the nearest valid name is said), or fields contradict.
-        """
-        if name not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; {closest(name, cls.presets)}")
-        values = {**cls.presets[name], **overrides}
-        if "hidden_size" in overrides or "num_attention_heads" in overrides:
-            # The preset's widths belong to its own hidden size; they follow the given one unless given too.
-            for derived in ("head_dim", "intermediate_size"):
-                if derived not in overrides:
-                    values.pop(derived, None)
-        return cls(**values)
+    @property
+    def embeds_batches(self) -> bool:
+        return self.batch_encoder or self.batch_token
 
     def _check(self):
         super()._check()
-        for name in (
-            "num_encoder_layers",
-            "num_decoder_layers",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "head_dim",
-            "intermediate_size",
-            "feature_chunks",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("attention_dropout", "decoder_dropout"):
-            self._check_range(name, 0, 1, upper_open=True)
-        for name in (
-            "energy_weight",
-            "sinkhorn_weight",
-            "decoder_weight",
-            "l1_weight",
-            "confidence_weight",
-            "confidence_target_scale",
-            "batch_token_weight",
-        ):
+        for name in ("l1_weight", "confidence_weight", "confidence_target_scale", "batch_token_weight"):
             self._check_range(name, 0)
-        if self.blur <= 0:
-            raise ValueError(f"blur must be above 0, found {self.blur}")
-        if self.feature_chunks > self.output_dim:
-            raise ValueError(f"feature_chunks={self.feature_chunks} exceeds output_dim={self.output_dim}")
         same = self.input_dim == self.output_dim
         for option, active in (
             ("residual='output'", self.residual == "output"),
@@ -411,22 +511,15 @@ class StateConfig(PerturbationConfig):
             raise ValueError("positions='rope' has no effect with attention='none': use positions='none'")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"positions='rope' needs an even head_dim, found {self.head_dim}")
-        if self.gene_dim is None:
-            for option, off in (
-                ("decoder_hidden_sizes", None),
-                ("residual_decoder", False),
-                ("detach_decoder", False),
-            ):
-                if getattr(self, option) != off:
-                    raise ValueError(
-                        f"{option}={getattr(self, option)!r} is an option of the gene decoder: set gene_dim"
-                    )
-        elif not all(width >= 1 for width in self.decoder_hidden_sizes):
-            raise ValueError(f"decoder_hidden_sizes must all be at least 1, found {self.decoder_hidden_sizes}")
-        if self.shuffle_feature_chunks and self.feature_chunks == 1:
-            raise ValueError("shuffle_feature_chunks=True has no effect with feature_chunks=1")
 
 
 StateConfig.register_for_auto_class()
 
-__all__ = ["PerturbationConfig", "StateConfig"]
+__all__ = [
+    "EncoderConfig",
+    "GeneDecoderConfig",
+    "NetworkConfig",
+    "PerturbationConfig",
+    "SetTransformerConfig",
+    "StateConfig",
+]

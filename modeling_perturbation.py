@@ -408,7 +408,34 @@ class ConfidenceHead(nn.Module):
 
 
 class PerturbationPreTrainedModel(PreTrainedModel):
-    """Loading, saving, initialisation and input checks of every perturbation model."""
+    r"""
+    Loading, saving, initialisation and input checks of every perturbation model.
+
+    Every family's `forward` takes the following, reads what it needs of them, and returns a [`PerturbationOutput`]. A
+    wrong shape or combination is a ValueError, an unknown name a TypeError.
+
+    Inputs:
+        control_cells (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`):
+            Unperturbed cells: log1p expression (or counts, where a family says so) in the order of the processor's
+            genes, or an embedding.
+        perturbation_ids (`torch.LongTensor` of shape `(batch_size, num_together)`, *optional*):
+            The perturbations applied together in each sentence, padded with -1; all -1 is the control.
+            One of this and `perturbation_features` is required.
+        perturbation_doses (`torch.Tensor` of shape `(batch_size, num_together)`, *optional*):
+            Weight of each perturbation, 1 where not given.
+        perturbation_features (`torch.Tensor` of shape `(batch_size, P)` or `(batch_size, set_size, P)`, *optional*):
+            Features of the perturbation, `P` being `perturbation_dim`, or a multi-hot vector of `num_perturbations`.
+        context_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Context (cell type or line) of each sentence; -1 is one that was not seen in training.
+        batch_ids (`torch.LongTensor` of shape `(batch_size, set_size)`, *optional*):
+            Experimental batch of each cell; -1 is one that was not seen in training.
+        cell_mask (`torch.BoolTensor` of shape `(batch_size, set_size)`, *optional*):
+            False where a short sentence is padded.
+        labels (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
+            Observed perturbed cells. The loss is the objective's business.
+        gene_labels (`torch.Tensor` of shape `(batch_size, set_size, gene_dim)`, *optional*):
+            Observed expression, the gene decoder's target; read by the objective alone.
+    """
 
     config_class = PerturbationConfig
     base_model_prefix = "model"
@@ -416,7 +443,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The loss is a mean over sentences: the Trainer must scale it under gradient accumulation.
     accepts_loss_kwargs = False
+    # The model is given the observed cells, and shows what is the best that could be reached with them.
+    is_ceiling = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
+
+    def __init__(self, config: PerturbationConfig):
+        super().__init__(config)
+        if config.num_perturbations is None and config.perturbation_dim is None:
+            raise ValueError(
+                f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
+                "to build a model, found neither"
+            )
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -442,6 +479,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, UnseenMeanEmbedding):
             init.normal_(module.weight)
+
+    def _check_batches(self, batch_ids: torch.Tensor | None):
+        """For a model that embeds batches: they are given and known."""
+        if batch_ids is None:
+            raise ValueError("batch_encoder=True needs batch_ids, found None")
+        # In training, every batch is known; looking would wait for the device at each step.
+        if not self.training and (batch_ids < 0).any():
+            raise ValueError(
+                "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for it: "
+                "give the cells the name of a known batch, or use a model without batch_encoder"
+            )
 
     def _check_inputs(
         self, control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, options
@@ -494,4 +542,73 @@ class PerturbationPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{name}: expected shape ({sentences}, {cells}), found {tuple(value.shape)}")
 
 
-__all__ = ["PerturbationOutput", "PerturbationPreTrainedModel"]
+class EncoderPreTrainedModel(PerturbationPreTrainedModel):
+    """Families that encode cell and perturbation and read predictions off an output head, or have a gene decoder."""
+
+    # One step in this many trains a detached gene decoder on the true latents instead of the predicted ones.
+    true_latents_every = 10
+
+    def _make_encoders(self, cell_layers: int):
+        config = self.config
+        hidden, act, dropout = config.hidden_size, config.hidden_act, config.hidden_dropout
+        self.perturbation_encoder = PerturbationEncoder(
+            config.num_perturbations or config.perturbation_dim, hidden, config.num_encoder_layers, act, dropout
+        )
+        self.cell_encoder = MLP(config.input_dim, hidden, hidden, cell_layers, act, dropout)
+
+    def _make_output_head(self):
+        config = self.config
+        self.output_head = MLP(
+            config.hidden_size,
+            config.hidden_size,
+            config.output_dim,
+            config.num_decoder_layers,
+            config.hidden_act,
+            config.hidden_dropout,
+        )
+
+    def _make_gene_decoder(self):
+        config = self.config
+        if config.gene_dim is not None:
+            self.gene_decoder = GeneDecoder(
+                config.output_dim,
+                config.decoder_hidden_sizes,
+                config.gene_dim,
+                config.decoder_dropout,
+                config.residual_decoder,
+            )
+
+    def _outputs(self, predictions: torch.Tensor, labels: torch.Tensor | None, detach: bool, **others):
+        """
+        Predictions (B, S, D_out) in the config's units, with the genes decoded from them.
+
+        Where `detach`, the gene decoder's gradient stops at the latents, and it now and then sees the true ones.
+        """
+        if self.config.nonnegative_output:
+            predictions = nn.functional.relu(predictions)
+        genes = None
+        if self.config.gene_dim is not None:
+            latents = predictions.detach() if detach else predictions
+            if detach and self.training and labels is not None and torch.rand(()) < 1 / self.true_latents_every:
+                latents = labels.to(latents.dtype)
+            genes = self.gene_decoder(latents)
+        return PerturbationOutput(predictions=predictions, gene_predictions=genes, **others)
+
+
+class SetTransformerPreTrainedModel(EncoderPreTrainedModel):
+    """Families with a [`SetTransformer`]."""
+
+    _no_split_modules = ["SetTransformerLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": SetTransformerLayer, "attentions": SetAttention}
+
+
+__all__ = [
+    "EncoderPreTrainedModel",
+    "PerturbationOutput",
+    "PerturbationPreTrainedModel",
+    "SetTransformerPreTrainedModel",
+]

@@ -6,27 +6,11 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_state import StateConfig
-from .modeling_perturbation import (
-    MLP,
-    ConfidenceHead,
-    GeneDecoder,
-    PerturbationEncoder,
-    PerturbationOutput,
-    PerturbationPreTrainedModel,
-    SetAttention,
-    SetTransformer,
-    SetTransformerLayer,
-)
+from .modeling_perturbation import ConfidenceHead, PerturbationOutput, SetTransformer, SetTransformerPreTrainedModel
 
 
-class StatePreTrainedModel(PerturbationPreTrainedModel):
+class StatePreTrainedModel(SetTransformerPreTrainedModel):
     config_class = StateConfig
-    _no_split_modules = ["SetTransformerLayer"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": SetTransformerLayer, "attentions": SetAttention}
 
 
 class StateForPerturbation(StatePreTrainedModel):
@@ -52,22 +36,10 @@ class StateForPerturbation(StatePreTrainedModel):
     ```
     """
 
-    # One step in this many trains a detached gene decoder on the true latents instead of the predicted ones.
-    true_latents_every = 10
-
     def __init__(self, config: StateConfig):
         super().__init__(config)
-        if config.num_perturbations is None and config.perturbation_dim is None:
-            raise ValueError(
-                "StateConfig needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
-                "to build a model, found neither"
-            )
-        hidden, act, dropout = config.hidden_size, config.hidden_act, config.hidden_dropout
-        self.perturbation_encoder = PerturbationEncoder(
-            config.num_perturbations or config.perturbation_dim, hidden, config.num_encoder_layers, act, dropout
-        )
-        cell_layers = config.num_encoder_layers if config.basal_encoder == "mlp" else 1
-        self.cell_encoder = MLP(config.input_dim, hidden, hidden, cell_layers, act, dropout)
+        hidden = config.hidden_size
+        self._make_encoders(config.num_encoder_layers if config.basal_encoder == "mlp" else 1)
         if config.batch_encoder:
             self.batch_embedding = nn.Embedding(config.num_batches, hidden)
         if config.batch_token:
@@ -75,22 +47,15 @@ class StateForPerturbation(StatePreTrainedModel):
             self.batch_head = nn.Linear(hidden, config.num_batches)
         if config.confidence_token:
             self.confidence_token = nn.Parameter(torch.empty(1, 1, hidden))
-            self.confidence_head = ConfidenceHead(hidden, dropout)
+            self.confidence_head = ConfidenceHead(hidden, config.hidden_dropout)
         self.backbone = SetTransformer(config)
-        self.output_head = MLP(hidden, hidden, config.output_dim, config.num_decoder_layers, act, dropout)
+        self._make_output_head()
         if config.output_adapter:
             bottleneck = config.output_dim // 8
             self.output_adapter = nn.Sequential(
                 nn.Linear(config.output_dim, bottleneck), nn.GELU(), nn.Linear(bottleneck, config.output_dim)
             )
-        if config.gene_dim is not None:
-            self.gene_decoder = GeneDecoder(
-                config.output_dim,
-                config.decoder_hidden_sizes,
-                config.gene_dim,
-                config.decoder_dropout,
-                config.residual_decoder,
-            )
+        self._make_gene_decoder()
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -119,35 +84,9 @@ class StateForPerturbation(StatePreTrainedModel):
         **kwargs,
     ) -> PerturbationOutput:
         r"""
-        Args:
-            control_cells (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`):
-                Unperturbed cells: log1p expression in the order of the processor's genes, or an embedding.
-            perturbation_ids (`torch.LongTensor` of shape `(batch_size, num_together)`, *optional*):
-                The perturbations applied together in each sentence, padded with -1; all -1 is the control.
-                One of this and `perturbation_features` is required.
-            perturbation_doses (`torch.Tensor` of shape `(batch_size, num_together)`, *optional*):
-                Weight of each perturbation, 1 where not given.
-            perturbation_features (`torch.Tensor` of shape `(batch_size, P)` or `(batch_size, set_size, P)`, *optional*):
-                Features of the perturbation, `P` being `perturbation_dim`, or a multi-hot vector of
-                `num_perturbations`.
-            context_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Part of the shared interface. This model reads the context from the control cells.
-            batch_ids (`torch.LongTensor` of shape `(batch_size, set_size)`, *optional*):
-                Experimental batch of each cell; required with `batch_encoder`.
-            cell_mask (`torch.BoolTensor` of shape `(batch_size, set_size)`, *optional*):
-                False where a short sentence is padded.
-            labels (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
-                Observed perturbed cells. The loss is the objective's business; forward itself reads them only where
-                `detach_decoder` trains the gene decoder on true latents.
-            gene_labels (`torch.Tensor` of shape `(batch_size, set_size, gene_dim)`, *optional*):
-                Observed expression; read by the objective alone.
-
-        Returns:
-            [`PerturbationOutput`]
-
-        Raises:
-            ValueError: a shape or combination of inputs does not fit the config.
-            TypeError: an input has an unknown name.
+        Inputs, output and errors as in [`PerturbationPreTrainedModel`]. `batch_ids` is required with `batch_encoder`; the
+        context is read from the control cells; `labels` are read where `detach_decoder` trains the gene decoder on true
+        latents.
         """
         self._check_inputs(
             control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, kwargs
@@ -156,14 +95,7 @@ class StateForPerturbation(StatePreTrainedModel):
         encoded_cells = self.cell_encoder(control_cells)
         hidden = encoded_cells + self.perturbation_encoder(perturbation_ids, perturbation_doses, perturbation_features)
         if config.batch_encoder:
-            if batch_ids is None:
-                raise ValueError("batch_encoder=True needs batch_ids, found None")
-            # In training, every batch is known; looking would wait for the device at each step.
-            if not self.training and (batch_ids < 0).any():
-                raise ValueError(
-                    "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for "
-                    "it: give the cells the name of a known batch, or use a model without batch_encoder"
-                )
+            self._check_batches(batch_ids)
             hidden = hidden + self.batch_embedding(batch_ids)
 
         tokens, mask = [hidden], cell_mask
@@ -184,23 +116,13 @@ class StateForPerturbation(StatePreTrainedModel):
             predictions = predictions + control_cells
         if config.output_adapter:
             predictions = self.output_adapter(predictions)
-        if config.nonnegative_output:
-            predictions = nn.functional.relu(predictions)
-
-        return PerturbationOutput(
-            predictions=predictions,
-            gene_predictions=self._decode_genes(predictions, labels) if config.gene_dim is not None else None,
+        return self._outputs(
+            predictions,
+            labels,
+            detach=config.detach_decoder,
             confidence=self.confidence_head(transformed[:, -1]) if config.confidence_token else None,
             batch_logits=self.batch_head(transformed[:, 0]) if config.batch_token else None,
         )
-
-    def _decode_genes(self, predictions: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        if not self.config.detach_decoder:
-            return self.gene_decoder(predictions)
-        latents = predictions.detach()
-        if self.training and labels is not None and torch.rand(()) < 1 / self.true_latents_every:
-            latents = labels.to(latents.dtype)
-        return self.gene_decoder(latents)
 
 
 StateForPerturbation.register_for_auto_class("AutoModel")

@@ -17,7 +17,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from cellstate.configuration_state import StateConfig
+from cellstate import FAMILIES
+from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
 from cellstate.data.splits import Splits
@@ -25,7 +26,6 @@ from cellstate.data.store import load_store
 from cellstate.hub.card import render_card
 from cellstate.hub.publish import whole_or_nothing
 from cellstate.hub.stores import open_store
-from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
 from cellstate.training.run_config import RunConfig, load_run_config
@@ -35,11 +35,13 @@ from cellstate.training.trainer import StateTrainer
 
 logger = logging.getLogger("cellstate.train")
 
+DEFAULT_FAMILY = StateConfig.model_type
+
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
 (--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
-(data), StateConfig and `preset` (model), StateTrainingArguments (training)."""
+(data); `model_type`, `preset` and the fields of the family's config (model); StateTrainingArguments (training)."""
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -55,9 +57,23 @@ def parse(argv: list[str]) -> RunConfig:
         raise ValueError("expected --config CONFIG.yaml, once")
     word = flags.pop(positions[0])
     path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
-    model_fields = {f.name for f in dataclasses.fields(StateConfig)}
     training_fields = {f.name for f in dataclasses.fields(StateTrainingArguments) if f.init}
-    return load_run_config(path, flags, model_fields, training_fields)
+    run = load_run_config(path, flags, model_fields, training_fields)
+    run.training = {**config_class(run.model).training_defaults, **run.training}
+    return run
+
+
+def config_class(model: dict) -> type[PerturbationConfig]:
+    """The config of the family that a model section names, the State transition model where it names none."""
+    name = model.get("model_type", DEFAULT_FAMILY)
+    if name not in FAMILIES:
+        raise ValueError(f"model_type={name!r} is no family of models; {closest(name, FAMILIES)}")
+    return FAMILIES[name].config_class
+
+
+def model_fields(model: dict) -> set[str]:
+    """What a model section may hold beside `preset`."""
+    return {"model_type"} | {f.name for f in dataclasses.fields(config_class(model))}
 
 
 def check_processes(world_size: int):
@@ -87,28 +103,17 @@ def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
     return *load_store(store, splits, **run.data.store_options()), splits
 
 
-def build_config(run: RunConfig, processor: StateProcessor) -> StateConfig:
+def build_config(run: RunConfig, processor: StateProcessor) -> PerturbationConfig:
     """The model's config: the YAML's fields, and the sizes that the data give."""
-    fields = dict(run.model)
-    preset = fields.pop("preset", None)
-    sizes = {
-        "input_dim": processor.feature_dim,
-        "num_contexts": len(processor.vocabulary.contexts),
-    }
-    if processor.perturbation_features is None:
-        sizes["num_perturbations"] = len(processor.vocabulary.perturbations)
-    else:
-        sizes["perturbation_dim"] = processor.perturbation_features.dim
-    if processor.vocabulary.batches:
-        sizes["num_batches"] = len(processor.vocabulary.batches)
-    if processor.gene_input is not None:
-        sizes["gene_dim"] = len(processor.vocabulary.genes)
+    fields = {name: value for name, value in run.model.items() if name != "model_type"}
+    preset, family = fields.pop("preset", None), config_class(run.model)
+    sizes = family.sizes(processor)
     for name in sizes:
         if name in fields:
             raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
     if processor.values == "embedding":
         fields.setdefault("nonnegative_output", False)
-    return StateConfig.from_preset(preset, **sizes, **fields) if preset else StateConfig(**sizes, **fields)
+    return family.from_preset(preset, **sizes, **fields) if preset else family(**sizes, **fields)
 
 
 def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArguments:
@@ -151,13 +156,13 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     return datasets
 
 
-def check_batches(config: StateConfig, datasets: dict[str, SentenceDataset]):
+def check_batches(config: PerturbationConfig, datasets: dict[str, SentenceDataset]):
     """A model that embeds or classifies batches knows those of the training cells alone.
 
     Raises:
         ValueError: control or held-out cells that it would be given are of other batches; they are listed.
     """
-    if not (config.batch_encoder or config.batch_token):
+    if not config.embeds_batches:
         return
     for split, dataset in datasets.items():
         rows = np.concatenate([np.asarray(group.controls) for group in dataset.groups])
@@ -209,7 +214,7 @@ def from_cells(run: RunConfig) -> tuple[StateTrainingArguments, StateProcessor, 
     cells, processor, splits = load_data(run)
     args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
 
-    def datasets(config: StateConfig) -> dict:
+    def datasets(config: PerturbationConfig) -> dict:
         made = sentences(cells, processor, run, args, config.set_size)
         check_batches(config, made)
         return made
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     disable_progress_bar()  # that of writing files; training keeps its own
     # Every process starts from the same weights, whatever was drawn before.
     set_seed(args.seed)
-    model = StateForPerturbation(config)
+    model = FAMILIES[config.model_type](config)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
     trainer = StateTrainer(
         model,
@@ -245,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         datasets["train"],
         datasets.get("val"),
         processing_class=processor,
-        card=render_card(run, processor),
+        card=render_card(run, config, processor),
     )
     if args.resume_from_checkpoint:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
@@ -253,7 +258,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if "test" in datasets:
         metrics = trainer.evaluate(datasets["test"], metric_key_prefix="test")
-    trainer.card = render_card(run, processor, metrics, trainer.state)
+    trainer.card = render_card(run, config, processor, metrics, trainer.state)
     if args.should_save:
         with whole_or_nothing(args.output_dir) as folder:
             trainer.save_model(str(folder))

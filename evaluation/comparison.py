@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cellstate.data.cells import sort_into_groups
 from cellstate.data.reading import AnnDataFile
-from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
+from cellstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
 from cellstate.processing import StateProcessor, Vocabulary
 
 
@@ -46,6 +46,9 @@ def evaluate_files(
     notes: list[str] = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
         reader, processor = readers_of(guess, keys)
+        ceiling = guess.uns.get("cellstate", {}).get("ceiling")
+        if ceiling is not None:
+            notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: {predicted} was {ceiling}")
         scored = reader.labels(guess), processor.labels(truth)
         pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].drop_duplicates().to_numpy()]
         there = set(map(tuple, scored[1][["context", "perturbation"]].drop_duplicates().to_numpy()))
@@ -117,7 +120,10 @@ def evaluate_files(
         {"context": "mean", "perturbation": "mean", "method": method, **figures}
         for method, figures in average(scores).items()
     ]
-    return pd.DataFrame(table), notes
+    table = pd.DataFrame(table)
+    if ceiling is not None:
+        table["method"] = table["method"].replace(MODEL, CEILING_MODEL)
+    return table, notes
 
 
 def format_table(table: pd.DataFrame) -> str:

@@ -12,6 +12,8 @@ from cellstate.processing import StateProcessor
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
 METRICS = ("pearson", "mae", "energy")
 MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE = "model", "no change", "perturbation mean", "additive"
+# What the model is called where it was given the observed cells.
+CEILING_MODEL = "model (ceiling)"
 
 
 def pearson_of_change(predicted_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Virtual experiments on a whole file: control cells in, predicted cells out, in bounded memory."""
 
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,17 +16,24 @@ import torch
 from tqdm import tqdm
 
 from cellstate.data.reading import AnnDataFile
-from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS
+from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS
 from cellstate.processing import StateProcessor
+
+
+CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, not a prediction"
 
 
 @dataclass
 class Arm:
-    """One (context, perturbation) of the experiment, the perturbation as the model takes it; which rows it fills."""
+    """
+    One (context, perturbation) of the experiment, the perturbation as the model takes it; the cells that go in, by row
+    of the input; the first row that it fills in the output.
+    """
 
     context: str
     perturbation: str
     encoded: dict[str, np.ndarray]
+    cells: np.ndarray
     first: int
 
 
@@ -56,7 +64,8 @@ def predict_file(
             own cells have, in each context: a file that compares with the real one.
         contexts (`list[str]`, *optional*): all that the file has, by default.
         cells_per_perturbation (`int`, *optional*): at most so many of a context's control cells, drawn at random; all
-            by default. Every control cell of a context is used once per perturbation.
+            by default. Every control cell of a context is used once per perturbation. (A model that is a ceiling is
+            given the perturbed cells themselves, and this many of them.)
         seed (`int`): of the draw and of how cells are put into sentences.
         batch_size (`int`): sentences in one forward pass.
         missing_genes, input: see [`StateProcessor.__call__`].
@@ -87,20 +96,26 @@ def predict_file(
             rows = np.random.default_rng(seed).permutation(rows)
             chosen[context] = rows[:cells_per_perturbation]
         arms = _plan(processor, labels, chosen, perturbations)
-        total = sum(len(chosen[arm.context]) for arm in arms)
+        if model.is_ceiling:
+            arms = _observed(arms, labels, cells_per_perturbation, seed)
+        total = sum(len(arm.cells) for arm in arms)
         note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
+        uns = processor.describe_output(model.config.gene_dim is not None, note, checkpoint)
+        if model.is_ceiling:
+            uns |= {"controls": "none", "ceiling": CEILING}
         with _whole_file(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
-            _write_frame(file, processor, labels, chosen, arms, model.config, note, checkpoint)
+            _write_frame(file, processor, labels, arms, model.config, uns)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
             writer = _Writer(file, processor, model.config, total)
-            for context, rows in chosen.items():
-                of_context = [arm for arm in arms if arm.context == context]
+            for context, rows, of_rows in _alike(arms):
                 sentences = processor.cut(rows)
                 offset = 0
                 for start in range(0, len(sentences), batch_size):
                     block = sentences[start : start + batch_size]
                     batch, cells = _block(processor, data, labels, context, block, missing_genes, input, model.device)
-                    for arm in of_context:
+                    if model.is_ceiling:
+                        batch[LABELS] = batch[CONTROL_CELLS]
+                    for arm in of_rows:
                         for key, values in arm.encoded.items():
                             repeated = np.repeat(values[None], len(block), axis=0)
                             batch[key] = torch.from_numpy(repeated).to(model.device)
@@ -124,7 +139,7 @@ def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
     arms, first = [], 0
     for context, rows in chosen.items():
         for name in wanted[context]:
-            arms.append(Arm(context, name, by_name[name], first))
+            arms.append(Arm(context, name, by_name[name], rows, first))
             first += len(rows)
     if not arms:
         raise ValueError(
@@ -132,6 +147,30 @@ def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
             "some with --perturbation, or all that the model knows with --all"
         )
     return arms
+
+
+def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: int) -> list[Arm]:
+    """The arms of a ceiling: the perturbed cells of each go in, in place of control cells."""
+    found, first = [], 0
+    for arm in arms:
+        here = (labels["context"] == arm.context) & (labels["perturbation"] == arm.perturbation)
+        rows = np.flatnonzero(here.to_numpy())
+        if not len(rows):
+            raise ValueError(
+                f"{arm.context} / {arm.perturbation}: this model decodes observed cells (the ceiling of decoding), and the "
+                "file has none of these; name perturbations that it has"
+            )
+        rows = np.random.default_rng(seed).permutation(rows)[:at_most]
+        found.append(Arm(arm.context, arm.perturbation, arm.encoded, rows, first))
+        first += len(rows)
+    return found
+
+
+def _alike(arms: list[Arm]) -> Iterator[tuple[str, np.ndarray, list[Arm]]]:
+    """Arms in a row that share their cells: the cells are read once for all of them."""
+    for _, of_rows in itertools.groupby(arms, key=lambda arm: id(arm.cells)):
+        of_rows = list(of_rows)
+        yield of_rows[0].context, of_rows[0].cells, of_rows
 
 
 def _block(processor, data, labels, context, block, missing_genes, input, device):
@@ -217,11 +256,11 @@ class _Disk:
         """Nothing waits: the file is not buffered."""
 
 
-def _write_frame(file, processor, labels, chosen, arms, config, note, checkpoint):
+def _write_frame(file, processor, labels, arms, config, uns):
     """Everything of the output but its matrices."""
     obs = []
     for arm in arms:
-        rows = np.concatenate(processor.cut(chosen[arm.context]))
+        rows = np.concatenate(processor.cut(arm.cells))
         frame = pd.DataFrame({"control_barcode": labels.index.to_numpy()[rows]})
         frame[processor.perturbation_key] = arm.perturbation
         frame[processor.context_key] = arm.context
@@ -230,11 +269,9 @@ def _write_frame(file, processor, labels, chosen, arms, config, note, checkpoint
         obs.append(frame)
     obs = pd.concat(obs, ignore_index=True)
     obs.index = obs["control_barcode"].astype(str) + "|" + obs[processor.perturbation_key].astype(str)
-    decoded = config.gene_dim is not None
     names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
-    uns = {"cellstate": processor.describe_output(decoded, note, checkpoint)}
     obs = obs.astype({name: "category" for name in obs.columns if name != "control_barcode"})
-    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns=uns))
+    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns={"cellstate": uns}))
 
 
 class _Writer:

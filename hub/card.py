@@ -9,22 +9,25 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from cellstate._version import __version__
-from cellstate.configuration_state import StateConfig
+from cellstate.configuration_state import PerturbationConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
 from cellstate.hub.stores import on_hub
 from cellstate.processing import StateProcessor
 from cellstate.training.run_config import RunConfig
 
 
-TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+CARDS = Path(__file__).parents[1] / "model_cards"
 
 
-def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None = None, state=None) -> str:
+def render_card(
+    run: RunConfig, config: PerturbationConfig, processor: StateProcessor, metrics: dict | None = None, state=None
+) -> str:
     """
     The text of a checkpoint's README.md.
 
     Args:
         run ([`RunConfig`]): the run, for the data and what was held out.
+        config ([`PerturbationConfig`]): of the model; `model_cards/MODEL_TYPE.md` says what its family computes.
         processor ([`StateProcessor`]): names and normalisation.
         metrics (`dict[str, float]`, *optional*): figures of the test split, keys `test_..`.
         state (`TrainerState`, *optional*): for the steps that were taken.
@@ -53,9 +56,10 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
             tags=["single-cell", "perturbation", "cellstate", "biology"],
             model_name=Path(folder).name,
         ),
-        template_path=str(TEMPLATE),
+        template_path=str(CARDS / "template.md"),
         model_name=Path(folder).name,
-        model_type=StateConfig.model_type,
+        model_type=config.model_type,
+        about=(CARDS / f"{config.model_type}.md").read_text(encoding="utf-8").strip(),
         folder=folder,
         example=vocabulary.perturbations[0],
         processor=processor,
@@ -71,7 +75,6 @@ def render_card(run: RunConfig, processor: StateProcessor, metrics: dict | None 
         else "not used in training",
         results=rows,
         steps=state.global_step if state is not None else "an unfinished run's",
-        loss=run.model.get("loss", "energy"),
         versions=", ".join(
             f"{name} {version}"
             for name, version in (

@@ -4,42 +4,86 @@ import re
 
 import torch
 
-from cellstate.configuration_state import StateConfig
+from cellstate.configuration_families import EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from cellstate.configuration_state import EncoderConfig, StateConfig
 
 
+_FAMILIES = {
+    "state": StateConfig,
+    "embedsum": EmbedSumConfig,
+    "old_neuralot": NeuralOTConfig,
+    "pseudobulk": PseudobulkConfig,
+}
 _LOSSES = {"energy": "energy", "mse": "mse", "sinkhorn": "sinkhorn", "se": "combined"}
 
 
-def config_from_legacy(options: dict) -> StateConfig:
+def config_from_legacy(options: dict) -> EncoderConfig:
     """
-    The [`StateConfig`] of a model trained by the published research code.
+    The config of a model trained by the published research code.
 
     Args:
-        options (`dict`): its options under its own names, `transformer_backbone_kwargs` among them. A bidirectional
-            flag that is absent means what that code did then: causal attention, with rotary positions for llama.
+        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them. A
+            bidirectional flag that is absent means what that code did then: causal attention, with rotary positions
+            for llama. (The families beside "state" never attended causally, whatever the flag says.)
 
     Raises:
-        ValueError: the family, loss or backbone is not one of the flagship's, or a needed option is missing.
+        ValueError: the family, loss or backbone is not known, or a needed option is missing.
     """
     family = options.get("model_name", "state")
-    if family != "state":
-        raise ValueError(f"model_name={family!r} is another family; expected 'state'")
-    missing = [
-        name
-        for name in ("input_dim", "hidden_dim", "output_dim", "pert_dim", "transformer_backbone_kwargs")
-        if name not in options
-    ]
+    if family not in _FAMILIES:
+        raise ValueError(f"model_name={family!r} is another family; expected one of {list(_FAMILIES)}")
+    config = _FAMILIES[family]
+    needed = ["input_dim", "hidden_dim", "output_dim", "pert_dim"]
+    if config is not EmbedSumConfig:
+        needed.append("transformer_backbone_kwargs")
+    missing = [name for name in needed if name not in options]
     if missing:
         raise ValueError(f"legacy options lack {missing}, found {sorted(options)}")
-    loss = options.get("loss", "energy")
-    if loss not in _LOSSES:
-        raise ValueError(f"legacy loss {loss!r} is not known; expected one of {sorted(_LOSSES)}")
+    decoder = options.get("decoder_cfg")
+    fields = {
+        "input_dim": options["input_dim"],
+        "output_dim": options["output_dim"],
+        "num_perturbations": options["pert_dim"],
+        "num_batches": options.get("batch_dim"),
+        "hidden_size": options["hidden_dim"],
+        "set_size": options.get("cell_set_len", 256),
+        "hidden_act": options.get("activation", "gelu"),
+        "hidden_dropout": options.get("dropout", 0.1),
+        "num_encoder_layers": options.get("n_encoder_layers", 2),
+        "num_decoder_layers": options.get("n_decoder_layers", 2),
+    }
+    if decoder is not None:
+        fields |= {
+            "gene_dim": decoder["gene_dim"],
+            "decoder_hidden_sizes": list(decoder["hidden_dims"]),
+            "decoder_dropout": decoder.get("dropout", 0.1),
+            "residual_decoder": bool(decoder.get("residual_decoder", False)),
+        }
+    if config is EmbedSumConfig:
+        return EmbedSumConfig(**fields, nonnegative_output=False)
+    on_embeddings = options.get("embed_key") not in (None, "X_hvg")
+    fields |= {
+        "nonnegative_output": not (on_embeddings and decoder is not None),
+        **_backbone(options),
+        **_loss(options),
+    }
+    if decoder is not None:
+        if "decoder_weight" in options:
+            fields["decoder_weight"] = options["decoder_weight"]
+        fields["detach_decoder"] = bool(options.get("detach_decoder", False))
+    residual = "hidden" if options.get("predict_residual", True) else "none"
+    if config is NeuralOTConfig:
+        return NeuralOTConfig(**{**fields, "nonnegative_output": False}, residual=residual)
+    if config is PseudobulkConfig:
+        return PseudobulkConfig(**fields, residual=residual, batch_encoder=bool(options.get("batch_encoder", False)))
+    return StateConfig(**fields, **_of_state(options, residual))
+
+
+def _backbone(options: dict) -> dict:
     backbone = str(options.get("transformer_backbone_key", "GPT2")).lower()
     if backbone not in ("llama", "gpt2"):
         raise ValueError(f"legacy backbone {backbone!r} is not known; expected 'llama' or 'GPT2'")
-
-    inner = options["transformer_backbone_kwargs"]
-    hidden = options["hidden_dim"]
+    inner, hidden = options["transformer_backbone_kwargs"], options["hidden_dim"]
     if backbone == "llama":
         heads = inner["num_attention_heads"]
         sizes = {
@@ -57,60 +101,44 @@ def config_from_legacy(options: dict) -> StateConfig:
             "intermediate_size": inner.get("n_inner") or 4 * hidden,
             "attention_dropout": inner.get("attn_pdrop", 0.1),
         }
+    return {"backbone": backbone, **sizes}
+
+
+def _loss(options: dict) -> dict:
+    loss = options.get("loss", "energy")
+    if loss not in _LOSSES:
+        raise ValueError(f"legacy loss {loss!r} is not known; expected one of {sorted(_LOSSES)}")
+    return {
+        "loss": _LOSSES[loss],
+        "blur": options.get("blur", 0.05),
+        "energy_weight": options.get("energy_weight", 1.0),
+        "sinkhorn_weight": options.get("sinkhorn_weight", 0.01),
+        "feature_chunks": options.get("mmd_num_chunks", 1),
+        "shuffle_feature_chunks": bool(options.get("randomize_mmd_chunks", False)),
+    }
+
+
+def _of_state(options: dict, residual: str) -> dict:
+    """Options of the State transition model alone."""
+    inner = options["transformer_backbone_kwargs"]
     bidirectional = bool(inner.get("bidirectional_attention", False))
     attention = "none" if options.get("mask_attn") else "bidirectional" if bidirectional else "causal"
-    rope = backbone == "llama" and attention == "causal"
+    llama = str(options.get("transformer_backbone_key", "GPT2")).lower() == "llama"
     adapter = options.get("output_space") == "all"
-    residual = "none"
-    if options.get("predict_residual", True):
-        residual = "output" if adapter else "hidden"
-
-    decoder = options.get("decoder_cfg")
-    on_embeddings = options.get("embed_key") not in (None, "X_hvg")
-    decoder_fields = {}
-    if decoder is not None:
-        decoder_fields = {
-            "gene_dim": decoder["gene_dim"],
-            "decoder_hidden_sizes": list(decoder["hidden_dims"]),
-            "decoder_dropout": decoder.get("dropout", 0.1),
-            "residual_decoder": bool(decoder.get("residual_decoder", False)),
-            "decoder_weight": options.get("decoder_weight", 1.0),
-            "detach_decoder": bool(options.get("detach_decoder", False)),
-        }
-    return StateConfig(
-        input_dim=options["input_dim"],
-        output_dim=options["output_dim"],
-        num_perturbations=options["pert_dim"],
-        num_batches=options.get("batch_dim"),
-        hidden_size=hidden,
-        set_size=options.get("cell_set_len", 256),
-        hidden_act=options.get("activation", "gelu"),
-        hidden_dropout=options.get("dropout", 0.1),
-        nonnegative_output=not (on_embeddings and decoder is not None),
-        num_encoder_layers=options.get("n_encoder_layers", 2),
-        num_decoder_layers=options.get("n_decoder_layers", 2),
-        basal_encoder="mlp" if options.get("use_basal_projection", True) else "linear",
-        backbone=backbone,
-        **sizes,
-        attention=attention,
-        positions="rope" if rope else "none",
-        residual=residual,
-        output_adapter=adapter,
-        batch_encoder=bool(options.get("batch_encoder", False)),
-        batch_token=bool(options.get("use_batch_token", False)),
-        confidence_token=bool(options.get("confidence_token", False)),
-        loss=_LOSSES[loss],
-        blur=options.get("blur", 0.05),
-        energy_weight=options.get("energy_weight", 1.0),
-        sinkhorn_weight=options.get("sinkhorn_weight", 0.01),
-        feature_chunks=options.get("mmd_num_chunks", 1),
-        shuffle_feature_chunks=bool(options.get("randomize_mmd_chunks", False)),
-        l1_weight=options.get("regularization", 0.0),
-        confidence_weight=options.get("confidence_weight", 0.01),
-        confidence_target_scale=options.get("confidence_target_scale", 10.0),
-        batch_token_weight=options.get("batch_token_weight", 0.1),
-        **decoder_fields,
-    )
+    return {
+        "basal_encoder": "mlp" if options.get("use_basal_projection", True) else "linear",
+        "attention": attention,
+        "positions": "rope" if llama and attention == "causal" else "none",
+        "residual": "output" if adapter and residual == "hidden" else residual,
+        "output_adapter": adapter,
+        "batch_encoder": bool(options.get("batch_encoder", False)),
+        "batch_token": bool(options.get("use_batch_token", False)),
+        "confidence_token": bool(options.get("confidence_token", False)),
+        "l1_weight": options.get("regularization", 0.0),
+        "confidence_weight": options.get("confidence_weight", 0.01),
+        "confidence_target_scale": options.get("confidence_target_scale", 10.0),
+        "batch_token_weight": options.get("batch_token_weight", 0.1),
+    }
 
 
 # Sequential indices of the published modules: an MLP has its linear layers at 0, 3, 6 ..; a plain gene decoder its
@@ -122,6 +150,8 @@ _RENAMES = [
     (r"pert_encoder\.(\d+)\.(weight|bias)", lambda m: f"perturbation_encoder.layers.{int(m[1]) // 3 - 1}.{m[2]}"),
     (r"project_out\.(\d+)\.(weight|bias)", lambda m: f"output_head.layers.{int(m[1]) // 3}.{m[2]}"),
     (r"batch_encoder\.weight", lambda m: "batch_embedding.weight"),
+    (r"batch_encoder\.0\.(weight|bias)", lambda m: f"batch_encoder.embedding.{m[1]}"),
+    (r"batch_encoder\.(\d+)\.(weight|bias)", lambda m: f"batch_encoder.layers.{int(m[1]) // 3 - 1}.{m[2]}"),
     (r"batch_classifier\.0\.(weight|bias)", lambda m: f"batch_head.{m[1]}"),
     (r"batch_token", lambda m: "batch_token"),
     (r"confidence_token\.confidence_token", lambda m: "confidence_token"),
@@ -174,13 +204,13 @@ _QKV = re.compile(r"transformer_backbone\.layers\.(\d+)\.self_attn\.([qkv])_proj
 _DECODER = re.compile(r"gene_decoder\.decoder\.(\d+)\.(weight|bias)")
 
 
-def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: StateConfig) -> dict[str, torch.Tensor]:
+def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConfig) -> dict[str, torch.Tensor]:
     """
     The weights of the published research code under our names, ready for `load_state_dict(strict=True)`.
 
     Args:
         weights (`dict[str, torch.Tensor]`): its state dict.
-        config ([`StateConfig`]): the result of [`config_from_legacy`].
+        config ([`EncoderConfig`]): the result of [`config_from_legacy`].
 
     Raises:
         ValueError: a weight has a name that is not known; the names are listed.
@@ -205,7 +235,9 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: StateConfig
         for pattern, rename in _RENAMES:
             if match := re.fullmatch(pattern, name):
                 # Perturbations are rows in ours; GPT-2's fused layers keep (in, out).
-                transposed = name == "pert_encoder.0.weight" or re.search(r"\.c_(attn|proj|fc)\.weight$", name)
+                transposed = name in ("pert_encoder.0.weight", "batch_encoder.0.weight") or re.search(
+                    r"\.c_(attn|proj|fc)\.weight$", name
+                )
                 converted[rename(match)] = tensor.T.contiguous() if transposed else tensor
                 break
         else:

@@ -369,10 +369,11 @@ def test_names_that_are_numbers(files):
 # YAML and flags
 
 
-MODEL, TRAINING = (
-    {"hidden_size", "residual", "seed"},
-    {"learning_rate", "max_steps", "output_dir", "seed", "save_strategy"},
-)
+TRAINING = {"learning_rate", "max_steps", "output_dir", "seed", "save_strategy"}
+
+
+def MODEL(section: dict) -> set[str]:
+    return {"model_type", "hidden_size", "residual", "seed"} | set(section.get("model_type", "").split("-"))
 
 
 def run(tmp_path, text: str, *flags: str):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +11,9 @@ import yaml
 
 from cellstate.configuration_state import closest
 from cellstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
+
+
+_SECTIONS = ("data", "model", "training", "stream", "prepare")
 
 
 @dataclass
@@ -24,7 +28,10 @@ class RunConfig:
 
 
 def load_run_config(
-    path: str, flags: list[str], model_fields: set[str] | None = None, training_fields: set[str] | None = None
+    path: str,
+    flags: list[str],
+    model_fields: Callable[[dict], set[str]] | None = None,
+    training_fields: set[str] | None = None,
 ) -> RunConfig:
     """
     Read a run from YAML, flags winning over it.
@@ -33,8 +40,9 @@ def load_run_config(
         path (`str`): YAML file with the sections `data`, `model` and `training` (and `stream`, or `prepare`).
         flags (`list[str]`): `--field value` or `--section.field value`; values are read as YAML, several words after a
             flag are a list.
-        model_fields, training_fields (`set[str]`, *optional*): fields of the model's config and of the training
-            arguments; without them these sections are not looked at.
+        model_fields (callable, *optional*): from the model section (its `model_type`) to the fields that it may hold.
+        training_fields (`set[str]`, *optional*): fields of the training arguments. Without these two, their sections
+            are not looked at.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not YAML, an unknown section, field or flag (the nearest is said).
@@ -45,31 +53,33 @@ def load_run_config(
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected the sections {list(_SECTIONS)}, found {type(content).__name__}")
+    for section, values in content.items():
+        if section not in _SECTIONS:
+            raise ValueError(f"{path}: unknown section {section!r}; {closest(section, _SECTIONS)}")
+        if not isinstance(values, dict | None):
+            raise ValueError(f"{path}: section {section!r} should hold `field: value` lines, found {values!r}")
+    pairs = list(_parse_flags(flags))
+    # The family decides which fields there are; a flag may name it.
+    family = {name.rpartition(".")[2]: value for name, value in pairs if name in ("model_type", "model.model_type")}
     known = {
         "data": {f.name for f in dataclasses.fields(DataArguments)},
-        "model": model_fields and model_fields | {"preset"},
+        "model": model_fields and model_fields({**(content.get("model") or {}), **family}) | {"preset"},
         "training": training_fields,
         "stream": {f.name for f in dataclasses.fields(StreamArguments)},
         "prepare": {f.name for f in dataclasses.fields(PrepareArguments)},
     }
     not_looked_at = [section for section, names in known.items() if names is None]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected the sections {list(known)}, found {type(content).__name__}")
     for section, values in content.items():
-        if section not in known:
-            raise ValueError(f"{path}: unknown section {section!r}; {closest(section, known)}")
-        if not isinstance(values, dict | None):
-            raise ValueError(f"{path}: section {section!r} should hold `field: value` lines, found {values!r}")
         for name in values or {}:
             if section not in not_looked_at and name not in known[section]:
                 raise ValueError(
                     f"{path}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
                 )
     known = {section: names for section, names in known.items() if section not in not_looked_at}
-    merged = {
-        section: dict(content.get(section) or {}) for section in ("data", "model", "training", "stream", "prepare")
-    }
-    for name, value in _parse_flags(flags):
+    merged = {section: dict(content.get(section) or {}) for section in _SECTIONS}
+    for name, value in pairs:
         section, _, field_name = name.rpartition(".")
         if section:
             if section not in known or field_name not in known[section]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from cellstate.configuration_state import StateConfig
+from cellstate.configuration_state import PerturbationConfig
 from cellstate.data.sentences import SentenceDataset
 from cellstate.data.stream_survey import StreamSurvey, survey_stream
 from cellstate.data.streaming import SentenceStream, read_stream_state
@@ -69,8 +69,8 @@ def from_stream(
             for name in ("perturbation_key", "context_key", "batch_key"):
                 setattr(survey.processor, name, manifest.reading[name])
 
-    def datasets(config: StateConfig) -> dict:
-        if config.batch_encoder or config.batch_token:
+    def datasets(config: PerturbationConfig) -> dict:
+        if config.embeds_batches:
             unknown = sorted(set(survey.batch_names) - set(survey.processor.vocabulary.batches))
             if unknown:
                 raise ValueError(

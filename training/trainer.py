@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
 
+from cellstate.data.cells import Cells
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
 from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.hub.publish import hide, reveal
-from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
+from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
+from cellstate.processing import StateProcessor
 from cellstate.training.objectives import objective_for
 
 
@@ -101,6 +103,8 @@ class StateTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         self.objective.train(model.training)
+        if model.training:
+            self.objective.set_progress(self.state.global_step, self.state.epoch or 0.0)
         terms = self.objective(outputs, inputs)
         if model.training:
             for name, value in terms.items():
@@ -143,6 +147,8 @@ class StateTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
+        if self.model.is_ceiling:
+            return loss.detach(), outputs.gene_predictions.detach(), inputs[GENE_LABELS].detach()
         return loss.detach(), outputs.predictions.detach(), inputs[LABELS].detach()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -160,12 +166,16 @@ class StateTrainer(Trainer):
         if self._mean_changes is None:
             cells = self.train_dataset.cells
             self._mean_changes = MeanChanges.fit(
-                AsPredicted(cells.features, self.train_dataset.processor),
+                self._scored_values(cells, self.train_dataset.processor),
                 cells.groups[cells.groups["split"].isin(["train", "control"])],
                 self.train_dataset.processor.control,
-                clip=self.model.config.nonnegative_output,
+                clip=self.model.config.nonnegative_output or self.model.is_ceiling,
             )
         return self._mean_changes
+
+    def _scored_values(self, cells: Cells, processor: StateProcessor):
+        """What predictions are compared with: the features, or the genes where the features are given to the model."""
+        return cells.genes if self.model.is_ceiling else AsPredicted(cells.features, processor)
 
     def _score(self, prediction: EvalPrediction, dataset: SentenceDataset) -> dict[str, float]:
         """Figures averaged over groups; every perturbed cell of the split stands in one sentence."""
@@ -175,7 +185,7 @@ class StateTrainer(Trainer):
         scores = []
         for index, sentences in of_group.items():
             rows = [dataset.rows(i) for i in sentences]
-            group, features = dataset.groups[index], AsPredicted(dataset.cells.features, dataset.processor)
+            group, features = dataset.groups[index], self._scored_values(dataset.cells, dataset.processor)
             scores.append(
                 score_group(
                     np.concatenate([prediction.predictions[i, : len(r[1])] for i, r in zip(sentences, rows)]),

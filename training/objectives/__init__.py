@@ -1,16 +1,27 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
+from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
 from cellstate.configuration_state import PerturbationConfig, StateConfig
+from cellstate.training.objectives.base import Objective
+from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
+from cellstate.training.objectives.distributional import DistributionalObjective
+from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.mse import MSELoss
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
 
 
-_OBJECTIVES = {StateConfig.model_type: StateObjective}
+_OBJECTIVES = {
+    StateConfig.model_type: StateObjective,
+    EmbedSumConfig.model_type: EmbedSumObjective,
+    NeuralOTConfig.model_type: DistributionalObjective,
+    PseudobulkConfig.model_type: DistributionalObjective,
+    DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+}
 
 
-def objective_for(config: PerturbationConfig) -> StateObjective:
+def objective_for(config: PerturbationConfig) -> Objective:
     """The objective that trains a model of this config.
 
     `objective(outputs, batch)` returns named scalar terms; `"loss"` is their weighted sum.
@@ -23,4 +34,13 @@ def objective_for(config: PerturbationConfig) -> StateObjective:
     return _OBJECTIVES[config.model_type](config)
 
 
-__all__ = ["EnergyLoss", "MSELoss", "SinkhornLoss", "StateObjective", "energy_distance", "objective_for"]
+__all__ = [
+    "DistributionalObjective",
+    "EnergyLoss",
+    "MSELoss",
+    "Objective",
+    "SinkhornLoss",
+    "StateObjective",
+    "energy_distance",
+    "objective_for",
+]

@@ -1,0 +1,50 @@
+"""What every objective shares."""
+
+import torch
+from torch import nn
+
+from cellstate.configuration_state import PerturbationConfig
+from cellstate.modeling_perturbation import PerturbationOutput
+
+
+class Objective(nn.Module):
+    """
+    Named scalar terms of a family's loss. Every term is a mean over sentences, each over its real cells.
+
+    A subclass implements `forward(outputs, batch)`. The trainer tells it how far training is, for schedules:
+
+    - `step` (`int`): optimiser steps taken so far
+    - `epoch` (`float`): epochs of the training data seen so far
+
+    Args:
+        config ([`PerturbationConfig`]): of the model; it holds the loss options.
+    """
+
+    def __init__(self, config: PerturbationConfig):
+        super().__init__()
+        self.config = config
+        self.set_progress(0, 0.0)
+
+    def set_progress(self, step: int, epoch: float):
+        self.step, self.epoch = step, epoch
+
+    def forward(self, outputs: PerturbationOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The model's outputs and the batch it was given (contract of the batch keys) to named terms; `"loss"` is their sum.
+
+        Raises:
+            ValueError: the batch lacks what a term needs.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def required(batch: dict, key: str) -> torch.Tensor:
+        if batch.get(key) is None:
+            raise ValueError(f"the loss needs {key!r} in the batch, found {sorted(k for k in batch)}")
+        return batch[key]
+
+    @staticmethod
+    def mean_over_cells(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, S) values to (B,) means over the real cells."""
+        if mask is None:
+            return values.mean(dim=1)
+        return (values * mask).sum(dim=1) / mask.sum(dim=1)

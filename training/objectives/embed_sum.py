@@ -1,0 +1,31 @@
+"""The objective of the family that is trained cell by cell."""
+
+import torch
+
+from cellstate.configuration_families import EmbedSumConfig
+from cellstate.modeling_perturbation import CELL_MASK, GENE_LABELS, LABELS, PerturbationOutput
+from cellstate.training.objectives.base import Objective
+from cellstate.training.objectives.mse import MSELoss
+
+
+class EmbedSumObjective(Objective):
+    """
+    Named terms of the loss of an [`EmbedSumForPerturbation`]: cells are compared one by one.
+
+    - `mse`: squared error of predicted cell i against observed cell i
+    - `decoder`: the same of the decoded genes, where there is a gene decoder
+    - `loss`: `mse + decoder_weight * decoder`
+    """
+
+    def __init__(self, config: EmbedSumConfig):
+        super().__init__(config)
+        self.distance = MSELoss()
+
+    def forward(self, outputs: PerturbationOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        mask = batch.get(CELL_MASK)
+        terms = {"mse": self.distance(outputs.predictions, self.required(batch, LABELS), mask).mean()}
+        terms["loss"] = terms["mse"]
+        if self.config.gene_dim is not None:
+            terms["decoder"] = self.distance(outputs.gene_predictions, self.required(batch, GENE_LABELS), mask).mean()
+            terms["loss"] = terms["loss"] + self.config.decoder_weight * terms["decoder"]
+        return terms
