@@ -12,10 +12,12 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_state import PerturbationConfig, closest
 
+
+logger = logging.get_logger(__name__)
 
 # The keys of a batch: B sentences of S cells, K perturbations applied together.
 CONTROL_CELLS = "control_cells"
@@ -71,6 +73,79 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden_states = self.dropout(self.activation(layer(hidden_states)))
         return self.layers[-1](hidden_states)
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient."""
+
+    def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            cells (`torch.Tensor` of shape `(B, S, H)`), mask (`torch.Tensor` of shape `(B, S)`, *optional*): False where
+                padded.
+
+        Raises:
+            ValueError: in training, there are fewer than two cells, which have no variance.
+        """
+        if not self.training or mask is None:
+            real = cells.flatten(0, -2)
+        else:
+            mask = mask.bool()
+            real = cells[mask]
+        if self.training and len(real) < 2:
+            raise ValueError(
+                f"batch normalisation: expected at least 2 cells in a training batch, found {len(real)}; raise "
+                "per_device_train_batch_size or set_size"
+            )
+        normalised = super().forward(real)
+        if not self.training or mask is None:
+            return normalised.view(cells.shape)
+        out = torch.zeros_like(cells, dtype=normalised.dtype)
+        out[mask] = normalised
+        return out
+
+
+class BatchNormMLP(nn.Module):
+    """`num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float):
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * num_layers
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.norms = nn.ModuleList(MaskedBatchNorm(hidden_dim) for _ in range(num_layers))
+        self.activation = ACT2FN[hidden_act]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        for layer, norm in zip(self.layers, self.norms):
+            cells = self.dropout(self.activation(norm(layer(cells), mask)))
+        return cells
+
+
+class UnseenMeanEmbedding(nn.Embedding):
+    """
+    A row for each known context or batch; one that was not seen in training (id -1) has the mean of the known rows.
+
+    Args:
+        num_embeddings, embedding_dim (`int`): known ones, and the width of a row.
+        what (`str`): what is embedded, for the warning that says how many of the ids of an evaluation are -1.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, what: str, **kwargs):
+        super().__init__(num_embeddings, embedding_dim, **kwargs)
+        self.what, self._warned = what, False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape to rows `(*, embedding_dim)`."""
+        unseen = ids < 0
+        # Looking waits for the device, which training does not.
+        if not self.training and not self._warned and unseen.any():
+            logger.warning(
+                f"{int(unseen.sum())} of {unseen.numel()} {self.what} ids are -1, not seen in training: they are given the "
+                f"mean of the {self.num_embeddings} known rows (said once)"
+            )
+            self._warned = True
+        return torch.where(unseen.unsqueeze(-1), self.weight.mean(dim=0), super().forward(ids.clamp(min=0)))
 
 
 class PerturbationEmbedding(nn.Module):
@@ -402,6 +477,8 @@ class PerturbationPreTrainedModel(PreTrainedModel):
                 std *= module.weight.shape[0] ** -0.5
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
+        elif isinstance(module, UnseenMeanEmbedding):
+            init.normal_(module.weight)
 
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""

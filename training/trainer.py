@@ -15,9 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, ro
 from cellstate.data.cells import Cells
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
+from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.hub.publish import hide, reveal
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
+from cellstate.processing import StateProcessor
 from cellstate.training.objectives import objective_for
 
 
@@ -202,16 +203,16 @@ class StateTrainer(Trainer):
         if self._mean_changes is None:
             cells = self.train_dataset.cells
             self._mean_changes = MeanChanges.fit(
-                self._scored_values(cells),
+                self._scored_values(cells, self.train_dataset.processor),
                 cells.groups[cells.groups["split"].isin(["train", "control"])],
                 self.train_dataset.processor.control,
                 clip=self.model.config.nonnegative_output or self.model.is_ceiling,
             )
         return self._mean_changes
 
-    def _scored_values(self, cells: Cells):
+    def _scored_values(self, cells: Cells, processor: StateProcessor):
         """What predictions are compared with: the features, or the genes where the features are given to the model."""
-        return cells.genes if self.model.is_ceiling else cells.features
+        return cells.genes if self.model.is_ceiling else AsPredicted(cells.features, processor)
 
     def _score(self, prediction: EvalPrediction, dataset: SentenceDataset) -> dict[str, float]:
         """Figures averaged over groups; every perturbed cell of the split stands in one sentence."""
@@ -221,7 +222,7 @@ class StateTrainer(Trainer):
         scores = []
         for index, sentences in of_group.items():
             rows = [dataset.rows(i) for i in sentences]
-            group, features = dataset.groups[index], self._scored_values(dataset.cells)
+            group, features = dataset.groups[index], self._scored_values(dataset.cells, dataset.processor)
             scores.append(
                 score_group(
                     np.concatenate([prediction.predictions[i, : len(r[1])] for i, r in zip(sentences, rows)]),
