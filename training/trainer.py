@@ -99,7 +99,17 @@ class StateTrainer(Trainer):
             self.args.ignore_data_skip = True  # the stream goes on where it stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    # Learning rate
+    # Optimiser and learning rate
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One optimiser. Its groups are those of a model that has some: Adam treats each parameter by itself, so that one
+        over several groups takes the steps that one for each group would."""
+        groups = self.model.parameter_groups()
+        if groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
+        return self.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,6 +135,13 @@ class StateTrainer(Trainer):
         batches = sentences // of_batch if args.dataloader_drop_last else math.ceil(sentences / of_batch)
         return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
+    @property
+    def _epoch(self) -> float | None:
+        if not isinstance(self.train_dataset, SentenceStream):
+            return self.state.epoch or 0.0
+        # The Trainer takes the whole of a training on a stream for one epoch.
+        return self.state.global_step / self.steps_per_epoch if self.train_dataset.survey.complete else None
+
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.lr_decay_epochs is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -141,7 +158,7 @@ class StateTrainer(Trainer):
         outputs = model(**inputs)
         self.objective.train(model.training)
         if model.training:
-            self.objective.set_progress(self.state.global_step, self.state.epoch or 0.0)
+            self.objective.set_progress(self.state.global_step, self._epoch)
         terms = self.objective(outputs, inputs)
         if model.training:
             for name, value in terms.items():
