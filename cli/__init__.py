@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from cellstate_cli import evaluate, info, predict, prepare
+from cellstate_cli import evaluate, info, predict, prepare, push
 
 
-COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate}
+COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate, "push": push}
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
 
