@@ -3,8 +3,15 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
-from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from cellstate.configuration_families import (
+    CPAConfig,
+    DecoderOnlyConfig,
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+)
 from cellstate.configuration_state import StateConfig
+from cellstate.modeling_cpa import CPAForPerturbation
 from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
 from cellstate.modeling_embed_sum import EmbedSumForPerturbation
 from cellstate.modeling_neural_ot import NeuralOTForPerturbation
@@ -23,6 +30,7 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         NeuralOTForPerturbation,
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
+        CPAForPerturbation,
     )
 }
 
@@ -33,6 +41,8 @@ for _model_type, _model in FAMILIES.items():
 
 __all__ = [
     "FAMILIES",
+    "CPAConfig",
+    "CPAForPerturbation",
     "DecoderOnlyConfig",
     "DecoderOnlyForPerturbation",
     "EmbedSumConfig",

@@ -103,7 +103,8 @@ class StateTrainer(Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """One optimiser. Its groups are those of a model that has some: Adam treats each parameter by itself, so that one
-        over several groups takes the steps that one for each group would."""
+        over several groups takes the steps that one for each group would.
+        """
         groups = self.model.parameter_groups()
         if groups is None or self.optimizer is not None:
             return super().create_optimizer(model)

@@ -1,8 +1,15 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
-from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from cellstate.configuration_families import (
+    CPAConfig,
+    DecoderOnlyConfig,
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+)
 from cellstate.configuration_state import PerturbationConfig, StateConfig
 from cellstate.training.objectives.base import Objective
+from cellstate.training.objectives.cpa import CPAObjective
 from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
 from cellstate.training.objectives.distributional import DistributionalObjective
 from cellstate.training.objectives.embed_sum import EmbedSumObjective
@@ -18,6 +25,7 @@ _OBJECTIVES = {
     NeuralOTConfig.model_type: DistributionalObjective,
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+    CPAConfig.model_type: CPAObjective,
 }
 
 
