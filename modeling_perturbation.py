@@ -153,13 +153,14 @@ class PerturbationEmbedding(nn.Module):
     A linear layer over perturbations that never builds a one-hot tensor.
 
     Row p of `weight` belongs to perturbation p. K perturbations at doses d_1..d_K give `sum_k d_k weight[p_k] + bias`,
-    which is what a linear layer gives on the multi-hot vector; no perturbation (the control) gives the bias.
+    which is what a linear layer gives on the multi-hot vector; no perturbation (the control) gives the bias. Without
+    `bias` it gives 0.
     """
 
-    def __init__(self, num_features: int, hidden_size: int):
+    def __init__(self, num_features: int, hidden_size: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
     def forward(
         self,
@@ -169,13 +170,15 @@ class PerturbationEmbedding(nn.Module):
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
         if perturbation_features is not None:
-            hidden = perturbation_features.to(self.weight.dtype) @ self.weight + self.bias
-            return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
-        weights = (perturbation_ids >= 0).to(self.weight.dtype)
-        if perturbation_doses is not None:
-            weights = weights * perturbation_doses.to(self.weight.dtype)
-        rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
-        return (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True) + self.bias
+            hidden = perturbation_features.to(self.weight.dtype) @ self.weight
+            hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+        else:
+            weights = (perturbation_ids >= 0).to(self.weight.dtype)
+            if perturbation_doses is not None:
+                weights = weights * perturbation_doses.to(self.weight.dtype)
+            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
+            hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
+        return hidden if self.bias is None else hidden + self.bias
 
 
 class PerturbationEncoder(nn.Module):
@@ -476,9 +479,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
             if self.config.num_perturbations is None:
                 std *= module.weight.shape[0] ** -0.5
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, UnseenMeanEmbedding):
             init.normal_(module.weight)
+
+    def parameter_groups(self) -> list[dict] | None:
+        """
+        For a family with parts that are optimised differently: its parameters in groups, as an optimiser takes them,
+        each with the options that are its own (`lr`, `weight_decay`). None: all alike.
+        """
+        return None
 
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""
