@@ -9,6 +9,7 @@ from cellstate.configuration_families import (
     EmbedSumConfig,
     NeuralOTConfig,
     PseudobulkConfig,
+    SCVIConfig,
 )
 from cellstate.configuration_state import StateConfig
 from cellstate.modeling_cpa import CPAForPerturbation
@@ -17,6 +18,7 @@ from cellstate.modeling_embed_sum import EmbedSumForPerturbation
 from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
@@ -31,6 +33,7 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
         CPAForPerturbation,
+        SCVIForPerturbation,
     )
 }
 
@@ -52,6 +55,8 @@ __all__ = [
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
+    "SCVIConfig",
+    "SCVIForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

@@ -1,58 +1,75 @@
-"""What the families that model counts share: from a decoder's hidden state to the distribution of a gene's counts."""
+"""What the families share that model raw counts, and predict log1p expression like the others."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .count_distributions import negative_binomial_mean_log1p
+from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
-class CountHead(nn.Module):
+
+@dataclass
+class CountsOutput(PerturbationOutput):
     r"""
-    Negative binomial counts of each gene (Lopez et al. 2018, Nature Methods 15): `shares = softmax(Linear(hidden))` of the
-    control cell's total are the means; each gene has an inverse dispersion `exp(r)`, r learned from N(0, 1).
+    A [`PerturbationOutput`] whose `predictions` are log1p expression, and the distribution of counts that they come from.
 
     Args:
-        hidden_size, num_genes (`int`): widths.
-        zero_inflated (`bool`): also give the log-odds of additional zeros.
-        library_size (`float`, *optional*): counts that predictions are scaled to before log1p; None: the control cell's.
+        mean (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`):
+            Mean count of the negative binomial distribution, at the total of the control cell. 0 where that has none.
+        inverse_dispersion (`torch.Tensor` of shape `(input_dim,)`):
+            Inverse dispersion of each gene.
+        dropout_logits (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`, *optional*):
+            Log-odds of additional zeros, with `likelihood="zinb"`.
     """
 
-    def __init__(self, hidden_size: int, num_genes: int, zero_inflated: bool, library_size: float | None):
-        super().__init__()
-        self.library_size = library_size
-        self.shares = nn.Linear(hidden_size, num_genes)
-        self.dropout_logits = nn.Linear(hidden_size, num_genes) if zero_inflated else None
-        self.log_inverse_dispersion = nn.Parameter(torch.empty(num_genes))
+    mean: torch.Tensor | None = None
+    inverse_dispersion: torch.Tensor | None = None
+    dropout_logits: torch.Tensor | None = None
 
-    def init_own_weights(self):
-        """Those that are not of a layer of torch; a model's `_init_weights` calls it."""
-        init.normal_(self.log_inverse_dispersion)
 
-    def forward(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> dict[str, torch.Tensor | None]:
+class CountsPreTrainedModel(PerturbationPreTrainedModel):
+    """Families whose decoder ends in a distribution of counts; their config is a [`CountsConfig`]."""
+
+    def _make_count_heads(self):
+        config = self.config
+        self.share_head = nn.Linear(config.hidden_size, config.input_dim)
+        if config.likelihood == "zinb":
+            self.dropout_head = nn.Linear(config.hidden_size, config.input_dim)
+        self.log_inverse_dispersion = nn.Parameter(torch.empty(config.input_dim))
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, CountsPreTrainedModel) and module.config.reads_counts:
+            init.normal_(module.log_inverse_dispersion)
+
+    def _counts(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """
-        Args:
-            hidden (`torch.Tensor` of shape `(B, S, H)`), control_cells (`torch.Tensor` of shape `(B, S, G)`): raw counts.
-
-        Returns:
-            in float32, `predictions` (B, S, G), log1p expression: of the counts that are left after additional zeros;
-            `mean` (B, S, G) of the negative binomial distribution, `inverse_dispersion` (G,), and `dropout_logits`
-            (B, S, G) or None.
+        The fields of a [`CountsOutput`], in float32, from a decoder's last hidden state (B, S, H) and the control cells'
+        counts (B, S, G). In training, predictions, which the loss does not read, are log1p of the mean in any case: it
+        costs next to nothing.
         """
-        shares = self.shares(hidden).float().softmax(dim=-1)
+        config = self.config
+        shares = self.share_head(hidden).float().softmax(dim=-1)
         total = control_cells.float().sum(dim=-1, keepdim=True)
-        dropout, seen = None, shares
-        if self.dropout_logits is not None:
-            dropout = self.dropout_logits(hidden).float()
-            seen = shares * torch.sigmoid(-dropout)
-        if self.library_size is None:
-            predictions = torch.log1p(total * seen)
+        mean, theta = total * shares, self.log_inverse_dispersion.float().exp()
+        dropout = self.dropout_head(hidden).float() if config.likelihood == "zinb" else None
+        scale = torch.ones_like(total)
+        if config.library_size is not None:
+            scale = torch.where(total > 0, config.library_size / total, 0.0)
+        kept = 1.0 if dropout is None else torch.sigmoid(-dropout)
+        if config.prediction == "mean_log1p" and not self.training:
+            predictions = kept * negative_binomial_mean_log1p(mean, theta, scale)
         else:
-            predictions = torch.log1p(self.library_size * seen / seen.sum(dim=-1, keepdim=True))
-        return {
-            "predictions": predictions,
-            "mean": total * shares,
-            "inverse_dispersion": self.log_inverse_dispersion.float().exp(),
-            "dropout_logits": dropout,
-        }
+            predictions = torch.log1p(kept * mean * scale)
+        return {"predictions": predictions, "mean": mean, "inverse_dispersion": theta, "dropout_logits": dropout}
+
+    @staticmethod
+    def _given(name: str, ids: torch.Tensor | None) -> torch.Tensor:
+        if ids is None:
+            raise ValueError(f"this model was trained with {name} and needs them, found None; -1 is an unknown one")
+        return ids
 
 
-__all__ = ["CountHead"]
+__all__ = ["CountsOutput", "CountsPreTrainedModel"]

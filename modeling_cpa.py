@@ -9,12 +9,10 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .configuration_families import CPAConfig
-from .modeling_counts import CountHead
+from .modeling_counts import CountsOutput, CountsPreTrainedModel
 from .modeling_perturbation import (
     BatchNormMLP,
     PerturbationEmbedding,
-    PerturbationOutput,
-    PerturbationPreTrainedModel,
     UnseenMeanEmbedding,
 )
 
@@ -24,20 +22,14 @@ _LEAST_VARIANCE = 1e-4
 
 
 @dataclass
-class CPAOutput(PerturbationOutput):
+class CPAOutput(CountsOutput):
     r"""
-    What [`CPAForPerturbation`] returns: a [`PerturbationOutput`], the distribution of the perturbed cell, and in training
-    what the adversaries make of the basal state.
+    What [`CPAForPerturbation`] returns: a [`CountsOutput`] (with `likelihood="gauss"` its `mean` is that of the normal
+    distribution, and `inverse_dispersion` is None), and in training what the adversaries make of the basal state.
 
     Args:
-        mean (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`):
-            Mean of each gene; with counts, at the total of the control cell.
         variance (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
             With `likelihood="gauss"`.
-        inverse_dispersion (`torch.Tensor` of shape `(output_dim,)`, *optional*):
-            With `likelihood="nb"` and `"zinb"`.
-        dropout_logits (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
-            Log-odds of additional zeros, with `likelihood="zinb"`.
         basal (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`):
             The encoded control cell, before any effect is added.
         adversary_input (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`, *optional*):
@@ -46,10 +38,7 @@ class CPAOutput(PerturbationOutput):
             Name of each adversary to scores `(batch_size, set_size, classes)`.
     """
 
-    mean: torch.Tensor | None = None
     variance: torch.Tensor | None = None
-    inverse_dispersion: torch.Tensor | None = None
-    dropout_logits: torch.Tensor | None = None
     basal: torch.Tensor | None = None
     adversary_input: torch.Tensor | None = None
     adversary_logits: dict[str, torch.Tensor] | None = None
@@ -97,7 +86,7 @@ class Adversary(nn.Module):
         return self.output(self.layers(basal, mask))
 
 
-class CPAForPerturbation(PerturbationPreTrainedModel):
+class CPAForPerturbation(CountsPreTrainedModel):
     r"""
     The compositional perturbation autoencoder (Lotfollahi et al. 2023, Mol Syst Biol 19:e11517), cell by cell; here it
     encodes the control cell and decodes the perturbed one:
@@ -110,8 +99,8 @@ class CPAForPerturbation(PerturbationPreTrainedModel):
     tell by, so that the embeddings carry these effects, and an unseen combination of them is their sum. They run in
     training mode alone; the schedule is that of its objective.
 
-    Predictions are means, clamped at 0 where `nonnegative_output` says so; on counts, log1p expression of the mean at
-    `library_size`. Contexts and batches are embedded where there are several, and must then be given; one that was not seen
+    Predictions are means, clamped at 0 where `nonnegative_output` says so; on counts, log1p expression as
+    `prediction` says. Contexts and batches are embedded where there are several, and must then be given; one that was not seen
     in training (id -1) has the mean of the known ones' embeddings. Perturbation features take the place of the rows by a
     linear map without bias; a dose scales them before they come in.
 
@@ -163,7 +152,7 @@ class CPAForPerturbation(PerturbationPreTrainedModel):
             self.mean_head = nn.Linear(hidden, config.output_dim)
             self.variance_head = nn.Linear(hidden, config.output_dim)
         else:
-            self.count_head = CountHead(hidden, config.output_dim, config.likelihood == "zinb", config.library_size)
+            self._make_count_heads()
         self.adversaries = nn.ModuleDict(
             {name: Adversary(config, classes) for name, classes in config.adversaries.items()}
         )
@@ -171,7 +160,7 @@ class CPAForPerturbation(PerturbationPreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, SigmoidDoser | CountHead):
+        if isinstance(module, SigmoidDoser):
             module.init_own_weights()
 
     def parameter_groups(self) -> list[dict]:
@@ -234,19 +223,13 @@ class CPAForPerturbation(PerturbationPreTrainedModel):
     def _distribution(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """Predictions and the parameters of a cell's distribution, in float32."""
         if self.config.reads_counts:
-            return self.count_head(hidden, control_cells)
+            return self._counts(hidden, control_cells)
         mean = self.mean_head(hidden).float()
         return {
             "predictions": nn.functional.relu(mean) if self.config.nonnegative_output else mean,
             "mean": mean,
             "variance": nn.functional.softplus(self.variance_head(hidden).float()) + _LEAST_VARIANCE,
         }
-
-    @staticmethod
-    def _given(name: str, ids: torch.Tensor | None) -> torch.Tensor:
-        if ids is None:
-            raise ValueError(f"this model was trained with {name} and needs them, found None; -1 is an unknown one")
-        return ids
 
 
 CPAForPerturbation.register_for_auto_class("AutoModel")

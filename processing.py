@@ -411,16 +411,17 @@ class StateProcessor(ProcessorMixin):
 
         Args:
             target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
-
-        Raises:
-            ValueError: the model's features are not counts.
         """
+        self.check_counts()
+        self.predicts, self.target_sum = "log1p", target_sum
+
+    def check_counts(self):
+        """ValueError where the model's features are not raw counts, which some families need."""
         if self.values != "counts":
             raise ValueError(
-                f"this model is trained on raw counts, found {self.values} values (input={self.input!r}, normalize="
+                f"this model is trained on raw counts, found {self.values} (input={self.input!r}, normalize="
                 f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
             )
-        self.predicts, self.target_sum = "log1p", target_sum
 
     def as_predicted(self, features: np.ndarray) -> np.ndarray:
         """Features of real cells `(cells, feature_dim)` in the units of the predictions, to compare with them."""

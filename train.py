@@ -234,6 +234,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor)
     processor.set_size = config.set_size
+    if config.reads_counts:
+        processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
     if "val" not in datasets:

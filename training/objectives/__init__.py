@@ -6,6 +6,7 @@ from cellstate.configuration_families import (
     EmbedSumConfig,
     NeuralOTConfig,
     PseudobulkConfig,
+    SCVIConfig,
 )
 from cellstate.configuration_state import PerturbationConfig, StateConfig
 from cellstate.training.objectives.base import Objective
@@ -15,6 +16,7 @@ from cellstate.training.objectives.distributional import DistributionalObjective
 from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.scvi import SCVIObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
 
@@ -26,6 +28,7 @@ _OBJECTIVES = {
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
     CPAConfig.model_type: CPAObjective,
+    SCVIConfig.model_type: SCVIObjective,
 }
 
 

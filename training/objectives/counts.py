@@ -3,13 +3,14 @@
 import torch
 
 from cellstate.count_distributions import negative_binomial_log_prob, zero_inflated_negative_binomial_log_prob
+from cellstate.modeling_counts import CountsOutput
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
 
 
-def count_log_prob(outputs, counts: torch.Tensor) -> torch.Tensor:
+def count_log_prob(outputs: CountsOutput, counts: torch.Tensor) -> torch.Tensor:
     """
-    Log-probability of counts `(B, S, G)` under the `mean`, `inverse_dispersion` and (ZINB) `dropout_logits` of a model's
-    outputs, in float32.
+    Log-probability of counts `(B, S, G)` under the distribution that a model gives, in float32 whatever the precision of
+    the rest.
     """
     with torch.autocast(device_type=counts.device.type, enabled=False):
         if outputs.dropout_logits is None:
