@@ -194,7 +194,12 @@ class SCVIConfig(CountsConfig):
         "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
         "published": {},
     }
-    training_defaults: ClassVar[dict] = {"learning_rate": 5e-4, "weight_decay": 4e-7}
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-4,
+        "weight_decay": 4e-7,
+        "l2_weight_decay": True,
+        "lr_decay_epochs": 25,
+    }
 
     hidden_size: int = 512
     hidden_act: str = "relu"
@@ -294,6 +299,7 @@ class CPAConfig(CountsConfig):
     training_defaults: ClassVar[dict] = {
         "learning_rate": 5e-4,
         "weight_decay": 4e-7,
+        "l2_weight_decay": True,
         "lr_decay_epochs": 25,
         "max_grad_norm": 0.0,
     }

@@ -164,7 +164,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
             module.init_own_weights()
 
     def parameter_groups(self) -> list[dict]:
-        """The autoencoder's parameters and the adversaries', with weight decay as in Adam (a part of the gradient)."""
+        """The autoencoder's parameters, and the adversaries'."""
         adversaries = list(self.adversaries.parameters())
         own = {id(parameter) for parameter in adversaries}
         groups = [{"params": [parameter for parameter in self.parameters() if id(parameter) not in own]}]
@@ -173,7 +173,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
             options = {"lr": config.adversary_learning_rate, "weight_decay": config.adversary_weight_decay}
             given = {name: value for name, value in options.items() if value is not None}
             groups.append({"params": adversaries, **given})
-        return [{**group, "decoupled_weight_decay": False} for group in groups]
+        return groups
 
     def forward(
         self,
@@ -204,8 +204,9 @@ class CPAForPerturbation(CountsPreTrainedModel):
             latents = latents + self.batch_embedding(self._given("batch_ids", batch_ids))
         outputs = self._distribution(self.decoder(latents, cell_mask), control_cells)
         if self.training and self.adversaries:
-            # In float32: where the precision is mixed, a copy of another type would not be what the scores come from.
-            given = basal.detach().float().requires_grad_()
+            # In the type of the weights: where the precision is mixed, outputs of another are copied to it, and a copy is
+            # not what the scores come from.
+            given = basal.detach().to(self.dtype).requires_grad_()
             outputs["adversary_input"] = given
             outputs["adversary_logits"] = {
                 name: adversary(given, cell_mask) for name, adversary in self.adversaries.items()

@@ -106,12 +106,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class BatchNormMLP(nn.Module):
-    """`num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`."""
+    """
+    `num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`.
+    The linear layers have no bias: normalisation would take it out again, and leave Adam rounding errors to follow.
+    """
 
     def __init__(self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(MaskedBatchNorm(hidden_dim) for _ in range(num_layers))
         self.activation = ACT2FN[hidden_act]
         self.dropout = nn.Dropout(dropout)
