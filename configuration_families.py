@@ -163,7 +163,12 @@ class SCVIConfig(NetworkConfig):
         "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
         "published": {},
     }
-    training_defaults: ClassVar[dict] = {"learning_rate": 5e-4, "weight_decay": 4e-7}
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-4,
+        "weight_decay": 4e-7,
+        "lr_decay_epochs": 25,
+        "lr_decay_factor": 0.9,
+    }
 
     hidden_size: int = 512
     hidden_act: str = "relu"

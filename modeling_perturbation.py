@@ -491,6 +491,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
         """
         return None
 
+    def sample_counts(self, **batch) -> torch.Tensor:
+        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+
+        Raises:
+            ValueError: the family has no distribution of counts.
+        """
+        raise ValueError(
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
+            "like state-scvi does"
+        )
+
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""
         if batch_ids is None:

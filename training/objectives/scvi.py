@@ -25,11 +25,18 @@ class SCVIObjective(Objective):
 
     Args:
         config ([`SCVIConfig`]): likelihood and warm-up.
+
+    Raises:
+        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and nobody knows how
+            long one is.
     """
 
     def forward(self, outputs: SCVIOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         mask, counts = batch.get(CELL_MASK), self.required(batch, LABELS)
         self._check_totals(batch[CONTROL_CELLS], mask)
+        if mask is not None:
+            # A padded cell's mean may be 0, under which other counts than 0 have no gradient that a mask could take away.
+            counts = counts.masked_fill(~mask.bool().unsqueeze(-1), 0)
         with torch.autocast(device_type=counts.device.type, enabled=False):
             log_prob = self._log_prob(outputs, counts.float()).sum(dim=-1)
             mean, variance = outputs.posterior_mean.float(), outputs.posterior_variance.float()
@@ -57,12 +64,19 @@ class SCVIObjective(Objective):
             done, whole = self.step, self.config.kl_warmup_steps
         else:
             done, whole = self.epoch, self.config.kl_warmup_epochs
-        return min(1.0, done / whole) if whole > 0 else 1.0
+        if whole == 0:
+            return 1.0
+        if done is None:
+            raise ValueError(
+                f"kl_warmup_epochs={whole} needs a stream's first look to see all of it, and it did not; set "
+                "kl_warmup_steps, or leave stream.fill_cells out"
+            )
+        return min(1.0, done / whole)
 
     @staticmethod
     def _check_totals(control_cells: torch.Tensor, mask: torch.Tensor | None):
         empty = control_cells.sum(dim=-1) == 0
-        empty = int(empty.sum() if mask is None else (empty & mask).sum())
+        empty = int(empty.sum() if mask is None else (empty & mask.bool()).sum())
         if empty:
             raise ValueError(
                 f"{LABELS} cannot be predicted from control cells without counts of the model's genes, found {empty} in a "
