@@ -173,9 +173,9 @@ def sample_zero_inflated_negative_binomial(
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Counts drawn from the distribution of [`zero_inflated_negative_binomial_log_prob`]; see [`sample_negative_binomial`]."""
+    mean, inverse_dispersion, dropout_logits = torch.broadcast_tensors(mean, inverse_dispersion, dropout_logits)
     counts = sample_negative_binomial(mean, inverse_dispersion, generator)
-    kept = torch.sigmoid(-dropout_logits).expand_as(counts)
-    return counts * torch.bernoulli(kept, generator=generator)
+    return counts * torch.bernoulli(torch.sigmoid(-dropout_logits), generator=generator)
 
 
 __all__ = [

@@ -6,7 +6,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .count_distributions import negative_binomial_mean_log1p
+from .count_distributions import (
+    negative_binomial_mean_log1p,
+    sample_negative_binomial,
+    sample_zero_inflated_negative_binomial,
+)
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
 
@@ -64,6 +68,18 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
         else:
             predictions = torch.log1p(kept * mean * scale)
         return {"predictions": predictions, "mean": mean, "inverse_dispersion": theta, "dropout_logits": dropout}
+
+    def _check_drawing(self):
+        if self.training:
+            raise ValueError("sample_counts needs evaluation mode, found training mode; call model.eval() first")
+
+    @staticmethod
+    def _draw(distribution: dict[str, torch.Tensor | None], generator: torch.Generator | None) -> torch.Tensor:
+        """Counts (B, S, G) from the fields of a [`CountsOutput`]."""
+        mean, theta = distribution["mean"], distribution["inverse_dispersion"]
+        if distribution["dropout_logits"] is None:
+            return sample_negative_binomial(mean, theta, generator)
+        return sample_zero_inflated_negative_binomial(mean, theta, distribution["dropout_logits"], generator)
 
     @staticmethod
     def _given(name: str, ids: torch.Tensor | None) -> torch.Tensor:

@@ -79,6 +79,7 @@ class Adversary(nn.Module):
             config.num_adversary_layers,
             config.hidden_act,
             config.adversary_dropout,
+            bias=False,
         )
         self.output = nn.Linear(config.adversary_hidden_size, classes)
 
@@ -147,7 +148,9 @@ class CPAForPerturbation(CountsPreTrainedModel):
             self.context_embedding = UnseenMeanEmbedding(config.num_contexts, latent, "context")
         if "batch" in config.adversaries:
             self.batch_embedding = UnseenMeanEmbedding(config.num_batches, latent, "batch")
-        self.decoder = BatchNormMLP(latent, hidden, config.num_decoder_layers, config.hidden_act, config.hidden_dropout)
+        self.decoder = BatchNormMLP(
+            latent, hidden, config.num_decoder_layers, config.hidden_act, config.hidden_dropout, bias=False
+        )
         if config.likelihood == "gauss":
             self.mean_head = nn.Linear(hidden, config.output_dim)
             self.variance_head = nn.Linear(hidden, config.output_dim)
@@ -212,6 +215,31 @@ class CPAForPerturbation(CountsPreTrainedModel):
                 name: adversary(given, cell_mask) for name, adversary in self.adversaries.items()
             }
         return CPAOutput(basal=basal, **outputs)
+
+    @torch.no_grad()
+    def sample_counts(self, generator: torch.Generator | None = None, **batch) -> torch.Tensor:
+        r"""
+        Counts of perturbed cells, drawn from the model's distribution at the control cell's total.
+
+        Args:
+            generator (`torch.Generator`, *optional*): on the model's device; the same state gives the same counts.
+            batch: the inputs of [`forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, set_size, output_dim)`: whole numbers, float.
+
+        Raises:
+            ValueError: the model has no distribution of counts, is in training mode, or an input does not fit.
+        """
+        if not self.config.reads_counts:
+            raise ValueError(
+                "likelihood='gauss' has no distribution of counts, so none can be drawn (sample_counts); train with "
+                "likelihood: nb or zinb, on raw counts"
+            )
+        self._check_drawing()
+        outputs = self(**batch)
+        names = ("mean", "inverse_dispersion", "dropout_logits")
+        return self._draw({name: getattr(outputs, name) for name in names}, generator)
 
     def _perturbation(self, ids, doses, features) -> torch.Tensor:
         """The effect of the perturbations together, (B, 1, latent_dim) or (B, S, latent_dim)."""

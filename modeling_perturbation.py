@@ -108,13 +108,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 class BatchNormMLP(nn.Module):
     """
     `num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`.
-    The linear layers have no bias: normalisation would take it out again, and leave Adam rounding errors to follow.
+    Normalisation takes a `bias` of the linear layers out again; without, Adam has no rounding errors to follow there.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float):
+    def __init__(
+        self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float, bias: bool = True
+    ):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(MaskedBatchNorm(hidden_dim) for _ in range(num_layers))
         self.activation = ACT2FN[hidden_act]
         self.dropout = nn.Dropout(dropout)
@@ -493,6 +495,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
         each with the options that are its own (`lr`, `weight_decay`). None: all alike.
         """
         return None
+
+    def sample_counts(self, **batch) -> torch.Tensor:
+        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+
+        Raises:
+            ValueError: the family has no distribution of counts.
+        """
+        raise ValueError(
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
+            "like state-scvi does"
+        )
 
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""

@@ -6,10 +6,6 @@ import torch
 from torch import nn
 
 from .configuration_families import SCVIConfig
-from .count_distributions import (
-    sample_negative_binomial,
-    sample_zero_inflated_negative_binomial,
-)
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
 from .modeling_perturbation import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
@@ -141,8 +137,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         Raises:
             ValueError: the model is in training mode, or an input does not fit, as in [`forward`].
         """
-        if self.training:
-            raise ValueError("sample_counts needs evaluation mode, found training mode; call model.eval() first")
+        self._check_drawing()
         self._check_inputs(
             control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, {}
         )
@@ -151,10 +146,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         perturbation = self.perturbation_embedding(perturbation_ids, perturbation_doses, perturbation_features)
         latents = mean + variance.sqrt() * noise
         decoded = self._decode(latents, perturbation, context_ids, batch_ids, control_cells, cell_mask)
-        expected, theta, dropout = (decoded[name] for name in ("mean", "inverse_dispersion", "dropout_logits"))
-        if dropout is None:
-            return sample_negative_binomial(expected, theta, generator)
-        return sample_zero_inflated_negative_binomial(expected, theta, dropout, generator)
+        return self._draw(decoded, generator)
 
     def _posterior(self, control_cells: torch.Tensor, mask: torch.Tensor | None):
         """Mean and variance of q(z | x), (B, S, latent_dim) each."""

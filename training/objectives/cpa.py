@@ -15,7 +15,7 @@ from cellstate.modeling_perturbation import (
     PERTURBATION_IDS,
 )
 from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.counts import check_totals, count_log_prob
+from cellstate.training.objectives.counts import count_log_likelihood
 
 
 class _WithGradient(torch.autograd.Function):
@@ -86,11 +86,9 @@ class CPAObjective(Objective):
 
     def _log_prob(self, outputs: CPAOutput, batch) -> torch.Tensor:
         """(B, S) log-likelihood of the perturbed cells."""
-        observed = self.required(batch, LABELS)
         if self.config.reads_counts:
-            check_totals(batch)
-            return count_log_prob(outputs, observed).sum(dim=-1)
-        squares = (observed.float() - outputs.mean).square() / outputs.variance
+            return count_log_likelihood(outputs, batch)
+        squares = (self.required(batch, LABELS).float() - outputs.mean).square() / outputs.variance
         return -0.5 * (squares + outputs.variance.log() + math.log(2 * math.pi)).sum(dim=-1)
 
     def _targets(self, name: str, batch) -> torch.Tensor:

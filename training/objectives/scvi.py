@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.modeling_perturbation import CELL_MASK, LABELS
+from cellstate.modeling_perturbation import CELL_MASK
 from cellstate.modeling_scvi import SCVIOutput
 from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.counts import check_totals, count_log_prob
+from cellstate.training.objectives.counts import count_log_likelihood
 
 
 class SCVIObjective(Objective):
@@ -22,13 +22,16 @@ class SCVIObjective(Objective):
 
     Args:
         config ([`SCVIConfig`]): likelihood and warm-up.
+
+    Raises:
+        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and nobody knows how
+            long one is.
     """
 
     def forward(self, outputs: SCVIOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        mask, counts = batch.get(CELL_MASK), self.required(batch, LABELS)
-        check_totals(batch)
-        log_prob = count_log_prob(outputs, counts).sum(dim=-1)
-        with torch.autocast(device_type=counts.device.type, enabled=False):
+        mask = batch.get(CELL_MASK)
+        log_prob = count_log_likelihood(outputs, batch)
+        with torch.autocast(device_type=log_prob.device.type, enabled=False):
             mean, variance = outputs.posterior_mean.float(), outputs.posterior_variance.float()
             kl = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(dim=-1)
         reconstruction = -self.mean_over_cells(log_prob, mask).mean()
@@ -47,4 +50,11 @@ class SCVIObjective(Objective):
             done, whole = self.step, self.config.kl_warmup_steps
         else:
             done, whole = self.epoch, self.config.kl_warmup_epochs
-        return min(1.0, done / whole) if whole > 0 else 1.0
+        if whole == 0:
+            return 1.0
+        if done is None:
+            raise ValueError(
+                f"kl_warmup_epochs={whole} needs a stream's first look to see all of it, and it did not; set "
+                "kl_warmup_steps, or leave stream.fill_cells out"
+            )
+        return min(1.0, done / whole)
