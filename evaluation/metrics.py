@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from cellstate.data.group_sums import GroupSums
+from cellstate.processing import StateProcessor
 
 
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
@@ -44,6 +45,23 @@ def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None)
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
     return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
+
+
+@dataclass
+class AsPredicted:
+    """
+    Real cells in the units of a model's predictions, read where they are asked for.
+
+    Args:
+        features (of shape `(cells, features)`): the model's features; `features[rows]` gives an array.
+        processor ([`StateProcessor`]): of the model.
+    """
+
+    features: object
+    processor: StateProcessor
+
+    def __getitem__(self, rows: "slice | np.ndarray") -> np.ndarray:
+        return self.processor.as_predicted(self.features[rows])
 
 
 @dataclass
