@@ -112,35 +112,6 @@ class StateTrainer(Trainer):
             self.args.ignore_data_skip = True  # the stream goes on where it stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    # Families without gradients
-
-    def fit(self) -> TrainOutput:
-        """
-        Compute the weights of a `fitted` model from the training split: each training cell and each control cell of
-        its dataset and context once, summed in float64, by several processes together. Arguments that shape steps and
-        sentences (`max_steps`, `learning_rate`, control matching ..) play no part. With validation data and
-        `eval_strategy` other than `"no"`, the fitted model is evaluated once.
-
-        Returns:
-            `TrainOutput`: `global_step` 0 and a `training_loss` of NaN, as no steps were taken; `metrics` has
-            `fit_cells`, `fit_runtime` in seconds and `fit_cells_per_second`.
-
-        Raises:
-            ValueError: training cells have no control cells of their dataset and context, or see the model's `fit`.
-        """
-        start = time.perf_counter()
-        sums = gather_sums(self.train_dataset, self.accelerator, self.args.should_log and not self.args.disable_tqdm)
-        self.model.fit(sums.means(self.train_dataset.processor))
-        # What the baselines of an evaluation know, too.
-        self._mean_changes = MeanChanges(sums.changes(), self.model.config.nonnegative_output)
-        runtime = time.perf_counter() - start
-        metrics = {"fit_cells": sums.num_cells, "fit_runtime": round(runtime, 4)}
-        metrics["fit_cells_per_second"] = round(sums.num_cells / runtime, 1)
-        self.log(metrics)
-        if self.eval_dataset is not None and self.args.eval_strategy != "no":
-            self.evaluate()
-        return TrainOutput(0, float("nan"), metrics)
-
     # Optimiser and learning rate
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -194,6 +165,35 @@ class StateTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, self.args.lr_decay_factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    # Families without gradients
+
+    def fit(self) -> TrainOutput:
+        """
+        Compute the weights of a `fitted` model from the training split: each training cell and each control cell of
+        its dataset and context once, summed in float64, by several processes together. Arguments that shape steps and
+        sentences (`max_steps`, `learning_rate`, control matching ..) play no part. With validation data and
+        `eval_strategy` other than `"no"`, the fitted model is evaluated once.
+
+        Returns:
+            `TrainOutput`: `global_step` 0 and a `training_loss` of NaN, as no steps were taken; `metrics` has
+            `fit_cells`, `fit_runtime` in seconds and `fit_cells_per_second`.
+
+        Raises:
+            ValueError: training cells have no control cells of their dataset and context, or see the model's `fit`.
+        """
+        start = time.perf_counter()
+        sums = gather_sums(self.train_dataset, self.accelerator, self.args.should_log and not self.args.disable_tqdm)
+        self.model.fit(sums.means(self.train_dataset.processor))
+        # What the baselines of an evaluation know, too.
+        self._mean_changes = MeanChanges(sums.changes(), self.model.config.nonnegative_output)
+        runtime = time.perf_counter() - start
+        metrics = {"fit_cells": sums.num_cells, "fit_runtime": round(runtime, 4)}
+        metrics["fit_cells_per_second"] = round(sums.num_cells / runtime, 1)
+        self.log(metrics)
+        if self.eval_dataset is not None and self.args.eval_strategy != "no":
+            self.evaluate()
+        return TrainOutput(0, float("nan"), metrics)
 
     # Loss
 
