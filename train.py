@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from cellstate import FAMILIES
+from cellstate.cell_values import describe_reading
 from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
@@ -180,12 +181,9 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     sizes = cells.groups["stop"] - cells.groups["start"]
     counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
-    read = {
-        "log1p_cp10k": f"counts, scaled to {processor.target_sum:g} and log1p",
-        "none": f"{processor.values}, as they are",
-    }
+    read = describe_reading(processor.normalize, processor.values, processor.target_sum)
     lines = [
-        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read[processor.normalize]})",
+        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
         f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
         + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
@@ -195,7 +193,8 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
     if splits.zeroshot:
         held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
-        used = "are" if run.data.control_sentences and run.data.heldout_controls else "are not"
+        fitted = FAMILIES[config_class(run.model).model_type].fitted
+        used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
         lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
     return "\n".join(lines)
 
@@ -238,13 +237,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
-    if "val" not in datasets:
+    family = FAMILIES[config.model_type]
+    if "val" not in datasets and not family.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
     disable_progress_bar()  # that of writing files; training keeps its own
     # Every process starts from the same weights, whatever was drawn before.
     set_seed(args.seed)
-    model = FAMILIES[config.model_type](config)
+    model = family(config)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
     trainer = StateTrainer(
         model,

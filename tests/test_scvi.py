@@ -505,7 +505,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     assert cellstate_cli.main([str(word) for word in words]) == 0
 
     real, predicted = ad.read_h5ad(screen), ad.read_h5ad(out)
-    units = "counts not scaled" if library_size is None else f"{library_size} counts per cell"
+    units = "unscaled counts" if library_size is None else f"{library_size} counts per cell"
     assert predicted.uns["cellstate"]["X"] == f"log1p expression ({units})"
     assert predicted.n_vars == 25 and predicted.X.min() >= 0
     counts = real[:, predicted.var_names].layers["counts"]
