@@ -12,6 +12,7 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    SCVIConfig,
 )
 from cellstate.configuration_state import StateConfig
 from cellstate.modeling_additive import AdditiveForPerturbation
@@ -23,6 +24,7 @@ from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
@@ -36,6 +38,7 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         NeuralOTForPerturbation,
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
+        SCVIForPerturbation,
         PerturbationMeanForPerturbation,
         ContextMeanForPerturbation,
         LinearForPerturbation,
@@ -67,6 +70,8 @@ __all__ = [
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
+    "SCVIConfig",
+    "SCVIForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

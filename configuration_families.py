@@ -4,7 +4,13 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_state import EncoderConfig, GeneDecoderConfig, PerturbationConfig, SetTransformerConfig
+from .configuration_state import (
+    EncoderConfig,
+    GeneDecoderConfig,
+    NetworkConfig,
+    PerturbationConfig,
+    SetTransformerConfig,
+)
 
 
 @strict
@@ -222,6 +228,107 @@ class AdditiveConfig(FittedConfig):
             )
 
 
+@strict
+class SCVIConfig(NetworkConfig):
+    r"""
+    Configuration of [`SCVIForPerturbation`], a conditional variational autoencoder on counts. The fields of
+    [`NetworkConfig`], with the published sizes as defaults, and:
+
+    Args:
+        latent_dim (`int`, *optional*, defaults to 84):
+            Width of the latent state of a cell.
+        num_encoder_layers, num_decoder_layers (`int`, *optional*, defaults to 2):
+            Hidden layers of encoder and decoder: linear, batch normalisation, activation, in the encoder dropout.
+        context_embedding_dim (`int`, *optional*, defaults to 32), batch_embedding_dim (`int`, *optional*, defaults to 16),
+        perturbation_embedding_dim (`int`, *optional*, defaults to 64):
+            Widths of what the decoder is told beside the latent state.
+        likelihood (`str`, *optional*, defaults to `"zinb"`):
+            Distribution of a count.
+
+            - `"nb"`: negative binomial, with one inverse dispersion for each gene
+            - `"zinb"`: the same, with additional zeros
+        prediction (`str`, *optional*, defaults to `"mean_log1p"`):
+            What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
+
+            - `"mean_log1p"`: the mean of its log1p expression, what the mean of observed cells estimates
+            - `"log1p_mean"`: log1p of its mean expression, as published. Above the former, most where counts are few:
+              figures of observed log1p cells are then far from its own
+        library_size (`float`, *optional*, defaults to 10,000):
+            Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
+        kl_warmup_epochs (`float`, *optional*, defaults to 400), kl_warmup_steps (`int`, *optional*):
+            The KL divergence's weight rises from 0 to 1 in so many epochs, or optimiser steps; one of them is set. 0: it
+            is 1 throughout.
+
+    Example:
+    ```python
+    >>> SCVIConfig.from_preset("published", input_dim=2000, num_perturbations=25).kl_warmup_epochs
+    400
+    ```
+    """
+
+    model_type = "state-scvi"
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "likelihood": ("nb", "zinb"),
+        "prediction": ("mean_log1p", "log1p_mean"),
+    }
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
+        "published": {},
+    }
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-4,
+        "weight_decay": 4e-7,
+        "lr_decay_epochs": 25,
+        "lr_decay_factor": 0.9,
+    }
+
+    hidden_size: int = 512
+    hidden_act: str = "relu"
+    latent_dim: int = 84
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    context_embedding_dim: int = 32
+    batch_embedding_dim: int = 16
+    perturbation_embedding_dim: int = 64
+    likelihood: str = "zinb"
+    prediction: str = "mean_log1p"
+    library_size: float | int | None = 10_000
+    kl_warmup_epochs: float | int | None = None
+    kl_warmup_steps: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.kl_warmup_epochs is None and self.kl_warmup_steps is None:
+            self.kl_warmup_epochs = 400
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def sizes(cls, processor) -> dict:
+        processor.check_counts()
+        return super().sizes(processor)
+
+    @property
+    def reads_counts(self) -> bool:
+        return True
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "latent_dim", "num_encoder_layers", "num_decoder_layers")
+        self._check_at_least(1, "context_embedding_dim", "batch_embedding_dim", "perturbation_embedding_dim")
+        if self.library_size is not None and not 0 < self.library_size < float("inf"):
+            raise ValueError(f"library_size must be a number above 0, or None, found {self.library_size}")
+        if self.kl_warmup_epochs is not None and self.kl_warmup_steps is not None:
+            raise ValueError(
+                f"set one of kl_warmup_epochs and kl_warmup_steps, found {self.kl_warmup_epochs} and {self.kl_warmup_steps}"
+            )
+        self._check_range("kl_warmup_epochs" if self.kl_warmup_steps is None else "kl_warmup_steps", 0)
+        if self.output_dim != self.input_dim or self.gene_dim is not None or not self.nonnegative_output:
+            raise ValueError(
+                "this model reads counts of genes and predicts log1p expression of the same genes: expected output_dim == "
+                f"input_dim, no gene_dim and nonnegative_output, found output_dim={self.output_dim}, input_dim="
+                f"{self.input_dim}, gene_dim={self.gene_dim}, nonnegative_output={self.nonnegative_output}; leave them out"
+            )
+
+
 for _config in (
     EmbedSumConfig,
     NeuralOTConfig,
@@ -231,6 +338,7 @@ for _config in (
     ContextMeanConfig,
     LinearConfig,
     AdditiveConfig,
+    SCVIConfig,
 ):
     _config.register_for_auto_class()
 
@@ -244,4 +352,5 @@ __all__ = [
     "NeuralOTConfig",
     "PerturbationMeanConfig",
     "PseudobulkConfig",
+    "SCVIConfig",
 ]

@@ -46,7 +46,7 @@ class PerturbationOutput(ModelOutput):
         batch_logits (`torch.Tensor` of shape `(batch_size, num_batches)`, *optional*):
             Scores of each experimental batch, read off the batch token.
         unseen (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            Of a family fitted without gradients: True where a sentence's perturbation or context was not in training.
+            True where a sentence's perturbation or context was not in training, of a family that cannot place it.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, learned tokens included.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -515,6 +515,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
         each with the options that are its own (`lr`, `weight_decay`). None: all alike.
         """
         return None
+
+    def sample_counts(self, **batch) -> torch.Tensor:
+        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+
+        Raises:
+            ValueError: the family has no distribution of counts.
+        """
+        raise ValueError(
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
+            "like state-scvi does"
+        )
 
     def check_perturbations(
         self,

@@ -9,6 +9,7 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    SCVIConfig,
 )
 from cellstate.configuration_state import PerturbationConfig, StateConfig
 from cellstate.training.objectives.base import Objective
@@ -18,6 +19,7 @@ from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.fitted import FittedObjective
 from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.scvi import SCVIObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
 
@@ -28,6 +30,7 @@ _OBJECTIVES = {
     NeuralOTConfig.model_type: DistributionalObjective,
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+    SCVIConfig.model_type: SCVIObjective,
     PerturbationMeanConfig.model_type: FittedObjective,
     ContextMeanConfig.model_type: FittedObjective,
     LinearConfig.model_type: FittedObjective,
