@@ -3,13 +3,20 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
-from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from cellstate.configuration_families import (
+    DecoderOnlyConfig,
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+    ScGPTConfig,
+)
 from cellstate.configuration_state import StateConfig
 from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
 from cellstate.modeling_embed_sum import EmbedSumForPerturbation
 from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scgpt import ScGPTForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
@@ -23,6 +30,7 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         NeuralOTForPerturbation,
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
+        ScGPTForPerturbation,
     )
 }
 
@@ -42,6 +50,8 @@ __all__ = [
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
+    "ScGPTConfig",
+    "ScGPTForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

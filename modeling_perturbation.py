@@ -73,6 +73,27 @@ class MLP(nn.Module):
         return self.layers[-1](hidden_states)
 
 
+def sum_of_rows(
+    rows: torch.Tensor,
+    perturbation_ids: torch.Tensor | None = None,
+    perturbation_doses: torch.Tensor | None = None,
+    perturbation_features: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    `sum_k dose_k rows[id_k]`, or `features @ rows`, of perturbations with one row of `rows` (P, H) each.
+
+    (B, K) ids (-1 pads) and doses, or (B, P) or (B, S, P) features, to (B, 1, H) or (B, S, H), ready to add to the cells.
+    """
+    if perturbation_features is not None:
+        hidden = perturbation_features.to(rows.dtype) @ rows
+        return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+    weights = (perturbation_ids >= 0).to(rows.dtype)
+    if perturbation_doses is not None:
+        weights = weights * perturbation_doses.to(rows.dtype)
+    chosen = nn.functional.embedding(perturbation_ids.clamp(min=0), rows)
+    return (weights.unsqueeze(-1) * chosen).sum(dim=1, keepdim=True)
+
+
 class PerturbationEmbedding(nn.Module):
     """
     A linear layer over perturbations that never builds a one-hot tensor.
@@ -93,14 +114,7 @@ class PerturbationEmbedding(nn.Module):
         perturbation_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
-        if perturbation_features is not None:
-            hidden = perturbation_features.to(self.weight.dtype) @ self.weight + self.bias
-            return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
-        weights = (perturbation_ids >= 0).to(self.weight.dtype)
-        if perturbation_doses is not None:
-            weights = weights * perturbation_doses.to(self.weight.dtype)
-        rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
-        return (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True) + self.bias
+        return sum_of_rows(self.weight, perturbation_ids, perturbation_doses, perturbation_features) + self.bias
 
 
 class PerturbationEncoder(nn.Module):

@@ -74,6 +74,8 @@ def render_card(
         if run.data.control_sentences and run.data.heldout_controls
         else "not used in training",
         results=rows,
+        # Of a path, which is nobody's business, the last part.
+        pretrained=os.path.basename(os.path.normpath(run.model["pretrained"])) if run.model.get("pretrained") else None,
         steps=state.global_step if state is not None else "an unfinished run's",
         versions=", ".join(
             f"{name} {version}"

@@ -1,6 +1,12 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
-from cellstate.configuration_families import DecoderOnlyConfig, EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from cellstate.configuration_families import (
+    DecoderOnlyConfig,
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+    ScGPTConfig,
+)
 from cellstate.configuration_state import PerturbationConfig, StateConfig
 from cellstate.training.objectives.base import Objective
 from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
@@ -8,6 +14,7 @@ from cellstate.training.objectives.distributional import DistributionalObjective
 from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.scgpt import ScGPTObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
 
@@ -18,6 +25,7 @@ _OBJECTIVES = {
     NeuralOTConfig.model_type: DistributionalObjective,
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+    ScGPTConfig.model_type: ScGPTObjective,
 }
 
 
@@ -39,6 +47,7 @@ __all__ = [
     "EnergyLoss",
     "MSELoss",
     "Objective",
+    "ScGPTObjective",
     "SinkhornLoss",
     "StateObjective",
     "energy_distance",
