@@ -184,6 +184,34 @@ def normalize_counts(
     return np.log1p(values, out=values)
 
 
+def read_expression(
+    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float
+) -> "sp.csr_matrix | np.ndarray":
+    """
+    Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
+
+    Args:
+        source (`str`): `"X"` or `"layers/NAME"`.
+        expected (`str`): `"counts"` or `"log1p"`, the values that are there.
+        as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
+
+    Raises:
+        KeyError, ValueError: nothing is there, or other values than expected.
+    """
+    matrix = take_rows(matrix_of(adata, source), rows)
+    check_finite(matrix, adata, rows, source, nonnegative=True)
+    kind = kind_of_values(matrix)
+    if kind not in (expected, "zeros"):
+        raise ValueError(wrong_kind(source, expected, kind, target_sum))
+    if not (expected == "counts" and as_log1p):
+        return matrix[:, columns].astype(np.float32)
+    totals, matrix = cell_totals(matrix), matrix[:, columns]
+    if not sp.issparse(matrix):
+        return normalize_counts(matrix, totals, target_sum)
+    matrix.data = normalize_counts(matrix.data, totals, target_sum, stored=np.diff(matrix.indptr))
+    return matrix
+
+
 def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: Callable[[], np.ndarray]) -> float:
     """
     What counts are scaled to: the number asked for, or with `"median"` the median total of the cells that have counts.
@@ -270,6 +298,41 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
             + f" (the data's genes look like {some(adata.var_names, 3)})"
         )
     return columns
+
+
+def dense_genes(present, columns: np.ndarray) -> np.ndarray:
+    """Expression of the genes that the data have, `(cells, genes)` dense float32, 0 where `columns` is -1: they lack it."""
+    dense = present.toarray() if sp.issparse(present) else np.asarray(present)
+    if dense.shape[1] == len(columns):
+        return np.ascontiguousarray(dense, dtype=np.float32)
+    full = np.zeros((dense.shape[0], len(columns)), dtype=np.float32)
+    full[:, columns >= 0] = dense
+    return full
+
+
+def choose_genes(adatas: list[ad.AnnData], genes: int | list[str] | None, read: Callable) -> list[str]:
+    """
+    The genes of a model: so many highly variable ones, the ones listed, or all that the data share.
+
+    Args:
+        read (`Callable`): log1p expression of some columns of an AnnData.
+
+    Raises:
+        KeyError, ValueError: the data lack listed genes, or have fewer than the number asked for.
+    """
+    shared = shared_genes(adatas)
+    if genes is None:
+        return [str(g) for g in shared]
+    if isinstance(genes, str):
+        raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
+    if not isinstance(genes, (int, np.integer)):
+        return listed_genes(genes, shared)
+    if not 1 <= genes <= len(shared):
+        raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
+    if genes == len(shared):
+        return [str(g) for g in shared]
+    blocks = [sp.csr_matrix(read(data, data.var_names.get_indexer(shared))) for data in adatas]
+    return highly_variable_genes(sp.vstack(blocks, format="csr"), shared, genes)
 
 
 def listed_genes(genes, shared: pd.Index) -> list[str]:

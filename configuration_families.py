@@ -170,7 +170,7 @@ class ScGPTConfig(NetworkConfig):
         },
         "published": {},
     }
-    training_defaults: ClassVar[dict] = {"learning_rate": 5e-5}
+    training_defaults: ClassVar[dict] = {"learning_rate": 5e-5, "lr_decay_epochs": 25, "lr_decay_factor": 0.9}
     # Genes have no order, and all of them see all.
     attention: ClassVar[str] = "bidirectional"
 

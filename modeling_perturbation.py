@@ -12,10 +12,12 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_state import PerturbationConfig, closest
 
+
+logger = logging.get_logger(__name__)
 
 # The keys of a batch: B sentences of S cells, K perturbations applied together.
 CONTROL_CELLS = "control_cells"
@@ -73,25 +75,77 @@ class MLP(nn.Module):
         return self.layers[-1](hidden_states)
 
 
-def sum_of_rows(
-    rows: torch.Tensor,
-    perturbation_ids: torch.Tensor | None = None,
-    perturbation_doses: torch.Tensor | None = None,
-    perturbation_features: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    `sum_k dose_k rows[id_k]`, or `features @ rows`, of perturbations with one row of `rows` (P, H) each.
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient."""
 
-    (B, K) ids (-1 pads) and doses, or (B, P) or (B, S, P) features, to (B, 1, H) or (B, S, H), ready to add to the cells.
+    def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            cells (`torch.Tensor` of shape `(B, S, H)`), mask (`torch.Tensor` of shape `(B, S)`, *optional*): False where
+                padded.
+
+        Raises:
+            ValueError: in training, there are fewer than two cells, which have no variance.
+        """
+        if not self.training or mask is None:
+            real = cells.flatten(0, -2)
+        else:
+            mask = mask.bool()
+            real = cells[mask]
+        if self.training and len(real) < 2:
+            raise ValueError(
+                f"batch normalisation: expected at least 2 cells in a training batch, found {len(real)}; raise "
+                "per_device_train_batch_size or set_size"
+            )
+        normalised = super().forward(real)
+        if not self.training or mask is None:
+            return normalised.view(cells.shape)
+        out = torch.zeros_like(cells, dtype=normalised.dtype)
+        out[mask] = normalised
+        return out
+
+
+class BatchNormMLP(nn.Module):
+    """`num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float):
+        super().__init__()
+        widths = [in_dim] + [hidden_dim] * num_layers
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.norms = nn.ModuleList(MaskedBatchNorm(hidden_dim) for _ in range(num_layers))
+        self.activation = ACT2FN[hidden_act]
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        for layer, norm in zip(self.layers, self.norms):
+            cells = self.dropout(self.activation(norm(layer(cells), mask)))
+        return cells
+
+
+class UnseenMeanEmbedding(nn.Embedding):
     """
-    if perturbation_features is not None:
-        hidden = perturbation_features.to(rows.dtype) @ rows
-        return hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
-    weights = (perturbation_ids >= 0).to(rows.dtype)
-    if perturbation_doses is not None:
-        weights = weights * perturbation_doses.to(rows.dtype)
-    chosen = nn.functional.embedding(perturbation_ids.clamp(min=0), rows)
-    return (weights.unsqueeze(-1) * chosen).sum(dim=1, keepdim=True)
+    A row for each known context or batch; one that was not seen in training (id -1) has the mean of the known rows.
+
+    Args:
+        num_embeddings, embedding_dim (`int`): known ones, and the width of a row.
+        what (`str`): what is embedded, for the warning that says how many of the ids of an evaluation are -1.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, what: str, **kwargs):
+        super().__init__(num_embeddings, embedding_dim, **kwargs)
+        self.what, self._warned = what, False
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids of any shape to rows `(*, embedding_dim)`."""
+        unseen = ids < 0
+        # Looking waits for the device, which training does not.
+        if not self.training and not self._warned and unseen.any():
+            logger.warning(
+                f"{int(unseen.sum())} of {unseen.numel()} {self.what} ids are -1, not seen in training: they are given the "
+                f"mean of the {self.num_embeddings} known rows (said once)"
+            )
+            self._warned = True
+        return torch.where(unseen.unsqueeze(-1), self.weight.mean(dim=0), super().forward(ids.clamp(min=0)))
 
 
 class PerturbationEmbedding(nn.Module):
@@ -99,13 +153,18 @@ class PerturbationEmbedding(nn.Module):
     A linear layer over perturbations that never builds a one-hot tensor.
 
     Row p of `weight` belongs to perturbation p. K perturbations at doses d_1..d_K give `sum_k d_k weight[p_k] + bias`,
-    which is what a linear layer gives on the multi-hot vector; no perturbation (the control) gives the bias.
+    which is what a linear layer gives on the multi-hot vector; no perturbation (the control) gives the bias. Without
+    `bias` it gives 0.
     """
 
-    def __init__(self, num_features: int, hidden_size: int):
+    def __init__(self, num_features: int, hidden_size: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
-        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
+
+    def rows(self) -> torch.Tensor:
+        """What stands for each perturbation, (P, H)."""
+        return self.weight
 
     def forward(
         self,
@@ -114,7 +173,16 @@ class PerturbationEmbedding(nn.Module):
         perturbation_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
-        return sum_of_rows(self.weight, perturbation_ids, perturbation_doses, perturbation_features) + self.bias
+        if perturbation_features is not None:
+            hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
+            hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
+        else:
+            weights = (perturbation_ids >= 0).to(self.weight.dtype)
+            if perturbation_doses is not None:
+                weights = weights * perturbation_doses.to(self.weight.dtype)
+            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
+            hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
+        return hidden if self.bias is None else hidden + self.bias
 
 
 class PerturbationEncoder(nn.Module):
@@ -415,7 +483,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
             if self.config.num_perturbations is None:
                 std *= module.weight.shape[0] ** -0.5
             init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, UnseenMeanEmbedding):
+            init.normal_(module.weight)
+
+    def parameter_groups(self) -> list[dict] | None:
+        """
+        For a family with parts that are optimised differently: its parameters in groups, as an optimiser takes them,
+        each with the options that are its own (`lr`, `weight_decay`). None: all alike.
+        """
+        return None
 
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""

@@ -10,7 +10,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import ScGPTConfig
-from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel, SetAttention, sum_of_rows
+from .modeling_perturbation import (
+    MaskedBatchNorm,
+    PerturbationEmbedding,
+    PerturbationOutput,
+    PerturbationPreTrainedModel,
+    SetAttention,
+)
 
 
 @dataclass
@@ -53,7 +59,7 @@ class ValueEncoder(nn.Module):
         return self.dropout(self.norm(self.linear2(self.activation(self.linear1(values)))))
 
 
-class DrugEncoder(nn.Module):
+class DrugEncoder(PerturbationEmbedding):
     """
     What a perturbation that is no gene adds to every token of a cell.
 
@@ -63,13 +69,11 @@ class DrugEncoder(nn.Module):
     """
 
     def __init__(self, config: ScGPTConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_perturbations or config.perturbation_dim, config.hidden_size))
+        super().__init__(config.num_perturbations or config.perturbation_dim, config.hidden_size, bias=False)
         self.norm = nn.LayerNorm(config.hidden_size) if config.perturbation_dim is None else nn.Identity()
 
-    def forward(self, perturbation_ids=None, perturbation_doses=None, perturbation_features=None) -> torch.Tensor:
-        """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, hidden_size) or (B, S, hidden_size)."""
-        return sum_of_rows(self.norm(self.weight), perturbation_ids, perturbation_doses, perturbation_features)
+    def rows(self) -> torch.Tensor:
+        return self.norm(self.weight)
 
 
 class GeneTransformerLayer(GradientCheckpointingLayer):
@@ -142,7 +146,7 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
         self.flag_embedding = nn.Embedding(3, hidden)
         if config.perturbation_type == "chemical":
             self.drug_encoder = DrugEncoder(config)
-        self.norm = nn.BatchNorm1d(hidden, eps=6.1e-5)
+        self.norm = MaskedBatchNorm(hidden, eps=6.1e-5)
         self.layers = nn.ModuleList(GeneTransformerLayer(config) for _ in range(config.num_hidden_layers))
         self.head = nn.Sequential(
             nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, 1)
@@ -161,9 +165,6 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
             # Without biases every hidden unit has its kink at 0, and the LayerNorm takes away how large a value is.
             init.uniform_(module.weight, -1.0, 1.0)
             init.uniform_(module.bias, -1.0, 1.0)
-        elif isinstance(module, DrugEncoder):
-            width = 1 if config.perturbation_dim is None else config.perturbation_dim
-            init.normal_(module.weight, std=config.perturbation_initializer_range * width**-0.5)
 
     @capture_outputs
     def forward(
@@ -255,7 +256,7 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
         tokens = tokens + self.flag_embedding(flags.long())
         if drugs is not None:
             tokens = tokens + drugs.unsqueeze(1)
-        tokens = self.norm(tokens.flatten(0, 1)).view_as(tokens)
+        tokens = self.norm(tokens)
         for layer in self.layers:
             tokens = layer(tokens, **kwargs)
         return self.head(tokens).squeeze(-1)

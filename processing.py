@@ -15,19 +15,18 @@ from .cell_values import (
     TARGET_SUM,
     cell_totals,
     check_finite,
+    choose_genes,
+    dense_genes,
     gene_columns,
-    highly_variable_genes,
     kind_of_values,
-    listed_genes,
     matrix_of,
     normalize_counts,
+    read_expression,
     resolve_normalisation,
     resolve_target_sum,
-    shared_genes,
     some,
     take_rows,
     totals_of,
-    wrong_kind,
 )
 from .configuration_state import closest
 from .modeling_perturbation import (
@@ -97,7 +96,11 @@ class StateProcessor(ProcessorMixin):
             - `"log1p_cp10k"`: they are counts; scaled to `target_sum` counts a cell (summed over all genes of the
               data, not only the model's), then log1p
             - `"none"`: nothing
-        target_sum (`float`): counts per cell after scaling.
+        target_sum (`float`, *optional*): counts per cell after scaling. None, of predictions alone: not scaled.
+        predicts (`str`, *optional*): what a model on counts predicts where that is not counts, see
+            [`StateProcessor.predict_log1p`].
+
+            - `"log1p"`: log1p expression, scaled to `target_sum` counts a cell over the model's genes
         combination_separator (`str`, *optional*): joins the names of perturbations applied together; None where
             there are no combinations (or names contain the character).
         feature_dim (`int`): features of a cell.
@@ -117,11 +120,12 @@ class StateProcessor(ProcessorMixin):
         gene_input: str | None = None,
         values: str = "log1p",
         normalize: str = "none",
-        target_sum: float = TARGET_SUM,
+        target_sum: float | None = TARGET_SUM,
         combination_separator: str | None = "+",
         feature_dim: int | None = None,
         set_size: int = 128,
         perturbation_features: PerturbationFeatures | None = None,
+        predicts: str | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -133,6 +137,7 @@ class StateProcessor(ProcessorMixin):
         self.values = values
         self.normalize = normalize
         self.target_sum = target_sum
+        self.predicts = predicts
         self.combination_separator = combination_separator
         self.feature_dim = feature_dim if feature_dim is not None else len(self.vocabulary.genes)
         self.set_size = set_size
@@ -247,30 +252,15 @@ class StateProcessor(ProcessorMixin):
             processor.target_sum = resolve_target_sum(
                 target_sum, processor.normalize, source, lambda: totals_of(adatas, source)
             )
-        genes_of_model = processor._choose_genes(adatas, genes, expression) if expression is not None else []
+        genes_of_model = []
+        if expression is not None:
+            genes_of_model = choose_genes(
+                adatas, genes, lambda data, columns: processor._expression(data, expression, slice(None), columns, True)
+            )
         vocabulary = Vocabulary(genes_of_model, sorted(singles), sorted(contexts), sorted(batches))
         settings = {name: getattr(processor, name) for name in PROCESSOR_SETTINGS}
         settings["feature_dim"] = widths.pop() if embedding else len(genes_of_model)
         return cls(vocabulary=vocabulary, perturbation_features=perturbation_features, **settings)
-
-    def _choose_genes(self, adatas, genes, expression: str) -> list[str]:
-        shared = shared_genes(adatas)
-        if genes is None:
-            return [str(g) for g in shared]
-        if isinstance(genes, str):
-            raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
-        if not isinstance(genes, (int, np.integer)):
-            return listed_genes(genes, shared)
-        if not 1 <= genes <= len(shared):
-            raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
-        if genes == len(shared):
-            return [str(g) for g in shared]
-        blocks = []
-        for data in adatas:
-            columns = data.var_names.get_indexer(shared)
-            block, _ = self._expression(data, expression, slice(None), columns, as_log1p=True)
-            blocks.append(sp.csr_matrix(block))
-        return highly_variable_genes(sp.vstack(blocks, format="csr"), shared, genes)
 
     # Saving and loading
 
@@ -278,6 +268,8 @@ class StateProcessor(ProcessorMixin):
         output = super().to_dict()
         output.pop("vocabulary")
         output.pop("perturbation_features")
+        if self.predicts is None:
+            output.pop("predicts")
         # What tells a checkpoint that lacks its perturbation features from one that has none.
         if self.perturbation_features is not None:
             output["perturbation_dim"] = self.perturbation_features.dim
@@ -404,29 +396,39 @@ class StateProcessor(ProcessorMixin):
     def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
         columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
         present = columns[columns >= 0]
-        block, _ = self._expression(adata, source, rows, present, as_log1p)
-        dense = block.toarray() if sp.issparse(block) else np.asarray(block)
-        if len(present) == len(columns):
-            return np.ascontiguousarray(dense, dtype=np.float32)
-        full = np.zeros((dense.shape[0], len(columns)), dtype=np.float32)
-        full[:, columns >= 0] = dense
-        return full
+        return dense_genes(self._expression(adata, source, rows, present, as_log1p), columns)
 
     def _expression(self, adata, source: str, rows, columns, as_log1p: bool):
-        """Checked and normalised expression of some rows and columns, CSR or dense float32, and the raw kind."""
-        matrix = take_rows(matrix_of(adata, source), rows)
-        check_finite(matrix, adata, rows, source, nonnegative=True)
-        kind = kind_of_values(matrix)
+        """Checked and normalised expression of some rows and columns, CSR or dense float32."""
         expected = "counts" if self.normalize == "log1p_cp10k" or self.values == "counts" else "log1p"
-        if kind not in (expected, "zeros"):
-            raise ValueError(wrong_kind(source, expected, kind, self.target_sum))
-        if expected == "counts" and as_log1p:
-            totals, matrix = cell_totals(matrix), matrix[:, columns]
-            if not sp.issparse(matrix):
-                return normalize_counts(matrix, totals, self.target_sum), kind
-            matrix.data = normalize_counts(matrix.data, totals, self.target_sum, stored=np.diff(matrix.indptr))
-            return matrix, kind
-        return matrix[:, columns].astype(np.float32), kind
+        return read_expression(adata, source, rows, columns, expected, as_log1p, self.target_sum)
+
+    # Units of the predictions
+
+    def predict_log1p(self, target_sum: float | None):
+        """
+        From now on, predictions of a model on counts are log1p expression, and real cells are compared with them so.
+
+        Args:
+            target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
+
+        Raises:
+            ValueError: the model's features are not counts.
+        """
+        if self.values != "counts":
+            raise ValueError(
+                f"this model is trained on raw counts, found {self.values} values (input={self.input!r}, normalize="
+                f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
+            )
+        self.predicts, self.target_sum = "log1p", target_sum
+
+    def as_predicted(self, features: np.ndarray) -> np.ndarray:
+        """Features of real cells `(cells, feature_dim)` in the units of the predictions, to compare with them."""
+        if self.predicts is None:
+            return features
+        if self.target_sum is None:
+            return np.log1p(features)
+        return normalize_counts(features, cell_totals(features), self.target_sum)
 
     # Sentences
 
@@ -542,14 +544,14 @@ class StateProcessor(ProcessorMixin):
         Returns:
             `AnnData`: X holds the predicted cells, padding left out, named by gene (of an embedding with a gene
             decoder: the decoded expression in X, the embedding in `obsm["embedding"]`); `layers["control"]` (an
-            embedding: `obsm["control"]`) the control cells that went in; obs the perturbation, context, batch and
-            barcode of the control cell; `uns["cellstate"]` says what X holds.
+            embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
+            context, batch and barcode of the control cell; `uns["cellstate"]` says what X holds.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
         predictions = outputs.predictions.detach().float().cpu().numpy()
         if predictions.shape[:2] != mask.shape or mask.sum() != len(sentences.obs):
             raise ValueError(f"outputs of shape {predictions.shape} do not belong to sentences of shape {mask.shape}")
-        controls = sentences[CONTROL_CELLS].float().cpu().numpy()[mask]
+        controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
         genes = outputs.gene_predictions
         genes = None if genes is None else genes.detach().float().cpu().numpy()[mask]
         obs = sentences.obs.copy()
@@ -571,10 +573,11 @@ class StateProcessor(ProcessorMixin):
 
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
         """What a predicted AnnData says of itself in `uns["cellstate"]`."""
-        log1p = "log1p expression" + (
-            f" ({self.target_sum:g} counts per cell)" if self.normalize == "log1p_cp10k" else ""
-        )
-        holds = log1p if decoded else {"log1p": log1p, "counts": "counts", "embedding": "embedding"}[self.values]
+        log1p = "log1p expression"
+        if self.normalize == "log1p_cp10k" or self.predicts is not None:
+            log1p += " (counts not scaled)" if self.target_sum is None else f" ({self.target_sum:g} counts per cell)"
+        units = self.predicts or self.values
+        holds = log1p if decoded else {"log1p": log1p, "counts": "counts", "embedding": "embedding"}[units]
         return {
             "X": holds,
             "checkpoint": checkpoint or "not recorded",
@@ -586,7 +589,7 @@ class StateProcessor(ProcessorMixin):
 
 # What a processor remembers beside its vocabulary and the width of its features.
 PROCESSOR_SETTINGS = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "values")
-PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size")
+PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size", "predicts")
 
 
 StateProcessor.register_for_auto_class()

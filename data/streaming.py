@@ -161,6 +161,11 @@ class SentenceStream(IterableDataset):
         return cells
 
     @property
+    def num_cells(self) -> int:
+        """Cells that one pass over all parts trains on, of those that the first look saw."""
+        return sum(count for key, count in self.survey.counts.items() if self._trains_on(CellKey(*key, batch=None)))
+
+    @property
     def progress(self) -> dict[str, int]:
         """
         Counts of the pass under way: `epoch`, `rows` read, `sentences` given, the most cells that were `pending`,

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cellstate.data.cells import sort_into_groups
 from cellstate.data.reading import AnnDataFile
-from cellstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, MeanChanges, average, score_group
+from cellstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
 from cellstate.processing import StateProcessor, Vocabulary
 
 
@@ -75,7 +75,10 @@ def evaluate_files(
         rows = np.flatnonzero(~seen)
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
         changes = MeanChanges.fit(
-            _Rows(processor, training, rows[order]), groups, processor.control, clip=processor.values != "embedding"
+            AsPredicted(_Rows(processor, training, rows[order]), processor),
+            groups,
+            processor.control,
+            clip=processor.values != "embedding",
         )
         unseen = sorted({p for _, p in common if p not in changes.changes})
         if unseen:
@@ -87,13 +90,13 @@ def evaluate_files(
         table, scores = [], []
         for context, perturbation in tqdm(common, unit="groups", desc="evaluate", disable=quiet):
             cells = {
-                name: source.features(file, np.flatnonzero(_is(frame, context, perturbation)))
+                name: source.as_predicted(source.features(file, np.flatnonzero(_is(frame, context, perturbation))))
                 for name, source, file, frame in (
                     ("predicted", reader, guess, scored[0]),
                     ("real", processor, truth, scored[1]),
                 )
             }
-            base = processor.features(truth, controls[context])
+            base = processor.as_predicted(processor.features(truth, controls[context]))
             scores.append(
                 score_group(
                     cells["predicted"],

@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cellstate.processing import StateProcessor
+
 
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
 METRICS = ("pearson", "mae", "energy")
@@ -52,6 +54,23 @@ def mean_of_rows(features, spans: pd.DataFrame, block: int = 4096) -> np.ndarray
             total = total + features[first : min(first + block, stop)].sum(axis=0, dtype=np.float64)
         count += stop - start
     return total / count
+
+
+@dataclass
+class AsPredicted:
+    """
+    Real cells in the units of a model's predictions, read where they are asked for.
+
+    Args:
+        features (of shape `(cells, features)`): the model's features; `features[rows]` gives an array.
+        processor ([`StateProcessor`]): of the model.
+    """
+
+    features: object
+    processor: StateProcessor
+
+    def __getitem__(self, rows: "slice | np.ndarray") -> np.ndarray:
+        return self.processor.as_predicted(self.features[rows])
 
 
 @dataclass

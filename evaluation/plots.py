@@ -32,8 +32,8 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
             controls = np.flatnonzero(here & (observed["perturbation"] == processor.control).to_numpy())
             if perturbation == processor.control or not len(treated) or not len(controls):
                 continue
-            base = processor.features(truth, controls).mean(axis=0)
-            change = processor.features(truth, treated).mean(axis=0) - base
+            base = processor.as_predicted(processor.features(truth, controls)).mean(axis=0)
+            change = processor.as_predicted(processor.features(truth, treated)).mean(axis=0) - base
             panels.append((f"{context}, {perturbation}", reader.features(guess, rows).mean(axis=0) - base, change))
     if not panels:
         raise ValueError(

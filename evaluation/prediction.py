@@ -279,6 +279,7 @@ class _Writer:
 
     def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int):
         on_embedding = processor.values == "embedding"
+        self.processor = processor
         self.decoded = config.gene_dim is not None
         self.main = self._dataset(file, "X", (total, config.gene_dim if self.decoded else config.output_dim))
         self.embedding = self._dataset(file, "obsm/embedding", (total, config.output_dim)) if self.decoded else None
@@ -297,7 +298,7 @@ class _Writer:
     def write(self, first: int, outputs, mask: np.ndarray, controls: np.ndarray):
         rows = slice(first, first + len(controls))
         predictions = outputs.predictions.float().cpu().numpy()[mask]
-        self.control[rows] = controls
+        self.control[rows] = self.processor.as_predicted(controls)
         if self.decoded:
             self.main[rows] = outputs.gene_predictions.float().cpu().numpy()[mask]
             self.embedding[rows] = predictions

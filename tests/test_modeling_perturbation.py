@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cellstate import StateConfig
-from cellstate.modeling_perturbation import GatedFeedForward
+from cellstate.modeling_perturbation import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -32,3 +32,54 @@ def test_gated_feed_forward_keeps_no_more_for_the_backward_pass_than_gate_up_and
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         layer(torch.randn(2, 7, config.hidden_size))
     assert sum(t.numel() == 2 * 7 * config.intermediate_size for t in kept.values()) == 3
+
+
+def test_batch_norm_over_padded_sentences_is_batch_norm_over_their_real_cells():
+    torch.manual_seed(0)
+    cells = torch.randn(3, 5, 4) * 3 + 1
+    mask = torch.arange(5) < torch.tensor([[5], [2], [4]])
+    cells[~mask] = 1e6
+    norm, reference = MaskedBatchNorm(4), nn.BatchNorm1d(4)
+
+    output = norm(cells, mask)
+
+    torch.testing.assert_close(output[mask], reference(cells[mask]), rtol=0, atol=0)
+    assert torch.equal(norm.running_mean, reference.running_mean)
+    assert torch.equal(norm.running_var, reference.running_var)
+    assert torch.equal(norm.eval()(cells, mask)[mask], reference.eval()(cells[mask]))
+    whole, unmasked = MaskedBatchNorm(4), MaskedBatchNorm(4)
+    assert torch.equal(whole(cells, torch.ones_like(mask)), unmasked(cells))
+
+
+def test_batch_norm_refuses_to_train_on_a_single_cell():
+    with pytest.raises(ValueError, match=r"expected at least 2 cells in a training batch, found 1; raise per_device"):
+        MaskedBatchNorm(4)(torch.randn(1, 3, 4), torch.tensor([[True, False, False]]))
+
+
+def test_padded_cells_send_no_gradient_through_a_batch_norm_mlp():
+    torch.manual_seed(0)
+    mlp = BatchNormMLP(4, 8, 2, "relu", 0.0)
+    cells = torch.randn(2, 3, 4, requires_grad=True)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    mlp(cells, mask).square().sum().backward()
+    assert (cells.grad[~mask] == 0).all() and (cells.grad[mask] != 0).any(dim=-1).all()
+
+
+def test_unseen_ids_have_the_mean_of_the_known_rows_and_are_counted_in_a_warning(caplog):
+    embedding = UnseenMeanEmbedding(3, 2, "context")
+    ids = torch.tensor([[0, -1], [2, -1]])
+    with caplog.at_level("WARNING"):
+        rows = embedding(ids)
+    assert not caplog.records  # not in training, where control cells of held-out contexts take part
+    assert torch.equal(rows[:, 0], embedding.weight[[0, 2]])
+    assert torch.equal(rows[:, 1], embedding.weight.mean(dim=0).expand(2, 2))
+    rows[0, 1].sum().backward()
+    torch.testing.assert_close(embedding.weight.grad, torch.full((3, 2), 1 / 3))
+
+    embedding.eval()
+    with caplog.at_level("WARNING"):
+        embedding(ids)
+        embedding(ids)
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 of 4 context ids are -1, not seen in training: they are given the mean of the 3 known rows (said once)"
+    ]

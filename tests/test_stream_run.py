@@ -137,6 +137,16 @@ def test_two_processes_read_a_stream_once(folder, tmp_path):
         run(folder, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-4"))
 
 
+def test_the_learning_rate_decays_by_epochs_of_a_stream(folder, tmp_path):
+    run(folder, tmp_path, "--lr_decay_epochs", "1", "--max_steps", "19", "--save_steps", "19", "--eval_strategy", "no")
+    state = json.loads((tmp_path / "checkpoint-19" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    # 2 x 3 perturbed groups of 20 cells and 4 x 40 control cells: 35 sentences of 8, 4 to a step.
+    np.testing.assert_allclose(rates, [1e-3] * 9 + [9e-4] * 9 + [8.1e-4], rtol=1e-12)
+    with pytest.raises(ValueError, match=r"the first look at it ended after \d+ cells.*lr_decay_epochs: null"):
+        run(folder, tmp_path, "--lr_decay_epochs", "1", "--fill_cells", "400")
+
+
 def test_columns_are_named(folder, tmp_path):
     """The layout of the published drug atlas: a marker first, gene ids of a table, labels of other names."""
     import anndata as ad

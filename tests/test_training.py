@@ -196,3 +196,36 @@ def test_gene_decoder_and_batches_train_from_embeddings(tmp_path):
     decoder = logged(trainer, "decoder")
     assert decoder[-1] < 0.7 * decoder[0]
     assert logged(trainer, "batch_token")[-1] < np.log(2)
+
+
+def test_the_learning_rate_decays_by_epochs_and_resumes_in_step(screen, tmp_path):
+    settings = {"lr_decay_epochs": 1.5, "lr_decay_factor": 0.5, "per_device_train_batch_size": 2, "save_steps": 5}
+    settings |= {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_total_limit": None, "max_steps": 11}
+    whole = make_trainer(screen, tmp_path / "whole", multiple_of=4, **settings)
+    # 2 x 3 perturbed groups of 24 cells, and 4 x 48 control cells, in sentences of 12: 28, 4 to a step.
+    assert whole.steps_per_epoch == 7
+    whole.train()
+    # 1.5 epochs are 10.5 steps, rounded to 10.
+    assert logged(whole, "learning_rate") == [1e-3] * 10 + [5e-4]
+    parts = make_trainer(screen, tmp_path / "parts", multiple_of=4, **settings)
+    parts.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert logged(parts, "learning_rate") == logged(whole, "learning_rate")
+    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr_decay_epochs": 0}, "lr_decay_epochs must be above 0, found 0"),
+        ({"lr_decay_factor": 0.5}, "has no effect without lr_decay_epochs"),
+        ({"lr_decay_epochs": 2, "lr_decay_factor": 1.5}, r"lr_decay_factor must lie in \(0, 1\], found 1.5"),
+        (
+            {"lr_decay_epochs": 2, "lr_scheduler_type": "linear"},
+            "constant learning rate, found lr_scheduler_type='linear'",
+        ),
+    ],
+)
+def test_a_decay_that_cannot_be_meant_is_an_error(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        StateTrainingArguments(output_dir=str(tmp_path), **options)

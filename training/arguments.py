@@ -15,6 +15,11 @@ class StateTrainingArguments(TrainingArguments):
     - batches of 8 sentences
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
+
+    and with two of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs.
+
+    Raises:
+        ValueError: `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], or one of them is without effect.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -38,3 +43,24 @@ class StateTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Services to report to."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    lr_decay_epochs: float | None = field(
+        default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
+    )
+    lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr_decay_epochs is not None:
+            if self.lr_decay_epochs <= 0:
+                raise ValueError(f"lr_decay_epochs must be above 0, found {self.lr_decay_epochs}; null is no decay")
+            if self.lr_scheduler_type != "constant":
+                raise ValueError(
+                    f"lr_decay_epochs={self.lr_decay_epochs} decays a constant learning rate, found lr_scheduler_type="
+                    f"{self.lr_scheduler_type.value!r}; set one of them: lr_decay_epochs: null, or lr_scheduler_type: constant"
+                )
+        elif self.lr_decay_factor != type(self).lr_decay_factor:
+            raise ValueError(
+                f"lr_decay_factor={self.lr_decay_factor} has no effect without lr_decay_epochs; set it too"
+            )
+        if not 0 < self.lr_decay_factor <= 1:
+            raise ValueError(f"lr_decay_factor must lie in (0, 1], found {self.lr_decay_factor}")

@@ -1,5 +1,6 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
+import math
 import os
 import shutil
 import time
@@ -14,9 +15,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, ro
 from cellstate.data.cells import Cells
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.evaluation.metrics import METRICS, MeanChanges, average, score_group
+from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.hub.publish import hide, reveal
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
+from cellstate.processing import StateProcessor
 from cellstate.training.objectives import objective_for
 
 
@@ -97,13 +99,66 @@ class StateTrainer(Trainer):
             self.args.ignore_data_skip = True  # the stream goes on where it stopped
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    # Optimiser and learning rate
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """One optimiser. Its groups are those of a model that has some: Adam treats each parameter by itself, so that one
+        over several groups takes the steps that one for each group would."""
+        groups = self.model.parameter_groups()
+        if groups is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
+        return self.optimizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """
+        Optimiser steps of one pass over the training data. A stream has as many as if each of its training cells stood
+        in a full sentence.
+
+        Raises:
+            ValueError: the first look at a stream did not see all of it.
+        """
+        args, data = self.args, self.train_dataset
+        if isinstance(data, SentenceStream):
+            if not data.survey.complete:
+                raise ValueError(
+                    f"the length of an epoch of the stream is not known: the first look at it ended after "
+                    f"{data.survey.cells} cells; leave stream.fill_cells out, or do without schedules in epochs "
+                    "(lr_decay_epochs: null)"
+                )
+            sentences = math.ceil(data.num_cells / data.set_size)
+        else:
+            sentences = len(data)
+        of_batch = args.train_batch_size * args.world_size
+        batches = sentences // of_batch if args.dataloader_drop_last else math.ceil(sentences / of_batch)
+        return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+    @property
+    def _epoch(self) -> float | None:
+        if not isinstance(self.train_dataset, SentenceStream):
+            return self.state.epoch or 0.0
+        # The Trainer takes the whole of a training on a stream for one epoch.
+        return self.state.global_step / self.steps_per_epoch if self.train_dataset.survey.complete else None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_decay_epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        # Counted in steps, so that it continues from a checkpoint where it was.
+        steps = max(1, round(self.args.lr_decay_epochs * self.steps_per_epoch))
+        optimizer = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, self.args.lr_decay_factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         self.objective.train(model.training)
         if model.training:
-            self.objective.set_progress(self.state.global_step, self.state.epoch or 0.0)
+            self.objective.set_progress(self.state.global_step, self._epoch)
         terms = self.objective(outputs, inputs)
         if model.training:
             for name, value in terms.items():
@@ -165,16 +220,16 @@ class StateTrainer(Trainer):
         if self._mean_changes is None:
             cells = self.train_dataset.cells
             self._mean_changes = MeanChanges.fit(
-                self._scored_values(cells),
+                self._scored_values(cells, self.train_dataset.processor),
                 cells.groups[cells.groups["split"].isin(["train", "control"])],
                 self.train_dataset.processor.control,
                 clip=self.model.config.nonnegative_output or self.model.is_ceiling,
             )
         return self._mean_changes
 
-    def _scored_values(self, cells: Cells):
+    def _scored_values(self, cells: Cells, processor: StateProcessor):
         """What predictions are compared with: the features, or the genes where the features are given to the model."""
-        return cells.genes if self.model.is_ceiling else cells.features
+        return cells.genes if self.model.is_ceiling else AsPredicted(cells.features, processor)
 
     def _score(self, prediction: EvalPrediction, dataset: SentenceDataset) -> dict[str, float]:
         """Figures averaged over groups; every perturbed cell of the split stands in one sentence."""
@@ -184,7 +239,7 @@ class StateTrainer(Trainer):
         scores = []
         for index, sentences in of_group.items():
             rows = [dataset.rows(i) for i in sentences]
-            group, features = dataset.groups[index], self._scored_values(dataset.cells)
+            group, features = dataset.groups[index], self._scored_values(dataset.cells, dataset.processor)
             scores.append(
                 score_group(
                     np.concatenate([prediction.predictions[i, : len(r[1])] for i, r in zip(sentences, rows)]),

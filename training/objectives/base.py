@@ -14,7 +14,7 @@ class Objective(nn.Module):
     A subclass implements `forward(outputs, batch)`. The trainer tells it how far training is, for schedules:
 
     - `step` (`int`): optimiser steps taken so far
-    - `epoch` (`float`): epochs of the training data seen so far
+    - `epoch` (`float`): epochs of the training data seen so far; None in a stream whose length is not known
 
     Args:
         config ([`PerturbationConfig`]): of the model; it holds the loss options.
@@ -25,7 +25,7 @@ class Objective(nn.Module):
         self.config = config
         self.set_progress(0, 0.0)
 
-    def set_progress(self, step: int, epoch: float):
+    def set_progress(self, step: int, epoch: float | None):
         self.step, self.epoch = step, epoch
 
     def forward(self, outputs: PerturbationOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
