@@ -4,7 +4,13 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_state import EncoderConfig, GeneDecoderConfig, NetworkConfig, SetTransformerConfig
+from .configuration_state import (
+    EncoderConfig,
+    GeneDecoderConfig,
+    NetworkConfig,
+    PerturbationConfig,
+    SetTransformerConfig,
+)
 
 
 @strict
@@ -281,7 +287,134 @@ class ScGPTConfig(NetworkConfig):
             )
 
 
-for _config in (EmbedSumConfig, NeuralOTConfig, PseudobulkConfig, DecoderOnlyConfig, ScGPTConfig):
+@strict
+class FittedConfig(PerturbationConfig):
+    r"""
+    What the families share that are fitted in one pass over the training cells, without gradients. The fields of
+    [`PerturbationConfig`]; they predict the features that they read, so there is no gene decoder.
+    """
+
+    presets: ClassVar[dict[str, dict]] = {"tiny": {"set_size": 32}, "published": {}}
+
+    def _check(self):
+        super()._check()
+        if self.gene_dim is not None:
+            raise ValueError(
+                f"gene_dim={self.gene_dim}: {self.model_type} predicts the features that it reads and has no gene "
+                "decoder; leave gene_input out, or read expression itself"
+            )
+        if self.output_dim != self.input_dim:
+            raise ValueError(
+                f"{self.model_type} predicts the features that it reads: expected output_dim={self.input_dim}, found "
+                f"{self.output_dim}; leave it out"
+            )
+
+
+@strict
+class PerturbationMeanConfig(FittedConfig):
+    r"""
+    Configuration of [`PerturbationMeanForPerturbation`], each control cell plus the mean change of its perturbation. The
+    fields of [`FittedConfig`], and two that fitting sets:
+
+    Args:
+        num_entries (`int`, *optional*, defaults to 1):
+            Perturbations and combinations with a change of their own, the control counted.
+        entry_width (`int`, *optional*, defaults to 1):
+            Perturbations of the largest of these combinations, where perturbations are told by id.
+    """
+
+    model_type = "state-perturbation-mean"
+
+    num_entries: int = 1
+    entry_width: int = 1
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "num_entries", "entry_width")
+
+
+@strict
+class ContextMeanConfig(FittedConfig):
+    r"""
+    Configuration of [`ContextMeanForPerturbation`], the mean perturbed cell of a context. The fields of
+    [`FittedConfig`]; `num_contexts` is required to build a model.
+    """
+
+    model_type = "state-context-mean"
+
+
+@strict
+class LinearConfig(FittedConfig):
+    r"""
+    Configuration of [`LinearForPerturbation`], ridge regression of the mean change on the perturbation. The fields of
+    [`FittedConfig`], and:
+
+    Args:
+        ridge (`float`, *optional*, defaults to 0.1):
+            Weight of the squared weights beside the squared errors, above 0. The default is that of Ahlmann-Eltze, Huber
+            & Anders (2025); features should have a variance near 1.
+        rank (`int`, *optional*):
+            Regress on this many principal components of the mean changes instead of on all features.
+        intercept (`bool`, *optional*, defaults to False):
+            Add a change that every perturbation shares, which is not shrunk. Of use with perturbation features, where a
+            perturbation like no other then changes what the average one does; without it effects that are applied
+            together add up, and an unknown perturbation id changes nothing.
+    """
+
+    model_type = "state-linear"
+
+    ridge: float | int = 0.1
+    rank: int | None = None
+    intercept: bool = False
+
+    def _check(self):
+        super()._check()
+        if self.ridge <= 0:
+            raise ValueError(f"ridge must be above 0, found {self.ridge}")
+        if self.rank is not None and not 1 <= self.rank <= self.output_dim:
+            raise ValueError(f"rank must lie between 1 and output_dim={self.output_dim}, found {self.rank}")
+
+
+@strict
+class AdditiveConfig(FittedConfig):
+    r"""
+    Configuration of [`AdditiveForPerturbation`], each control cell plus the changes of the single perturbations. The
+    fields of [`FittedConfig`]; perturbations are told by id.
+    """
+
+    model_type = "state-additive"
+
+    def _check(self):
+        super()._check()
+        if self.perturbation_dim is not None:
+            raise ValueError(
+                "state-additive adds up the changes of perturbations that are told by id, found perturbation_dim="
+                f"{self.perturbation_dim}; leave perturbation_features out, or use state-linear, which adds up their effects"
+            )
+
+
+for _config in (
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+    DecoderOnlyConfig,
+    PerturbationMeanConfig,
+    ContextMeanConfig,
+    LinearConfig,
+    AdditiveConfig,
+    ScGPTConfig,
+):
     _config.register_for_auto_class()
 
-__all__ = ["DecoderOnlyConfig", "EmbedSumConfig", "NeuralOTConfig", "PseudobulkConfig", "ScGPTConfig"]
+__all__ = [
+    "AdditiveConfig",
+    "ContextMeanConfig",
+    "DecoderOnlyConfig",
+    "EmbedSumConfig",
+    "FittedConfig",
+    "LinearConfig",
+    "NeuralOTConfig",
+    "PerturbationMeanConfig",
+    "PseudobulkConfig",
+    "ScGPTConfig",
+]

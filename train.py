@@ -204,7 +204,8 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
     if splits.zeroshot:
         held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
-        used = "are" if run.data.control_sentences and run.data.heldout_controls else "are not"
+        fitted = FAMILIES[config_class(run.model).model_type].fitted
+        used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
         lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
     return "\n".join(lines)
 
@@ -245,13 +246,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     processor.set_size = config.set_size
     datasets = make_datasets(config)
     logger.info(about)
-    if "val" not in datasets:
+    family = FAMILIES[config.model_type]
+    if "val" not in datasets and not family.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
     disable_progress_bar()  # that of writing files; training keeps its own
     # Every process starts from the same weights, whatever was drawn before.
     set_seed(args.seed)
-    model = FAMILIES[config.model_type](config)
+    model = family(config)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
     if run.model.get("pretrained") is not None:
         logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))

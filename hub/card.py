@@ -9,6 +9,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from cellstate._version import __version__
+from cellstate.configuration_families import FittedConfig
 from cellstate.configuration_state import PerturbationConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
 from cellstate.hub.stores import on_hub
@@ -71,12 +72,12 @@ def render_card(
         perturbation_features=processor.perturbation_features,
         held_out=held or "nothing",
         heldout_controls="among the training sentences"
-        if run.data.control_sentences and run.data.heldout_controls
+        if run.data.control_sentences and run.data.heldout_controls and not isinstance(config, FittedConfig)
         else "not used in training",
         results=rows,
         # Of a path, which is nobody's business, the last part.
         pretrained=os.path.basename(os.path.normpath(run.model["pretrained"])) if run.model.get("pretrained") else None,
-        steps=state.global_step if state is not None else "an unfinished run's",
+        steps=_steps(config, state),
         versions=", ".join(
             f"{name} {version}"
             for name, version in (
@@ -88,6 +89,12 @@ def render_card(
         ),
     )
     return card.content
+
+
+def _steps(config: PerturbationConfig, state) -> str:
+    if isinstance(config, FittedConfig):
+        return "Fitted in one pass over the training cells, without gradient steps"
+    return f"{state.global_step} steps" if state is not None else "An unfinished run's steps"
 
 
 def _datasets(run: RunConfig) -> list[str]:

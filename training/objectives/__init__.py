@@ -1,9 +1,13 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
 from cellstate.configuration_families import (
+    AdditiveConfig,
+    ContextMeanConfig,
     DecoderOnlyConfig,
     EmbedSumConfig,
+    LinearConfig,
     NeuralOTConfig,
+    PerturbationMeanConfig,
     PseudobulkConfig,
     ScGPTConfig,
 )
@@ -13,6 +17,7 @@ from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
 from cellstate.training.objectives.distributional import DistributionalObjective
 from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
+from cellstate.training.objectives.fitted import FittedObjective
 from cellstate.training.objectives.mse import MSELoss
 from cellstate.training.objectives.scgpt import ScGPTObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
@@ -25,6 +30,10 @@ _OBJECTIVES = {
     NeuralOTConfig.model_type: DistributionalObjective,
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+    PerturbationMeanConfig.model_type: FittedObjective,
+    ContextMeanConfig.model_type: FittedObjective,
+    LinearConfig.model_type: FittedObjective,
+    AdditiveConfig.model_type: FittedObjective,
     ScGPTConfig.model_type: ScGPTObjective,
 }
 
