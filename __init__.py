@@ -12,6 +12,7 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    ScGPTConfig,
     SCVIConfig,
 )
 from cellstate.configuration_state import StateConfig
@@ -24,6 +25,7 @@ from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scgpt import ScGPTForPerturbation
 from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
@@ -43,6 +45,7 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         ContextMeanForPerturbation,
         LinearForPerturbation,
         AdditiveForPerturbation,
+        ScGPTForPerturbation,
     )
 }
 
@@ -72,6 +75,8 @@ __all__ = [
     "PseudobulkForPerturbation",
     "SCVIConfig",
     "SCVIForPerturbation",
+    "ScGPTConfig",
+    "ScGPTForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

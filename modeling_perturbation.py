@@ -185,6 +185,10 @@ class PerturbationEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
+    def rows(self) -> torch.Tensor:
+        """What stands for each perturbation, (P, H)."""
+        return self.weight
+
     def forward(
         self,
         perturbation_ids: torch.Tensor | None = None,
@@ -193,13 +197,13 @@ class PerturbationEmbedding(nn.Module):
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
         if perturbation_features is not None:
-            hidden = perturbation_features.to(self.weight.dtype) @ self.weight
+            hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
             hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
         else:
             weights = (perturbation_ids >= 0).to(self.weight.dtype)
             if perturbation_doses is not None:
                 weights = weights * perturbation_doses.to(self.weight.dtype)
-            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
+            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
             hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
         return hidden if self.bias is None else hidden + self.bias
 

@@ -9,6 +9,7 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    ScGPTConfig,
     SCVIConfig,
 )
 from cellstate.configuration_state import PerturbationConfig, StateConfig
@@ -19,6 +20,7 @@ from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.fitted import FittedObjective
 from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.scgpt import ScGPTObjective
 from cellstate.training.objectives.scvi import SCVIObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
@@ -35,6 +37,7 @@ _OBJECTIVES = {
     ContextMeanConfig.model_type: FittedObjective,
     LinearConfig.model_type: FittedObjective,
     AdditiveConfig.model_type: FittedObjective,
+    ScGPTConfig.model_type: ScGPTObjective,
 }
 
 
@@ -56,6 +59,7 @@ __all__ = [
     "EnergyLoss",
     "MSELoss",
     "Objective",
+    "ScGPTObjective",
     "SinkhornLoss",
     "StateObjective",
     "energy_distance",
