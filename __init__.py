@@ -3,21 +3,30 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
+from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
 from cellstate.configuration_families import (
-    CPAConfig,
+    AdditiveConfig,
+    ContextMeanConfig,
     DecoderOnlyConfig,
     EmbedSumConfig,
+    LinearConfig,
     NeuralOTConfig,
+    PerturbationMeanConfig,
     PseudobulkConfig,
-    SCVIConfig,
+    ScGPTConfig,
 )
 from cellstate.configuration_state import StateConfig
+from cellstate.modeling_additive import AdditiveForPerturbation
+from cellstate.modeling_context_mean import ContextMeanForPerturbation
 from cellstate.modeling_cpa import CPAForPerturbation
 from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
 from cellstate.modeling_embed_sum import EmbedSumForPerturbation
+from cellstate.modeling_linear import LinearForPerturbation
 from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
+from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scgpt import ScGPTForPerturbation
 from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
@@ -34,6 +43,11 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         DecoderOnlyForPerturbation,
         CPAForPerturbation,
         SCVIForPerturbation,
+        PerturbationMeanForPerturbation,
+        ContextMeanForPerturbation,
+        LinearForPerturbation,
+        AdditiveForPerturbation,
+        ScGPTForPerturbation,
     )
 }
 
@@ -44,19 +58,29 @@ for _model_type, _model in FAMILIES.items():
 
 __all__ = [
     "FAMILIES",
+    "AdditiveConfig",
+    "AdditiveForPerturbation",
+    "ContextMeanConfig",
+    "ContextMeanForPerturbation",
     "CPAConfig",
     "CPAForPerturbation",
     "DecoderOnlyConfig",
     "DecoderOnlyForPerturbation",
     "EmbedSumConfig",
     "EmbedSumForPerturbation",
+    "LinearConfig",
+    "LinearForPerturbation",
     "NeuralOTConfig",
     "NeuralOTForPerturbation",
+    "PerturbationMeanConfig",
+    "PerturbationMeanForPerturbation",
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
     "SCVIConfig",
     "SCVIForPerturbation",
+    "ScGPTConfig",
+    "ScGPTForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

@@ -4,7 +4,13 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from .configuration_state import EncoderConfig, GeneDecoderConfig, NetworkConfig, SetTransformerConfig
+from .configuration_state import (
+    EncoderConfig,
+    GeneDecoderConfig,
+    NetworkConfig,
+    PerturbationConfig,
+    SetTransformerConfig,
+)
 
 
 @strict
@@ -117,264 +123,298 @@ class DecoderOnlyConfig(GeneDecoderConfig):
 
 
 @strict
-class CountsConfig(NetworkConfig):
+class ScGPTConfig(NetworkConfig):
     r"""
-    What the families that model raw counts share: they read counts, and predict log1p expression like the others. The
-    fields of [`NetworkConfig`], and:
+    Configuration of the gene-token transformer, [`ScGPTForPerturbation`] (Cui et al. 2024). The fields of
+    [`NetworkConfig`], with other defaults (`hidden_size` 512, `hidden_act` "relu", `hidden_dropout` 0.2, `set_size` 8),
+    and the following; names in brackets are those of `args.json` in a published folder.
+
+    The model reads and predicts the expression of genes, one token each: `output_dim` is `input_dim`, and there is no
+    gene decoder. Cells do not see one another, so `set_size` only says how many of them are counted as one sentence. With
+    `pretrained: FOLDER` in its model section, a run starts from a published folder and takes the sizes from there
+    (`cellstate.hub.scgpt`).
 
     Args:
-        likelihood (`str`, *optional*, defaults to `"zinb"`):
-            Distribution of a count.
+        perturbation_type (`str`, *optional*, defaults to `"genetic"`):
+            How a perturbation enters.
 
-            - `"nb"`: negative binomial, with one inverse dispersion for each gene
-            - `"zinb"`: the same, with additional zeros
-        prediction (`str`, *optional*, defaults to `"mean_log1p"`):
-            What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
-
-            - `"mean_log1p"`: the mean of its log1p expression, what the mean of observed cells estimates
-            - `"log1p_mean"`: log1p of its mean expression, as published. Above the former, most where counts are few:
-              figures of observed log1p cells are then far from its own
-        library_size (`float`, *optional*, defaults to 10,000):
-            Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
+            - `"genetic"`: it is a gene of the model, whose token is flagged; needs `perturbed_genes`
+            - `"chemical"`: it is a drug, a cytokine, anything that is no gene of the model: an embedding of it is added
+              to every token
+        perturbed_genes (`list[int]`, *optional*):
+            For each perturbation id the position of its gene among the model's genes. For `"genetic"` alone; it follows
+            from the names in the processor.
+        num_hidden_layers (`int`, *optional*, defaults to 12) [nlayers]:
+            Transformer blocks.
+        num_attention_heads (`int`, *optional*, defaults to 8) [nheads]:
+            Attention heads; they divide `hidden_size` [embsize].
+        intermediate_size (`int`, *optional*, defaults to `hidden_size`) [d_hid]:
+            Width of the feed-forward layer.
+        attention_dropout (`float`, *optional*, defaults to `hidden_dropout`) [dropout]:
+            Dropout of the attention weights.
+        genes_per_step (`int`, *optional*, defaults to 1536):
+            Genes of one training step, drawn anew each time. Perturbed genes of the batch are always among them.
+        genes_per_chunk (`int`, *optional*):
+            None: in evaluation all genes see one another. A number below that of the genes: they are predicted in groups
+            of so many, each of which sees itself and the perturbed genes alone. Takes less time and memory, and gives
+            **other predictions**, which depend on the number.
+        tokens_per_pass (`int`, *optional*, defaults to 65536):
+            Gene tokens (cells x genes) that are computed at a time in evaluation. Bounds the memory; any number gives the
+            same predictions to float rounding.
     """
 
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        "likelihood": ("nb", "zinb"),
-        "prediction": ("mean_log1p", "log1p_mean"),
-    }
-
-    likelihood: str = "zinb"
-    prediction: str = "mean_log1p"
-    library_size: float | int | None = 10_000
-
-    @property
-    def reads_counts(self) -> bool:
-        return True
-
-    def _check(self):
-        super()._check()
-        if self.library_size is not None and not 0 < self.library_size < float("inf"):
-            raise ValueError(f"library_size must be a number above 0, or None, found {self.library_size}")
-        predicts_genes = self.output_dim == self.input_dim and self.gene_dim is None and self.nonnegative_output
-        if self.reads_counts and not predicts_genes:
-            raise ValueError(
-                "this model reads counts of genes and predicts log1p expression of the same genes: expected output_dim == "
-                f"input_dim, no gene_dim and nonnegative_output, found output_dim={self.output_dim}, input_dim="
-                f"{self.input_dim}, gene_dim={self.gene_dim}, nonnegative_output={self.nonnegative_output}; leave them out"
-            )
-
-
-@strict
-class SCVIConfig(CountsConfig):
-    r"""
-    Configuration of [`SCVIForPerturbation`], a conditional variational autoencoder on counts. The fields of
-    [`CountsConfig`], with the published sizes as defaults, and:
-
-    Args:
-        latent_dim (`int`, *optional*, defaults to 84):
-            Width of the latent state of a cell.
-        num_encoder_layers, num_decoder_layers (`int`, *optional*, defaults to 2):
-            Hidden layers of encoder and decoder: linear, batch normalisation, activation, in the encoder dropout.
-        context_embedding_dim (`int`, *optional*, defaults to 32), batch_embedding_dim (`int`, *optional*, defaults to 16),
-        perturbation_embedding_dim (`int`, *optional*, defaults to 64):
-            Widths of what the decoder is told beside the latent state.
-        kl_warmup_epochs (`float`, *optional*, defaults to 400), kl_warmup_steps (`int`, *optional*):
-            The KL divergence's weight rises from 0 to 1 in so many epochs, or optimiser steps; one of them is set. 0: it
-            is 1 throughout.
-
-    Example:
-    ```python
-    >>> SCVIConfig.from_preset("published", input_dim=2000, num_perturbations=25).kl_warmup_epochs
-    400
-    ```
-    """
-
-    model_type = "state-scvi"
-    presets: ClassVar[dict[str, dict]] = {
-        "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
-        "published": {},
-    }
-    training_defaults: ClassVar[dict] = {
-        "learning_rate": 5e-4,
-        "weight_decay": 4e-7,
-        "lr_decay_epochs": 25,
-        "lr_decay_factor": 0.9,
-    }
-
-    hidden_size: int = 512
-    hidden_act: str = "relu"
-    latent_dim: int = 84
-    num_encoder_layers: int = 2
-    num_decoder_layers: int = 2
-    context_embedding_dim: int = 32
-    batch_embedding_dim: int = 16
-    perturbation_embedding_dim: int = 64
-    kl_warmup_epochs: float | int | None = None
-    kl_warmup_steps: int | None = None
-
-    def __post_init__(self, **kwargs):
-        if self.kl_warmup_epochs is None and self.kl_warmup_steps is None:
-            self.kl_warmup_epochs = 400
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def sizes(cls, processor) -> dict:
-        processor.check_counts()
-        return super().sizes(processor)
-
-    def _check(self):
-        super()._check()
-        self._check_at_least(1, "latent_dim", "num_encoder_layers", "num_decoder_layers")
-        self._check_at_least(1, "context_embedding_dim", "batch_embedding_dim", "perturbation_embedding_dim")
-        if self.kl_warmup_epochs is not None and self.kl_warmup_steps is not None:
-            raise ValueError(
-                f"set one of kl_warmup_epochs and kl_warmup_steps, found {self.kl_warmup_epochs} and {self.kl_warmup_steps}"
-            )
-        self._check_range("kl_warmup_epochs" if self.kl_warmup_steps is None else "kl_warmup_steps", 0)
-
-
-@strict
-class CPAConfig(CountsConfig):
-    r"""
-    Configuration of [`CPAForPerturbation`], the compositional perturbation autoencoder. The fields of [`CountsConfig`],
-    with the published sizes as defaults, and:
-
-    Args:
-        latent_dim (`int`, *optional*, defaults to 84):
-            Width of the latent state of a cell, and of the effects that are added to it.
-        num_encoder_layers (`int`, *optional*, defaults to 5), num_decoder_layers (`int`, *optional*, defaults to 4):
-            Layers of the encoder, the last of width `latent_dim`, and hidden layers of the decoder.
-        doser (`str`, *optional*, defaults to `"linear"`):
-            How far a perturbation's effect goes at a dose; monotone in the dose, and 0 at dose 0.
-
-            - `"linear"`: as far as the dose (its slope is the length of the perturbation's own learned vector)
-            - `"sigmoid"`: `sigmoid(slope * dose + offset) - sigmoid(offset)`, slope above 0 and offset learned for each
-              perturbation; needs `num_perturbations`
-        likelihood (`str`, *optional*, defaults to `"gauss"`):
-            Distribution of a gene in a perturbed cell.
-
-            - `"gauss"`: normal, of log1p expression or an embedding
-            - `"nb"`, `"zinb"`: of raw counts, see [`CountsConfig`], whose other fields are for these alone
-        adversary_hidden_size (`int`, *optional*, defaults to 128), num_adversary_layers (`int`, *optional*, defaults to 3),
-        adversary_dropout (`float`, *optional*, defaults to 0.25):
-            Of the classifiers that tell perturbation, context and batch from the basal state.
-        adversarial_weight (`float`, *optional*, defaults to 15.0):
-            Greatest weight of the adversaries' cross-entropy in the autoencoder's loss.
-        adversary_warmup_steps (`int`, *optional*, defaults to 50,000):
-            Optimiser steps in which the autoencoder does not hear of the adversaries (which are trained from the start).
-        adversary_ramp_steps (`int`, *optional*, defaults to 50,000):
-            Optimiser steps after those in which the weight rises to `adversarial_weight`. 0: at once.
-        penalty_weight (`float`, *optional*, defaults to 20.0):
-            Weight of the adversaries' gradient penalty.
-        adversary_learning_rate, adversary_weight_decay (`float`, *optional*):
-            Of the adversaries. None: those of the run.
-
-    Example:
-    ```python
-    >>> CPAConfig.from_preset("published", input_dim=2000, num_perturbations=25, num_contexts=7).adversaries
-    {'perturbation': 26, 'context': 7}
-    ```
-    """
-
-    model_type = "state-cpa"
-    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
-        **CountsConfig._choices,
-        "doser": ("linear", "sigmoid"),
-        "likelihood": ("gauss", "nb", "zinb"),
-    }
+    model_type = "state-scgpt"
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {"perturbation_type": ("genetic", "chemical")}
+    _derived: ClassVar[tuple[str, ...]] = ("intermediate_size",)
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {
-            "hidden_size": 64,
-            "latent_dim": 16,
-            "num_encoder_layers": 2,
-            "num_decoder_layers": 2,
-            "adversary_hidden_size": 32,
-            "num_adversary_layers": 2,
-            "adversary_warmup_steps": 100,
-            "adversary_ramp_steps": 100,
-            "set_size": 32,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "genes_per_step": 64,
+            # That of torch's linear layers of this width; the published one is that of its own.
+            "initializer_range": 0.1,
         },
         "published": {},
     }
-    training_defaults: ClassVar[dict] = {
-        "learning_rate": 5e-4,
-        "weight_decay": 4e-7,
-        "l2_weight_decay": True,
-        "lr_decay_epochs": 25,
-        "max_grad_norm": 0.0,
-    }
+    training_defaults: ClassVar[dict] = {"learning_rate": 5e-5, "lr_decay_epochs": 25, "lr_decay_factor": 0.9}
+    # Genes have no order, and all of them see all.
+    attention: ClassVar[str] = "bidirectional"
 
-    hidden_size: int = 1024
+    hidden_size: int = 512
     hidden_act: str = "relu"
     hidden_dropout: float | int = 0.2
-    latent_dim: int = 84
-    num_encoder_layers: int = 5
-    num_decoder_layers: int = 4
-    doser: str = "linear"
-    likelihood: str = "gauss"
-    adversary_hidden_size: int = 128
-    num_adversary_layers: int = 3
-    adversary_dropout: float | int = 0.25
-    adversarial_weight: float | int = 15.0
-    adversary_warmup_steps: int = 50_000
-    adversary_ramp_steps: int = 50_000
-    penalty_weight: float | int = 20.0
-    adversary_learning_rate: float | int | None = None
-    adversary_weight_decay: float | int | None = None
+    set_size: int = 8
+    perturbation_type: str = "genetic"
+    perturbed_genes: list[int] | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    attention_dropout: float | int | None = None
+    genes_per_step: int = 1536
+    genes_per_chunk: int | None = None
+    tokens_per_pass: int = 65536
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size
+        if self.attention_dropout is None:
+            self.attention_dropout = self.hidden_dropout
+        super().__post_init__(**kwargs)
 
     @property
-    def adversaries(self) -> dict[str, int]:
-        """
-        Classes of each adversary. Perturbations by id: each of them, and last the control; perturbations by features have
-        no classes. Contexts and batches: where there are several.
-        """
-        classes = {}
-        if self.num_perturbations is not None:
-            classes["perturbation"] = self.num_perturbations + 1
-        for name, number in (("context", self.num_contexts), ("batch", self.num_batches)):
-            if number is not None and number > 1:
-                classes[name] = number
-        return classes
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
-    @property
-    def reads_counts(self) -> bool:
-        return self.likelihood != "gauss"
+    @classmethod
+    def fields_from_names(cls, processor, fields: dict) -> dict:
+        """
+        `perturbed_genes`, for genetic perturbations.
+
+        Raises:
+            ValueError: the cells are embeddings, or a perturbation is no gene of the model; all such are listed.
+        """
+        if processor.values == "embedding":
+            raise ValueError(
+                f"{cls.model_type} reads the expression of genes, a token each, found input={processor.input!r}, an "
+                "embedding: set data.input to X or layers/NAME"
+            )
+        if fields.get("perturbation_type", cls.perturbation_type) != "genetic":
+            return {}
+        if processor.perturbation_features is not None:
+            raise ValueError(
+                "perturbation_type='genetic' flags the tokens of perturbed genes and takes no perturbation features: leave "
+                "data.perturbation_features out, or set model.perturbation_type to chemical"
+            )
+        positions = {gene: i for i, gene in enumerate(processor.vocabulary.genes)}
+        names = processor.vocabulary.perturbations
+        absent = [name for name in names if name not in positions]
+        if absent:
+            shown = ", ".join(map(repr, absent[:20])) + (f" and {len(absent) - 20} more" if len(absent) > 20 else "")
+            raise ValueError(
+                "perturbation_type='genetic' flags the token of the perturbed gene: expected every perturbation among the "
+                f"model's {len(positions)} genes, found {len(absent)} of {len(names)} that are not: {shown}; add them to "
+                "data.genes (a list; or leave it out for all genes of the data), or set model.perturbation_type to chemical"
+            )
+        return {"perturbed_genes": [positions[name] for name in names]}
 
     def _check(self):
         super()._check()
-        self._check_at_least(1, "latent_dim", "num_encoder_layers", "num_decoder_layers")
-        self._check_at_least(1, "adversary_hidden_size", "num_adversary_layers")
-        self._check_at_least(0, "adversary_warmup_steps", "adversary_ramp_steps")
-        self._check_range("adversary_dropout", 0, 1, upper_open=True)
-        for name in ("adversarial_weight", "penalty_weight", "adversary_learning_rate", "adversary_weight_decay"):
-            if getattr(self, name) is not None:
-                self._check_range(name, 0)
-        if not self.reads_counts and (self.library_size, self.prediction) != (10_000, "mean_log1p"):
+        counts = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "genes_per_step", "tokens_per_pass")
+        self._check_at_least(1, *counts)
+        if self.genes_per_chunk is not None:
+            self._check_at_least(1, "genes_per_chunk")
+        self._check_range("attention_dropout", 0, 1, upper_open=True)
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"library_size={self.library_size} and prediction={self.prediction!r} are options of models on counts and "
-                "have no effect with likelihood='gauss'; leave them out, or set likelihood to 'nb' or 'zinb'"
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}: change "
+                "one of them"
+            )
+        if self.output_dim != self.input_dim:
+            raise ValueError(
+                f"{self.model_type} predicts the genes that it reads: expected output_dim == input_dim, found "
+                f"{self.output_dim} and {self.input_dim}; leave output_dim out"
             )
         if self.gene_dim is not None:
             raise ValueError(
-                f"gene_dim={self.gene_dim}: this model has no gene decoder; leave gene_input out, and read expression "
-                "(input: X) to predict it"
+                f"{self.model_type} predicts genes itself and has no gene decoder, found gene_dim={self.gene_dim}; leave it "
+                "out (and data.gene_input)"
             )
-        if self.doser == "sigmoid" and self.num_perturbations is None:
+        if self.perturbation_type == "chemical":
+            if self.perturbed_genes is not None:
+                raise ValueError("perturbed_genes is for perturbation_type='genetic', found 'chemical'; leave it out")
+            return
+        if self.perturbation_dim is not None:
             raise ValueError(
-                f"doser='sigmoid' learns a dose response for each perturbation and needs num_perturbations, found "
-                f"perturbation_dim={self.perturbation_dim}; use doser='linear', and features scaled by the dose"
+                f"perturbation_type='genetic' takes perturbations by id, found perturbation_dim={self.perturbation_dim}; set "
+                "num_perturbations and perturbed_genes, or perturbation_type='chemical'"
+            )
+        if self.num_perturbations is None:
+            return
+        if self.perturbed_genes is None or len(self.perturbed_genes) != self.num_perturbations:
+            found = None if self.perturbed_genes is None else len(self.perturbed_genes)
+            raise ValueError(
+                f"perturbation_type='genetic' needs perturbed_genes, the gene of each of {self.num_perturbations} "
+                f"perturbations, found {found}; give a list of that length, or set perturbation_type='chemical'"
+            )
+        outside = [gene for gene in self.perturbed_genes if not 0 <= gene < self.input_dim]
+        if outside:
+            raise ValueError(
+                f"perturbed_genes: expected positions among the {self.input_dim} genes, found {outside[:10]}; each "
+                "perturbation needs its gene among the model's genes, or set perturbation_type='chemical'"
             )
 
 
-for _config in (EmbedSumConfig, NeuralOTConfig, PseudobulkConfig, DecoderOnlyConfig, CPAConfig, SCVIConfig):
+@strict
+class FittedConfig(PerturbationConfig):
+    r"""
+    What the families share that are fitted in one pass over the training cells, without gradients. The fields of
+    [`PerturbationConfig`]; they predict the features that they read, so there is no gene decoder.
+    """
+
+    presets: ClassVar[dict[str, dict]] = {"tiny": {"set_size": 32}, "published": {}}
+
+    def _check(self):
+        super()._check()
+        if self.gene_dim is not None:
+            raise ValueError(
+                f"gene_dim={self.gene_dim}: {self.model_type} predicts the features that it reads and has no gene "
+                "decoder; leave gene_input out, or read expression itself"
+            )
+        if self.output_dim != self.input_dim:
+            raise ValueError(
+                f"{self.model_type} predicts the features that it reads: expected output_dim={self.input_dim}, found "
+                f"{self.output_dim}; leave it out"
+            )
+
+
+@strict
+class PerturbationMeanConfig(FittedConfig):
+    r"""
+    Configuration of [`PerturbationMeanForPerturbation`], each control cell plus the mean change of its perturbation. The
+    fields of [`FittedConfig`], and two that fitting sets:
+
+    Args:
+        num_entries (`int`, *optional*, defaults to 1):
+            Perturbations and combinations with a change of their own, the control counted.
+        entry_width (`int`, *optional*, defaults to 1):
+            Perturbations of the largest of these combinations, where perturbations are told by id.
+    """
+
+    model_type = "state-perturbation-mean"
+
+    num_entries: int = 1
+    entry_width: int = 1
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "num_entries", "entry_width")
+
+
+@strict
+class ContextMeanConfig(FittedConfig):
+    r"""
+    Configuration of [`ContextMeanForPerturbation`], the mean perturbed cell of a context. The fields of
+    [`FittedConfig`]; `num_contexts` is required to build a model.
+    """
+
+    model_type = "state-context-mean"
+
+
+@strict
+class LinearConfig(FittedConfig):
+    r"""
+    Configuration of [`LinearForPerturbation`], ridge regression of the mean change on the perturbation. The fields of
+    [`FittedConfig`], and:
+
+    Args:
+        ridge (`float`, *optional*, defaults to 0.1):
+            Weight of the squared weights beside the squared errors, above 0. The default is that of Ahlmann-Eltze, Huber
+            & Anders (2025); features should have a variance near 1.
+        rank (`int`, *optional*):
+            Regress on this many principal components of the mean changes instead of on all features.
+        intercept (`bool`, *optional*, defaults to False):
+            Add a change that every perturbation shares, which is not shrunk. Of use with perturbation features, where a
+            perturbation like no other then changes what the average one does; without it effects that are applied
+            together add up, and an unknown perturbation id changes nothing.
+    """
+
+    model_type = "state-linear"
+
+    ridge: float | int = 0.1
+    rank: int | None = None
+    intercept: bool = False
+
+    def _check(self):
+        super()._check()
+        if self.ridge <= 0:
+            raise ValueError(f"ridge must be above 0, found {self.ridge}")
+        if self.rank is not None and not 1 <= self.rank <= self.output_dim:
+            raise ValueError(f"rank must lie between 1 and output_dim={self.output_dim}, found {self.rank}")
+
+
+@strict
+class AdditiveConfig(FittedConfig):
+    r"""
+    Configuration of [`AdditiveForPerturbation`], each control cell plus the changes of the single perturbations. The
+    fields of [`FittedConfig`]; perturbations are told by id.
+    """
+
+    model_type = "state-additive"
+
+    def _check(self):
+        super()._check()
+        if self.perturbation_dim is not None:
+            raise ValueError(
+                "state-additive adds up the changes of perturbations that are told by id, found perturbation_dim="
+                f"{self.perturbation_dim}; leave perturbation_features out, or use state-linear, which adds up their effects"
+            )
+
+
+for _config in (
+    EmbedSumConfig,
+    NeuralOTConfig,
+    PseudobulkConfig,
+    DecoderOnlyConfig,
+    PerturbationMeanConfig,
+    ContextMeanConfig,
+    LinearConfig,
+    AdditiveConfig,
+    ScGPTConfig,
+):
     _config.register_for_auto_class()
 
 __all__ = [
-    "CPAConfig",
-    "CountsConfig",
+    "AdditiveConfig",
+    "ContextMeanConfig",
     "DecoderOnlyConfig",
     "EmbedSumConfig",
+    "FittedConfig",
+    "LinearConfig",
     "NeuralOTConfig",
+    "PerturbationMeanConfig",
     "PseudobulkConfig",
-    "SCVIConfig",
+    "ScGPTConfig",
 ]

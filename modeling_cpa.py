@@ -8,7 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .configuration_families import CPAConfig
+from .configuration_autoencoders import CPAConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
 from .modeling_perturbation import (
     BatchNormMLP,
@@ -206,6 +206,8 @@ class CPAForPerturbation(CountsPreTrainedModel):
         if "batch" in self.config.adversaries:
             latents = latents + self.batch_embedding(self._given("batch_ids", batch_ids))
         outputs = self._distribution(self.decoder(latents, cell_mask), control_cells)
+        if "context" in self.config.adversaries:
+            outputs["unseen"] = context_ids < 0
         if self.training and self.adversaries:
             # In the type of the weights: where the precision is mixed, outputs of another are copied to it, and a copy is
             # not what the scores come from.

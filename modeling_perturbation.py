@@ -45,6 +45,8 @@ class PerturbationOutput(ModelOutput):
             Predicted loss of each sentence, times `confidence_target_scale`.
         batch_logits (`torch.Tensor` of shape `(batch_size, num_batches)`, *optional*):
             Scores of each experimental batch, read off the batch token.
+        unseen (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            True where a sentence's perturbation or context was not in training, of a family that cannot place it.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, learned tokens included.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -55,8 +57,29 @@ class PerturbationOutput(ModelOutput):
     gene_predictions: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
     batch_logits: torch.Tensor | None = None
+    unseen: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UnseenWarning(UserWarning):
+    """Sentences of a batch whose perturbation or context was not in training, counted."""
+
+
+class UnseenPerturbationError(ValueError):
+    """
+    Perturbations that a model cannot predict, as they were not in training.
+
+    Args:
+        ids (`list[int]`): their ids.
+        reason (`str`): what is missing, and what to do.
+        names (`list[str]`, *optional*): of all perturbations by id, where they are known.
+    """
+
+    def __init__(self, ids: list[int], reason: str, names: list[str] | None = None):
+        self.ids, self.reason = ids, reason
+        who = f"perturbation ids {ids}" if names is None else f"perturbations {[names[i] for i in ids]}"
+        super().__init__(f"{who}: {reason}")
 
 
 class MLP(nn.Module):
@@ -167,6 +190,10 @@ class PerturbationEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
+    def rows(self) -> torch.Tensor:
+        """What stands for each perturbation, (P, H)."""
+        return self.weight
+
     def forward(
         self,
         perturbation_ids: torch.Tensor | None = None,
@@ -175,13 +202,13 @@ class PerturbationEmbedding(nn.Module):
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
         if perturbation_features is not None:
-            hidden = perturbation_features.to(self.weight.dtype) @ self.weight
+            hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
             hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
         else:
             weights = (perturbation_ids >= 0).to(self.weight.dtype)
             if perturbation_doses is not None:
                 weights = weights * perturbation_doses.to(self.weight.dtype)
-            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
+            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
             hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
         return hidden if self.bias is None else hidden + self.bias
 
@@ -453,6 +480,8 @@ class PerturbationPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     # The model is given the observed cells, and shows what is the best that could be reached with them.
     is_ceiling = False
+    # The weights are computed in one pass over the training cells, by `fit`, not stepped towards.
+    fitted = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
 
     def __init__(self, config: PerturbationConfig):
@@ -506,6 +535,19 @@ class PerturbationPreTrainedModel(PreTrainedModel):
             f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
             "like state-scvi does"
         )
+
+    def check_perturbations(
+        self,
+        perturbation_ids: torch.Tensor | None = None,
+        perturbation_doses: torch.Tensor | None = None,
+        perturbation_features: torch.Tensor | None = None,
+    ):
+        """
+        Whether these can be predicted, which most families say of all.
+
+        Raises:
+            UnseenPerturbationError: some cannot.
+        """
 
     def _check_batches(self, batch_ids: torch.Tensor | None):
         """For a model that embeds batches: they are given and known."""
@@ -638,4 +680,6 @@ __all__ = [
     "PerturbationOutput",
     "PerturbationPreTrainedModel",
     "SetTransformerPreTrainedModel",
+    "UnseenPerturbationError",
+    "UnseenWarning",
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .configuration_families import SCVIConfig
+from .configuration_autoencoders import SCVIConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
 from .modeling_perturbation import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
@@ -108,7 +108,8 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         latents = mean + variance.sqrt() * torch.randn_like(mean) if self.training else mean
         perturbation = self.perturbation_embedding(perturbation_ids, perturbation_doses, perturbation_features)
         decoded = self._decode(latents, perturbation, context_ids, batch_ids, control_cells, cell_mask)
-        return SCVIOutput(posterior_mean=mean, posterior_variance=variance, **decoded)
+        unseen = None if self.config.num_contexts is None else context_ids < 0
+        return SCVIOutput(posterior_mean=mean, posterior_variance=variance, unseen=unseen, **decoded)
 
     @torch.no_grad()
     def sample_counts(

@@ -2,11 +2,15 @@
 
 import contextlib
 import io
+import json
 import tempfile
 import time
 from pathlib import Path
 
+import anndata as ad
+import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from transformers import AutoModel, AutoProcessor
 
@@ -20,8 +24,11 @@ METRICS = ["pearson", "mae", "energy"]
 
 def train_predict_score(
     config: str, data: str, flags: list[str], contexts, perturbations=None
-) -> tuple[pd.DataFrame, float]:
-    """Scores of one run, a row per (context, perturbation, method) without the averages, and its training seconds."""
+) -> tuple[pd.DataFrame, float, int]:
+    """
+    Scores of one run, a row per (context, perturbation, method) without the averages; its training seconds; the model's
+    parameters.
+    """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         words = ["--config", config, "--output_dir", folder, "--disable_tqdm", "true", *flags]
@@ -32,8 +39,26 @@ def train_predict_score(
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         predicted = Path(folder, "predicted.h5ad")
         predict_file(model, processor, data, predicted, perturbations, contexts, quiet=True)
+        if processor.values == "counts":
+            to_units_of_x(predicted, data)
         table, _ = evaluate_files(predicted, data, data, quiet=True)
-    return table[table["context"] != "mean"], seconds
+    return table[table["context"] != "mean"], seconds, model.num_parameters()
+
+
+def to_units_of_x(predicted: Path, data: str | Path):
+    """
+    Predictions of a model on counts, scaled to a total over the model's genes, in the units of the file's X, log1p of so
+    many counts over *all* genes: times the share that the model's genes have in the control cell.
+    """
+    adata, real = ad.read_h5ad(predicted), ad.read_h5ad(data)
+    controls = real[adata.obs["control_barcode"].to_numpy(), adata.var_names].X
+    controls = controls.toarray() if sp.issparse(controls) else np.asarray(controls)
+    settings = json.loads(adata.uns["cellstate"]["processor"])
+    share = np.expm1(controls).sum(axis=1, keepdims=True) / settings["target_sum"]
+    adata.X = np.log1p(np.expm1(adata.X) * share)
+    settings |= {"input": "X", "values": "log1p", "predicts": None}
+    adata.uns["cellstate"]["processor"] = json.dumps(settings)
+    adata.write_h5ad(predicted)
 
 
 def show(table: pd.DataFrame, by: list[str]) -> str:

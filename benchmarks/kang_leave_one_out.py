@@ -45,7 +45,7 @@ def main():
     tables, seconds = [], []
     for held_out in args.types:
         for seed in range(args.seeds):
-            table, took = common.train_predict_score(
+            table, took, _ = common.train_predict_score(
                 args.config, args.data, [*flags, "--test_contexts", held_out, "--seed", str(seed)], [held_out]
             )
             tables.append(table.assign(seed=seed))

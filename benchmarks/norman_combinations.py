@@ -40,7 +40,7 @@ def main():
         screen[screen.obs["cell_type"] == "k562"].write_h5ad(k562)
         for seed in range(args.seeds):
             flags_of_run = [*flags, "--datasets", str(k562), "--seed", str(seed)]
-            table, _ = common.train_predict_score(args.config, k562, flags_of_run, ["k562"], DOUBLES)
+            table, _, _ = common.train_predict_score(args.config, k562, flags_of_run, ["k562"], DOUBLES)
             # A double that was never trained on has no mean change of its own: that row would repeat "no change".
             tables.append(table[table["method"] != "perturbation mean"])
     table = pd.concat(tables)

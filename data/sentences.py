@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from cellstate.configuration_state import closest
 from cellstate.data.cells import Cells
+from cellstate.data.group_sums import GroupSums
 from cellstate.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
@@ -182,6 +183,12 @@ class SentenceDataset(Dataset):
         self.epoch, self._drawn = epoch, len(sizes)
         self._group = np.repeat(np.arange(len(wanted)), wanted)[order]
         self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
+
+    def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
+        """Counts and sums of the training cells and of their controls, each cell once; see [`GroupSums.of_cells`]."""
+        groups = self.cells.groups
+        groups = groups[groups["split"].isin(["train", "control"])]
+        return GroupSums.of_cells(self.cells.features, groups, self.processor.control, part, parts, progress)
 
     def __len__(self) -> int:
         return len(self._group)

@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import IterableDataset, get_worker_info
+from tqdm.auto import tqdm
 
 from cellstate.data.cell_pool import CellPool, CellRows
 from cellstate.data.cells import Cells
+from cellstate.data.group_sums import GroupSums
 from cellstate.data.stream_reading import START, CellBlock, CellKey, CellReader, CellStream, Position
 from cellstate.data.stream_survey import StreamSurvey, check_controls
 from cellstate.modeling_perturbation import (
@@ -198,6 +200,40 @@ class SentenceStream(IterableDataset):
         if self._pass is not None and self._pass.read and not self._pass.ready:
             self._pass = None  # it has ended; a state is now that of the next one
 
+    def group_sums(self, progress: bool = False) -> GroupSums:
+        """
+        Counts and sums of the training cells in this process' part of the stream, and of all control cells in it (not
+        of the sampled ones alone), each cell once. The part is read from its start, whatever has been iterated.
+
+        Args:
+            progress (`bool`): show a progress bar.
+
+        Raises:
+            ValueError: a value or label is wrong, or a label was not seen in the survey.
+        """
+        summed, known = GroupSums(self.processor.control), set()
+        with tqdm(desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
+            for block, _ in self.source.blocks(part=self.rank, parts=self.world_size):
+                wanted = [(key, rows) for key, rows in block.groups() if self._teaches(key)]
+                for key, rows in wanted:
+                    if key.perturbation not in known:
+                        self._encode(key.perturbation, block.where(rows[0]))
+                        known.add(key.perturbation)
+                if wanted:
+                    cells = self._reader.read(block, np.concatenate([rows for _, rows in wanted])).features
+                    ends = np.cumsum([len(rows) for _, rows in wanted])
+                    for (key, rows), end in zip(wanted, ends):
+                        summed.add(key[:3], cells[end - len(rows) : end])
+                bar.update(len(block))
+        return summed
+
+    def _teaches(self, key: CellKey) -> bool:
+        """Whether a cell is perturbed and trained on, or a control of a data set that is."""
+        if not self.source.uses(key.context):
+            return False
+        split = self.survey.split_of(*key[:3])
+        return split == "train" or (split == "control" and key.dataset in {dataset for dataset, _ in self._trained})
+
     # Iteration
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -328,19 +364,13 @@ class SentenceStream(IterableDataset):
         )
 
     def _new_group(self, run: _Pass, key: CellKey, where: str) -> int:
+        encoded = self._encode(key.perturbation, where)
         together = self.processor.split_combination(key.perturbation)
         if len(together) > self._width:
             raise ValueError(
                 f"{where}: {key.perturbation!r} combines {len(together)} perturbations, those of the first look at most "
                 f"{self._width}; raise fill_cells"
             )
-        try:
-            encoded = {name: values[0] for name, values in self.processor.encode([key.perturbation]).items()}
-        except KeyError as error:
-            raise ValueError(
-                f"{where}: perturbation {key.perturbation!r} was not among the {self.survey.cells} rows of the first look; "
-                "raise fill_cells"
-            ) from error
         if PERTURBATION_IDS in encoded:
             ids = encoded[PERTURBATION_IDS]
             encoded[PERTURBATION_IDS] = np.pad(ids, (0, self._width - len(ids)), constant_values=-1)
@@ -369,6 +399,15 @@ class SentenceStream(IterableDataset):
             run.sizes = np.concatenate([run.sizes, np.zeros(len(run.sizes) + 64, dtype=np.int64)])
         run.number_of[key] = len(run.groups) - 1
         return run.number_of[key]
+
+    def _encode(self, perturbation: str, where: str) -> dict[str, np.ndarray]:
+        try:
+            return {name: values[0] for name, values in self.processor.encode([perturbation]).items()}
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: perturbation {perturbation!r} was not among the {self.survey.cells} rows of the first look; "
+                "raise fill_cells"
+            ) from error
 
     # State
 

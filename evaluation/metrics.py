@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from cellstate.data.group_sums import GroupSums
 from cellstate.processing import StateProcessor
 
 
@@ -44,16 +45,6 @@ def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None)
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
     return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
-
-
-def mean_of_rows(features, spans: pd.DataFrame, block: int = 4096) -> np.ndarray:
-    """Mean of the cells from `start` to `stop` of each span, in float64, read block by block."""
-    total, count = 0.0, 0
-    for start, stop in zip(spans["start"], spans["stop"]):
-        for first in range(start, stop, block):
-            total = total + features[first : min(first + block, stop)].sum(axis=0, dtype=np.float64)
-        count += stop - start
-    return total / count
 
 
 @dataclass
@@ -96,15 +87,7 @@ class MeanChanges:
                 the cells. Rows of other cells are not read.
             control (`str`): the perturbation of control cells.
         """
-        means: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-        for (dataset, context, name), parts in groups.groupby(["dataset", "context", "perturbation"], observed=True):
-            means.setdefault((dataset, context), {})[str(name)] = mean_of_rows(features, parts)
-        per_context: dict[str, list[np.ndarray]] = {}
-        for of_context in means.values():
-            base = of_context.pop(control, None)
-            for name, mean in of_context.items() if base is not None else ():
-                per_context.setdefault(name, []).append(mean - base)
-        return cls({name: np.mean(values, axis=0) for name, values in per_context.items()}, clip)
+        return cls(GroupSums.of_cells(features, groups, control).changes(), clip)
 
     def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray:
         """Control cells plus the perturbation's mean change; unseen ones change nothing."""

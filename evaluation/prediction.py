@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +18,19 @@ import torch
 from tqdm import tqdm
 
 from cellstate.data.reading import AnnDataFile
-from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS
+from cellstate.modeling_perturbation import (
+    BATCH_IDS,
+    CELL_MASK,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    LABELS,
+    UnseenPerturbationError,
+    UnseenWarning,
+)
 from cellstate.processing import StateProcessor
 
+
+logger = logging.getLogger(__name__)
 
 CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, not a prediction"
 
@@ -74,10 +86,13 @@ def predict_file(
             that real cells have, and not its expectation.
 
     Returns:
-        `dict[str, int]`: `cells` written, `contexts` and `perturbations`.
+        `dict[str, int]`: `cells` written, `contexts`, `perturbations`, and of the (context, perturbation) groups those
+        that are `unseen`: of a perturbation or context without training cells, which the model says are special to it
+        (a warning names them).
 
     Raises:
         KeyError, ValueError: see [`StateProcessor.__call__`]; also where there is nothing to predict.
+        UnseenPerturbationError: the model cannot predict some of the perturbations, which are named.
         OSError: the output cannot be written; nothing is left behind.
     """
     output = Path(output)
@@ -99,6 +114,9 @@ def predict_file(
             rows = np.random.default_rng(seed).permutation(rows)
             chosen[context] = rows[:cells_per_perturbation]
         arms = _plan(processor, labels, chosen, perturbations)
+        check_perturbations(
+            model, {key: np.stack([arm.encoded[key] for arm in arms]) for key in arms[0].encoded}, processor
+        )
         if model.is_ceiling:
             arms = _observed(arms, labels, cells_per_perturbation, seed)
         total = sum(len(arm.cells) for arm in arms)
@@ -110,7 +128,9 @@ def predict_file(
             generator = torch.Generator(model.device).manual_seed(sample_counts)
         if model.is_ceiling:
             uns |= {"controls": "none", "ceiling": CEILING}
+        unseen: dict[tuple[str, str], None] = {}
         with _whole_file(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
+            stack.enter_context(counted_elsewhere())
             _write_frame(file, processor, labels, arms, model.config, uns)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
             writer = _Writer(file, processor, model.config, total)
@@ -128,14 +148,44 @@ def predict_file(
                             batch[key] = torch.from_numpy(repeated).to(model.device)
                         mask = batch[CELL_MASK].cpu().numpy()
                         if generator is None:
-                            writer.write(arm.first + offset, model(**batch), mask, cells)
+                            outputs = model(**batch)
+                            if outputs.unseen is not None and outputs.unseen.any():
+                                unseen[arm.context, arm.perturbation] = None
+                            writer.write(arm.first + offset, outputs, mask, cells)
                         else:
                             drawn = model.sample_counts(**batch, generator=generator).cpu().numpy()[mask]
                             writer.write_main(arm.first + offset, processor.as_predicted(drawn), cells)
                         check_disk()
                         bar.update(len(cells))
                     offset += len(cells)
-    return {"cells": total, "contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
+    if unseen:
+        logger.warning(
+            f"{len(unseen)} of {len(arms)} groups (context / perturbation) are of a perturbation or context without training "
+            f"cells: {[' / '.join(group) for group in unseen][:10]}; what is predicted of such ones says the model's card"
+        )
+    counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
+    return {"cells": total, **counts, "unseen": len(unseen)}
+
+
+def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateProcessor):
+    """
+    Whether a model can predict these perturbations, encoded by its processor.
+
+    Raises:
+        UnseenPerturbationError: some it cannot; they are named.
+    """
+    try:
+        model.check_perturbations(**{key: torch.from_numpy(v).to(model.device) for key, v in encoded.items()})
+    except UnseenPerturbationError as error:
+        raise UnseenPerturbationError(error.ids, error.reason, processor.vocabulary.perturbations) from None
+
+
+@contextmanager
+def counted_elsewhere() -> Iterator[None]:
+    """No warning of each batch with what was not in training, where all are counted together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnseenWarning)
+        yield
 
 
 def _plan(processor, labels, chosen, perturbations) -> list[Arm]:

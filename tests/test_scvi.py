@@ -505,7 +505,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     assert cellstate_cli.main([str(word) for word in words]) == 0
 
     real, predicted = ad.read_h5ad(screen), ad.read_h5ad(out)
-    units = "counts not scaled" if library_size is None else f"{library_size} counts per cell"
+    units = "unscaled counts" if library_size is None else f"{library_size} counts per cell"
     assert predicted.uns["cellstate"]["X"] == f"log1p expression ({units})"
     assert predicted.n_vars == 25 and predicted.X.min() >= 0
     counts = real[:, predicted.var_names].layers["counts"]
@@ -615,7 +615,14 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
     error of the mean and, of drawn cells, energy distance; and their change points the right way.
     """
     adata = simulate_screen(
-        num_contexts=5, num_perturbations=4, num_genes=60, cells_per_group=60, num_batches=1, seed=3
+        num_contexts=6,
+        num_perturbations=4,
+        num_genes=60,
+        cells_per_group=150,
+        num_batches=1,
+        num_lineages=1,
+        effect=1.5,
+        seed=3,
     )
     adata.write_h5ad(tmp_path / "screen.h5ad")
     held = {"type_0": "pert_1", "type_3": "pert_2", "type_4": "pert_0"}
@@ -630,10 +637,10 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
                 "model": {"model_type": "state-scvi", "preset": "tiny", "kl_warmup_steps": 100, "likelihood": "nb"},
                 "training": {
                     "output_dir": str(tmp_path / "run"),
-                    "max_steps": 400,
+                    "max_steps": 600,
                     "learning_rate": 3e-3,
                     "lr_decay_epochs": None,
-                    "logging_steps": 20,
+                    "logging_steps": 30,
                     "save_strategy": "no",
                     "disable_tqdm": True,
                     "use_cpu": True,
@@ -652,8 +659,7 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
         metrics = train.main([str(tmp_path / "run.yaml")])
     elbo = [logs["elbo"] for logs in logged if "elbo" in logs]
     assert len(elbo) == 20 and np.mean(elbo[-5:]) > np.mean(elbo[5:10]) > np.mean(elbo[:2])
-    print(metrics, elbo)
-    assert metrics["test_pearson"] > 0.5 and metrics["test_mae"] < 0.8 * metrics["test_no_change_mae"]
+    assert metrics["test_pearson"] > 0.45 and metrics["test_mae"] < 0.85 * metrics["test_no_change_mae"]
 
     out = tmp_path / "drawn.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", tmp_path / "screen.h5ad", "--output", out]
@@ -665,6 +671,5 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
     words += ["--output", tmp_path / "scores.csv", "--quiet"]
     assert cellstate_cli.main([str(word) for word in words]) == 0
     table = pd.read_csv(tmp_path / "scores.csv")
-    print(table)
     energy = table[table["context"] == "mean"].set_index("method")["energy"]
-    assert len(table) == 4 * 3 and energy["model"] < 0.8 * energy["no change"]
+    assert len(table) == 4 * 3 and energy["model"] < 0.5 * energy["no change"]

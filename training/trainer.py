@@ -1,5 +1,6 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
+import logging
 import math
 import os
 import shutil
@@ -10,17 +11,21 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, rotate_checkpoints
 
 from cellstate.data.cells import Cells
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
 from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
+from cellstate.evaluation.prediction import check_perturbations, counted_elsewhere
 from cellstate.hub.publish import hide, reveal
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
 from cellstate.processing import StateProcessor
+from cellstate.training.fitting import gather_sums
 from cellstate.training.objectives import objective_for
 
+
+logger = logging.getLogger(__name__)
 
 STAGING = ".partial"
 
@@ -43,7 +48,8 @@ class StateTrainer(Trainer):
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
     - writes checkpoints that are whole or do not exist;
-    - continues a stream where a checkpoint left it, without reading it from its start.
+    - continues a stream where a checkpoint left it, without reading it from its start;
+    - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
     Args:
         model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
@@ -75,7 +81,7 @@ class StateTrainer(Trainer):
         # Not given to the base class, which looks for a tokenizer inside a processor.
         self.processor, self.card = processing_class, card
         self._mean_changes: MeanChanges | None = None
-        self._staging = False
+        self._staging, self._unseen = False, 0
         self._reset_terms()
 
     # Streams
@@ -93,6 +99,13 @@ class StateTrainer(Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if self.model.fitted:
+            if resume_from_checkpoint:
+                raise ValueError(
+                    f"resume_from_checkpoint={resume_from_checkpoint!r}: {self.model.config.model_type} is fitted in one "
+                    "pass, which is not continued; leave it out"
+                )
+            return self.fit()
         if isinstance(self.train_dataset, SentenceStream) and resume_from_checkpoint:
             state = read_stream_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
             self.train_dataset.load_state_dict(state)
@@ -158,6 +171,35 @@ class StateTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    # Families without gradients
+
+    def fit(self) -> TrainOutput:
+        """
+        Compute the weights of a `fitted` model from the training split: each training cell and each control cell of
+        its dataset and context once, summed in float64, by several processes together. Arguments that shape steps and
+        sentences (`max_steps`, `learning_rate`, control matching ..) play no part. With validation data and
+        `eval_strategy` other than `"no"`, the fitted model is evaluated once.
+
+        Returns:
+            `TrainOutput`: `global_step` 0 and a `training_loss` of NaN, as no steps were taken; `metrics` has
+            `fit_cells`, `fit_runtime` in seconds and `fit_cells_per_second`.
+
+        Raises:
+            ValueError: training cells have no control cells of their dataset and context, or see the model's `fit`.
+        """
+        start = time.perf_counter()
+        sums = gather_sums(self.train_dataset, self.accelerator, self.args.should_log and not self.args.disable_tqdm)
+        self.model.fit(sums.means(self.train_dataset.processor))
+        # What the baselines of an evaluation know, too.
+        self._mean_changes = MeanChanges(sums.changes(), self.model.config.nonnegative_output)
+        runtime = time.perf_counter() - start
+        metrics = {"fit_cells": sums.num_cells, "fit_runtime": round(runtime, 4)}
+        metrics["fit_cells_per_second"] = round(sums.num_cells / runtime, 1)
+        self.log(metrics)
+        if self.eval_dataset is not None and self.args.eval_strategy != "no":
+            self.evaluate()
+        return TrainOutput(0, float("nan"), metrics)
+
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -205,6 +247,8 @@ class StateTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if outputs.unseen is not None:
+            self._unseen += int(self.accelerator.gather_for_metrics(outputs.unseen).sum())
         if prediction_loss_only:
             return loss.detach(), None, None
         if self.model.is_ceiling:
@@ -214,8 +258,16 @@ class StateTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         self.compute_metrics = (lambda p: self._score(p, dataset)) if isinstance(dataset, SentenceDataset) else None
-        start = time.perf_counter()
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(dataset, SentenceDataset):
+            check_perturbations(self.model, dataset.perturbations, dataset.processor)
+        start, self._unseen = time.perf_counter(), 0
+        with counted_elsewhere():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self._unseen:
+            logger.warning(
+                f"{metric_key_prefix}: {self._unseen} of {len(dataset)} sentences are of a perturbation or context without "
+                "training cells; what is predicted of such ones says the model's card"
+            )
         # Cells per second are those of training.
         self._since += time.perf_counter() - start
         return metrics

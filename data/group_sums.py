@@ -1,0 +1,149 @@
+"""Counts and sums of the cells of groups, in float64: what every mean over training cells is taken from."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from tqdm.auto import tqdm
+
+from cellstate.modeling_fitted import TrainingMeans
+from cellstate.modeling_perturbation import PERTURBATION_FEATURES, PERTURBATION_IDS
+from cellstate.processing import StateProcessor
+
+
+GroupKey = tuple[str, str, str]
+
+
+@dataclass
+class GroupSums:
+    """
+    How many cells each (dataset, context, perturbation) has, and their sum.
+
+    Args:
+        control (`str`): the perturbation of control cells.
+        counts (`dict[GroupKey, int]`), sums (`dict[GroupKey, np.ndarray]`): cells of each group, and their sum
+            `(features,)` in float64.
+    """
+
+    control: str
+    counts: dict[GroupKey, int] = field(default_factory=dict)
+    sums: dict[GroupKey, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of_cells(
+        cls,
+        features,
+        groups: pd.DataFrame,
+        control: str,
+        part: int = 0,
+        parts: int = 1,
+        progress: bool = False,
+        block: int = 4096,
+    ) -> "GroupSums":
+        """
+        Read each cell of the groups that have controls, and these, once and block by block.
+
+        Args:
+            features (of shape `(cells, features)`): `features[start:stop]` gives an array.
+            groups (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `start` and `stop`, the rows of
+                the cells. Rows of other cells are not read.
+            part, parts (`int`): take this share of the groups; together the shares are all of them.
+            progress (`bool`): show a progress bar.
+            block (`int`): cells that are read at once.
+        """
+        summed = cls(control)
+        spans: dict[GroupKey, list[tuple[int, int]]] = {}
+        for *key, start, stop in groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
+            spans.setdefault(tuple(map(str, key)), []).append((start, stop))
+        mine = sorted(_paired(spans, control))[part::parts]
+        total = sum(stop - start for key in mine for start, stop in spans[key])
+        with tqdm(total=total, desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
+            for key in mine:
+                for start, stop in spans[key]:
+                    for first in range(start, stop, block):
+                        cells = features[first : min(first + block, stop)]
+                        summed.add(key, cells)
+                        bar.update(len(cells))
+        return summed
+
+    @classmethod
+    def merged(cls, several: "list[GroupSums]") -> "GroupSums":
+        """The sums over disjoint sets of cells together."""
+        summed = cls(several[0].control)
+        for other in several:
+            for key, count in other.counts.items():
+                summed._add(key, count, other.sums[key])
+        return summed
+
+    def add(self, key: GroupKey, cells: "np.ndarray | sp.csr_matrix"):
+        """Some more cells of a group, `(cells, features)` float32."""
+        if sp.issparse(cells):
+            # Not its own sum, which adds up in float32.
+            total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
+        else:
+            total = cells.sum(axis=0, dtype=np.float64)
+        self._add(key, cells.shape[0], total)
+
+    def _add(self, key: GroupKey, count: int, total: np.ndarray):
+        self.counts[key] = self.counts.get(key, 0) + count
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
+
+    @property
+    def lonely(self) -> list[tuple[str, str]]:
+        """The (dataset, context) pairs of perturbed cells without control cells."""
+        controls = {key[:2] for key in self.counts if key[2] == self.control}
+        return sorted({key[:2] for key in self.counts} - controls)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the perturbed groups that have controls, and these."""
+        return sum(self.counts[key] for key in _paired(self.counts, self.control))
+
+    def changes(self) -> dict[str, np.ndarray]:
+        """
+        Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean
+        control cell), `(features,)` float64. Contexts without control cells teach nothing.
+        """
+        found: dict[str, list[np.ndarray]] = {}
+        for *pair, name in sorted(_paired(self.counts, self.control)):
+            if name != self.control:
+                base = self._mean([(*pair, self.control)])
+                found.setdefault(name, []).append(self._mean([(*pair, name)]) - base)
+        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
+
+    def context_means(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """
+        Context to the mean of its perturbed cells over all perturbations, and to that of its control cells,
+        `(features,)` float64 each. Every cell weighs the same, whatever dataset it is of.
+        """
+        of_context: dict[str, tuple[list[GroupKey], list[GroupKey]]] = {}
+        for key in sorted(_paired(self.counts, self.control)):
+            of_context.setdefault(key[1], ([], []))[key[2] == self.control].append(key)
+        return {context: (self._mean(perturbed), self._mean(of)) for context, (perturbed, of) in of_context.items()}
+
+    def means(self, processor: StateProcessor) -> TrainingMeans:
+        """What a model is fitted to, in the numbers that the processor gives names."""
+        changes = self.changes()
+        encoded = processor.encode(list(changes))
+        # A context that came up after the first look over a stream has no number.
+        known = set(processor.vocabulary.contexts)
+        contexts = {context: means for context, means in self.context_means().items() if context in known}
+        return TrainingMeans(
+            changes=np.stack(list(changes.values())),
+            perturbation_ids=encoded.get(PERTURBATION_IDS),
+            perturbation_features=encoded.get(PERTURBATION_FEATURES),
+            context_ids=processor.encode_contexts(contexts),
+            context_means=np.stack([perturbed for perturbed, _ in contexts.values()]),
+            control_means=np.stack([control for _, control in contexts.values()]),
+        )
+
+    def _mean(self, keys: list[GroupKey]) -> np.ndarray:
+        return sum(self.sums[key] for key in keys) / sum(self.counts[key] for key in keys)
+
+
+def _paired(keys, control: str) -> list[GroupKey]:
+    """Those of perturbed cells that have controls of their dataset and context, and these controls."""
+    controls = {key[:2] for key in keys if key[2] == control}
+    perturbed = {key[:2] for key in keys if key[2] != control}
+    return [key for key in keys if key[:2] in controls & perturbed]

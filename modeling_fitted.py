@@ -1,0 +1,176 @@
+"""What the families share that are fitted in one pass over the training cells, without gradients."""
+
+import warnings
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel, UnseenWarning
+
+
+@dataclass
+class TrainingMeans:
+    r"""
+    What these families are fitted to: means over training cells, in float64, in the units of the cells.
+
+    Args:
+        changes (`np.ndarray` of shape `(num_entries, output_dim)`):
+            Change of each perturbation, or combination of several, that was measured: the unweighted mean over the
+            (dataset, context) pairs that have it of (mean perturbed cell - mean control cell).
+        perturbation_ids (`np.ndarray` of shape `(num_entries, num_together)`, *optional*):
+            The perturbations of each entry, padded with -1.
+        perturbation_features (`np.ndarray` of shape `(num_entries, perturbation_dim)`, *optional*):
+            The vector of each entry. One of this and `perturbation_ids` is given.
+        context_ids (`np.ndarray` of shape `(num_seen,)`):
+            Contexts of the vocabulary with perturbed training cells.
+        context_means (`np.ndarray` of shape `(num_seen, output_dim)`):
+            Mean perturbed cell of each, over all perturbations: every cell weighs the same.
+        control_means (`np.ndarray` of shape `(num_seen, output_dim)`):
+            Mean control cell of each.
+    """
+
+    changes: np.ndarray
+    perturbation_ids: np.ndarray | None
+    perturbation_features: np.ndarray | None
+    context_ids: np.ndarray
+    context_means: np.ndarray
+    control_means: np.ndarray
+
+
+class FittedPreTrainedModel(PerturbationPreTrainedModel):
+    r"""
+    A family whose weights are computed, not stepped towards. A subclass has `fit(means: TrainingMeans)`, which sets
+    them; the Trainer calls it. They are frozen.
+
+    Where a sentence's perturbation or context was not in training, its prediction is what the family says of that, the
+    sentence is marked in `unseen` of the output, and an [`UnseenWarning`] counts such sentences.
+    """
+
+    fitted = True
+    supports_gradient_checkpointing = False
+    _forward_options = frozenset()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`PerturbationPreTrainedModel`], frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # transformers makes every parameter that it loads a trainable one.
+        (loaded[0] if kwargs.get("output_loading_info") else loaded).requires_grad_(False)
+        return loaded
+
+    def _add_table(self, name: str, *shape: int):
+        """A table that is fitted: zeros until then."""
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    def _add_seen(self, size: int):
+        """Which perturbations or contexts were in training: none until the model is fitted."""
+        self.register_buffer("seen", torch.zeros(size, dtype=torch.bool))
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            for tensor in chain(self.parameters(recurse=False), self.buffers(recurse=False)):
+                init.zeros_(tensor)
+
+    def _check_means(self, means: TrainingMeans):
+        """What is fitted to has the sizes of the config, and tells perturbations as the model does."""
+        config, ids, features = self.config, means.perturbation_ids, means.perturbation_features
+        if means.changes.ndim != 2 or means.changes.shape[1] != config.output_dim or not len(means.changes):
+            raise ValueError(
+                f"changes: expected shape (num_entries, {config.output_dim}) with an entry at least, found "
+                f"{means.changes.shape}; compute them from the training data of this model's processor"
+            )
+        by_ids = config.num_perturbations is not None
+        given, other = (ids, features) if by_ids else (features, ids)
+        if given is None or other is not None:
+            raise ValueError(
+                f"expected {'perturbation_ids' if by_ids else 'perturbation_features'} alone, as the model's config has "
+                f"{'num_perturbations' if by_ids else 'perturbation_dim'}; found "
+                + (
+                    "both"
+                    if other is not None and given is not None
+                    else "the other"
+                    if other is not None
+                    else "neither"
+                )
+            )
+        if by_ids and not (ids.max(initial=-1) < config.num_perturbations and (ids >= 0).any(axis=1).all()):
+            raise ValueError(
+                f"perturbation_ids: expected at least one of 0 to {config.num_perturbations - 1} in each entry, and -1 to "
+                f"pad, found {ids.min()} to {ids.max()}"
+            )
+        contexts = means.context_ids
+        if config.num_contexts is not None and not ((contexts >= 0) & (contexts < config.num_contexts)).all():
+            raise ValueError(
+                f"context_ids: expected 0 to {config.num_contexts - 1}, found {contexts.min()} to {contexts.max()}"
+            )
+        if not by_ids and features.shape[1] != config.perturbation_dim:
+            raise ValueError(
+                f"perturbation_features: expected shape (num_entries, {config.perturbation_dim}), found {features.shape}"
+            )
+
+    def _set(self, **tables: np.ndarray):
+        """Put fitted values, of any shape, where the model's own are."""
+        for name, values in tables.items():
+            old = getattr(self, name)
+            new = torch.as_tensor(np.ascontiguousarray(values)).to(old.device, old.dtype)
+            setattr(self, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
+
+    def _set_rows(self, ids: np.ndarray, **tables: np.ndarray):
+        """Put the fitted rows of these perturbations or contexts in the tables, and mark them as seen."""
+        for name, values in {**tables, "seen": np.ones(len(ids), dtype=bool)}.items():
+            table = np.zeros(getattr(self, name).shape, dtype=values.dtype)
+            table[ids] = values
+            self._set(**{name: table})
+
+    def _outputs(
+        self, predictions: torch.Tensor, unseen: torch.Tensor | None, consequence: str = ""
+    ) -> PerturbationOutput:
+        """Predictions (B, S, D) in the config's units; (B,) sentences that were not seen in training, and what is done."""
+        if self.config.nonnegative_output:
+            predictions = nn.functional.relu(predictions)
+        if unseen is not None and (count := int(unseen.sum())):
+            warnings.warn(f"{count} of {len(unseen)} sentences: {consequence}", UnseenWarning, stacklevel=5)
+        return PerturbationOutput(predictions=predictions, unseen=unseen)
+
+
+def is_control(perturbation_ids: torch.Tensor | None, perturbation_features: torch.Tensor | None) -> torch.Tensor:
+    """(B, K) ids, or (B, P) or (B, S, P) features, to (B, 1) or (B, S) bool: where nothing is perturbed."""
+    if perturbation_ids is not None:
+        return (perturbation_ids < 0).all(dim=-1, keepdim=True)
+    return (per_cell(perturbation_features) == 0).all(dim=-1)
+
+
+def per_cell(features: torch.Tensor) -> torch.Tensor:
+    """(B, P) or (B, S, P) features to (B, 1, P) or (B, S, P)."""
+    return features if features.dim() == 3 else features.unsqueeze(1)
+
+
+def ids_and_doses(
+    perturbation_ids: torch.Tensor | None,
+    perturbation_doses: torch.Tensor | None,
+    perturbation_features: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    (B, K) ids and doses, or (B, P) or (B, S, P) multi-hot features, to ids and doses of shape (B, 1, K) or (B, S, K).
+    Ids descend, so that those that are padded with -1 stand last; their dose is 0.
+    """
+    if perturbation_ids is None:
+        doses = per_cell(perturbation_features)
+        width = max(1, int((doses != 0).sum(dim=-1).max()))
+        ids = doses.abs().topk(width, dim=-1).indices
+        doses = doses.gather(-1, ids)
+        ids = torch.where(doses != 0, ids, -1)
+    else:
+        ids = perturbation_ids.unsqueeze(1)
+        doses = torch.ones_like(ids, dtype=torch.float32) if perturbation_doses is None else perturbation_doses
+        doses = torch.where(ids >= 0, doses.view_as(ids), 0)
+    ids, order = ids.sort(dim=-1, descending=True)
+    return ids, doses.gather(-1, order)
+
+
+__all__ = ["FittedPreTrainedModel", "TrainingMeans"]
