@@ -46,7 +46,7 @@ class PerturbationOutput(ModelOutput):
         batch_logits (`torch.Tensor` of shape `(batch_size, num_batches)`, *optional*):
             Scores of each experimental batch, read off the batch token.
         unseen (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            Of a family fitted without gradients: True where a sentence's perturbation or context was not in training.
+            True where a sentence's perturbation or context was not in training, of a family that cannot place it.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, learned tokens included.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -129,12 +129,17 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 
 
 class BatchNormMLP(nn.Module):
-    """`num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`."""
+    """
+    `num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`.
+    Normalisation takes a `bias` of the linear layers out again; without, Adam has no rounding errors to follow there.
+    """
 
-    def __init__(self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float):
+    def __init__(
+        self, in_dim: int, hidden_dim: int, num_layers: int, hidden_act: str, dropout: float, bias: bool = True
+    ):
         super().__init__()
         widths = [in_dim] + [hidden_dim] * num_layers
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths[:-1], widths[1:]))
         self.norms = nn.ModuleList(MaskedBatchNorm(hidden_dim) for _ in range(num_layers))
         self.activation = ACT2FN[hidden_act]
         self.dropout = nn.Dropout(dropout)
@@ -185,6 +190,10 @@ class PerturbationEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
+    def rows(self) -> torch.Tensor:
+        """What stands for each perturbation, (P, H)."""
+        return self.weight
+
     def forward(
         self,
         perturbation_ids: torch.Tensor | None = None,
@@ -193,13 +202,13 @@ class PerturbationEmbedding(nn.Module):
     ) -> torch.Tensor:
         """(B, K) ids or (B, P) or (B, S, P) features to (B, 1, H) or (B, S, H), ready to add to the cells."""
         if perturbation_features is not None:
-            hidden = perturbation_features.to(self.weight.dtype) @ self.weight
+            hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
             hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
         else:
             weights = (perturbation_ids >= 0).to(self.weight.dtype)
             if perturbation_doses is not None:
                 weights = weights * perturbation_doses.to(self.weight.dtype)
-            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.weight)
+            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
             hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
         return hidden if self.bias is None else hidden + self.bias
 
@@ -515,6 +524,17 @@ class PerturbationPreTrainedModel(PreTrainedModel):
         each with the options that are its own (`lr`, `weight_decay`). None: all alike.
         """
         return None
+
+    def sample_counts(self, **batch) -> torch.Tensor:
+        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+
+        Raises:
+            ValueError: the family has no distribution of counts.
+        """
+        raise ValueError(
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
+            "like state-scvi does"
+        )
 
     def check_perturbations(
         self,

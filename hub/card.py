@@ -15,6 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from cellstate import FAMILIES
 from cellstate._version import __version__
+from cellstate.cell_values import describe_reading
 from cellstate.configuration_families import FittedConfig
 from cellstate.configuration_state import PerturbationConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
@@ -92,10 +93,12 @@ def render_card(
         about=(CARDS / f"{config.model_type}.md").read_text(encoding="utf-8").strip(),
         is_ceiling=FAMILIES[config.model_type].is_ceiling,
         example=next(iter(processor.vocabulary.perturbations), processor.control),
-        reads=_reads(processor),
+        reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
+        predicts=processor.predicted_values(config.gene_dim is not None),
         license=None if license == UNKNOWN_LICENSE else license,
         data_license=None if args is None else args.data_license,
         base_model=None if base_model is None else _public_name(base_model),
+        pretrained=_public_name(run.model["pretrained"]) if run is not None and run.model.get("pretrained") else None,
         run=run,
         provenance=provenance,
         held_out=[] if run is None else _held_out(run, provenance),
@@ -157,12 +160,6 @@ def _template() -> jinja2.Template:
 
 
 # What the sections say
-
-
-def _reads(processor: StateProcessor) -> str:
-    if processor.normalize == "log1p_cp10k":
-        return f"raw counts, which the processor scales to {processor.target_sum:g} per cell and log1p-transforms"
-    return {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values]
 
 
 def _held_out(run: "RunConfig", provenance: Provenance) -> list[str]:

@@ -26,12 +26,14 @@ class Source:
     Args:
         name (`str`): last part of a file's path, which is all of it that is anybody's business, or a name on the Hub.
         what (`str`): what it is, in words.
+        dataset (`str`, *optional*): the dataset whose cells it holds.
         sha256 (`str`, *optional*): of the file, of all files of a `.zarr` in order, or of a store's `store.json`.
         commit (`str`, *optional*): of a data set on the Hub.
     """
 
     name: str
     what: str
+    dataset: str | None = None
     sha256: str | None = None
     commit: str | None = None
 
@@ -65,7 +67,7 @@ class Provenance:
         splits = None if data.splits is None else Splits.from_toml(data.splits)
         files = data.files() if splits is None else splits.datasets
         sources = [
-            Source(path.name, f"file of the dataset {name}", sha256_of(files_of(path)))
+            Source(path.name, "file of the dataset", name, sha256_of(files_of(path)))
             for name, paths in files.items()
             for path in paths
         ]
@@ -80,10 +82,10 @@ def _of_store(name: str) -> tuple[list[str], list[Source]]:
 def _with_its_files(name: str, manifest: Manifest, commit: str | None) -> list[Source]:
     """A store, and what it was made of."""
     made_of = [
-        Source(Path(source["path"]).name, "file that the store was made of", source.get("sha256"))
+        Source(Path(source["path"]).name, "which the store was made of", sha256=source.get("sha256"))
         for source in manifest.sources
     ]
-    return [Source(name if commit else Path(name).name, "cell store", manifest.sha256, commit), *made_of]
+    return [Source(name if commit else Path(name).name, "cell store", sha256=manifest.sha256, commit=commit), *made_of]
 
 
 def _of_stream(stream: StreamArguments) -> tuple[list[str], list[Source]]:

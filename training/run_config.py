@@ -21,6 +21,7 @@ _PATHS = (
     "data.perturbation_features",
     "data.splits",
     "data.store",
+    "model.pretrained",
     "stream.gene_names",
     "stream.path",
     "training.output_dir",
