@@ -27,6 +27,7 @@ _PATHS = (
     "training.output_dir",
     "training.resume_from_checkpoint",
 )
+_HUB_NAMES = ("data.store", "stream.path")
 _SECTIONS = ("data", "model", "training", "stream", "prepare")
 
 
@@ -54,7 +55,7 @@ class RunConfig:
                     if getattr(values, f.name) != _default(f)
                 }
             content[section] = {
-                name: _last_part(value) if f"{section}.{name}" in _PATHS else value
+                name: _last_part(f"{section}.{name}", value)
                 for name, value in values.items()
                 if not name.endswith("_token")
             }
@@ -141,11 +142,13 @@ def _default(field: dataclasses.Field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _last_part(value):
+def _last_part(field: str, value):
     """Of a path, or of each path of a mapping; what is no path, or a name on the Hub, stays as it is."""
+    if field not in _PATHS or (field in _HUB_NAMES and value is not None and on_hub(value)):
+        return value
     if isinstance(value, dict):
-        return {name: _last_part(path) for name, path in value.items()}
-    return value if not isinstance(value, str) or on_hub(value) else Path(value).name
+        return {name: Path(path).name for name, path in value.items()}
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _where(name: str, section: str | None, known: dict[str, set[str]]) -> str:
