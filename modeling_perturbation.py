@@ -491,6 +491,8 @@ class PerturbationPreTrainedModel(PreTrainedModel):
                 f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
                 "to build a model, found neither"
             )
+        # By which a pushed model is found on the Hub.
+        self.add_model_tags(["single-cell", "perturbation", "cellstate", "biology"])
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

@@ -12,11 +12,16 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--private", action="store_true", help="make a private repository (refused for a public one)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it does not exist")
     parser.add_argument("--message", help="message of the commit")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace):
+    from huggingface_hub.utils import disable_progress_bars
+
     from cellstate.hub.checkpoints import address_of, push_checkpoint
 
+    if args.quiet:
+        disable_progress_bars()
     commit = push_checkpoint(
         args.folder, args.name, private=args.private or None, revision=args.revision, message=args.message
     )
