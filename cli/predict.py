@@ -55,7 +55,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     from huggingface_hub.utils import disable_progress_bars
     from safetensors import SafetensorError
 
-    from cellstate.hub.checkpoints import fetch_checkpoint
+    from cellstate.hub.push import fetch_checkpoint
 
     path, loaded = Path(name), name
     # A misspelt path is said at once: asking the Hub for it takes minutes where there is no network.

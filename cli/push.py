@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     from huggingface_hub.utils import disable_progress_bars
 
-    from cellstate.hub.checkpoints import address_of, push_checkpoint
+    from cellstate.hub.push import address_of, push_checkpoint
 
     if args.quiet:
         disable_progress_bars()

@@ -50,7 +50,6 @@ def render_card(
     metrics: dict | None = None,
     state=None,
     args: "StateTrainingArguments | None" = None,
-    base_model: str | None = None,
     provenance: Provenance | None = None,
 ) -> str:
     """
@@ -63,13 +62,14 @@ def render_card(
         metrics (`dict[str, float]`, *optional*): figures of the test split, keys `test_..`.
         state (`TrainerState`, *optional*): for the steps that were taken.
         args ([`StateTrainingArguments`], *optional*): for licences, hardware and the number of processes.
-        base_model (`str`, *optional*): checkpoint that was fine-tuned, a folder or a name on the Hub.
         provenance ([`Provenance`], *optional*): the data of the run, by default looked at here.
     """
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/cellstate")
     name = os.path.basename(os.path.normpath(folder))
+    # The weights that training started from: a folder, or a name on the Hub.
+    base_model = None if run is None else run.model.get("pretrained")
     license = UNKNOWN_LICENSE if args is None or args.license is None else args.license
     results = _results(metrics or {})
     data = ModelCardData(
@@ -77,7 +77,7 @@ def render_card(
         library_name="transformers",
         pipeline_tag=TASK,
         tags=TAGS,
-        base_model=base_model if base_model is not None and _is_repository(base_model) else None,
+        base_model=base_model if base_model is not None and is_repository(base_model) else None,
         datasets=[s.name for s in provenance.sources if s.commit is not None] or None if provenance else None,
         metrics=[_METRICS[metric][0] for metric in METRICS] if results else None,
         model_name=name if results else None,
@@ -98,7 +98,6 @@ def render_card(
         license=None if license == UNKNOWN_LICENSE else license,
         data_license=None if args is None else args.data_license,
         base_model=None if base_model is None else _public_name(base_model),
-        pretrained=_public_name(run.model["pretrained"]) if run is not None and run.model.get("pretrained") else None,
         run=run,
         provenance=provenance,
         held_out=[] if run is None else _held_out(run, provenance),
@@ -253,7 +252,7 @@ def _versions() -> str:
     )
 
 
-def _is_repository(name: str) -> bool:
+def is_repository(name: str) -> bool:
     """Whether a name can be one of a repository on the Hub, and is no folder here."""
     if name.count("/") != 1 or Path(name).is_dir():
         return False
@@ -265,4 +264,4 @@ def _is_repository(name: str) -> bool:
 
 
 def _public_name(name: str) -> str:
-    return name if _is_repository(name) else os.path.basename(os.path.normpath(name))
+    return name if is_repository(name) else os.path.basename(os.path.normpath(name))

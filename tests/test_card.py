@@ -106,17 +106,18 @@ def test_everything_that_was_known_is_said(screen, tmp_path, hub):
         test_contexts=["type_2"],
         val_perturbations=["pert_0"],
         training={"learning_rate": 0.0003, "hub_token": "hf_secret"},
+        model={"pretrained": "lab/base"},
     )
     processor = make_processor([f"name_{i}" for i in range(30)])
     args = StateTrainingArguments(license="cc-by-4.0", data_license="for research", use_cpu=True)
-    card = render_card(run, config_for(processor), processor, METRICS, args=args, base_model="lab/base")
+    card = render_card(run, config_for(processor), processor, METRICS, args=args)
     data = front_matter(card)
     assert data["license"] == "cc-by-4.0" and data["base_model"] == "lab/base" and data["tags"] == TAGS
     assert {"single-cell", "perturbation"} <= set(TAGS)
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "tabular-regression")
     digest = hashlib.sha256(screen.read_bytes()).hexdigest()
     for text in (
-        "Fine-tuned from `lab/base`",
+        "Trained further from the weights of `lab/base`",
         "weights: `cc-by-4.0`",
         "training data: `for research`",
         f"`screen.h5ad`, file of the dataset `screen`, SHA-256 `{digest}`",
@@ -312,10 +313,11 @@ def test_hostile_names_everywhere_leave_the_card_what_it_is(tmp_path, hub):
             datasets={"screen": "screen.h5ad"},
             test_contexts=names,
             training={"output_dir": f"runs/{names[0]}{names[5]}"},
+            model={"pretrained": names[0]},
         )
         provenance = Provenance(list(names), [Source(n, "file of the dataset", n, n, None) for n in names])
         args = StateTrainingArguments(data_license=names[0], use_cpu=True)
-        card = render_card(run, config_for(processor), processor, METRICS, None, args, names[0], provenance)
+        card = render_card(run, config_for(processor), processor, METRICS, None, args, provenance)
         cards.append(with_repository(card, "ada/model"))
     expected, found = cards
     assert front_matter(found).keys() == front_matter(expected).keys()
@@ -336,8 +338,10 @@ def test_hostile_names_everywhere_leave_the_card_what_it_is(tmp_path, hub):
     assert "name, revision = 'ada/model', \"COMMIT\"" in example
 
 
-def test_base_models_on_disk_and_names_that_are_none_stay_out_of_the_metadata(tmp_path):
+def test_base_models_on_disk_and_names_that_are_none_stay_out_of_the_metadata(screen, tmp_path):
     processor = make_processor()
     for name in (str(tmp_path), "../x", "a/b\nc", "a--b/c"):
-        card = render_card(None, config_for(processor), processor, base_model=name)
-        assert "base_model" not in front_matter(card) and f"Fine-tuned from {as_code(Path(name).name)}" in card
+        run = make_run(tmp_path, datasets=str(screen), model={"pretrained": name})
+        card = render_card(run, config_for(processor), processor)
+        assert "base_model" not in front_matter(card)
+        assert f"Trained further from the weights of {as_code(Path(name).name)}" in card

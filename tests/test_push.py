@@ -17,13 +17,14 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import cellstate_cli
 from cellstate import StateConfig, StateForPerturbation, StateProcessor, __version__, train
 from cellstate.data import simulate_screen
 from cellstate.hub.card import TAGS, render_card
-from cellstate.hub.checkpoints import address_of, push_checkpoint, read_checkpoint
+from cellstate.hub.push import ADAPTER, ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
 from cellstate.training import StateTrainingArguments
 from cellstate.vocabulary import PerturbationFeatures
 
@@ -87,7 +88,7 @@ def test_a_push_sends_the_whole_checkpoint_and_nothing_else(hub, folder, capsys)
     files = hub.read("ada/model")
     assert set(files) == WHOLE and {n: files[n] for n in contents(folder)} == contents(folder)
     titles = [commit.title for commit in hub.repository("ada/model").history()]
-    assert titles == [f"state, with cellstate {__version__}", "initial commit"]
+    assert titles == [f"run, with cellstate {__version__}", "initial commit"]
     card = files["README.md"].decode()
     assert "name, revision = 'ada/model', \"COMMIT\"" in card and str(folder) not in card
     assert set(TAGS) <= set(HfApi().model_info("ada/model").tags) and not unspoken(hub)
@@ -141,6 +142,28 @@ def test_private_repositories_and_branches(hub, screen, folder, tmp_path, capsys
     assert hub.read("ada/open")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, tmp_path):
+    push_checkpoint(folder, "ada/base")
+    model = StateForPerturbation.from_pretrained(folder)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    StateProcessor.from_pretrained(folder).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="expected a base model on the Hub, found .*, which others cannot load"):
+        push_checkpoint(tmp_path / "adapter", "ada/adapter")
+    for name in (ADAPTER, "README.md"):
+        written = tmp_path / "adapter" / name
+        written.write_text(written.read_text().replace(str(folder), "ada/base"))
+    push_checkpoint(tmp_path / "adapter", "ada/adapter")
+    files = set(hub.read("ada/adapter"))
+    assert files == (WHOLE - {"config.json", "model.safetensors", "modeling_state.py"}) | {ADAPTER, ADAPTER_WEIGHTS}
+    truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
+    with pytest.raises(ValueError, match="adapter_model.safetensors is not a whole safetensors file"):
+        push_checkpoint(tmp_path / "adapter", "ada/adapter")
+    # In place of a whole model, whose files would contradict it.
+    push_checkpoint(folder, "ada/adapter")
+    assert set(hub.read("ada/adapter")) == WHOLE
+
+
 # What is not sent
 
 
@@ -180,10 +203,7 @@ def truncate(path: Path):
         ),
         (lambda f: damage_weights(f, lambda w: w.popitem()), "1 tensors differ, .* found None"),
         (lambda f: damage_weights(f, lambda w: w.update(more=torch.ones(1))), "'more' being expected of shape None"),
-        (
-            lambda f: [edit(f / n, lambda c: c.pop("auto_map")) for n in ("config.json", "processor_config.json")],
-            "expected auto_map, which names the code",
-        ),
+        (lambda f: edit(f / "config.json", lambda c: c.pop("auto_map")), "expected auto_map, which names the code"),
         (
             lambda f: edit(f / "config.json", lambda c: c.update(auto_map={"AutoModel": "../../etc/passwd.X"})),
             "is no whole checkpoint: expected the file",
@@ -386,13 +406,19 @@ def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, t
         assert '"COMMIT"' in lines and "revision=revision, trust_remote_code=True" in lines
         examples.append(tmp_path / f"example_{i}.py")
         examples[-1].write_text(lines.replace("COMMIT", commit))
+    # And the lines of the README.
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [lines] = [t.content for t in MarkdownIt().parse(readme) if t.type == "fence" and '"user/screen"' in t.content]
+    lines = lines.replace("COMMIT", commits[1]).replace("user/screen", "lab/model").replace("STAT2", "pert_0")
+    examples.append(tmp_path / "example_2.py")
+    examples[-1].write_text(lines)
     # Somebody who may not see it is told the same as where there is nothing.
     may_not, anybody = hub.add_user("bea"), None
     wrong = [["lab/model", "0" * 40, anybody], ["lab/model", "v9", anybody], ["lab/nothing", "main", anybody]]
     wrong += [["lab/model", commits[0], token] for token in (may_not, False)]
     refused = python(ALONE, tmp_path, json.dumps([list(map(str, examples)), wrong]))
-    for i in range(2):
-        assert np.array_equal(ad.read_h5ad(tmp_path / f"example_{i}.py.h5ad").X, expected[i])
+    for i, array in enumerate([*expected, expected[1]]):
+        assert np.array_equal(ad.read_h5ad(tmp_path / f"example_{i}.py.h5ad").X, array)
     assert len(refused) == 15
     assert all("is not a valid git identifier" in error for error in refused[:6]), refused
     assert all("is not a local folder and is not a valid model identifier" in error for error in refused[6:])

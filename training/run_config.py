@@ -27,7 +27,7 @@ _PATHS = (
     "training.output_dir",
     "training.resume_from_checkpoint",
 )
-_HUB_NAMES = ("data.store", "stream.path")
+_HUB_NAMES = ("data.store", "model.pretrained", "stream.path")
 _SECTIONS = ("data", "model", "training", "stream", "prepare")
 
 

@@ -26,9 +26,9 @@ from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
 from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.evaluation.prediction import check_perturbations, counted_elsewhere
-from cellstate.hub.checkpoints import address_of, ensure_repository, push_checkpoint
 from cellstate.hub.errors import on_the_hub
 from cellstate.hub.publish import hide, reveal
+from cellstate.hub.push import address_of, ensure_repository, push_checkpoint
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
 from cellstate.processing import StateProcessor
 from cellstate.training.fitting import gather_sums

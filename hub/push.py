@@ -13,17 +13,18 @@ from transformers.dynamic_module_utils import get_relative_imports
 from cellstate import FAMILIES
 from cellstate._version import __version__
 from cellstate.configuration_state import PerturbationConfig, closest
-from cellstate.hub.card import render_card, with_repository
+from cellstate.hub.card import is_repository, render_card, with_repository
 from cellstate.hub.errors import on_the_hub
 from cellstate.processing import StateProcessor
 from cellstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
 CONFIG, PROCESSOR, WEIGHTS, CARD = "config.json", "processor_config.json", "model.safetensors", "README.md"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WEIGHTS_INDEX = WEIGHTS + ".index.json"
 _ARGUMENTS = "training_args.json"
 # What a checkpoint on the Hub is made of, all of it at the top; a push takes away what it no longer holds.
-_OWN = (CONFIG, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
+_OWN = (CONFIG, ADAPTER, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
 _MAY_LACK = "model or revision"
 
 
@@ -40,7 +41,8 @@ def push_checkpoint(
     Checkpoints of steps, optimiser states and any other file of the folder stay where they are.
 
     Args:
-        folder: what [`StateTrainer`] or `save_pretrained` wrote. Where it has no card, one is written for the push.
+        folder: what [`StateTrainer`] or `save_pretrained` wrote, an adapter too. Where a whole model has no card, one is
+            written for the push.
         name (`str`): `"user/name"`; made where it does not exist.
         private (`bool`, *optional*): of a repository that is made here. True is refused for one that is public.
         revision (`str`, *optional*): branch, `main` by default; made where it does not exist.
@@ -57,12 +59,10 @@ def push_checkpoint(
             there stays as it was.
     """
     folder = Path(folder)
-    config, processor, files = read_checkpoint(folder)
+    files, text = _read_to_push(folder)
     branch = constants.DEFAULT_REVISION if revision is None else revision
     if constants.REGEX_COMMIT_OID.fullmatch(branch):
         raise ValueError(f"revision={branch!r} is a commit, which does not change; name a branch to push to")
-    card = folder / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else render_card(None, config, processor)
     api = HfApi(token=token)
     with on_the_hub(name, _MAY_LACK):
         repository = ensure_repository(api, name, private)
@@ -83,7 +83,7 @@ def push_checkpoint(
         return api.create_commit(
             repository,
             operations,
-            commit_message=message or f"{config.model_type}, with cellstate {__version__}",
+            commit_message=message or f"{folder.resolve().name}, with cellstate {__version__}",
             revision=branch,
             parent_commit=head.sha,
         )
@@ -122,6 +122,29 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_OWN)))
 
 
+def _read_to_push(folder: Path) -> tuple[list[str], str]:
+    """The names of the files to push, the card left out, and the text of the card."""
+    if (folder / ADAPTER).is_file():
+        _require(folder, CARD)
+        return _read_adapter(folder), (folder / CARD).read_text(encoding="utf-8")
+    config, processor, files = read_checkpoint(folder)
+    card = folder / CARD
+    return files, card.read_text(encoding="utf-8") if card.is_file() else render_card(None, config, processor)
+
+
+def _read_adapter(folder: Path) -> list[str]:
+    """The files of an adapter, whose base model others can load too."""
+    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not is_repository(base):
+        raise ValueError(
+            f"{folder / ADAPTER}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
+            "model and train on it by that name, or merge the adapter into it (cellstate merge)"
+        )
+    _tensors_in(folder, ADAPTER_WEIGHTS)
+    _, files = _read_processor(folder)
+    return [ADAPTER, ADAPTER_WEIGHTS, *files]
+
+
 def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, StateProcessor, list[str]]:
     """
     Config, processor and the names of the files of a whole checkpoint folder, the card left out.
@@ -133,26 +156,27 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder (looked from {Path.cwd()})")
-    for name in (CONFIG, PROCESSOR, VOCABULARY_FILE):
-        _require(folder, name)
-    content, settings = (_read_json(folder / name) for name in (CONFIG, PROCESSOR))
+    _require(folder, CONFIG)
+    content = _read_json(folder / CONFIG)
     model_type = content.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{folder / CONFIG}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}")
+    processor, files = _read_processor(folder)
     config = FAMILIES[model_type].config_class.from_pretrained(folder)
+    files = [CONFIG, *_weights_of(folder, config), *files]
+    return config, processor, files + [name for name in _code_of(folder, CONFIG) if name not in files]
+
+
+def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
+    """The processor, and the names of what belongs to it: its own files, its code, the arguments of a training."""
+    for name in (PROCESSOR, VOCABULARY_FILE):
+        _require(folder, name)
+    code = _code_of(folder, PROCESSOR)
     processor = StateProcessor.from_pretrained(folder)
-    files = [CONFIG, PROCESSOR, VOCABULARY_FILE]
+    files = [PROCESSOR, VOCABULARY_FILE, *code]
     if processor.perturbation_features is not None:
         files.append(PERTURBATION_FEATURES_FILE)
-    files += [name for name in (_ARGUMENTS,) if (folder / name).is_file()]
-    files += _weights_of(folder, config)
-    classes = [*content.get("auto_map", {}).values(), *settings.get("auto_map", {}).values()]
-    if not classes:
-        raise ValueError(
-            f"{folder / CONFIG}: expected auto_map, which names the code that others load, found none; save the model and "
-            "the processor again with save_pretrained"
-        )
-    return config, processor, files + _code_of(folder, {name.rpartition("--")[2].split(".")[0] for name in classes})
+    return processor, files + [name for name in (_ARGUMENTS,) if (folder / name).is_file()]
 
 
 def _weights_of(folder: Path, config: PerturbationConfig) -> list[str]:
@@ -162,12 +186,7 @@ def _weights_of(folder: Path, config: PerturbationConfig) -> list[str]:
         names = sorted(set(_read_json(folder / _WEIGHTS_INDEX)["weight_map"].values()))
     found = {}
     for name in names:
-        _require(folder, name)
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                found |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); save it again") from error
+        found |= _tensors_in(folder, name)
     with torch.device("meta"):
         model = FAMILIES[config.model_type](config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -180,9 +199,25 @@ def _weights_of(folder: Path, config: PerturbationConfig) -> list[str]:
     return names if names == [WEIGHTS] else [_WEIGHTS_INDEX, *names]
 
 
-def _code_of(folder: Path, modules: set[str]) -> list[str]:
-    """The files of some modules and of those that they import with one dot."""
-    waiting, files = sorted(modules), []
+def _tensors_in(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a safetensors file, which is as long as its header says."""
+    _require(folder, name)
+    try:
+        with safe_open(folder / name, framework="pt") as file:
+            return {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); save it again") from error
+
+
+def _code_of(folder: Path, settings: str) -> list[str]:
+    """The files of the classes that a JSON file names as its code, and of the modules that they import with one dot."""
+    classes = _read_json(folder / settings).get("auto_map")
+    if not classes:
+        raise ValueError(
+            f"{folder / settings}: expected auto_map, which names the code that others load, found none; save the model and "
+            "the processor again with save_pretrained"
+        )
+    waiting, files = sorted({name.rpartition("--")[2].split(".")[0] for name in classes.values()}), []
     while waiting:
         name = f"{waiting.pop()}.py"
         if name not in files:
