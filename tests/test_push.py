@@ -235,7 +235,7 @@ def test_a_folder_that_is_not_whole_is_not_sent(hub, folder, spoil, message):
         (500, "/commit/", "the Hub answers 500, try again later"),
         (503, "/api/models/ada/model/refs", "the Hub answers 503, try again later"),
         (404, "/preupload/", "the Hub answers 404, try again later"),
-        (403, "/objects/", "the Hub answers 403, this token may not do that"),
+        (403, "/objects/[0-9a-f]{64}", "the Hub answers 403, this token may not do that"),
     ],
 )
 def test_what_the_hub_refuses_is_one_clear_line_and_changes_nothing(hub, folder, status, path, message, capsys):
@@ -536,6 +536,12 @@ def test_a_run_that_may_not_push_does_not_start(hub, run, tmp_path):
     with pytest.raises(PermissionError, match="ada/model: the Hub answers 401, this token may not do that"):
         run(hub_token=os.environ["HF_TOKEN"])
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_whose_card_the_hub_refuses_does_not_start(hub, run, tmp_path):
+    with pytest.raises(ValueError, match="license.* must be one of"):
+        run(hub_token=os.environ["HF_TOKEN"], license="my-own-1.0")
+    assert not (tmp_path / "out").exists() and hub.read("ada/model") == {}
 
 
 def test_states_of_the_optimiser_are_not_pushed():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import (
@@ -65,6 +65,10 @@ class StateTrainer(Trainer):
         model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
             [`SentenceStream`]), eval_dataset ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
+
+    Raises:
+        ValueError: with `push_to_hub`, the Hub refuses the metadata of the card.
+        PermissionError, OSError: with `push_to_hub`, there is no repository to push to, and none can be made.
     """
 
     def __init__(
@@ -93,6 +97,10 @@ class StateTrainer(Trainer):
         self._mean_changes: MeanChanges | None = None
         self._staging, self._unseen = False, 0
         self._reset_terms()
+        if args.push_to_hub and card is not None:
+            # A licence that the Hub does not know is better said now than after the training.
+            with on_the_hub(self.hub_model_id, "model"):
+                ModelCard(card).validate()
 
     # Streams
 
