@@ -100,7 +100,7 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
         raise ValueError(
             f"{weights_path}: expected control_pert={control!r} as in config.yaml, found {hyper['control_pert']!r}"
         )
-    for column in ("pert_col", "cell_type_key", "batch_col"):
+    for column in ("pert_col", "cell_type_key"):
         _text(data, column, path / "config.yaml", "section data.kwargs")
     weights = _weights(content, weights_path)
     _check_decoder(options, weights, weights_path)

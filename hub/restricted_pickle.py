@@ -18,7 +18,6 @@ import re
 import struct
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +26,8 @@ import torch
 
 
 _ZIP = b"PK\x03\x04"
+# Flags of a member that is encrypted, patched or strongly encrypted.
+_ENCRYPTED = 0x61
 # What a file of torch.save begins with that is no zip archive (before torch 1.6, and tensors within a plain pickle).
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_TORCH_PROTOCOL = 1001
@@ -45,6 +46,7 @@ _BROKEN = (
     EOFError,
     LookupError,
     MemoryError,
+    NotImplementedError,
     RecursionError,
     TypeError,
     ValueError,
@@ -141,6 +143,9 @@ class StoredArray(_Data):
             kind = dtype.numpy()
             if type(data) not in (bytes, bytearray) or len(data) != numel * kind.itemsize:
                 raise pickle.UnpicklingError(f"an array of shape {shape} does not hold its bytes")
+            if kind.kind == "U":
+                # numpy trips over what is no character only when the text is used.
+                bytes(data).decode("utf-32-be" if dtype.is_big_endian else "utf-32-le")
             self.values = np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
         self.shape = shape
 
@@ -167,6 +172,10 @@ class _DType(_Data):
     @property
     def is_object(self) -> bool:
         return self.code.startswith("O")
+
+    @property
+    def is_big_endian(self) -> bool:
+        return self.order == ">" or (self.order in "=|" and sys.byteorder == "big")
 
     def numpy(self) -> np.dtype:
         return np.dtype(self.order + self.code)
@@ -360,9 +369,10 @@ def _read_torch(path: Path):
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in members.values()):
+        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED for info in members.values()):
             raise pickle.UnpicklingError("it is compressed or encrypted, which torch.save does not do")
-        if sum(info.file_size for info in archive.infolist()) > size:
+        inside = all(0 <= info.header_offset < size for info in archive.infolist())
+        if not inside or sum(info.file_size for info in archive.infolist()) > size:
             raise pickle.UnpicklingError("its members are larger than the file")
         names = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(names) != 1:
@@ -387,7 +397,7 @@ def _read_member(path: Path, member: zipfile.ZipInfo) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(member)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except _BROKEN as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from error
 
 
