@@ -367,38 +367,37 @@ def _read_at(file: io.BufferedIOBase, position: int, size: int) -> bytes:
 def _read_torch(path: Path):
     """A file of torch.save, a zip archive of stored (not compressed) members."""
     size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED for info in members.values()):
-            raise pickle.UnpicklingError("it is compressed or encrypted, which torch.save does not do")
-        inside = all(0 <= info.header_offset < size for info in archive.infolist())
-        if not inside or sum(info.file_size for info in archive.infolist()) > size:
-            raise pickle.UnpicklingError("its members are larger than the file")
-        names = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise pickle.UnpicklingError("it is a zip archive, but none of torch.save")
-        prefix = names[0].removesuffix("data.pkl")
-        order = f"{prefix}byteorder"
-        if order in members and archive.read(order).decode("ascii") != sys.byteorder:
-            raise pickle.UnpicklingError("it was written on a machine of another byte order")
-        program = io.BytesIO(archive.read(names[0]))
+    # Open as long as a tensor of it is in use: to list thousands of members anew for each of them takes minutes.
+    archive = zipfile.ZipFile(path)
+    members = {info.filename: info for info in archive.infolist()}
+    if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED for info in members.values()):
+        raise pickle.UnpicklingError("it is compressed or encrypted, which torch.save does not do")
+    inside = all(0 <= info.header_offset < size for info in archive.infolist())
+    if not inside or sum(info.file_size for info in archive.infolist()) > size:
+        raise pickle.UnpicklingError("its members are larger than the file")
+    names = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise pickle.UnpicklingError("it is a zip archive, but none of torch.save")
+    prefix = names[0].removesuffix("data.pkl")
+    order = f"{prefix}byteorder"
+    if order in members and archive.read(order).decode("ascii") != sys.byteorder:
+        raise pickle.UnpicklingError("it was written on a machine of another byte order")
 
     def storage(dtype: torch.dtype, key: str, numel: int) -> Storage:
         member = members.get(f"{prefix}data/{key}")
         if member is None or member.file_size != numel * dtype.itemsize:
             raise pickle.UnpicklingError(f"storage {key[:50]!r} does not hold its {numel} numbers")
-        return storages.setdefault(key, Storage(dtype, numel, functools.partial(_read_member, path, member)))
+        return storages.setdefault(key, Storage(dtype, numel, functools.partial(_read_member, archive, member)))
 
     storages: dict[str, Storage] = {}
-    return _Unpickler(program, storage).load()
+    return _Unpickler(io.BytesIO(archive.read(names[0])), storage).load()
 
 
-def _read_member(path: Path, member: zipfile.ZipInfo) -> bytes:
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
+        return archive.read(member)
     except _BROKEN as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        raise ValueError(f"{archive.filename} is damaged ({error}); copy it again") from error
 
 
 def read_pickled(path: str | os.PathLike):
