@@ -4,21 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
-from .configuration_families import SCVIConfig
-from .count_distributions import (
-    negative_binomial_mean_log1p,
-    sample_negative_binomial,
-    sample_zero_inflated_negative_binomial,
-)
-from .modeling_perturbation import (
-    BatchNormMLP,
-    PerturbationEmbedding,
-    PerturbationOutput,
-    PerturbationPreTrainedModel,
-    UnseenMeanEmbedding,
-)
+from .configuration_autoencoders import SCVIConfig
+from .modeling_counts import CountsOutput, CountsPreTrainedModel
+from .modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
 
 # Added to the posterior's variance, so that its logarithm is finite.
@@ -26,30 +15,20 @@ _LEAST_VARIANCE = 1e-4
 
 
 @dataclass
-class SCVIOutput(PerturbationOutput):
+class SCVIOutput(CountsOutput):
     r"""
-    What [`SCVIForPerturbation`] returns: a [`PerturbationOutput`] whose `predictions` are log1p expression, and the
-    distributions that they come from.
+    What [`SCVIForPerturbation`] returns: a [`CountsOutput`], and the distribution of the latent states.
 
     Args:
-        mean (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`):
-            Mean count of the negative binomial distribution, at the total of the control cell. 0 where that has none.
-        inverse_dispersion (`torch.Tensor` of shape `(input_dim,)`):
-            Inverse dispersion of each gene.
-        dropout_logits (`torch.Tensor` of shape `(batch_size, set_size, input_dim)`, *optional*):
-            Log-odds of additional zeros, with `likelihood="zinb"`.
         posterior_mean, posterior_variance (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`):
             Of the latent state of each control cell.
     """
 
-    mean: torch.Tensor | None = None
-    inverse_dispersion: torch.Tensor | None = None
-    dropout_logits: torch.Tensor | None = None
     posterior_mean: torch.Tensor | None = None
     posterior_variance: torch.Tensor | None = None
 
 
-class SCVIForPerturbation(PerturbationPreTrainedModel):
+class SCVIForPerturbation(CountsPreTrainedModel):
     r"""
     A conditional variational autoencoder on counts (Lopez et al. 2018, Nature Methods 15; here the latent state is a
     control cell's, and decoded under a perturbation), cell by cell:
@@ -102,16 +81,8 @@ class SCVIForPerturbation(PerturbationPreTrainedModel):
             self.batch_embedding = UnseenMeanEmbedding(config.num_batches, config.batch_embedding_dim, "batch")
             width += config.batch_embedding_dim
         self.decoder = BatchNormMLP(width, hidden, config.num_decoder_layers, act, 0.0)
-        self.share_head = nn.Linear(hidden, config.input_dim)
-        if config.likelihood == "zinb":
-            self.dropout_head = nn.Linear(hidden, config.input_dim)
-        self.log_inverse_dispersion = nn.Parameter(torch.empty(config.input_dim))
+        self._make_count_heads()
         self.post_init()
-
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, SCVIForPerturbation):
-            init.normal_(module.log_inverse_dispersion)
 
     def forward(
         self,
@@ -167,8 +138,7 @@ class SCVIForPerturbation(PerturbationPreTrainedModel):
         Raises:
             ValueError: the model is in training mode, or an input does not fit, as in [`forward`].
         """
-        if self.training:
-            raise ValueError("sample_counts needs evaluation mode, found training mode; call model.eval() first")
+        self._check_drawing()
         self._check_inputs(
             control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, {}
         )
@@ -177,10 +147,7 @@ class SCVIForPerturbation(PerturbationPreTrainedModel):
         perturbation = self.perturbation_embedding(perturbation_ids, perturbation_doses, perturbation_features)
         latents = mean + variance.sqrt() * noise
         decoded = self._decode(latents, perturbation, context_ids, batch_ids, control_cells, cell_mask)
-        expected, theta, dropout = (decoded[name] for name in ("mean", "inverse_dispersion", "dropout_logits"))
-        if dropout is None:
-            return sample_negative_binomial(expected, theta, generator)
-        return sample_zero_inflated_negative_binomial(expected, theta, dropout, generator)
+        return self._draw(decoded, generator)
 
     def _posterior(self, control_cells: torch.Tensor, mask: torch.Tensor | None):
         """Mean and variance of q(z | x), (B, S, latent_dim) each."""
@@ -189,32 +156,14 @@ class SCVIForPerturbation(PerturbationPreTrainedModel):
         return self.posterior_mean(hidden), variance
 
     def _decode(self, latents, perturbation, context_ids, batch_ids, control_cells, mask) -> dict[str, torch.Tensor]:
-        """Predictions and parameters of the counts' distribution, in float32."""
+        """The fields of a [`CountsOutput`]."""
         parts = [latents, perturbation]
         if self.config.num_contexts is not None:
             parts.append(self.context_embedding(self._given("context_ids", context_ids)).unsqueeze(1))
         if self.config.num_batches is not None:
             parts.append(self.batch_embedding(self._given("batch_ids", batch_ids)))
         hidden = self.decoder(torch.cat([part.expand(*latents.shape[:2], -1) for part in parts], dim=-1), mask)
-        shares = self.share_head(hidden).float().softmax(dim=-1)
-        total = control_cells.float().sum(dim=-1, keepdim=True)
-        mean, theta = total * shares, self.log_inverse_dispersion.float().exp()
-        dropout = self.dropout_head(hidden).float() if self.config.likelihood == "zinb" else None
-        scale = torch.ones_like(total)
-        if self.config.library_size is not None:
-            scale = torch.where(total > 0, self.config.library_size / total, 0.0)
-        kept = 1.0 if dropout is None else torch.sigmoid(-dropout)
-        if self.config.prediction == "mean_log1p" and not self.training:
-            predictions = kept * negative_binomial_mean_log1p(mean, theta, scale)
-        else:
-            predictions = torch.log1p(kept * mean * scale)
-        return {"predictions": predictions, "mean": mean, "inverse_dispersion": theta, "dropout_logits": dropout}
-
-    @staticmethod
-    def _given(name: str, ids: torch.Tensor | None) -> torch.Tensor:
-        if ids is None:
-            raise ValueError(f"this model was trained with {name} and needs them, found None; -1 is an unknown one")
-        return ids
+        return self._counts(hidden, control_cells)
 
 
 SCVIForPerturbation.register_for_auto_class("AutoModel")

@@ -73,6 +73,8 @@ def render_card(
         if run.data.control_sentences and run.data.heldout_controls and not isinstance(config, FittedConfig)
         else "not used in training",
         results=rows,
+        # Of a path, which is nobody's business, the last part.
+        pretrained=os.path.basename(os.path.normpath(run.model["pretrained"])) if run.model.get("pretrained") else None,
         steps=_steps(config, state),
         versions=", ".join(
             f"{name} {version}"

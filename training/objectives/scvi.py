@@ -2,13 +2,10 @@
 
 import torch
 
-from cellstate.count_distributions import (
-    negative_binomial_log_prob,
-    zero_inflated_negative_binomial_log_prob,
-)
-from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
+from cellstate.modeling_perturbation import CELL_MASK
 from cellstate.modeling_scvi import SCVIOutput
 from cellstate.training.objectives.base import Objective
+from cellstate.training.objectives.counts import count_log_likelihood
 
 
 class SCVIObjective(Objective):
@@ -32,13 +29,9 @@ class SCVIObjective(Objective):
     """
 
     def forward(self, outputs: SCVIOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        mask, counts = batch.get(CELL_MASK), self.required(batch, LABELS)
-        self._check_totals(batch[CONTROL_CELLS], mask)
-        if mask is not None:
-            # A padded cell's mean may be 0, under which other counts than 0 have no gradient that a mask could take away.
-            counts = counts.masked_fill(~mask.bool().unsqueeze(-1), 0)
-        with torch.autocast(device_type=counts.device.type, enabled=False):
-            log_prob = self._log_prob(outputs, counts.float()).sum(dim=-1)
+        mask = batch.get(CELL_MASK)
+        log_prob = count_log_likelihood(outputs, batch)
+        with torch.autocast(device_type=log_prob.device.type, enabled=False):
             mean, variance = outputs.posterior_mean.float(), outputs.posterior_variance.float()
             kl = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(dim=-1)
         reconstruction = -self.mean_over_cells(log_prob, mask).mean()
@@ -51,13 +44,6 @@ class SCVIObjective(Objective):
             "elbo": -(reconstruction + kl),
             "loss": reconstruction + weight * kl,
         }
-
-    def _log_prob(self, outputs: SCVIOutput, counts: torch.Tensor) -> torch.Tensor:
-        if outputs.dropout_logits is None:
-            return negative_binomial_log_prob(counts, outputs.mean, outputs.inverse_dispersion)
-        return zero_inflated_negative_binomial_log_prob(
-            counts, outputs.mean, outputs.inverse_dispersion, outputs.dropout_logits
-        )
 
     def _kl_weight(self) -> float:
         if self.config.kl_warmup_steps is not None:
@@ -72,14 +58,3 @@ class SCVIObjective(Objective):
                 "kl_warmup_steps, or leave stream.fill_cells out"
             )
         return min(1.0, done / whole)
-
-    @staticmethod
-    def _check_totals(control_cells: torch.Tensor, mask: torch.Tensor | None):
-        empty = control_cells.sum(dim=-1) == 0
-        empty = int(empty.sum() if mask is None else (empty & mask.bool()).sum())
-        if empty:
-            raise ValueError(
-                f"{LABELS} cannot be predicted from control cells without counts of the model's genes, found {empty} in a "
-                "batch; leave cells without counts out of the data (sc.pp.filter_cells(adata, min_counts=1), on the "
-                "model's genes)"
-            )
