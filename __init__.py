@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
+from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
 from cellstate.configuration_families import (
     AdditiveConfig,
     ContextMeanConfig,
@@ -17,6 +18,7 @@ from cellstate.configuration_families import (
 from cellstate.configuration_state import StateConfig
 from cellstate.modeling_additive import AdditiveForPerturbation
 from cellstate.modeling_context_mean import ContextMeanForPerturbation
+from cellstate.modeling_cpa import CPAForPerturbation
 from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
 from cellstate.modeling_embed_sum import EmbedSumForPerturbation
 from cellstate.modeling_linear import LinearForPerturbation
@@ -25,6 +27,7 @@ from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreT
 from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
 from cellstate.modeling_scgpt import ScGPTForPerturbation
+from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
@@ -38,6 +41,8 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         NeuralOTForPerturbation,
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
+        CPAForPerturbation,
+        SCVIForPerturbation,
         PerturbationMeanForPerturbation,
         ContextMeanForPerturbation,
         LinearForPerturbation,
@@ -57,6 +62,8 @@ __all__ = [
     "AdditiveForPerturbation",
     "ContextMeanConfig",
     "ContextMeanForPerturbation",
+    "CPAConfig",
+    "CPAForPerturbation",
     "DecoderOnlyConfig",
     "DecoderOnlyForPerturbation",
     "EmbedSumConfig",
@@ -70,6 +77,8 @@ __all__ = [
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
+    "SCVIConfig",
+    "SCVIForPerturbation",
     "ScGPTConfig",
     "ScGPTForPerturbation",
     "StateConfig",

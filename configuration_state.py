@@ -147,6 +147,11 @@ class PerturbationConfig(PreTrainedConfig):
         """Whether the model has weights for each experimental batch, and so takes those of the training cells alone."""
         return False
 
+    @property
+    def reads_counts(self) -> bool:
+        """Whether the model reads raw counts and predicts log1p expression, scaled to its `library_size`."""
+        return False
+
     def _check(self):
         """Cross-field checks, in one place. A subclass calls `super()._check()` first."""
         for name, allowed in self._choices.items():

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from cellstate import FAMILIES
+from cellstate.cell_values import describe_reading
 from cellstate.configuration_families import ScGPTConfig
 from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
@@ -189,12 +190,9 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     sizes = cells.groups["stop"] - cells.groups["start"]
     counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
-    read = {
-        "log1p_cp10k": f"counts, scaled to {processor.target_sum:g} and log1p",
-        "none": f"{processor.values}, as they are",
-    }
+    read = describe_reading(processor.normalize, processor.values, processor.target_sum)
     lines = [
-        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read[processor.normalize]})",
+        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
         f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
         + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
@@ -244,6 +242,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor)
     processor.set_size = config.set_size
+    if config.reads_counts:
+        processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
     family = FAMILIES[config.model_type]
