@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -14,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, logging
 
+from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_state import PerturbationConfig, closest
 
 
@@ -433,7 +432,7 @@ class ConfidenceHead(nn.Module):
         return self.layers(token).squeeze(-1)
 
 
-class PerturbationPreTrainedModel(PreTrainedModel):
+class PerturbationPreTrainedModel(CheckedPreTrainedModel):
     r"""
     Loading, saving, initialisation and input checks of every perturbation model.
 
@@ -482,18 +481,6 @@ class PerturbationPreTrainedModel(PreTrainedModel):
                 f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
                 "to build a model, found neither"
             )
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in [`PreTrainedModel`]. A loaded model predicts what the saved one did, bit for bit on the same machine."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        # Weights mapped from a file lie at its offsets, and on a CPU the rounding of a matrix product depends on how
-        # its operands are aligned. A copy in memory of its own is aligned as in training.
-        for tensor in chain(model.parameters(), model.buffers()):
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()
-        return loaded
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
