@@ -70,15 +70,19 @@ class Family:
 
 
 _SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-_SMALL |= {"num_encoder_layers": 2, "num_decoder_layers": 2}
+_SMALL |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 _COUNTS = {"input": "layers/counts", "normalize": "none"}
 
 FAMILIES = {
     "state": Family(),
     "state-embed-sum": Family({"preset": "published"}, {"learning_rate": 1e-3}),
-    "state-neural-ot": Family(_SMALL, {"learning_rate": 3e-4}),
-    "state-pseudobulk": Family(_SMALL, {"learning_rate": 3e-4}),
+    "state-neural-ot": Family(_SMALL, {"learning_rate": 1e-3}),
+    "state-pseudobulk": Family(_SMALL, {"learning_rate": 1e-3}),
     "state-decoder-only": Family({}, {"learning_rate": 1e-3}, {"input": "obsm/X_pca", "gene_input": "X"}),
+    "state-perturbation-mean": Family(),
+    "state-context-mean": Family(),
+    "state-linear": Family(),
+    "state-additive": Family(),
 }
 
 

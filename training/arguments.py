@@ -16,10 +16,11 @@ class StateTrainingArguments(TrainingArguments):
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
 
-    and with two of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs.
+    and with three of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
+    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW).
 
     Raises:
-        ValueError: `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], or one of them is without effect.
+        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], or one of them is without effect.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -47,9 +48,15 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
+    l2_weight_decay: bool = field(default=False, metadata={"help": "Weight decay as a part of the gradient."})
 
     def __post_init__(self):
         super().__post_init__()
+        if self.l2_weight_decay and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"l2_weight_decay turns AdamW into Adam, found optim={self.optim.value!r}; use optim: adamw_torch, or "
+                "l2_weight_decay: false"
+            )
         if self.lr_decay_epochs is not None:
             if self.lr_decay_epochs <= 0:
                 raise ValueError(f"lr_decay_epochs must be above 0, found {self.lr_decay_epochs}; null is no decay")
