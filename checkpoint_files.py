@@ -231,17 +231,19 @@ def _check_sizes(config: PerturbationConfig, count: int, where: str):
     """Sizes that could not be in the files, and would fill the memory with modules before shapes can be compared."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int) and value > LARGEST_SIZE:
+        numbers = value if isinstance(value, list) else [value]
+        largest = max((number for number in numbers if isinstance(number, int)), default=0)
+        if largest > LARGEST_SIZE:
             raise ValueError(
-                f"{field.name}={value} is absurd: expected at most {LARGEST_SIZE}; correct {CONFIG_NAME}, or copy the "
-                "checkpoint again"
+                f"{field.name}: expected at most {LARGEST_SIZE}, found {largest}, which is absurd; correct {CONFIG_NAME}, or "
+                "copy the checkpoint again"
             )
-        layers = value if field.name.endswith("_layers") else len(value) if isinstance(value, list) else 0
-        if isinstance(layers, int) and layers > count:
-            shown = value if isinstance(value, int) else f"a list of {layers}"
+        # A list of widths has a layer for each.
+        layers = largest if field.name.endswith("_layers") else len(numbers) if field.name.endswith("_sizes") else 0
+        if layers > max(1, count):
             raise ValueError(
-                f"{field.name}={shown} asks for more layers than there are tensors: expected at most {count}, which {where} "
-                f"holds; correct {CONFIG_NAME}, or copy the checkpoint again"
+                f"{field.name} asks for {layers} layers: expected at most {count}, the number of tensors in {where}; correct "
+                f"{CONFIG_NAME}, or copy the checkpoint again"
             )
 
 

@@ -88,7 +88,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         ValueError: a number of genes, perturbations, contexts or batches, or a width, is not the one of another file.
     """
 
-    def check(of: str, expected: int | None, what: str, found: int | None):
+    def check(of: str, expected, what: str, found):
         if expected != found:
             raise ValueError(
                 f"{path}: {of} says {expected}, found {found} {what}; the files belong to different "
@@ -130,6 +130,12 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     for name, (what, number) in found.items():
         if asked[name] is not None or needed.get(name, False):
             check(f"{name} in {CONFIG_NAME}", asked[name], what, number)
+    # The positions of perturbed genes, where a family has them.
+    genes_at = dict(enumerate(vocabulary.genes))
+    for name, position in zip(vocabulary.perturbations, config.get("perturbed_genes") or []):
+        check(
+            f"perturbed_genes in {CONFIG_NAME}", name, f"at gene {position} of vocabulary.json", genes_at.get(position)
+        )
 
 
 def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str | None]:

@@ -238,9 +238,15 @@ class FamilyTests:
     def test_a_run_leaves_a_whole_checkpoint(self, run):
         folder, metrics = run
         names = {path.name for path in folder.iterdir()}
-        code = {
-            f"{module}.py" for module in ("configuration_state", "modeling_perturbation", "processing", "vocabulary")
-        }
+        code = (
+            "checkpoint_files",
+            "configuration_state",
+            "modeling_perturbation",
+            "processing",
+            "processor_files",
+            "vocabulary",
+        )
+        code = {f"{module}.py" for module in code}
         needed = {"README.md", "config.json", "model.safetensors", "processor_config.json", "training_args.json"}
         assert needed | code <= names and not any(name.endswith((".bin", ".pt", ".pkl", ".partial")) for name in names)
         assert json.loads((folder / "config.json").read_text())["model_type"] == self.model_type

@@ -34,5 +34,5 @@ def test_scripts_do_not_see_one_another(alone):
 def test_a_failing_script_is_told(alone):
     with pytest.raises(RuntimeError, match="(?s)ended with 1.*ZeroDivisionError: division by zero"):
         alone.run("1 / 0")
-    with pytest.raises(RuntimeError, match="ModuleNotFoundError: import of cellstate halted"):
+    with pytest.raises(RuntimeError, match="No module named 'cellstate.processing'"):
         alone.run("import cellstate.processing")
