@@ -10,11 +10,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_autoencoders import CPAConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
-from .modeling_perturbation import (
-    BatchNormMLP,
-    PerturbationEmbedding,
-    UnseenMeanEmbedding,
-)
+from .modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
 
 # Added to the variance of a normal distribution, whose likelihood is not bounded as it goes to 0.

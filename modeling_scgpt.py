@@ -10,13 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import ScGPTConfig
-from .modeling_perturbation import (
-    MaskedBatchNorm,
-    PerturbationEmbedding,
-    PerturbationOutput,
-    PerturbationPreTrainedModel,
-    SetAttention,
-)
+from .modeling_layers import MaskedBatchNorm, PerturbationEmbedding, SetAttention
+from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
 
 @dataclass

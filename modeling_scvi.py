@@ -7,7 +7,7 @@ from torch import nn
 
 from .configuration_autoencoders import SCVIConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
-from .modeling_perturbation import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
+from .modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
 
 # Added to the posterior's variance, so that its logarithm is finite.

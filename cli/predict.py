@@ -53,7 +53,6 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     import torch
     import transformers
     from huggingface_hub.utils import disable_progress_bars
-    from safetensors import SafetensorError
 
     from cellstate.hub.push import fetch_checkpoint
 
@@ -68,10 +67,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
         loaded = f"{name}@{path.name}"
     transformers.utils.logging.disable_progress_bar()
     processor = transformers.AutoProcessor.from_pretrained(path)
-    try:
-        model = transformers.AutoModel.from_pretrained(path)
-    except SafetensorError as error:
-        raise ValueError(f"--model {name}: its weights are not a whole file ({error}); copy them again") from error
+    model = transformers.AutoModel.from_pretrained(path)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:

@@ -16,10 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
+    import transformers
     from huggingface_hub.utils import disable_progress_bars
 
     from cellstate.hub.push import address_of, push_checkpoint
 
+    transformers.utils.logging.disable_progress_bar()  # that of reading the weights
     if args.quiet:
         disable_progress_bars()
     commit = push_checkpoint(

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cellstate.data.reading import AnnDataFile
+from cellstate.modeling_layers import UnseenWarning
 from cellstate.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
@@ -25,7 +26,6 @@ from cellstate.modeling_perturbation import (
     CONTROL_CELLS,
     LABELS,
     UnseenPerturbationError,
-    UnseenWarning,
 )
 from cellstate.processing import StateProcessor
 

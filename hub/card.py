@@ -81,7 +81,7 @@ def render_card(
         datasets=[s.name for s in provenance.sources if s.commit is not None] or None if provenance else None,
         metrics=[_METRICS[metric][0] for metric in METRICS] if results else None,
         model_name=name if results else None,
-        eval_results=_eval_results(results, provenance, FAMILIES[config.model_type].is_ceiling) or None,
+        eval_results=_eval_results(results, provenance, FAMILIES[type(config).model_type].is_ceiling) or None,
     )
     return _template().render(
         card_data=data.to_yaml(),
@@ -90,8 +90,8 @@ def render_card(
         config=config,
         processor=processor,
         vocabulary=processor.vocabulary,
-        about=(CARDS / f"{config.model_type}.md").read_text(encoding="utf-8").strip(),
-        is_ceiling=FAMILIES[config.model_type].is_ceiling,
+        about=(CARDS / f"{type(config).model_type}.md").read_text(encoding="utf-8").strip(),
+        is_ceiling=FAMILIES[type(config).model_type].is_ceiling,
         example=next(iter(processor.vocabulary.perturbations), processor.control),
         reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
         predicts=processor.predicted_values(config.gene_dim is not None),

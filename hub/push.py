@@ -1,17 +1,15 @@
 """Checkpoints on the Hub: checked before they are pushed, pushed in one commit, fetched as one commit."""
 
-import json
 import os
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
 from cellstate import FAMILIES
 from cellstate._version import __version__
+from cellstate.checkpoint_files import read_header, read_json, stored_tensors
 from cellstate.configuration_state import PerturbationConfig, closest
 from cellstate.hub.card import is_repository, render_card, with_repository
 from cellstate.hub.errors import on_the_hub
@@ -134,13 +132,14 @@ def _read_to_push(folder: Path) -> tuple[list[str], str]:
 
 def _read_adapter(folder: Path) -> list[str]:
     """The files of an adapter, whose base model others can load too."""
-    base = _read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_repository(base):
         raise ValueError(
             f"{folder / ADAPTER}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
             "model and train on it by that name, or merge the adapter into it (cellstate merge)"
         )
-    _tensors_in(folder, ADAPTER_WEIGHTS)
+    _require(folder, ADAPTER_WEIGHTS)
+    read_header(folder / ADAPTER_WEIGHTS)
     _, files = _read_processor(folder)
     return [ADAPTER, ADAPTER_WEIGHTS, *files]
 
@@ -157,13 +156,14 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder (looked from {Path.cwd()})")
     _require(folder, CONFIG)
-    content = _read_json(folder / CONFIG)
+    content = read_json(folder / CONFIG)
     model_type = content.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"{folder / CONFIG}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}")
     processor, files = _read_processor(folder)
-    config = FAMILIES[model_type].config_class.from_pretrained(folder)
-    files = [CONFIG, *_weights_of(folder, config), *files]
+    # Loading is the check that others go through, too.
+    config = FAMILIES[model_type].from_pretrained(folder).config
+    files = [CONFIG, *_weights_of(folder), *files]
     return config, processor, files + [name for name in _code_of(folder, CONFIG) if name not in files]
 
 
@@ -179,40 +179,16 @@ def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
     return processor, files + [name for name in (_ARGUMENTS,) if (folder / name).is_file()]
 
 
-def _weights_of(folder: Path, config: PerturbationConfig) -> list[str]:
-    """The weight files, whose headers hold each tensor of the model, and no other, in its shape."""
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).is_file() and (folder / _WEIGHTS_INDEX).is_file():
-        names = sorted(set(_read_json(folder / _WEIGHTS_INDEX)["weight_map"].values()))
-    found = {}
-    for name in names:
-        found |= _tensors_in(folder, name)
-    with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(
-            f"{folder}: the weights are not those of its {CONFIG}: {len(wrong)} tensors differ, {wrong[0]!r} being "
-            f"expected of shape {expected.get(wrong[0])}, found {found.get(wrong[0])}; save both from one model"
-        )
+def _weights_of(folder: Path) -> list[str]:
+    """The names of the weight files, and of their index where there are several."""
+    names = sorted({Path(tensor.file).name for tensor in stored_tensors(folder, {}).values()})
     return names if names == [WEIGHTS] else [_WEIGHTS_INDEX, *names]
-
-
-def _tensors_in(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor of a safetensors file, which is as long as its header says."""
-    _require(folder, name)
-    try:
-        with safe_open(folder / name, framework="pt") as file:
-            return {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{folder / name} is not a whole safetensors file ({error}); save it again") from error
 
 
 def _code_of(folder: Path, settings: str) -> list[str]:
     """The files of the classes that a JSON file names as its code, and of the modules that they import with one dot."""
-    classes = _read_json(folder / settings).get("auto_map")
-    if not classes:
+    classes = read_json(folder / settings).get("auto_map")
+    if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
         raise ValueError(
             f"{folder / settings}: expected auto_map, which names the code that others load, found none; save the model and "
             "the processor again with save_pretrained"
@@ -233,13 +209,3 @@ def _require(folder: Path, name: str):
             f"{folder} is no whole checkpoint: expected the file {name!r} in it, found none; save model and processor there "
             "with save_pretrained, or finish the run that writes it"
         )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole JSON file ({error}); save the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected fields, found {type(content).__name__}; save the checkpoint again")
-    return content

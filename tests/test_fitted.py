@@ -20,7 +20,8 @@ from cellstate import (
     PerturbationMeanForPerturbation,
 )
 from cellstate.modeling_fitted import TrainingMeans
-from cellstate.modeling_perturbation import UnseenPerturbationError, UnseenWarning
+from cellstate.modeling_layers import UnseenWarning
+from cellstate.modeling_perturbation import UnseenPerturbationError
 
 
 D = 12

@@ -29,10 +29,10 @@ from cellstate.training import StateTrainingArguments
 from cellstate.vocabulary import PerturbationFeatures
 
 
-CODE = {"configuration_state.py", "modeling_perturbation.py", "modeling_state.py", "processing.py"}
-CODE |= {"cell_values.py", "vocabulary.py"}
-JSON = {"config.json", "processor_config.json", "vocabulary.json"}
-WHOLE = CODE | JSON | {"model.safetensors", "README.md"}
+# The least that a checkpoint holds, and what may lie beside it.
+LEAST = {"config.json", "processor_config.json", "vocabulary.json", "model.safetensors", "README.md"}
+LEAST |= {"configuration_state.py", "modeling_perturbation.py", "modeling_state.py", "processing.py", "vocabulary.py"}
+BESIDE = {"config.json.partial", "notes.txt", "my.py"}
 # More than the client asks again.
 ALWAYS = 20
 
@@ -60,7 +60,7 @@ def save(folder: Path, screen, seed: int = 0, **options) -> Path:
 def folder(screen, tmp_path):
     folder = save(tmp_path / "run", screen)
     (folder / "checkpoint-3").mkdir()
-    for name in ("checkpoint-3/optimizer.pt", "checkpoint-3/config.json", "config.json.partial", "notes.txt", "my.py"):
+    for name in ("checkpoint-3/optimizer.pt", "checkpoint-3/config.json", *BESIDE):
         (folder / name).write_text("private")
     return folder
 
@@ -69,8 +69,16 @@ def push(*words) -> int:
     return cellstate_cli.main(["push", *map(str, words), "--quiet"])
 
 
-def contents(folder: Path, names=WHOLE - {"README.md"}) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in names}
+def whole(folder: Path) -> set[str]:
+    """The names of the files of a checkpoint folder, which all travel."""
+    names = {path.name for path in folder.iterdir() if path.is_file()} - BESIDE
+    assert LEAST <= names
+    return names
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Those files but the card, which tells the repository's name once it is pushed."""
+    return {name: (folder / name).read_bytes() for name in whole(folder) - {"README.md"}}
 
 
 def unspoken(hub) -> list[str]:
@@ -86,7 +94,7 @@ def test_a_push_sends_the_whole_checkpoint_and_nothing_else(hub, folder, capsys)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2:] == [f"{hub.url}/ada/model/tree/{head.id}", f'load it with revision="{head.id}"']
     files = hub.read("ada/model")
-    assert set(files) == WHOLE and {n: files[n] for n in contents(folder)} == contents(folder)
+    assert set(files) == whole(folder) and {n: files[n] for n in contents(folder)} == contents(folder)
     titles = [commit.title for commit in hub.repository("ada/model").history()]
     assert titles == [f"run, with cellstate {__version__}", "initial commit"]
     card = files["README.md"].decode()
@@ -105,7 +113,7 @@ def test_a_second_push_replaces_what_the_first_left_and_nothing_of_others(hub, s
     HfApi().upload_file(repo_id="ada/model", path_or_fileobj=b"mine", path_in_repo="notes.txt")
     commit = push_checkpoint(folder, "ada/model", message="Second")
     files = hub.read("ada/model")
-    assert set(files) == {*WHOLE, "figures/notes.py", "notes.txt"}
+    assert set(files) == {*whole(folder), "figures/notes.py", "notes.txt"}
     assert {name: files[name] for name in contents(folder)} == contents(folder)
     assert hub.repository("ada/model").at().title == "Second" and len(hub.repository("ada/model").history()) == 5
     # Once more, unchanged: no commit.
@@ -154,14 +162,14 @@ def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, 
         written = tmp_path / "adapter" / name
         written.write_text(written.read_text().replace(str(folder), "ada/base"))
     push_checkpoint(tmp_path / "adapter", "ada/adapter")
-    files = set(hub.read("ada/adapter"))
-    assert files == (WHOLE - {"config.json", "model.safetensors", "modeling_state.py"}) | {ADAPTER, ADAPTER_WEIGHTS}
+    files, of_model = set(hub.read("ada/adapter")), {"modeling_state.py"}
+    assert files == whole(folder) - {"config.json", "model.safetensors", *of_model} | {ADAPTER, ADAPTER_WEIGHTS}
     truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
-    with pytest.raises(ValueError, match="adapter_model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors: its weights are not a whole safetensors file"):
         push_checkpoint(tmp_path / "adapter", "ada/adapter")
     # In place of a whole model, whose files would contradict it.
     push_checkpoint(folder, "ada/adapter")
-    assert set(hub.read("ada/adapter")) == WHOLE
+    assert set(hub.read("ada/adapter")) == whole(folder)
 
 
 # What is not sent
@@ -189,20 +197,21 @@ def truncate(path: Path):
         (lambda f: shutil.rmtree(f), "no such checkpoint folder"),
         (lambda f: (f / "config.json").unlink(), "is no whole checkpoint: expected the file 'config.json'"),
         (lambda f: (f / "vocabulary.json").unlink(), "expected the file 'vocabulary.json' in it, found none"),
-        (lambda f: (f / "model.safetensors").unlink(), "expected the file 'model.safetensors' in it, found none"),
+        (lambda f: (f / "model.safetensors").unlink(), "expected weights in model.safetensors or .*, found neither"),
         (lambda f: (f / "cell_values.py").unlink(), "expected the file 'cell_values.py' in it, found none"),
         (lambda f: truncate(f / "config.json"), "config.json is not a whole JSON file"),
-        (lambda f: truncate(f / "model.safetensors"), "model.safetensors is not a whole safetensors file"),
+        (lambda f: truncate(f / "model.safetensors"), "its weights are not a whole safetensors file"),
         (
             lambda f: edit(f / "config.json", lambda c: c.update(model_type="stat")),
             "model_type='stat' is no family; did",
         ),
         (
             lambda f: edit(f / "config.json", lambda c: c.update(hidden_size=32)),
-            "the weights are not those of its config",
+            "has another shape than config.json asks for",
         ),
-        (lambda f: damage_weights(f, lambda w: w.popitem()), "1 tensors differ, .* found None"),
-        (lambda f: damage_weights(f, lambda w: w.update(more=torch.ones(1))), "'more' being expected of shape None"),
+        (lambda f: damage_weights(f, lambda w: w.popitem()), "1 tensors are missing from"),
+        (lambda f: damage_weights(f, lambda w: w.update(more=torch.ones(1))), "1 tensors are unknown to this model"),
+        (lambda f: damage_weights(f, lambda w: next(iter(w.values())).fill_(torch.nan)), "expected finite weights"),
         (lambda f: edit(f / "config.json", lambda c: c.pop("auto_map")), "expected auto_map, which names the code"),
         (
             lambda f: edit(f / "config.json", lambda c: c.update(auto_map={"AutoModel": "../../etc/passwd.X"})),
@@ -285,7 +294,7 @@ def test_an_upload_cut_in_the_middle_and_a_busy_storage_are_tried_again(hub, fol
     hub.cut("/objects/", of="request", after=10_000)
     hub.refuse("/objects/", 503, method="PUT")
     push_checkpoint(folder, "ada/model")
-    assert set(hub.read("ada/model")) == WHOLE
+    assert set(hub.read("ada/model")) == whole(folder)
     puts = [seen.status for seen in hub.requests if seen.method == "PUT"]
     assert sorted(puts, key=str) == [200, 503, None]
 
@@ -310,7 +319,7 @@ def test_two_pushes_at_once_are_one_after_the_other_or_a_clear_conflict(hub, scr
     # Whatever the order, every commit is one of the two, whole.
     for commit, folder in landed.items():
         files = hub.read("ada/model", commit)
-        assert set(files) == WHOLE and {name: files[name] for name in contents(folder)} == contents(folder)
+        assert set(files) == whole(folder) and {name: files[name] for name in contents(folder)} == contents(folder)
 
 
 def test_without_the_hub(hub, folder, monkeypatch, capsys):
@@ -509,7 +518,7 @@ def test_a_run_pushes_each_checkpoint_whole_and_the_last_with_its_figures(hub, r
     assert [commit.title for commit in history] == titles and repository.private
     for commit in history[1:]:
         files = hub.read("ada/model", commit.id)
-        assert set(files) == {*WHOLE, "training_args.json"}
+        assert set(files) == whole(folder)
         assert not any(os.environ["HF_TOKEN"].encode() in content for content in files.values())
         copy = tmp_path / commit.id
         copy.mkdir()
@@ -541,7 +550,7 @@ def test_a_run_that_may_not_push_does_not_start(hub, run, tmp_path):
 def test_a_run_whose_card_the_hub_refuses_does_not_start(hub, run, tmp_path):
     with pytest.raises(ValueError, match="license.* must be one of"):
         run(hub_token=os.environ["HF_TOKEN"], license="my-own-1.0")
-    assert not (tmp_path / "out").exists() and hub.read("ada/model") == {}
+    assert not (tmp_path / "out" / "config.json").exists() and hub.read("ada/model") == {}
 
 
 def test_states_of_the_optimiser_are_not_pushed():
