@@ -158,7 +158,7 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
     _require(folder, CONFIG)
     content = read_json(folder / CONFIG)
     model_type = content.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{folder / CONFIG}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}")
     processor, files = _read_processor(folder)
     # Loading is the check that others go through, too.

@@ -301,7 +301,7 @@ def test_hostile_names_are_text_in_the_card(tmp_path):
     converted(writer, tmp_path)
     text = (tmp_path / "out" / "README.md").read_text()
     _, header, body = text.split("---\n", 2)
-    assert set(yaml.safe_load(header)) == {"library_name", "model_name", "tags"}
+    assert set(yaml.safe_load(header)) == {"library_name", "license", "model_name", "pipeline_tag", "tags"}
     rendered = MarkdownIt("commonmark").enable("table").render(body)
     for tag in ("<script", "<img", "<b>", "<i>", "<em>x", "<strong>y", "<a ", "<hr"):
         assert tag not in rendered, tag
