@@ -52,7 +52,6 @@ def _load(name: str, revision: str, device: str | None):
     """Model and processor of a checkpoint folder or Hub repository, the model on its device."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     import cellstate  # noqa: F401 - registers the models with the Auto classes
 
@@ -62,10 +61,7 @@ def _load(name: str, revision: str, device: str | None):
         raise FileNotFoundError(f"--model {name}: no such checkpoint folder (looked from {Path.cwd()})")
     transformers.utils.logging.disable_progress_bar()
     processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
-    try:
-        model = transformers.AutoModel.from_pretrained(name, revision=revision)
-    except SafetensorError as error:
-        raise ValueError(f"--model {name}: its weights are not a whole file ({error}); copy them again") from error
+    model = transformers.AutoModel.from_pretrained(name, revision=revision)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
