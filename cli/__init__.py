@@ -3,10 +3,17 @@
 import argparse
 import sys
 
-from cellstate_cli import convert, evaluate, info, predict, prepare
+from cellstate_cli import convert, evaluate, info, predict, prepare, push
 
 
-COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate, "convert": convert}
+COMMANDS = {
+    "prepare": prepare,
+    "info": info,
+    "predict": predict,
+    "evaluate": evaluate,
+    "push": push,
+    "convert": convert,
+}
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
 

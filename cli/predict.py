@@ -9,7 +9,7 @@ HELP = "Predict perturbed cells from the control cells of an .h5ad."
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
-    parser.add_argument("--revision", default="main", help="revision of a Hub repository")
+    parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
     parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
     which = parser.add_mutually_exclusive_group()
@@ -48,24 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _load(name: str, revision: str, device: str | None):
-    """Model and processor of a checkpoint folder or Hub repository, the model on its device."""
+def _load(name: str, revision: str, device: str | None, quiet: bool):
+    """Model and processor of a checkpoint folder or Hub repository, the model on its device, and what was loaded."""
     import torch
     import transformers
+    from huggingface_hub.utils import disable_progress_bars
 
-    import cellstate  # noqa: F401 - registers the models with the Auto classes
+    from cellstate.hub.push import fetch_checkpoint
 
-    path = Path(name)
+    path, loaded = Path(name), name
     # A misspelt path is said at once: asking the Hub for it takes minutes where there is no network.
     if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
         raise FileNotFoundError(f"--model {name}: no such checkpoint folder (looked from {Path.cwd()})")
+    if not path.is_dir():
+        if quiet:
+            disable_progress_bars()
+        path = fetch_checkpoint(name, revision)
+        loaded = f"{name}@{path.name}"
     transformers.utils.logging.disable_progress_bar()
-    processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
-    model = transformers.AutoModel.from_pretrained(name, revision=revision)
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    model = transformers.AutoModel.from_pretrained(path)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return model.to(device), processor
+        return model.to(device), processor, loaded
     except (RuntimeError, AssertionError) as error:
         # torch raises either for a device that it does not know or was not built for.
         raise ValueError(f"--device {device}: {error}") from error
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace):
     from cellstate.evaluation.prediction import predict_file
 
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
-    model, processor = _load(args.model, args.revision, args.device)
+    model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
     done = predict_file(
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace):
         missing_genes=args.missing_genes,
         input=args.input,
         sample_counts=args.sample_counts,
-        checkpoint=str(args.model),
+        checkpoint=loaded,
         quiet=args.quiet,
     )
     print(

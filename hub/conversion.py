@@ -14,7 +14,7 @@ from cellstate import FAMILIES
 from cellstate._version import __version__
 from cellstate.cell_values import some
 from cellstate.configuration_state import EncoderConfig, StateConfig
-from cellstate.hub.card import CARDS
+from cellstate.hub.card import CARDS, TAGS, TASK, UNKNOWN_LICENSE
 from cellstate.hub.legacy import config_from_legacy, state_dict_from_legacy
 from cellstate.hub.legacy_folder import LegacyFolder, read_legacy_folder
 from cellstate.hub.publish import whole_or_nothing
@@ -272,7 +272,7 @@ def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor
     values = {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values]
     card = ModelCard.from_template(
         ModelCardData(
-            library_name="transformers", tags=["single-cell", "perturbation", "cellstate", "biology"], model_name=name
+            license=UNKNOWN_LICENSE, library_name="transformers", pipeline_tag=TASK, tags=TAGS, model_name=name
         ),
         template_path=str(CARDS / "converted.md"),
         model_name=as_text(name),

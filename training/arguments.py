@@ -1,9 +1,13 @@
 """Training arguments: those of transformers, with the defaults that this kind of model is trained with."""
 
+import json
+import os
+import re
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass
@@ -16,11 +20,14 @@ class StateTrainingArguments(TrainingArguments):
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
 
-    and with three of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
-    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW).
+    and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
+    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); `license` (of the
+    weights) and `data_license` go into the model card.
 
     Raises:
-        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], or one of them is without effect.
+        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not
+            in (0, 1], or one of them is without effect; `license` is no identifier; `hub_strategy` would push states of
+            the optimiser.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -49,6 +56,11 @@ class StateTrainingArguments(TrainingArguments):
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
     l2_weight_decay: bool = field(default=False, metadata={"help": "Weight decay as a part of the gradient."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the weights, as the Hub names it (apache-2.0, cc-by-4.0, other ..)."},
+    )
+    data_license: str | None = field(default=None, metadata={"help": "Licence of the training data, in words."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,3 +83,21 @@ class StateTrainingArguments(TrainingArguments):
             )
         if not 0 < self.lr_decay_factor <= 1:
             raise ValueError(f"lr_decay_factor must lie in (0, 1], found {self.lr_decay_factor}")
+        if self.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
+            raise ValueError(
+                f"license={self.license!r}: expected an identifier of https://huggingface.co/docs/hub/repositories-licenses "
+                "such as apache-2.0 or cc-by-4.0; use other for one that is not there"
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} would push states of the optimiser, which are pickles; set "
+                "every_save (each checkpoint's model) or end (the last alone)"
+            )
+
+    def to_json_string(self) -> str:
+        """As it is saved beside the weights: without tokens, and of paths of this machine the last part."""
+        content = self.to_dict()
+        for name in ("output_dir", "resume_from_checkpoint"):
+            if isinstance(content[name], str):
+                content[name] = os.path.basename(os.path.normpath(content[name]))
+        return json.dumps(content, indent=2)
