@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from cellstate_cli import evaluate, info, predict, prepare
+from cellstate_cli import evaluate, info, merge, predict, prepare
 
 
-COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate}
+COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate, "merge": merge}
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
 

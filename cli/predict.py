@@ -1,14 +1,13 @@
 """`cellstate predict`."""
 
 import argparse
-from pathlib import Path
 
 
 HELP = "Predict perturbed cells from the control cells of an .h5ad."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
+    parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", default="main", help="revision of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
     parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
@@ -46,20 +45,12 @@ def _load(name: str, revision: str, device: str | None):
     """Model and processor of a checkpoint folder or Hub repository, the model on its device."""
     import torch
     import transformers
-    from safetensors import SafetensorError
 
-    import cellstate  # noqa: F401 - registers the models with the Auto classes
+    from cellstate.hub.checkpoints import check_name, load_whole
 
-    path = Path(name)
-    # A misspelt path is said at once: asking the Hub for it takes minutes where there is no network.
-    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
-        raise FileNotFoundError(f"--model {name}: no such checkpoint folder (looked from {Path.cwd()})")
+    check_name(name, "--model")
     transformers.utils.logging.disable_progress_bar()
-    processor = transformers.AutoProcessor.from_pretrained(name, revision=revision)
-    try:
-        model = transformers.AutoModel.from_pretrained(name, revision=revision)
-    except SafetensorError as error:
-        raise ValueError(f"--model {name}: its weights are not a whole file ({error}); copy them again") from error
+    model, processor = load_whole(name, revision)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:

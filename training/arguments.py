@@ -16,10 +16,16 @@ class StateTrainingArguments(TrainingArguments):
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
 
-    and with two of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs.
+    and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; and of a
+    checkpoint (`model.pretrained`) that is trained further,
+
+    - `lora_rank`: train low-rank adapters of this rank and leave the rest as it is; the run writes an adapter. Of them
+      `lora_alpha` (default: the rank) over the rank scales what they add, `lora_dropout` is their dropout, `lora_mlp` puts
+      them beside the backbone's feed-forward layers too, and `train_fully` names parts of the model that are trained whole
+    - `freeze_backbone`: train all but the backbone
 
     Raises:
-        ValueError: `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], or one of them is without effect.
+        ValueError: a number is out of its range, or an option is without effect.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -47,6 +53,12 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank alone."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scales the adapters: alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_mlp: bool = field(default=False, metadata={"help": "Adapters beside feed-forward layers, too."})
+    train_fully: list[str] | None = field(default=None, metadata={"help": "Parts trained whole beside adapters."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,3 +76,26 @@ class StateTrainingArguments(TrainingArguments):
             )
         if not 0 < self.lr_decay_factor <= 1:
             raise ValueError(f"lr_decay_factor must lie in (0, 1], found {self.lr_decay_factor}")
+        self._check_lora()
+
+    def _check_lora(self):
+        options = ("lora_alpha", "lora_dropout", "lora_mlp", "train_fully")
+        if self.lora_rank is None:
+            idle = [name for name in options if getattr(self, name)]
+            if idle:
+                raise ValueError(
+                    f"{', '.join(idle)}: without effect as there is no lora_rank; set it, or leave them out"
+                )
+            return
+        if isinstance(self.train_fully, str):
+            self.train_fully = [self.train_fully]
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, found {self.lora_rank}; null trains the model itself")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be above 0, found {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
+        if self.freeze_backbone:
+            raise ValueError(
+                "freeze_backbone=true: with lora_rank the backbone is frozen already; leave one of them out"
+            )
