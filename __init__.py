@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from cellstate._version import __version__
+from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
 from cellstate.configuration_families import (
     AdditiveConfig,
     ContextMeanConfig,
@@ -12,10 +13,12 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    ScGPTConfig,
 )
 from cellstate.configuration_state import StateConfig
 from cellstate.modeling_additive import AdditiveForPerturbation
 from cellstate.modeling_context_mean import ContextMeanForPerturbation
+from cellstate.modeling_cpa import CPAForPerturbation
 from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
 from cellstate.modeling_embed_sum import EmbedSumForPerturbation
 from cellstate.modeling_linear import LinearForPerturbation
@@ -23,6 +26,8 @@ from cellstate.modeling_neural_ot import NeuralOTForPerturbation
 from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
 from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
+from cellstate.modeling_scgpt import ScGPTForPerturbation
+from cellstate.modeling_scvi import SCVIForPerturbation
 from cellstate.modeling_state import StateForPerturbation
 from cellstate.processing import StateProcessor
 
@@ -36,10 +41,13 @@ FAMILIES: dict[str, type[PerturbationPreTrainedModel]] = {
         NeuralOTForPerturbation,
         PseudobulkForPerturbation,
         DecoderOnlyForPerturbation,
+        CPAForPerturbation,
+        SCVIForPerturbation,
         PerturbationMeanForPerturbation,
         ContextMeanForPerturbation,
         LinearForPerturbation,
         AdditiveForPerturbation,
+        ScGPTForPerturbation,
     )
 }
 
@@ -54,6 +62,8 @@ __all__ = [
     "AdditiveForPerturbation",
     "ContextMeanConfig",
     "ContextMeanForPerturbation",
+    "CPAConfig",
+    "CPAForPerturbation",
     "DecoderOnlyConfig",
     "DecoderOnlyForPerturbation",
     "EmbedSumConfig",
@@ -67,6 +77,10 @@ __all__ = [
     "PerturbationOutput",
     "PseudobulkConfig",
     "PseudobulkForPerturbation",
+    "SCVIConfig",
+    "SCVIForPerturbation",
+    "ScGPTConfig",
+    "ScGPTForPerturbation",
     "StateConfig",
     "StateForPerturbation",
     "StateProcessor",

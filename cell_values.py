@@ -154,6 +154,22 @@ def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str
     return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
 
 
+def describe_reading(normalize: str, values: str, target_sum: float | None) -> str:
+    """What a model reads, in words, from settings of its processor."""
+    if normalize == "log1p_cp10k":
+        return f"counts, scaled to {target_sum:,g} per cell and log1p"
+    return {"log1p": "log1p expression", "counts": "counts, as they are", "embedding": "an embedding"}[values]
+
+
+def describe_values(values: str, scaled: bool, target_sum: float | None) -> str:
+    """What values are, in words; of log1p expression made from counts, `scaled`, what they were scaled to."""
+    if values != "log1p":
+        return values
+    if not scaled:
+        return "log1p expression"
+    return "log1p expression " + ("(unscaled counts)" if target_sum is None else f"({target_sum:g} counts per cell)")
+
+
 def cell_totals(counts) -> np.ndarray:
     """Counts of each cell over all genes, `(cells,)` float64, of a dense or sparse matrix `(cells, genes)`."""
     return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()

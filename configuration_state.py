@@ -134,9 +134,24 @@ class PerturbationConfig(PreTrainedConfig):
             sizes["gene_dim"] = len(vocabulary.genes)
         return sizes
 
+    @classmethod
+    def fields_from_names(cls, processor, fields: dict) -> dict:
+        """
+        Further fields that follow from the data, where they depend on `fields`, those that a run sets. None here.
+
+        Raises:
+            ValueError: the family cannot learn from such data.
+        """
+        return {}
+
     @property
     def embeds_batches(self) -> bool:
         """Whether the model has weights for each experimental batch, and so takes those of the training cells alone."""
+        return False
+
+    @property
+    def reads_counts(self) -> bool:
+        """Whether the model reads raw counts and predicts log1p expression, scaled to its `library_size`."""
         return False
 
     def _check(self):

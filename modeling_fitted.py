@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel, UnseenWarning
+from .modeling_layers import UnseenWarning
+from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
 
 @dataclass

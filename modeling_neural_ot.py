@@ -4,7 +4,8 @@ import torch
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import NeuralOTConfig
-from .modeling_perturbation import PerturbationOutput, SetTransformer, SetTransformerPreTrainedModel
+from .modeling_layers import SetTransformer
+from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
 
 class NeuralOTForPerturbation(SetTransformerPreTrainedModel):

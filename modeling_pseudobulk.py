@@ -5,12 +5,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import PseudobulkConfig
 from .modeling_finetuning import BATCHES
-from .modeling_perturbation import (
-    PerturbationEncoder,
-    PerturbationOutput,
-    SetTransformer,
-    SetTransformerPreTrainedModel,
-)
+from .modeling_layers import PerturbationEncoder, SetTransformer
+from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
 
 class PseudobulkForPerturbation(SetTransformerPreTrainedModel):

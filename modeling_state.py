@@ -7,7 +7,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_state import StateConfig
 from .modeling_finetuning import BATCHES, FEATURES
-from .modeling_perturbation import ConfidenceHead, PerturbationOutput, SetTransformer, SetTransformerPreTrainedModel
+from .modeling_layers import ConfidenceHead, SetTransformer
+from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
 
 class StatePreTrainedModel(SetTransformerPreTrainedModel):

@@ -17,6 +17,7 @@ from .cell_values import (
     check_finite,
     choose_genes,
     dense_genes,
+    describe_values,
     gene_columns,
     kind_of_values,
     matrix_of,
@@ -423,16 +424,17 @@ class StateProcessor(ProcessorMixin):
 
         Args:
             target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
-
-        Raises:
-            ValueError: the model's features are not counts.
         """
+        self.check_counts()
+        self.predicts, self.target_sum = "log1p", target_sum
+
+    def check_counts(self):
+        """ValueError where the model's features are not raw counts, which some families need."""
         if self.values != "counts":
             raise ValueError(
-                f"this model is trained on raw counts, found {self.values} values (input={self.input!r}, normalize="
+                f"this model is trained on raw counts, found {self.values} (input={self.input!r}, normalize="
                 f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
             )
-        self.predicts, self.target_sum = "log1p", target_sum
 
     def as_predicted(self, features: np.ndarray) -> np.ndarray:
         """Features of real cells `(cells, feature_dim)` in the units of the predictions, to compare with them."""
@@ -564,15 +566,15 @@ class StateProcessor(ProcessorMixin):
         var = pd.DataFrame(index=self.vocabulary.genes)
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
 
+    def predicted_values(self, decoded: bool) -> str:
+        """What a model predicts, or its gene decoder makes of it, in words."""
+        scaled = self.normalize == "log1p_cp10k" or self.predicts is not None
+        return describe_values("log1p" if decoded else self.predicts or self.values, scaled, self.target_sum)
+
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
         """What a predicted AnnData says of itself in `uns["cellstate"]`."""
-        log1p = "log1p expression"
-        if self.normalize == "log1p_cp10k" or self.predicts is not None:
-            log1p += " (counts not scaled)" if self.target_sum is None else f" ({self.target_sum:g} counts per cell)"
-        units = self.predicts or self.values
-        holds = log1p if decoded else {"log1p": log1p, "counts": "counts", "embedding": "embedding"}[units]
         return {
-            "X": holds,
+            "X": self.predicted_values(decoded),
             "checkpoint": checkpoint or "not recorded",
             "controls": controls_note,
             # How to read real cells so that they compare with these.

@@ -18,6 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 from cellstate import FAMILIES
+from cellstate.cell_values import describe_reading
+from cellstate.configuration_families import ScGPTConfig
 from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
@@ -25,6 +27,7 @@ from cellstate.data.splits import Splits
 from cellstate.data.store import load_store
 from cellstate.hub.card import render_card
 from cellstate.hub.publish import whole_or_nothing
+from cellstate.hub.scgpt import load_published, published_fields
 from cellstate.hub.stores import open_store
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
@@ -38,12 +41,15 @@ from cellstate.training.trainer import StateTrainer
 logger = logging.getLogger("cellstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
+# Families that can start from a folder of published weights, `pretrained` in the model section.
+FROM_PUBLISHED = (ScGPTConfig.model_type,)
 
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
 (--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
-(data); `model_type`, `preset` and the fields of the family's config (model); StateTrainingArguments (training)."""
+(data); `model_type`, `preset`, the fields of the family's config and, for state-scgpt, `pretrained`, a folder of published
+weights (model); StateTrainingArguments (training)."""
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -136,12 +142,14 @@ def check_further(run: RunConfig):
 
 
 def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrained | None) -> PerturbationConfig:
-    """The model's config: the YAML's fields, and the sizes that the data give; or the checkpoint's."""
+    """The model's config: the YAML's fields, and the sizes that the data and any published weights give; or the checkpoint's."""
     if pretrained is not None:
         return pretrained.config_for(run.model)
     fields = {name: value for name, value in run.model.items() if name not in ("model_type", *NAMING)}
     preset, family = fields.pop("preset", None), config_class(run.model)
-    sizes = family.sizes(processor)
+    if run.model.get("pretrained") is not None:
+        fields |= published_fields(run.model["pretrained"], {**family.presets.get(preset, {}), **fields})
+    sizes = {**family.sizes(processor), **family.fields_from_names(processor, fields)}
     for name in sizes:
         if name in fields:
             raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
@@ -214,12 +222,9 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     sizes = cells.groups["stop"] - cells.groups["start"]
     counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
-    read = {
-        "log1p_cp10k": f"counts, scaled to {processor.target_sum:g} and log1p",
-        "none": f"{processor.values}, as they are",
-    }
+    read = describe_reading(processor.normalize, processor.values, processor.target_sum)
     lines = [
-        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read[processor.normalize]})",
+        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
         f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
         + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
@@ -283,6 +288,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor, pretrained)
     processor.set_size = config.set_size
+    if config.reads_counts:
+        processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
     family = FAMILIES[config.model_type]
@@ -294,6 +301,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     model = family(config) if pretrained is None else further(pretrained, config, processor, args)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
+    if run.model.get("pretrained") is not None:
+        logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
     trainer = StateTrainer(
         model,
         args,

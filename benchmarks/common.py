@@ -26,16 +26,16 @@ def train_predict_score(
     config: str, data: str, flags: list[str], contexts, perturbations=None
 ) -> tuple[pd.DataFrame, float, int]:
     """
-    Scores of one run, a row per (context, perturbation, method) without the averages; its training seconds; the model's
-    parameters.
+    Scores of one run, a row per (context, perturbation, method) without the averages; the seconds of processor time that
+    its training took; the model's parameters.
     """
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start = time.process_time()
         words = ["--config", config, "--output_dir", folder, "--disable_tqdm", "true", *flags]
         # The Trainer prints its log; a benchmark's output is its table.
         with contextlib.redirect_stdout(io.StringIO()):
             cellstate.train.main(words)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         predicted = Path(folder, "predicted.h5ad")
         predict_file(model, processor, data, predicted, perturbations, contexts, quiet=True)

@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="at most N control cells of each context; by default all",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draw of cells and their grouping into sentences")
+    parser.add_argument(
+        "--sample-counts",
+        type=int,
+        metavar="SEED",
+        help="of a model on counts: cells drawn with this seed, with the noise of counts that real cells have",
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="sentences in one forward pass")
     parser.add_argument("--input", help="read cells from X, layers/NAME or obsm/NAME instead of the model's own choice")
     parser.add_argument(
@@ -80,6 +86,7 @@ def run(args: argparse.Namespace):
         batch_size=args.batch_size,
         missing_genes=args.missing_genes,
         input=args.input,
+        sample_counts=args.sample_counts,
         checkpoint=str(args.model),
         quiet=args.quiet,
     )

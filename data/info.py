@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from cellstate.cell_values import kind_of_values, matrix_of, some, take_rows
+from cellstate.cell_values import describe_reading, kind_of_values, matrix_of, some, take_rows
 from cellstate.configuration_state import closest
 from cellstate.data.manifest import STORE_FILE
 from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
@@ -239,10 +239,7 @@ def _describe_checkpoint(path: Path) -> str:
         return "\n".join([*lines, *_verdict(problems, "")])
     vocabulary = Vocabulary.from_file(path / VOCABULARY_FILE)
     settings = StateProcessor.from_pretrained(path)
-    reads = {
-        "log1p_cp10k": f"counts, scaled to {settings.target_sum:,g} per cell and log1p",
-        "none": {"log1p": "log1p expression", "counts": "counts", "embedding": "an embedding"}[settings.values],
-    }[settings.normalize]
+    reads = describe_reading(settings.normalize, settings.values, settings.target_sum)
     lines += [
         f"reads: {reads} from {settings.input}, {settings.feature_dim:,} features; sentences of {settings.set_size} cells",
         f"columns: perturbation {settings.perturbation_key!r} (control {settings.control!r}), context "

@@ -11,14 +11,7 @@ from torch.utils.data import Dataset
 from cellstate.configuration_state import closest
 from cellstate.data.cells import Cells
 from cellstate.data.group_sums import GroupSums
-from cellstate.modeling_perturbation import (
-    BATCH_IDS,
-    CELL_MASK,
-    CONTEXT_IDS,
-    CONTROL_CELLS,
-    GENE_LABELS,
-    LABELS,
-)
+from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS
 from cellstate.processing import StateProcessor
 
 

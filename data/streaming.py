@@ -19,14 +19,7 @@ from cellstate.data.cells import Cells
 from cellstate.data.group_sums import GroupSums
 from cellstate.data.stream_reading import START, CellBlock, CellKey, CellReader, CellStream, Position
 from cellstate.data.stream_survey import StreamSurvey, check_controls
-from cellstate.modeling_perturbation import (
-    BATCH_IDS,
-    CONTEXT_IDS,
-    CONTROL_CELLS,
-    GENE_LABELS,
-    LABELS,
-    PERTURBATION_IDS,
-)
+from cellstate.modeling_perturbation import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS
 
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cellstate.data.reading import AnnDataFile
+from cellstate.modeling_layers import UnseenWarning
 from cellstate.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
@@ -25,7 +26,6 @@ from cellstate.modeling_perturbation import (
     CONTROL_CELLS,
     LABELS,
     UnseenPerturbationError,
-    UnseenWarning,
 )
 from cellstate.processing import StateProcessor
 
@@ -61,6 +61,7 @@ def predict_file(
     batch_size: int = 8,
     missing_genes: str = "error",
     input: str | None = None,
+    sample_counts: int | None = None,
     checkpoint: str | None = None,
     quiet: bool = False,
 ) -> dict[str, int]:
@@ -81,6 +82,8 @@ def predict_file(
         seed (`int`): of the draw and of how cells are put into sentences.
         batch_size (`int`): sentences in one forward pass.
         missing_genes, input: see [`StateProcessor.__call__`].
+        sample_counts (`int`, *optional*): of a model on counts, write cells drawn with this seed, with the noise of counts
+            that real cells have, and not its expectation.
 
     Returns:
         `dict[str, int]`: `cells` written, `contexts`, `perturbations`, and of the (context, perturbation) groups those
@@ -119,6 +122,10 @@ def predict_file(
         total = sum(len(arm.cells) for arm in arms)
         note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
         uns = processor.describe_output(model.config.gene_dim is not None, note, checkpoint)
+        generator = None
+        if sample_counts is not None:
+            uns["X"] += f", of counts drawn with seed {sample_counts}"
+            generator = torch.Generator(model.device).manual_seed(sample_counts)
         if model.is_ceiling:
             uns |= {"controls": "none", "ceiling": CEILING}
         unseen: dict[tuple[str, str], None] = {}
@@ -139,10 +146,15 @@ def predict_file(
                         for key, values in arm.encoded.items():
                             repeated = np.repeat(values[None], len(block), axis=0)
                             batch[key] = torch.from_numpy(repeated).to(model.device)
-                        outputs = model(**batch)
-                        if outputs.unseen is not None and outputs.unseen.any():
-                            unseen[arm.context, arm.perturbation] = None
-                        writer.write(arm.first + offset, outputs, batch[CELL_MASK].cpu().numpy(), cells)
+                        mask = batch[CELL_MASK].cpu().numpy()
+                        if generator is None:
+                            outputs = model(**batch)
+                            if outputs.unseen is not None and outputs.unseen.any():
+                                unseen[arm.context, arm.perturbation] = None
+                            writer.write(arm.first + offset, outputs, mask, cells)
+                        else:
+                            drawn = model.sample_counts(**batch, generator=generator).cpu().numpy()[mask]
+                            writer.write_main(arm.first + offset, processor.as_predicted(drawn), cells)
                         check_disk()
                         bar.update(len(cells))
                     offset += len(cells)
@@ -345,11 +357,14 @@ class _Writer:
         return dataset
 
     def write(self, first: int, outputs, mask: np.ndarray, controls: np.ndarray):
-        rows = slice(first, first + len(controls))
         predictions = outputs.predictions.float().cpu().numpy()[mask]
-        self.control[rows] = self.processor.as_predicted(controls)
         if self.decoded:
-            self.main[rows] = outputs.gene_predictions.float().cpu().numpy()[mask]
-            self.embedding[rows] = predictions
-        else:
-            self.main[rows] = predictions
+            self.embedding[first : first + len(controls)] = predictions
+            predictions = outputs.gene_predictions.float().cpu().numpy()[mask]
+        self.write_main(first, predictions, controls)
+
+    def write_main(self, first: int, predictions: np.ndarray, controls: np.ndarray):
+        """X and the control cells of some cells."""
+        rows = slice(first, first + len(controls))
+        self.main[rows] = predictions
+        self.control[rows] = self.processor.as_predicted(controls)

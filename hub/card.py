@@ -9,6 +9,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from cellstate._version import __version__
+from cellstate.cell_values import describe_reading
 from cellstate.configuration_families import FittedConfig
 from cellstate.configuration_state import PerturbationConfig
 from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
@@ -41,10 +42,6 @@ def render_card(
             figures = {m: f"{metrics[prefix + m]:.4f}" if prefix + m in metrics else "undefined" for m in METRICS}
             rows.append({"name": method, **figures})
     vocabulary = processor.vocabulary
-    reads = {
-        "log1p_cp10k": f"raw counts, which the processor scales to {processor.target_sum:g} per cell and log1p-transforms",
-        "none": {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values],
-    }[processor.normalize]
     held = run.data.splits or ", ".join(
         f"{name.replace('_', ' ')}: {', '.join(map(str, getattr(run.data, name)))}"
         for name in ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
@@ -64,7 +61,8 @@ def render_card(
         folder=folder,
         example=vocabulary.perturbations[0],
         processor=processor,
-        reads=reads,
+        reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
+        predicts=processor.predicted_values(config.gene_dim is not None),
         datasets=", ".join(_datasets(run)),
         features="dimensions of an embedding" if processor.values == "embedding" else "genes, " + processor.values,
         contexts=f"{len(vocabulary.contexts)}: " + ", ".join(vocabulary.contexts[:20]),
@@ -75,6 +73,8 @@ def render_card(
         if run.data.control_sentences and run.data.heldout_controls and not isinstance(config, FittedConfig)
         else "not used in training",
         results=rows,
+        # Of a path, which is nobody's business, the last part.
+        pretrained=os.path.basename(os.path.normpath(run.model["pretrained"])) if run.model.get("pretrained") else None,
         steps=_steps(config, state),
         versions=", ".join(
             f"{name} {version}"

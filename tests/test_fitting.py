@@ -403,3 +403,55 @@ def test_singles_never_measured_are_named(folder, tmp_path, capsys):
     # Held-out groups that it could not predict are an error of the run, before they are scored.
     with pytest.raises(UnseenPerturbationError, match=r"perturbations \['pert_1'\]: no training cells"):
         train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1"])
+
+
+def test_with_vectors_the_linear_family_predicts_what_was_never_measured(folder, tmp_path):
+    vectors = {"pert_0": [1.0, 0.5], "pert_1": [-1.0, 1.0], "pert_2": [0.5, -1.0]}
+    pd.DataFrame.from_dict(vectors, orient="index").to_csv(tmp_path / "vectors.csv")
+    path = run_yaml(folder, tmp_path / "run", "state-linear", "files")
+    content = yaml.safe_load(path.read_text())
+    content["data"] = {
+        "datasets": {"screen": str(folder / "screen.h5ad")},
+        "perturbation_features": str(tmp_path / "vectors.csv"),
+        "test_perturbations": ["pert_2"],
+    }
+    found = {}
+    for family in ("state-linear", "state-perturbation-mean", "state-context-mean"):
+        content["model"]["model_type"] = family
+        path.write_text(yaml.safe_dump(content))
+        found[family] = train.main([str(path), "--output_dir", str(tmp_path / family)])
+    linear = found["state-linear"]
+    assert abs(linear["test_mae"] - linear["test_no_change_mae"]) > 1e-3
+    unseen = found["state-perturbation-mean"]
+    assert unseen["test_mae"] == pytest.approx(unseen["test_no_change_mae"], rel=1e-6)
+    # Singles and the combination, whose vector is the sum of theirs, and the mean change of each.
+    weights = load_file(tmp_path / "state-perturbation-mean" / "model.safetensors")
+    features, changes = weights["entries"][1:].double().numpy(), weights["changes"][1:].double().numpy()
+    assert sorted(features.tolist()) == [[-1.0, 1.0], [0.0, 1.5], [1.0, 0.5]]
+    expected = np.linalg.solve(features.T @ features + 0.1 * np.eye(2), features.T @ changes)
+    weight = load_file(tmp_path / "state-linear" / "model.safetensors")["weight"]
+    np.testing.assert_allclose(weight.numpy(), expected, atol=1e-6)
+    content["model"]["model_type"] = "state-additive"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(
+        ValueError, match="found perturbation_dim=2; leave perturbation_features out, or use state-linear"
+    ):
+        train.main([str(path)])
+
+
+def test_embeddings_are_moved_and_not_clipped(folder, tmp_path):
+    adata = ad.read_h5ad(folder / "screen.h5ad")
+    adata.obsm["X_emb"] = np.random.default_rng(0).normal(size=(adata.n_obs, 5)).astype(np.float32)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    path = run_yaml(folder, tmp_path / "run", "state-perturbation-mean", "files")
+    content = yaml.safe_load(path.read_text())
+    content["data"] = {"datasets": {"screen": str(tmp_path / "screen.h5ad")}, "input": "obsm/X_emb"}
+    path.write_text(yaml.safe_dump(content))
+    train.main([str(path)])
+    model = AutoModel.from_pretrained(tmp_path / "run")
+    cells = torch.full((1, 2, 5), -3.0)
+    found = model(cells, perturbation_ids=torch.tensor([[1]])).predictions - cells
+    entry = model.entries.tolist().index([1, -1])
+    torch.testing.assert_close(found[0], model.changes[entry].expand(2, -1), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="gene_dim=40: state-perturbation-mean predicts the features that it reads"):
+        train.main([str(path), "--gene_input", "X"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cellstate import StateConfig
-from cellstate.modeling_perturbation import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
+from cellstate.modeling_layers import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -153,6 +153,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "config.json",
         "configuration_state.py",
         "model.safetensors",
+        "modeling_layers.py",
         "modeling_perturbation.py",
         "modeling_state.py",
         "processing.py",
@@ -217,6 +218,7 @@ def test_the_learning_rate_decays_by_epochs_and_resumes_in_step(screen, tmp_path
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"l2_weight_decay": True, "optim": "sgd"}, "turns AdamW into Adam, found optim='sgd'; use optim: adamw_torch"),
         ({"lr_decay_epochs": 0}, "lr_decay_epochs must be above 0, found 0"),
         ({"lr_decay_factor": 0.5}, "has no effect without lr_decay_epochs"),
         ({"lr_decay_epochs": 2, "lr_decay_factor": 1.5}, r"lr_decay_factor must lie in \(0, 1\], found 1.5"),
@@ -226,6 +228,6 @@ def test_the_learning_rate_decays_by_epochs_and_resumes_in_step(screen, tmp_path
         ),
     ],
 )
-def test_a_decay_that_cannot_be_meant_is_an_error(tmp_path, options, message):
+def test_an_option_that_cannot_be_meant_is_an_error(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         StateTrainingArguments(output_dir=str(tmp_path), **options)

@@ -16,8 +16,9 @@ class StateTrainingArguments(TrainingArguments):
     - every loss is logged as it is, NaN included
     - nothing is reported to outside services unless `report_to` asks for it
 
-    and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; and of a
-    checkpoint (`model.pretrained`) that is trained further,
+    and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
+    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); and of a checkpoint
+    (`model.pretrained`) that is trained further,
 
     - `lora_rank`: train low-rank adapters of this rank and leave the rest as it is; the run writes an adapter. Of them
       `lora_alpha` (default: the rank) over the rank scales what they add, `lora_dropout` is their dropout, `lora_mlp` puts
@@ -25,7 +26,7 @@ class StateTrainingArguments(TrainingArguments):
     - `freeze_backbone`: train all but the backbone
 
     Raises:
-        ValueError: a number is out of its range, or an option is without effect.
+        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], another number is out of its range, or an option is without effect.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -53,6 +54,7 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
+    l2_weight_decay: bool = field(default=False, metadata={"help": "Weight decay as a part of the gradient."})
     lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank alone."})
     lora_alpha: float | None = field(default=None, metadata={"help": "Scales the adapters: alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
@@ -62,6 +64,11 @@ class StateTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.l2_weight_decay and self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"l2_weight_decay turns AdamW into Adam, found optim={self.optim.value!r}; use optim: adamw_torch, or "
+                "l2_weight_decay: false"
+            )
         if self.lr_decay_epochs is not None:
             if self.lr_decay_epochs <= 0:
                 raise ValueError(f"lr_decay_epochs must be above 0, found {self.lr_decay_epochs}; null is no decay")

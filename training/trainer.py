@@ -125,6 +125,11 @@ class StateTrainer(Trainer):
         self.optimizer = optimizer([{"weight_decay": self.args.weight_decay, **group} for group in groups], **options)
         return self.optimizer
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return (torch.optim.Adam if args.l2_weight_decay else optimizer), options
+
     @property
     def steps_per_epoch(self) -> int:
         """

@@ -1,5 +1,6 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
+from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
 from cellstate.configuration_families import (
     AdditiveConfig,
     ContextMeanConfig,
@@ -9,15 +10,19 @@ from cellstate.configuration_families import (
     NeuralOTConfig,
     PerturbationMeanConfig,
     PseudobulkConfig,
+    ScGPTConfig,
 )
 from cellstate.configuration_state import PerturbationConfig, StateConfig
 from cellstate.training.objectives.base import Objective
+from cellstate.training.objectives.cpa import CPAObjective
 from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
 from cellstate.training.objectives.distributional import DistributionalObjective
 from cellstate.training.objectives.embed_sum import EmbedSumObjective
 from cellstate.training.objectives.energy import EnergyLoss, energy_distance
 from cellstate.training.objectives.fitted import FittedObjective
 from cellstate.training.objectives.mse import MSELoss
+from cellstate.training.objectives.scgpt import ScGPTObjective
+from cellstate.training.objectives.scvi import SCVIObjective
 from cellstate.training.objectives.sinkhorn import SinkhornLoss
 from cellstate.training.objectives.state import StateObjective
 
@@ -28,10 +33,13 @@ _OBJECTIVES = {
     NeuralOTConfig.model_type: DistributionalObjective,
     PseudobulkConfig.model_type: DistributionalObjective,
     DecoderOnlyConfig.model_type: DecoderOnlyObjective,
+    CPAConfig.model_type: CPAObjective,
+    SCVIConfig.model_type: SCVIObjective,
     PerturbationMeanConfig.model_type: FittedObjective,
     ContextMeanConfig.model_type: FittedObjective,
     LinearConfig.model_type: FittedObjective,
     AdditiveConfig.model_type: FittedObjective,
+    ScGPTConfig.model_type: ScGPTObjective,
 }
 
 
@@ -53,6 +61,7 @@ __all__ = [
     "EnergyLoss",
     "MSELoss",
     "Objective",
+    "ScGPTObjective",
     "SinkhornLoss",
     "StateObjective",
     "energy_distance",

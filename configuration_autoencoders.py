@@ -1,0 +1,263 @@
+"""Configurations of the families that encode a cell, and decode a distribution of expression."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_state import NetworkConfig
+
+
+@strict
+class CountsConfig(NetworkConfig):
+    r"""
+    What the families that model raw counts share: they read counts, and predict log1p expression like the others. The
+    fields of [`NetworkConfig`], and:
+
+    Args:
+        likelihood (`str`, *optional*, defaults to `"zinb"`):
+            Distribution of a count.
+
+            - `"nb"`: negative binomial, with one inverse dispersion for each gene
+            - `"zinb"`: the same, with additional zeros
+        prediction (`str`, *optional*, defaults to `"mean_log1p"`):
+            What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
+
+            - `"mean_log1p"`: the mean of its log1p expression, what the mean of observed cells estimates
+            - `"log1p_mean"`: log1p of its mean expression, as published. Above the former, most where counts are few:
+              figures of observed log1p cells are then far from its own
+        library_size (`float`, *optional*, defaults to 10,000):
+            Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
+    """
+
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "likelihood": ("nb", "zinb"),
+        "prediction": ("mean_log1p", "log1p_mean"),
+    }
+
+    likelihood: str = "zinb"
+    prediction: str = "mean_log1p"
+    library_size: float | int | None = 10_000
+
+    @property
+    def reads_counts(self) -> bool:
+        return True
+
+    def _check(self):
+        super()._check()
+        if self.library_size is not None and not 0 < self.library_size < float("inf"):
+            raise ValueError(f"library_size must be a number above 0, or None, found {self.library_size}")
+        predicts_genes = self.output_dim == self.input_dim and self.gene_dim is None and self.nonnegative_output
+        if self.reads_counts and not predicts_genes:
+            raise ValueError(
+                "this model reads counts of genes and predicts log1p expression of the same genes: expected output_dim == "
+                f"input_dim, no gene_dim and nonnegative_output, found output_dim={self.output_dim}, input_dim="
+                f"{self.input_dim}, gene_dim={self.gene_dim}, nonnegative_output={self.nonnegative_output}; leave them out"
+            )
+
+
+@strict
+class SCVIConfig(CountsConfig):
+    r"""
+    Configuration of [`SCVIForPerturbation`], a conditional variational autoencoder on counts. The fields of
+    [`CountsConfig`], with the published sizes as defaults, and:
+
+    Args:
+        latent_dim (`int`, *optional*, defaults to 84):
+            Width of the latent state of a cell.
+        num_encoder_layers, num_decoder_layers (`int`, *optional*, defaults to 2):
+            Hidden layers of encoder and decoder: linear, batch normalisation, activation, in the encoder dropout.
+        context_embedding_dim (`int`, *optional*, defaults to 32), batch_embedding_dim (`int`, *optional*, defaults to 16),
+        perturbation_embedding_dim (`int`, *optional*, defaults to 64):
+            Widths of what the decoder is told beside the latent state.
+        kl_warmup_epochs (`float`, *optional*, defaults to 400), kl_warmup_steps (`int`, *optional*):
+            The KL divergence's weight rises from 0 to 1 in so many epochs, or optimiser steps; one of them is set. 0: it
+            is 1 throughout.
+
+    Example:
+    ```python
+    >>> SCVIConfig.from_preset("published", input_dim=2000, num_perturbations=25).kl_warmup_epochs
+    400
+    ```
+    """
+
+    model_type = "state-scvi"
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
+        "published": {},
+    }
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-4,
+        "weight_decay": 4e-7,
+        "lr_decay_epochs": 25,
+        "lr_decay_factor": 0.9,
+    }
+
+    hidden_size: int = 512
+    hidden_act: str = "relu"
+    latent_dim: int = 84
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    context_embedding_dim: int = 32
+    batch_embedding_dim: int = 16
+    perturbation_embedding_dim: int = 64
+    kl_warmup_epochs: float | int | None = None
+    kl_warmup_steps: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.kl_warmup_epochs is None and self.kl_warmup_steps is None:
+            self.kl_warmup_epochs = 400
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def sizes(cls, processor) -> dict:
+        processor.check_counts()
+        return super().sizes(processor)
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "latent_dim", "num_encoder_layers", "num_decoder_layers")
+        self._check_at_least(1, "context_embedding_dim", "batch_embedding_dim", "perturbation_embedding_dim")
+        if self.kl_warmup_epochs is not None and self.kl_warmup_steps is not None:
+            raise ValueError(
+                f"set one of kl_warmup_epochs and kl_warmup_steps, found {self.kl_warmup_epochs} and {self.kl_warmup_steps}"
+            )
+        self._check_range("kl_warmup_epochs" if self.kl_warmup_steps is None else "kl_warmup_steps", 0)
+
+
+@strict
+class CPAConfig(CountsConfig):
+    r"""
+    Configuration of [`CPAForPerturbation`], the compositional perturbation autoencoder. The fields of [`CountsConfig`],
+    with the published sizes as defaults, and:
+
+    Args:
+        latent_dim (`int`, *optional*, defaults to 84):
+            Width of the latent state of a cell, and of the effects that are added to it.
+        num_encoder_layers (`int`, *optional*, defaults to 5), num_decoder_layers (`int`, *optional*, defaults to 4):
+            Layers of the encoder, the last of width `latent_dim`, and hidden layers of the decoder.
+        doser (`str`, *optional*, defaults to `"linear"`):
+            How far a perturbation's effect goes at a dose; monotone in the dose, and 0 at dose 0.
+
+            - `"linear"`: as far as the dose (its slope is the length of the perturbation's own learned vector)
+            - `"sigmoid"`: `sigmoid(slope * dose + offset) - sigmoid(offset)`, slope above 0 and offset learned for each
+              perturbation; needs `num_perturbations`
+        likelihood (`str`, *optional*, defaults to `"gauss"`):
+            Distribution of a gene in a perturbed cell.
+
+            - `"gauss"`: normal, of log1p expression or an embedding
+            - `"nb"`, `"zinb"`: of raw counts, see [`CountsConfig`], whose other fields are for these alone
+        adversary_hidden_size (`int`, *optional*, defaults to 128), num_adversary_layers (`int`, *optional*, defaults to 3),
+        adversary_dropout (`float`, *optional*, defaults to 0.25):
+            Of the classifiers that tell perturbation, context and batch from the basal state.
+        adversarial_weight (`float`, *optional*, defaults to 15.0):
+            Greatest weight of the adversaries' cross-entropy in the autoencoder's loss.
+        adversary_warmup_steps (`int`, *optional*, defaults to 50,000):
+            Optimiser steps in which the autoencoder does not hear of the adversaries (which are trained from the start).
+        adversary_ramp_steps (`int`, *optional*, defaults to 50,000):
+            Optimiser steps after those in which the weight rises to `adversarial_weight`. 0: at once.
+        penalty_weight (`float`, *optional*, defaults to 20.0):
+            Weight of the adversaries' gradient penalty.
+        adversary_learning_rate, adversary_weight_decay (`float`, *optional*):
+            Of the adversaries. None: those of the run.
+
+    Example:
+    ```python
+    >>> CPAConfig.from_preset("published", input_dim=2000, num_perturbations=25, num_contexts=7).adversaries
+    {'perturbation': 26, 'context': 7}
+    ```
+    """
+
+    model_type = "state-cpa"
+    _choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        **CountsConfig._choices,
+        "doser": ("linear", "sigmoid"),
+        "likelihood": ("gauss", "nb", "zinb"),
+    }
+    presets: ClassVar[dict[str, dict]] = {
+        "tiny": {
+            "hidden_size": 64,
+            "latent_dim": 16,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 2,
+            "adversary_hidden_size": 32,
+            "num_adversary_layers": 2,
+            "adversary_warmup_steps": 100,
+            "adversary_ramp_steps": 100,
+            "set_size": 32,
+        },
+        "published": {},
+    }
+    training_defaults: ClassVar[dict] = {
+        "learning_rate": 5e-4,
+        "weight_decay": 4e-7,
+        "l2_weight_decay": True,
+        "lr_decay_epochs": 25,
+        "max_grad_norm": 0.0,
+    }
+
+    hidden_size: int = 1024
+    hidden_act: str = "relu"
+    hidden_dropout: float | int = 0.2
+    latent_dim: int = 84
+    num_encoder_layers: int = 5
+    num_decoder_layers: int = 4
+    doser: str = "linear"
+    likelihood: str = "gauss"
+    adversary_hidden_size: int = 128
+    num_adversary_layers: int = 3
+    adversary_dropout: float | int = 0.25
+    adversarial_weight: float | int = 15.0
+    adversary_warmup_steps: int = 50_000
+    adversary_ramp_steps: int = 50_000
+    penalty_weight: float | int = 20.0
+    adversary_learning_rate: float | int | None = None
+    adversary_weight_decay: float | int | None = None
+
+    @property
+    def adversaries(self) -> dict[str, int]:
+        """
+        Classes of each adversary. Perturbations by id: each of them, and last the control; perturbations by features have
+        no classes. Contexts and batches: where there are several.
+        """
+        classes = {}
+        if self.num_perturbations is not None:
+            classes["perturbation"] = self.num_perturbations + 1
+        for name, number in (("context", self.num_contexts), ("batch", self.num_batches)):
+            if number is not None and number > 1:
+                classes[name] = number
+        return classes
+
+    @property
+    def reads_counts(self) -> bool:
+        return self.likelihood != "gauss"
+
+    def _check(self):
+        super()._check()
+        self._check_at_least(1, "latent_dim", "num_encoder_layers", "num_decoder_layers")
+        self._check_at_least(1, "adversary_hidden_size", "num_adversary_layers")
+        self._check_at_least(0, "adversary_warmup_steps", "adversary_ramp_steps")
+        self._check_range("adversary_dropout", 0, 1, upper_open=True)
+        for name in ("adversarial_weight", "penalty_weight", "adversary_learning_rate", "adversary_weight_decay"):
+            if getattr(self, name) is not None:
+                self._check_range(name, 0)
+        if not self.reads_counts and (self.library_size, self.prediction) != (10_000, "mean_log1p"):
+            raise ValueError(
+                f"library_size={self.library_size} and prediction={self.prediction!r} are options of models on counts and "
+                "have no effect with likelihood='gauss'; leave them out, or set likelihood to 'nb' or 'zinb'"
+            )
+        if self.gene_dim is not None:
+            raise ValueError(
+                f"gene_dim={self.gene_dim}: this model has no gene decoder; leave gene_input out, and read expression "
+                "(input: X) to predict it"
+            )
+        if self.doser == "sigmoid" and self.num_perturbations is None:
+            raise ValueError(
+                f"doser='sigmoid' learns a dose response for each perturbation and needs num_perturbations, found "
+                f"perturbation_dim={self.perturbation_dim}; use doser='linear', and features scaled by the dose"
+            )
+
+
+for _config in (CPAConfig, SCVIConfig):
+    _config.register_for_auto_class()
+
+__all__ = ["CPAConfig", "CountsConfig", "SCVIConfig"]
