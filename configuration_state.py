@@ -134,6 +134,10 @@ class PerturbationConfig(PreTrainedConfig):
             sizes["gene_dim"] = len(vocabulary.genes)
         return sizes
 
+    def fields_of_vocabulary(self, vocabulary) -> dict:
+        """Fields of a family that say where names stand in a [`Vocabulary`], for one that is to have these names."""
+        return {}
+
     @classmethod
     def fields_from_names(cls, processor, fields: dict) -> dict:
         """

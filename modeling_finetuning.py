@@ -1,17 +1,20 @@
 """What a checkpoint needs to be trained further: rows and columns that follow a vocabulary, and where adapters go."""
 
 import copy
+import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
 
 from .configuration_state import closest
 
 
 # What the rows or columns of a tensor stand for: one of the lists of a vocabulary, or the features of a cell.
 GENES, PERTURBATIONS, CONTEXTS, BATCHES = "genes", "perturbations", "contexts", "batches"
-FEATURES = "features"
+FEATURES, PERTURBATIONS_AND_CONTROL = "features", "perturbations and control"
 _SIZES = {PERTURBATIONS: "num_perturbations", CONTEXTS: "num_contexts", BATCHES: "num_batches"}
 
 
@@ -58,14 +61,21 @@ class FineTuningMixin:
     _adapted_parts: tuple[str, ...] = ()
     _attention_layers: tuple[str, ...] = ()
     _feed_forward_layers: tuple[str, ...] = ()
+    # The revision of its repository that it was loaded from; whether it was resized since.
+    _revision: str | None = None
+    _resized = False
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         """
         The tensors with a row or column for each name: name in the state dict to what its axes stand for, axis to
-        `"genes"`, `"perturbations"`, `"contexts"`, `"batches"`, or `"features"` of a cell: genes, or the dimensions of
-        an embedding.
+        `"genes"`, `"perturbations"`, `"contexts"`, `"batches"`; `"perturbations and control"`, the control last; or
+        `"features"` of a cell: genes, or the dimensions of an embedding.
         """
         return {}
+
+    def parts_with_adapters(self) -> list[str]:
+        """Parts that are trained whole beside adapters, as they keep figures of the cells: batch normalisation."""
+        return [name for name, module in self.named_modules() if isinstance(module, nn.BatchNorm1d)]
 
     def resize_vocabulary(self, old, new) -> VocabularyChange:
         r"""
@@ -74,7 +84,9 @@ class FineTuningMixin:
 
         Predictions of what was known do not change: of perturbations by id, contexts and batches to the bit. With other
         genes, the kept genes are predicted to rounding as before where genes that were added or dropped are not
-        expressed (0) in the control cells. Perturbations that a model takes as feature vectors have no row: nothing is
+        expressed (0) in the control cells. (Except where a family has the genes depend on one another: of models on counts
+        the shares of the kept genes keep their ratios, as all genes together share out a cell's total; tokens of genes that
+        attend to one another keep their embeddings alone.) Perturbations that a model takes as feature vectors have no row: nothing is
         done for them. A context or batch that is in neither vocabulary (id -1) is given the mean of the known rows by
         the families that take one; added rows leave it what it was, to rounding.
 
@@ -96,6 +108,7 @@ class FineTuningMixin:
         axes = self.vocabulary_axes()
         # The features of a model on embeddings are dimensions, which have no names.
         of_features = None if config.gene_dim is not None or not lists[GENES][0] else GENES
+        kinds_of_rows = {**lists, PERTURBATIONS_AND_CONTROL: tuple([*names, None] for names in lists[PERTURBATIONS])}
         state, resized, grown = self.state_dict(), {}, []
         for name, kinds in axes.items():
             if name not in state:
@@ -105,13 +118,14 @@ class FineTuningMixin:
                 )
             for axis, kind in kinds.items():
                 kind = of_features if kind == FEATURES else kind
-                if kind is None or lists[kind][0] == lists[kind][1]:
+                if kind is None or kinds_of_rows[kind][0] == kinds_of_rows[kind][1]:
                     continue
-                before, after = lists[kind]
+                before, after = kinds_of_rows[kind]
                 resized[name] = _laid_out(resized.get(name, state[name]), axis, before, after)
                 if not set(after) <= set(before) and name not in grown:
                     grown.append(name)
         config = copy.deepcopy(config)
+        sizes |= config.fields_of_vocabulary(new)
         for name, size in sizes.items():
             setattr(config, name, size)
         config._check()
@@ -122,6 +136,7 @@ class FineTuningMixin:
         shapes = {name: (state[name].shape, tensor.shape) for name, tensor in resized.items()}
         for name, tensor in resized.items():
             self._replace_tensor(name, tensor)
+        self._resized = True
         names = {}
         for kind, (before, after) in lists.items():
             known, wanted = set(before), set(after)
@@ -192,6 +207,20 @@ class FineTuningMixin:
         elif isinstance(module, nn.Embedding):
             module.num_embeddings = len(module.weight)
 
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """
+        As in [`PreTrainedModel`]. A model as its checkpoint has it is first resized to the vocabulary that lies beside the
+        adapter, so that an adapter with rows of new names loads by its name alone.
+        """
+        if peft_model_id is not None and self.name_or_path and not self._resized and not self._hf_peft_config_loaded:
+            load_config = kwargs.get("load_config")  # of a model that is being loaded
+            revision = self._revision if load_config is None else load_config.download_kwargs.get("revision")
+            of_adapter = _vocabulary_of(peft_model_id, kwargs.get("adapter_kwargs") or {})
+            own = _vocabulary_of(self.name_or_path, {"revision": revision})
+            if own is not None and of_adapter is not None and own != of_adapter:
+                self.resize_vocabulary(own, of_adapter)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
     def lora_targets(self, feed_forward: bool = False) -> list[str]:
         """
         Names of the linear layers that low-rank adapters (Hu et al. 2022, LoRA) are put beside: those of the backbone's
@@ -220,6 +249,21 @@ class FineTuningMixin:
             )
         return names
 
+    def freeze_backbone(self):
+        """
+        Keep the backbone as it is; encoders and heads are trained. Loading makes every parameter a trainable one again.
+
+        Raises:
+            ValueError: the family has no backbone.
+        """
+        if not self._attention_layers:
+            raise ValueError(
+                f"{self.config.model_type} has no backbone that could be frozen; its parts are "
+                f"{[name for name, _ in self.named_children()]}"
+            )
+        for part in self._adapted_parts:
+            self.get_submodule(part).requires_grad_(False)
+
     def submodules(self, names: list[str]) -> list[str]:
         """
         These names, which a person gave, of parts of the model.
@@ -235,7 +279,17 @@ class FineTuningMixin:
         return list(names)
 
 
-def _laid_out(tensor: torch.Tensor, axis: int, before: list[str], after: list[str]) -> torch.Tensor:
+def _vocabulary_of(name: str, hub: dict) -> SimpleNamespace | None:
+    """The lists in a checkpoint's or adapter's `vocabulary.json`; None where it has none."""
+    hub = {key: value for key, value in hub.items() if key in ("revision", "token", "cache_dir", "local_files_only")}
+    path = cached_file(name, "vocabulary.json", **hub, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return SimpleNamespace(**json.load(file))
+
+
+def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> torch.Tensor:
     """Rows (`axis` 0) or columns (1) of the names `before` to those of `after`; an added one is the mean of all before."""
     place = {name: i for i, name in enumerate(before)}
     source = torch.tensor([place.get(name, -1) for name in after], device=tensor.device)

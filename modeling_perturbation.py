@@ -139,6 +139,7 @@ class PerturbationPreTrainedModel(FineTuningMixin, PreTrainedModel):
         """As in [`PreTrainedModel`]. A loaded model predicts what the saved one did, bit for bit on the same machine."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        model._revision = kwargs.get("revision")
         # Weights mapped from a file lie at its offsets, and on a CPU the rounding of a matrix product depends on how
         # its operands are aligned. A copy in memory of its own is aligned as in training.
         for tensor in chain(model.parameters(), model.buffers()):

@@ -19,7 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from cellstate import FAMILIES
 from cellstate.cell_values import describe_reading
-from cellstate.configuration_families import ScGPTConfig
 from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
@@ -32,7 +31,7 @@ from cellstate.hub.stores import open_store
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
 from cellstate.training.lora import add_adapter, freeze_backbone
-from cellstate.training.pretrained import NAMING, Pretrained, config_of
+from cellstate.training.pretrained import NAMING, Pretrained, config_of, is_published
 from cellstate.training.run_config import RunConfig, load_run_config
 from cellstate.training.stream_run import from_stream
 from cellstate.training.trainer import StateTrainer
@@ -41,8 +40,6 @@ from cellstate.training.trainer import StateTrainer
 logger = logging.getLogger("cellstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
-# Families that can start from a folder of published weights, `pretrained` in the model section.
-FROM_PUBLISHED = (ScGPTConfig.model_type,)
 
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
@@ -76,7 +73,7 @@ def config_class(model: dict) -> type[PerturbationConfig]:
     The config of the family that a model section names, or of the checkpoint that it names; of the State transition model
     where it names neither.
     """
-    if model.get("pretrained") is not None:
+    if model.get("pretrained") is not None and not is_published(model):
         return type(config_of(model))
     name = model.get("model_type", DEFAULT_FAMILY)
     if name not in FAMILIES:
@@ -126,13 +123,14 @@ def check_further(run: RunConfig):
     Raises:
         ValueError: options of training a checkpoint further are set, and the run names none, or is on a stream.
     """
-    if run.model.get("pretrained") is None:
+    if run.model.get("pretrained") is None or is_published(run.model):
         asked = [f"training.{name}" for name in ("lora_rank", "freeze_backbone") if run.training.get(name)]
         asked += ["data.controls_only"] if run.data.controls_only else []
         asked += ["model.pretrained_revision"] if run.model.get("pretrained_revision") is not None else []
         if asked:
             raise ValueError(
-                f"{', '.join(asked)}: is for a checkpoint that is trained further; name one in model.pretrained"
+                f"{', '.join(asked)}: is for a checkpoint that is trained further; name one that this package wrote in "
+                "model.pretrained"
             )
     elif run.stream.path is not None:
         raise ValueError(
@@ -147,7 +145,7 @@ def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrain
         return pretrained.config_for(run.model)
     fields = {name: value for name, value in run.model.items() if name not in ("model_type", *NAMING)}
     preset, family = fields.pop("preset", None), config_class(run.model)
-    if run.model.get("pretrained") is not None:
+    if is_published(run.model):
         fields |= published_fields(run.model["pretrained"], {**family.presets.get(preset, {}), **fields})
     sizes = {**family.sizes(processor), **family.fields_from_names(processor, fields)}
     for name in sizes:
@@ -301,7 +299,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     model = family(config) if pretrained is None else further(pretrained, config, processor, args)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
-    if run.model.get("pretrained") is not None:
+    if is_published(run.model):
         logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
     trainer = StateTrainer(
         model,

@@ -210,6 +210,8 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         run(folder, "x", "second", {}, {"pretrained": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="expected a checkpoint, found a folder without config.json"):
         run(folder, "x", "second", {}, {"pretrained": str(tmp_path)})
+    with pytest.raises(ValueError, match="model.pretrained_revision='v1' is of a Hub repository, .*base is a folder"):
+        run(folder, "x", "second", {}, {"pretrained": str(folder / "base"), "pretrained_revision": "v1"})
     run(folder, "fitted", "first", {}, {"model_type": "state-perturbation-mean"})
     with pytest.raises(
         ValueError, match="state-perturbation-mean is fitted in one pass, there is nothing to train further"
@@ -219,7 +221,7 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         ("training.lora_rank", {"lora_rank": 4}),
         ("training.freeze_backbone", {"freeze_backbone": True}),
     ):
-        with pytest.raises(ValueError, match=f"{field}: is for a checkpoint that is trained further; name one in"):
+        with pytest.raises(ValueError, match=f"{field}: is for a checkpoint that is trained further; name one that"):
             run(folder, "x", "first", {}, {"preset": "tiny"}, **options)
     with pytest.raises(ValueError, match="data.controls_only: is for a checkpoint that is trained further"):
         run(folder, "x", "first", {"controls_only": True}, {"preset": "tiny"})
@@ -327,13 +329,25 @@ def test_peft_loads_an_adapter_on_a_resized_base(folder, adapter, merged):
     torch.testing.assert_close(predictions(model, processor, folder / "second.h5ad"), expected, atol=1e-5, rtol=0)
 
 
-def test_an_adapter_without_new_names_loads_by_its_own_name(folder):
+def test_an_adapter_loads_by_its_name_alone(folder, adapter, merged):
+    """Its base model is found and resized to its vocabulary, where it has new names."""
     run(folder, "same_names", "first", lora_rank=2)
     assert json.loads((folder / "same_names" / "adapter_config.json").read_text())["modules_to_save"] is None
-    model = AutoModel.from_pretrained(folder / "same_names")
     adapted, processor = load_adapter(str(folder / "same_names"))
     expected = predictions(adapted, processor, folder / "second.h5ad")
-    torch.testing.assert_close(predictions(model, processor, folder / "second.h5ad"), expected, atol=1e-5, rtol=0)
+    found = predictions(AutoModel.from_pretrained(folder / "same_names"), processor, folder / "second.h5ad")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    processor = AutoProcessor.from_pretrained(adapter)
+    model = AutoModel.from_pretrained(adapter)
+    assert model.config.num_perturbations == 4
+    expected = predictions(AutoModel.from_pretrained(merged), processor, folder / "second.h5ad", "pert_3")
+    found = predictions(model, processor, folder / "second.h5ad", "pert_3")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    model = AutoModel.from_pretrained(folder / "base")
+    model.load_adapter(str(adapter))
+    torch.testing.assert_close(
+        predictions(model, processor, folder / "second.h5ad", "pert_3"), expected, atol=1e-5, rtol=0
+    )
 
 
 def test_prediction_takes_an_adapter(folder, adapter, merged):
@@ -438,6 +452,38 @@ def test_every_layer_but_adapters_and_named_parts_is_frozen(folder):
         add_adapter(AutoModel.from_pretrained(folder / "base"), args, ["dispersion"], None)
 
 
+@pytest.mark.parametrize(
+    ("family", "data", "fields"),
+    [
+        ("state-embed-sum", {}, {}),
+        ("state-scvi", {"normalize": "none"}, {}),
+        ("state-cpa", {}, {}),
+        ("state-scgpt", {}, {"perturbation_type": "chemical"}),
+    ],
+)
+def test_every_kind_of_family_has_adapters(folder, tmp_path, family, data, fields):
+    """Running figures of batch normalisation are a part of what is learned, and of the adapter."""
+    section = {"model_type": family, "preset": "tiny", "set_size": 8, **fields}
+    run(folder, family, "first", {"batch_key": "batch", **data}, section, max_steps=1)
+    run(folder, f"{family}-lora", "second", {}, {"pretrained": str(folder / family)}, lora_rank=2, max_steps=3)
+    adapted, processor = load_adapter(str(folder / f"{family}-lora"))
+    merged = tmp_path / "merged"
+    assert cellstate_cli.main(["merge", str(folder / f"{family}-lora"), str(merged)]) == 0
+    model = AutoModel.from_pretrained(merged)
+    expected = predictions(adapted, processor, folder / "second.h5ad", "pert_3")
+    found = predictions(model, processor, folder / "second.h5ad", "pert_3")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    before, after = weights(folder / family), weights(merged)
+    changed = {
+        name
+        for name in before
+        if before[name].shape == after[name].shape and not torch.equal(before[name], after[name])
+    }
+    assert changed
+    norms = {name for name in before if name.endswith("running_mean") and not name.startswith("adversaries")}
+    assert norms <= changed and bool(norms) == (family != "state-embed-sum")
+
+
 def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
     """Both on the Hub, the base by the revision that the adapter was trained on."""
     api = HfApi()
@@ -445,7 +491,7 @@ def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
         api.create_repo(f"ada/{name}")
     revision = api.upload_folder(repo_id="ada/base", folder_path=folder / "base").oid
     run(folder, "newer", "first", {"batch_key": "batch"}, {"preset": "tiny", "set_size": 8}, max_steps=1, seed=1)
-    api.upload_folder(repo_id="ada/base", folder_path=folder / "newer")
+    newest = api.upload_folder(repo_id="ada/base", folder_path=folder / "newer").oid
     local = tmp_path / "adapter"
     shutil.copytree(adapter, local)
     saved = json.loads((local / "adapter_config.json").read_text())
@@ -454,7 +500,7 @@ def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
     api.upload_folder(repo_id="ada/adapter", folder_path=local)
     content = {
         "data": {"datasets": {"screen": str(folder / "second.h5ad")}},
-        "model": {"pretrained": "ada/base", "pretrained_revision": revision},
+        "model": {"pretrained": "ada/base", "pretrained_revision": "main"},
         "training": {**TRAINING, "output_dir": str(tmp_path / "run"), "lora_rank": 2, "max_steps": 1},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
@@ -471,7 +517,7 @@ train.main([sys.argv[2]])
     one, other = weights(tmp_path / "out"), weights(merged)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
-    assert (saved["base_model_name_or_path"], saved["revision"]) == ("ada/base", revision)
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("ada/base", newest)
 
 
 # Less than everything
@@ -488,7 +534,7 @@ def test_a_frozen_backbone_keeps_its_weights(folder):
     }
     assert still == {name for name in before if name.startswith("backbone.")}
     run(folder, "sum", "first", {}, {"model_type": "state-embed-sum", "preset": "tiny", "set_size": 8}, max_steps=1)
-    with pytest.raises(ValueError, match="state-embed-sum has no backbone, its parts are"):
+    with pytest.raises(ValueError, match="state-embed-sum has no backbone that could be frozen; its parts are"):
         run(folder, "x", "second", {}, {"pretrained": str(folder / "sum")}, freeze_backbone=True)
 
 

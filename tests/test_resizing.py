@@ -13,7 +13,7 @@ from cellstate.processing import PerturbationFeatures, Vocabulary
 
 
 OLD = Vocabulary(
-    genes=[f"g{i}" for i in range(9)],
+    genes=["STAT1", "MAP2K6", "g2", "KLF1", "IRF1", "g5", "g6", "g7", "g8"],
     perturbations=["KLF1", "MAP2K6", "STAT1"],
     contexts=["k562", "rpe1"],
     batches=["b0", "b1"],
@@ -31,7 +31,14 @@ CASES = {
     "state-neural-ot": ("state-neural-ot", {}),
     "state-pseudobulk": ("state-pseudobulk", {"batch_encoder": True}),
     "state-decoder-only": ("state-decoder-only", EMBEDDED),
+    "state-cpa": ("state-cpa", {"doser": "sigmoid"}),
+    "state-cpa on counts": ("state-cpa", {"likelihood": "zinb"}),
+    "state-scvi": ("state-scvi", {}),
+    "state-scgpt, drugs": ("state-scgpt", {"perturbation_type": "chemical"}),
+    "state-scgpt": ("state-scgpt", {"perturbed_genes": [3, 1, 0]}),
 }
+# What is predicted of a gene depends on which others there are.
+TOGETHER = ("state-cpa on counts", "state-scvi", "state-scgpt", "state-scgpt, drugs")
 
 
 def model_of(case: str, **overrides):
@@ -75,14 +82,19 @@ def test_each_axis_that_follows_names_is_declared(case):
     on_embeddings = model.config.gene_dim is not None
     sizes = {"perturbations": "num_perturbations", "contexts": "num_contexts", "batches": "num_batches"}
     sizes |= {"genes": "gene_dim" if on_embeddings else "input_dim"}
+    of_features = "dimensions" if on_embeddings else "genes"
+    named = {"features": of_features, "perturbations and control": "perturbations"}
     declared, found = {}, {}
     for name, axes in model.vocabulary_axes().items():
         for axis, kind in axes.items():
-            kind = {"features": "dimensions" if on_embeddings else "genes"}.get(kind, kind)
+            kind = named.get(kind, kind)
             if kind != "dimensions":
                 declared.setdefault(kind, set()).add((name, axis))
     for kind, size in sizes.items():
-        other = model_of(case, **{size: getattr(model.config, size) + 1}).state_dict()
+        larger = {size: getattr(model.config, size) + 1}
+        if case == "state-scgpt" and kind == "perturbations":
+            larger["perturbed_genes"] = [3, 1, 0, 4]
+        other = model_of(case, **larger).state_dict()
         for name, tensor in model.state_dict().items():
             differing = [axis for axis in range(tensor.dim()) if tensor.shape[axis] != other[name].shape[axis]]
             for axis in differing:
@@ -98,18 +110,21 @@ def test_added_names_leave_old_predictions_as_they_were_to_the_bit(case):
     change = model.resize_vocabulary(OLD, OLD.merged(FURTHER))
     assert torch.equal(predict(model, batch), expected)
     assert model.config.num_perturbations == 4 and model.config.num_contexts == 3 and model.config.num_batches == 3
-    declared = {
-        name for name, axes in model.vocabulary_axes().items() if set(axes.values()) & {"perturbations", "batches"}
-    }
-    assert set(change.grown) == set(change.tensors) == declared
+    follows = {name: axes[0] for name, axes in model.vocabulary_axes().items() if 0 in axes}
+    declared = {name: kind for name, kind in follows.items() if kind not in ("genes", "features")}
+    assert set(change.grown) == set(change.tensors) == set(declared)
     for name, tensor in model.state_dict().items():
         if name not in declared:
             assert torch.equal(tensor, before[name])
             continue
-        assert torch.equal(tensor[: len(before[name])], before[name])
-        # What is new starts from the mean of the known.
-        torch.testing.assert_close(tensor[-1], before[name].mean(dim=0), atol=0, rtol=0)
         assert change.tensors[name] == (before[name].shape, tensor.shape)
+        # What is new starts from the mean of the known; the control of a classifier stays the last.
+        old, new = before[name], tensor
+        if declared[name] == "perturbations and control":
+            assert torch.equal(new[-1], old[-1])
+            old, new = old[:-1], new[:-1]
+        assert torch.equal(new[: len(old)], old) and len(new) == len(old) + 1
+        torch.testing.assert_close(new[-1], before[name].mean(dim=0), atol=0, rtol=0)
 
 
 def test_a_new_perturbation_is_predicted_as_the_mean_one():
@@ -146,47 +161,84 @@ def test_rows_follow_their_names_wherever_they_stand():
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+OTHER_GENES = ["g7", "x0", "g2", "KLF1", "x1", "STAT1", "g8", "IRF1", "MAP2K6", "g6", "x2"]  # without g5
+KEPT_NEW = [i for i, name in enumerate(OTHER_GENES) if name in OLD.genes]
+KEPT_OLD = [OLD.genes.index(OTHER_GENES[i]) for i in KEPT_NEW]
+
+
+def batches_of_genes(model) -> tuple[dict, dict]:
+    """The same cells, in which the dropped and the added genes are silent, in the old genes and in the others."""
+    before = batch_of(model)
+    after = dict(before)
+    for key in ("control_cells", "labels"):
+        before[key][..., OLD.genes.index("g5")] = 0
+        after[key] = torch.zeros(3, 4, len(OTHER_GENES))
+        after[key][..., KEPT_NEW] = before[key][..., KEPT_OLD]
+    return before, after
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in TOGETHER])
 def test_kept_genes_are_predicted_as_before_where_the_others_are_silent(case):
     model = model_of(case)
-    genes = ["g7", "x0", "g2", "g3", "x1", "g0", "g8", "g5", "g4", "g6", "x2"]  # without g1
-    kept_new = [i for i, name in enumerate(genes) if name in OLD.genes]
-    kept_old = [OLD.genes.index(genes[i]) for i in kept_new]
-    batch = batch_of(model)
     on_genes = model.config.gene_dim is None
+    before, after = batches_of_genes(model) if on_genes else (batch_of(model), batch_of(model))
+    expected = predict(model, before)[..., KEPT_OLD]
+    change = model.resize_vocabulary(OLD, Vocabulary(OTHER_GENES, OLD.perturbations, OLD.contexts, OLD.batches))
     if on_genes:
-        for key in ("control_cells", "labels"):
-            batch[key][..., 1] = 0
-    expected = predict(model, batch)[..., kept_old]
-    new = Vocabulary(genes, OLD.perturbations, OLD.contexts, OLD.batches)
-    change = model.resize_vocabulary(OLD, new)
-    if on_genes:
-        for key in ("control_cells", "labels"):
-            moved = torch.zeros(3, 4, len(genes))
-            moved[..., kept_new] = batch[key][..., kept_old]
-            batch[key] = moved
         assert model.config.input_dim == model.config.output_dim == 11
     else:
         assert model.config.gene_dim == 11 and model.config.input_dim == 6
-    torch.testing.assert_close(predict(model, batch)[..., kept_new], expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(predict(model, after)[..., KEPT_NEW], expected, atol=2e-6, rtol=1e-5)
     names = change.names["genes"]
     assert (names.kept, names.added, names.dropped) == (
-        [n for n in OLD.genes if n != "g1"],
+        [name for name in OLD.genes if name != "g5"],
         ["x0", "x1", "x2"],
-        ["g1"],
+        ["g5"],
     )
-    # A gene that speaks is heard, from the mean of the known columns.
+    # A gene that speaks is heard.
     if on_genes:
-        batch["control_cells"][..., 1] = 5
-        assert (predict(model, batch)[..., kept_new] - expected).abs().max() > 1e-3
-        columns = model.get_parameter("cell_encoder.layers.0.weight")
-        old = model_of(case).get_parameter("cell_encoder.layers.0.weight")
-        torch.testing.assert_close(columns[:, 1], old.mean(dim=1), atol=0, rtol=0)
+        after["control_cells"][..., 1] = 5
+        assert (predict(model, after)[..., KEPT_NEW] - expected).abs().max() > 1e-3
+
+
+def test_a_new_gene_is_read_and_predicted_as_the_mean_one():
+    model, old = model_of("state"), model_of("state")
+    model.resize_vocabulary(OLD, Vocabulary(OTHER_GENES, OLD.perturbations, OLD.contexts, OLD.batches))
+    columns, known = (m.cell_encoder.layers[0].weight for m in (model, old))
+    torch.testing.assert_close(columns[:, 1], known.mean(dim=1), atol=0, rtol=0)
+    rows, known = (m.output_head.layers[0].weight for m in (model, old))
+    torch.testing.assert_close(rows[10], known.mean(dim=0), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["state-cpa on counts", "state-scvi"])
+def test_kept_genes_of_a_model_on_counts_keep_their_ratios(case):
+    model = model_of(case)
+    before, after = batches_of_genes(model)
+
+    def shares(batch, kept):
+        with torch.no_grad():
+            mean = model(**batch).mean[..., kept]
+        return mean / mean.sum(dim=-1, keepdim=True)
+
+    expected = shares(before, KEPT_OLD)
+    model.resize_vocabulary(OLD, Vocabulary(OTHER_GENES, OLD.perturbations, OLD.contexts, OLD.batches))
+    torch.testing.assert_close(shares(after, KEPT_NEW), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_perturbed_genes_are_flagged_wherever_they_stand():
+    model, old = model_of("state-scgpt"), model_of("state-scgpt")
+    new = Vocabulary(OTHER_GENES, [*OLD.perturbations, "IRF1"], OLD.contexts, OLD.batches)
+    model.resize_vocabulary(OLD, new)
+    assert model.config.perturbed_genes == [3, 8, 5, 7]
+    assert torch.equal(model.gene_embedding.weight[KEPT_NEW], old.gene_embedding.weight[KEPT_OLD])
+    with pytest.raises(ValueError, match="expected every perturbation among the model's 11 genes, found 1 of 5"):
+        model.resize_vocabulary(new, new.merged(Vocabulary(perturbations=["g5"])))
+    assert model.config.num_perturbations == 4
 
 
 def test_a_resized_model_is_saved_and_loaded_like_any_other(tmp_path):
     model = model_of("state with batches")
-    new = OLD.merged(Vocabulary([*OLD.genes, "g9"], ["NEW"], [], ["b2"]))
+    new = OLD.merged(Vocabulary([*OLD.genes, "x0"], ["NEW"], [], ["b2"]))
     model.resize_vocabulary(OLD, new)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -264,8 +316,8 @@ class TestMerged:
         assert merged == Vocabulary(
             OLD.genes, ["KLF1", "MAP2K6", "STAT1", "IRF1"], ["k562", "rpe1", "jurkat"], ["b0", "b1", "b2"]
         )
-        assert OLD.merged(Vocabulary(["g1", "x"])) == Vocabulary(
-            ["g1", "x"], OLD.perturbations, OLD.contexts, OLD.batches
+        assert OLD.merged(Vocabulary(["g2", "x"])) == Vocabulary(
+            ["g2", "x"], OLD.perturbations, OLD.contexts, OLD.batches
         )
         assert len(OLD.perturbations) == 3
 
@@ -277,7 +329,7 @@ class TestMerged:
         assert old.encode_contexts(["rpe1", "jurkat"]).tolist() == [1, -1]
         written = {**new.to_dict(), "feature_dim": 9}
         assert written == old.to_dict() and new.vocabulary.genes == OLD.genes
-        assert old.with_vocabulary(Vocabulary(["g1", "g2"])).feature_dim == 2
+        assert old.with_vocabulary(Vocabulary(["g5", "g2"])).feature_dim == 2
 
     def test_an_embedding_and_features_stay(self):
         features = PerturbationFeatures(["KLF1"], [[1.0, 2.0]])

@@ -39,6 +39,7 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
             "all of the model"
         )
     whole = model.submodules(args.train_fully or []) + [name.rpartition(".")[0] for name in grown]
+    whole += model.parts_with_adapters()
     # A part inside another is trained with it.
     whole = sorted({name for name in whole if not any(name.startswith(f"{other}.") for other in whole)})
     inside = tuple(f"{name}." for name in whole)
@@ -65,17 +66,7 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
 
 
 def freeze_backbone(model):
-    """
-    Keep the backbone as it is; encoders and heads are trained.
-
-    Raises:
-        ValueError: the family has no backbone.
-    """
-    parts = dict(model.named_children())
-    if "backbone" not in parts:
-        raise ValueError(
-            f"freeze_backbone=true: {model.config.model_type} has no backbone, its parts are {list(parts)}; leave it out"
-        )
-    parts["backbone"].requires_grad_(False)
+    """Freeze it, and log what is left to train; errors as in [`FineTuningMixin.freeze_backbone`]."""
+    model.freeze_backbone()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"the backbone is frozen; {trained:,} of {model.num_parameters():,} parameters are trained")

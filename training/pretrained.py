@@ -1,11 +1,14 @@
 """A run that starts from a checkpoint: its config, its processor, and what of them the run may say anew."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils import cached_file, extract_commit_hash
 
 from cellstate import FAMILIES
+from cellstate.configuration_families import ScGPTConfig
 from cellstate.configuration_state import PerturbationConfig
 from cellstate.data.arguments import DataArguments
 from cellstate.data.perturbation_features import read_perturbation_features
@@ -17,6 +20,8 @@ from cellstate.processing import StateProcessor
 from cellstate.vocabulary import Vocabulary
 
 
+# Families that can start from a folder of weights published elsewhere.
+FROM_PUBLISHED = (ScGPTConfig.model_type,)
 # Fields of the model section that name a checkpoint.
 NAMING = ("pretrained", "pretrained_revision")
 # How the labels and cells of files are found, which may differ from one laboratory to the next.
@@ -29,7 +34,7 @@ class Pretrained:
     A checkpoint that training starts from.
 
     Args:
-        name (`str`), revision (`str`, *optional*): folder, or repository on the Hub.
+        name (`str`), revision (`str`, *optional*): folder, or repository on the Hub and its commit.
         config ([`PerturbationConfig`]), processor ([`StateProcessor`]): its own.
     """
 
@@ -41,16 +46,19 @@ class Pretrained:
     @classmethod
     def of(cls, section: dict) -> "Pretrained | None":
         """
-        The checkpoint that a model section names, where it names one.
+        The checkpoint that a model section names, where it names one (and not a folder of weights published elsewhere).
 
         Raises:
             FileNotFoundError, ValueError: there is no such checkpoint, it is an adapter, or of a family that is not
                 trained by steps.
         """
-        if section.get("pretrained") is None:
+        if section.get("pretrained") is None or is_published(section):
             return None
         name, revision = _named(section)
-        return cls(name, revision, config_of(section), AutoProcessor.from_pretrained(name, revision=revision))
+        config = config_of(section)
+        # Of the Hub, the very commit: a branch may move on while the run is under way, or before its adapter is used.
+        revision = extract_commit_hash(cached_file(name, MODEL_KEY, revision=revision), None)
+        return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision))
 
     def config_for(self, section: dict) -> PerturbationConfig:
         """
@@ -143,6 +151,14 @@ class Pretrained:
         return model, model.resize_vocabulary(self.processor.vocabulary, processor.vocabulary)
 
 
+def is_published(section: dict) -> bool:
+    """Whether a model section names a folder of weights that others published in a form of their own."""
+    name = section.get("pretrained")
+    if name is None or section.get("model_type") not in FROM_PUBLISHED or not os.path.isdir(name):
+        return False
+    return not any(os.path.isfile(os.path.join(name, key)) for key in (MODEL_KEY, ADAPTER_KEY))
+
+
 def _named(section: dict) -> tuple[str, str | None]:
     revision = section.get("pretrained_revision")
     return str(section["pretrained"]), None if revision is None else str(revision)
@@ -152,6 +168,10 @@ def config_of(section: dict) -> PerturbationConfig:
     """The config of the checkpoint that a model section names; errors as in [`Pretrained.of`]."""
     name, revision = _named(section)
     check_name(name, "model.pretrained")
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(
+            f"model.pretrained_revision={revision!r} is of a Hub repository, {name} is a folder; leave it out"
+        )
     if adapter_config(name, revision) is not None:
         raise ValueError(
             f"model.pretrained={name!r} is an adapter ({ADAPTER_KEY}); make a checkpoint of it first: cellstate merge {name} "
