@@ -174,7 +174,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
 
     def parts_with_adapters(self) -> list[str]:
         # The adversaries follow what the encoder makes of other cells.
-        return super().parts_with_adapters() + [f"adversaries.{name}" for name in self.adversaries]
+        return [f"adversaries.{name}" for name in self.adversaries]
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -74,8 +74,8 @@ class FineTuningMixin:
         return {}
 
     def parts_with_adapters(self) -> list[str]:
-        """Parts that are trained whole beside adapters, as they keep figures of the cells: batch normalisation."""
-        return [name for name, module in self.named_modules() if isinstance(module, nn.BatchNorm1d)]
+        """Parts that are always trained whole beside adapters."""
+        return []
 
     def resize_vocabulary(self, old, new) -> VocabularyChange:
         r"""

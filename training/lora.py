@@ -43,6 +43,14 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
     # A part inside another is trained with it.
     whole = sorted({name for name in whole if not any(name.startswith(f"{other}.") for other in whole)})
     inside = tuple(f"{name}." for name in whole)
+    # peft takes every part whose name ends like one of these.
+    meant = [name for name, _ in model.named_modules() if name in whole or name.startswith(inside)]
+    unmeant = [name for name, _ in model.named_modules() if name.endswith(tuple(whole)) and name not in meant]
+    if unmeant:
+        raise ValueError(
+            f"train_fully: {unmeant[0]!r} ends like one of {whole}, and peft would train it, too; name parts whose names are "
+            "unlike any other's end"
+        )
     targets = [name for name in model.lora_targets(args.lora_mlp) if name not in whole and not name.startswith(inside)]
     if not targets:
         raise ValueError(
