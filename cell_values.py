@@ -7,19 +7,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from .configuration_state import closest
+from .configuration_state import closest, some
 
 
 # Counts a cell is scaled to unless something else is asked for.
 TARGET_SUM = 1e4
 # log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
 _LARGEST_LOG1P = 20.0
-
-
-def some(names, count: int = 10) -> str:
-    """The first few of some names, and how many there are."""
-    names = [str(name) for name in names]
-    return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def check_numbers(dtype: np.dtype, name: str):

@@ -89,8 +89,8 @@ class SCVIConfig(CountsConfig):
     training_defaults: ClassVar[dict] = {
         "learning_rate": 5e-4,
         "weight_decay": 4e-7,
+        "l2_weight_decay": True,
         "lr_decay_epochs": 25,
-        "lr_decay_factor": 0.9,
     }
 
     hidden_size: int = 512

@@ -37,6 +37,12 @@ def closest(name: str, known) -> str:
     return f"expected one of {shown}" + (f" and {len(known) - 10} more" if len(known) > 10 else "")
 
 
+def some(names, count: int = 10) -> str:
+    """The first few of some names, and how many there are."""
+    names = [str(name) for name in names]
+    return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
 @strict
 class PerturbationConfig(PreTrainedConfig):
     r"""
@@ -95,6 +101,12 @@ class PerturbationConfig(PreTrainedConfig):
         for name in kwargs:
             if name not in _LIBRARY_KEYWORDS and not name.startswith("_"):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}; {closest(name, own)}")
+        family = kwargs.get("model_type", self.model_type)
+        if family != self.model_type:
+            raise ValueError(
+                f"model_type={family!r}: expected {self.model_type!r}, which {type(self).__name__} is of; load the checkpoint "
+                "with AutoConfig or AutoModel, or correct its config.json"
+            )
         if self.output_dim is None:
             self.output_dim = self.input_dim
         if self.nonnegative_output is None:

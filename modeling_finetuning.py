@@ -1,14 +1,13 @@
 """What a checkpoint needs to be trained further: rows and columns that follow a vocabulary, and where adapters go."""
 
 import copy
-import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers.utils import cached_file
 
+from .checkpoint_files import find_file, hub_arguments, read_json
 from .configuration_state import closest
 
 
@@ -64,6 +63,13 @@ class FineTuningMixin:
     # The revision of its repository that it was loaded from; whether it was resized since.
     _revision: str | None = None
     _resized = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`CheckedPreTrainedModel`]."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if kwargs.get("output_loading_info") else loaded)._revision = kwargs.get("revision")
+        return loaded
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         """
@@ -281,12 +287,8 @@ class FineTuningMixin:
 
 def _vocabulary_of(name: str, hub: dict) -> SimpleNamespace | None:
     """The lists in a checkpoint's or adapter's `vocabulary.json`; None where it has none."""
-    hub = {key: value for key, value in hub.items() if key in ("revision", "token", "cache_dir", "local_files_only")}
-    path = cached_file(name, "vocabulary.json", **hub, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return SimpleNamespace(**json.load(file))
+    path = find_file(name, "vocabulary.json", hub_arguments(hub))
+    return None if path is None else SimpleNamespace(**read_json(path))
 
 
 def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> torch.Tensor:

@@ -1,14 +1,13 @@
 """The contract that every perturbation model keeps."""
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
+from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_state import PerturbationConfig, closest
 from .modeling_finetuning import FEATURES, GENES, PERTURBATIONS, FineTuningMixin
 from .modeling_layers import (
@@ -84,7 +83,7 @@ class UnseenPerturbationError(ValueError):
         super().__init__(f"{who}: {reason}")
 
 
-class PerturbationPreTrainedModel(FineTuningMixin, PreTrainedModel):
+class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
     r"""
     Loading, saving, initialisation and input checks of every perturbation model.
 
@@ -133,19 +132,6 @@ class PerturbationPreTrainedModel(FineTuningMixin, PreTrainedModel):
                 f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
                 "to build a model, found neither"
             )
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """As in [`PreTrainedModel`]. A loaded model predicts what the saved one did, bit for bit on the same machine."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if kwargs.get("output_loading_info") else loaded
-        model._revision = kwargs.get("revision")
-        # Weights mapped from a file lie at its offsets, and on a CPU the rounding of a matrix product depends on how
-        # its operands are aligned. A copy in memory of its own is aligned as in training.
-        for tensor in chain(model.parameters(), model.buffers()):
-            if tensor.device.type == "cpu":
-                tensor.data = tensor.data.clone()
-        return loaded
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

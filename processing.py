@@ -9,7 +9,6 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.utils import cached_file
 
 from .cell_values import (
     TARGET_SUM,
@@ -25,11 +24,11 @@ from .cell_values import (
     read_expression,
     resolve_normalisation,
     resolve_target_sum,
-    some,
     take_rows,
     totals_of,
 )
-from .configuration_state import closest
+from .checkpoint_files import hub_arguments
+from .configuration_state import closest, some
 from .modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
@@ -40,6 +39,7 @@ from .modeling_perturbation import (
     PERTURBATION_IDS,
     PerturbationOutput,
 )
+from .processor_files import read_processor_tables
 from .vocabulary import (
     PERTURBATION_FEATURES_FILE,
     VOCABULARY_FILE,
@@ -50,9 +50,6 @@ from .vocabulary import (
     read_labels,
     split_combination,
 )
-
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class CellSentences(BatchFeature):
@@ -298,13 +295,10 @@ class StateProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "StateProcessor":
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        vocabulary = cached_file(pretrained_model_name_or_path, VOCABULARY_FILE, **hub)
-        tables = {"vocabulary": Vocabulary.from_file(vocabulary)}
-        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
-        if "perturbation_dim" in settings:
-            features = cached_file(pretrained_model_name_or_path, PERTURBATION_FEATURES_FILE, **hub)
-            tables["perturbation_features"] = PerturbationFeatures.from_file(features)
+        """As in [`ProcessorMixin`]. Raises what [`read_processor_tables`] does, when a file is missing or damaged."""
+        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
+        if commit is not None:
+            kwargs["revision"] = commit
         return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs)
 
     # Labels

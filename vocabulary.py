@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .cell_values import some
-from .configuration_state import closest
+from .checkpoint_files import read_json
+from .configuration_state import closest, some
 
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -56,14 +56,20 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
+        """
+        Raises:
+            ValueError: the file is no whole JSON file, or not the four lists of unique names.
+        """
+        content = read_json(path)
+        if set(content) != set(cls.__dataclass_fields__):
+            raise ValueError(
+                f"{path}: expected the lists {sorted(cls.__dataclass_fields__)}, found {some(content)}; copy the checkpoint "
+                "again"
+            )
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a whole JSON file ({error}); copy the checkpoint again") from error
-        if not isinstance(content, dict) or set(content) != set(cls.__dataclass_fields__):
-            raise ValueError(f"{path}: expected the lists {sorted(cls.__dataclass_fields__)}")
-        return cls(**content)
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
@@ -212,8 +218,10 @@ class PerturbationFeatures:
                         f"{some(file.keys())} and {some(metadata)}"
                     )
                 names, vectors = json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        if not isinstance(names, list):
+            raise ValueError(f"{path}: {NAMES_METADATA!r}: expected a list of names, found {type(names).__name__}")
         return cls(names, vectors)
 
     def save(self, path: str | os.PathLike):

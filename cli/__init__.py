@@ -3,10 +3,17 @@
 import argparse
 import sys
 
-from cellstate_cli import evaluate, info, merge, predict, prepare
+from cellstate_cli import convert, evaluate, info, merge, predict, prepare
 
 
-COMMANDS = {"prepare": prepare, "info": info, "predict": predict, "evaluate": evaluate, "merge": merge}
+COMMANDS = {
+    "prepare": prepare,
+    "info": info,
+    "predict": predict,
+    "evaluate": evaluate,
+    "convert": convert,
+    "merge": merge,
+}
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
 

@@ -112,7 +112,7 @@ class DataArguments:
 
     def chosen_genes(self) -> int | list[str] | None:
         """The number of genes, or their names, where the section says either."""
-        return self.genes if self.genes_file is None else _read_names(Path(self.genes_file))
+        return self.genes if self.genes_file is None else read_names(Path(self.genes_file))
 
     def _fit_options(self, *names: str) -> dict:
         options = {name: getattr(self, name) for name in names} | {"genes": self.chosen_genes()}
@@ -316,7 +316,7 @@ class PrepareArguments:
                 raise ValueError(f"prepare.{name}: expected a number above 0, found {getattr(self, name)!r}")
 
 
-def _read_names(path: Path) -> list[str]:
+def read_names(path: Path) -> list[str]:
     """The names in a file, one on a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of gene names (looked from {Path.cwd()})")

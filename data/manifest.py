@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pandas as pd
@@ -184,9 +184,12 @@ def _is_list(value, of: type) -> bool:
 
 def _is_shard(shard: dict) -> bool:
     file = shard.get("file")
-    inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
+    # Knows the separators and drives of every system.
+    place = PureWindowsPath(file) if isinstance(file, str) else None
+    inside = place is not None and bool(place.name) and not place.anchor and ".." not in place.parts
     return (
         inside
+        and "\0" not in file
         and isinstance(shard.get("sha256"), str)
         and _is_count(shard.get("cells"), 1)
         and _is_count(shard.get("bytes"), 1)

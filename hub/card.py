@@ -57,7 +57,7 @@ def render_card(
         template_path=str(CARDS / "template.md"),
         model_name=Path(folder).name,
         model_type=config.model_type,
-        about=(CARDS / f"{config.model_type}.md").read_text(encoding="utf-8").strip(),
+        about=(CARDS / f"{type(config).model_type}.md").read_text(encoding="utf-8").strip(),
         folder=folder,
         example=vocabulary.perturbations[0],
         processor=processor,

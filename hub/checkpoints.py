@@ -1,19 +1,16 @@
 """Checkpoints by name: a folder or a repository on the Hub, a whole model or an adapter of one."""
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 import cellstate  # noqa: F401 - registers the models with the Auto classes
+from cellstate.checkpoint_files import check_adapter, find_file, hub_arguments, read_json
 from cellstate.hub.publish import ADAPTER_KEY
 from cellstate.modeling_perturbation import PerturbationPreTrainedModel
 from cellstate.processing import StateProcessor
-
-
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def check_name(name: str, asked_by: str):
@@ -30,7 +27,7 @@ def check_name(name: str, asked_by: str):
 def adapter_config(name: str, revision: str | None = None) -> dict | None:
     """What an adapter says of itself, its base model among it; None where the checkpoint is a whole model."""
     path = find_adapter_config_file(name, revision=revision)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return None if path is None else read_json(path)
 
 
 def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreTrainedModel, StateProcessor]:
@@ -38,16 +35,13 @@ def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreT
     Model and processor of a checkpoint; an adapter is merged into its base model.
 
     Raises:
-        ValueError: the weights are not a whole file, or see [`load_adapter`].
+        ValueError: see [`CheckedPreTrainedModel`] and [`load_adapter`].
     """
     if adapter_config(name, revision) is not None:
         model, processor = load_adapter(name, revision)
         return model.merge_and_unload(), processor
     processor = AutoProcessor.from_pretrained(name, revision=revision)
-    try:
-        return AutoModel.from_pretrained(name, revision=revision), processor
-    except SafetensorError as error:
-        raise ValueError(f"{name}: its weights are not a whole file ({error}); copy them again") from error
+    return AutoModel.from_pretrained(name, revision=revision), processor
 
 
 def load_adapter(
@@ -77,16 +71,15 @@ def load_adapter(
     if base is None:
         base, base_revision = found["base_model_name_or_path"], found["revision"]
         check_name(base, f"the base model of {name}, (say where it is with --base)")
-    # Of an adapter without safetensors peft would read a pickle.
-    weights = cached_file(name, _ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False)
-    if weights is None:
-        raise ValueError(f"{name}: expected weights as {_ADAPTER_WEIGHTS}, found none; copy the adapter again")
+    hub = hub_arguments({"revision": revision})
+    check_adapter(name, hub)
+    own = find_file(name, ADAPTER_KEY, hub)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:
         model.resize_vocabulary(of_base.vocabulary, processor.vocabulary)
     model.config.set_size = processor.set_size
     try:
-        return PeftModel.from_pretrained(model, Path(weights).parent).eval(), processor
+        return PeftModel.from_pretrained(model, Path(own).parent).eval(), processor
     except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name} does not fit the base model {base}: {error}") from error

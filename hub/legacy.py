@@ -79,11 +79,35 @@ def config_from_legacy(options: dict) -> EncoderConfig:
     return StateConfig(**fields, **_of_state(options, residual))
 
 
+# Options of the published backbones that their weights do not show, at the values that ours have.
+_FIXED = {
+    "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6},
+    "rope": {"rope_theta": 10000.0, "rope_scaling": None},
+    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True},
+}
+_NEEDED = {"llama": ("num_attention_heads", "num_hidden_layers", "intermediate_size"), "gpt2": ("n_head", "n_layer")}
+
+
+def _check_fixed(inner: dict, part: str):
+    for name, expected in _FIXED[part].items():
+        if inner.get(name, expected) != expected:
+            raise ValueError(
+                f"legacy transformer_backbone_kwargs: expected {name}={expected!r}, found {inner[name]!r}; a backbone with "
+                "another value cannot be converted"
+            )
+
+
 def _backbone(options: dict) -> dict:
     backbone = str(options.get("transformer_backbone_key", "GPT2")).lower()
     if backbone not in ("llama", "gpt2"):
         raise ValueError(f"legacy backbone {backbone!r} is not known; expected 'llama' or 'GPT2'")
     inner, hidden = options["transformer_backbone_kwargs"], options["hidden_dim"]
+    for name in _NEEDED[backbone]:
+        if not isinstance(inner.get(name), int) or inner[name] < 1:
+            raise ValueError(
+                f"legacy transformer_backbone_kwargs: expected a number of at least 1 as {name}, found {inner.get(name)!r}"
+            )
+    _check_fixed(inner, backbone)
     if backbone == "llama":
         heads = inner["num_attention_heads"]
         sizes = {
@@ -124,11 +148,14 @@ def _of_state(options: dict, residual: str) -> dict:
     bidirectional = bool(inner.get("bidirectional_attention", False))
     attention = "none" if options.get("mask_attn") else "bidirectional" if bidirectional else "causal"
     llama = str(options.get("transformer_backbone_key", "GPT2")).lower() == "llama"
+    positions = "rope" if llama and attention == "causal" else "none"
+    if positions == "rope":
+        _check_fixed(inner, "rope")
     adapter = options.get("output_space") == "all"
     return {
         "basal_encoder": "mlp" if options.get("use_basal_projection", True) else "linear",
         "attention": attention,
-        "positions": "rope" if llama and attention == "causal" else "none",
+        "positions": positions,
         "residual": "output" if adapter and residual == "hidden" else residual,
         "output_adapter": adapter,
         "batch_encoder": bool(options.get("batch_encoder", False)),
@@ -213,13 +240,19 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
         config ([`EncoderConfig`]): the result of [`config_from_legacy`].
 
     Raises:
-        ValueError: a weight has a name that is not known; the names are listed.
+        ValueError: a weight has a name that is not known (the names are listed) or a shape that none of its kind has, or
+            there are position embeddings, which ours have not.
     """
     converted: dict[str, torch.Tensor] = {}
     projections: dict[str, dict[str, torch.Tensor]] = {}
     unknown = []
     for name, tensor in weights.items():
         if _IGNORED.fullmatch(name):
+            if name == "transformer_backbone.wpe.weight" and tensor.any():
+                raise ValueError(
+                    f"legacy weight {name}: expected zeros (positions switched off), found numbers; a model with learned "
+                    "positions cannot be converted"
+                )
             continue
         if match := _QKV.fullmatch(name):
             projections.setdefault(match[1], {})[match[2]] = tensor
@@ -238,6 +271,8 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
                 transposed = name in ("pert_encoder.0.weight", "batch_encoder.0.weight") or re.search(
                     r"\.c_(attn|proj|fc)\.weight$", name
                 )
+                if transposed and tensor.dim() != 2:
+                    raise ValueError(f"legacy weight {name}: expected a matrix, found shape {tuple(tensor.shape)}")
                 converted[rename(match)] = tensor.T.contiguous() if transposed else tensor
                 break
         else:
@@ -245,5 +280,8 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
     if unknown:
         raise ValueError(f"{len(unknown)} legacy weights have unknown names: {unknown[:10]}")
     for layer, parts in projections.items():
+        shapes = {kind: tuple(part.shape) for kind, part in parts.items()}
+        if set(parts) != set("qkv") or len({shape[1:] for shape in shapes.values()}) > 1 or () in shapes.values():
+            raise ValueError(f"legacy weights q, k, v of layer {layer}: expected three matrices, found {shapes}")
         converted[f"backbone.layers.{layer}.attention.qkv_proj.weight"] = torch.cat([parts[k] for k in "qkv"])
     return converted

@@ -34,6 +34,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """An [`Alone`]: runs scripts as on the machine of somebody who installed what a checkpoint needs, and not cellstate."""
+    from alone import Alone
+
+    with Alone(tmp_path_factory.mktemp("alone")) as process:
+        yield process
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """

@@ -274,7 +274,7 @@ def test_a_checkpoint_whose_weights_are_cut(folder, tmp_path, capsys):
         content = path.read_bytes()
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
     predict(folder, tmp_path / "out.h5ad", model=tmp_path, rc=1)
-    assert "its weights are not a whole file" in error(capsys)
+    assert "its weights are not a whole safetensors file" in error(capsys)
 
 
 def test_a_failure_half_way_leaves_the_old_file(folder, tmp_path, capsys):

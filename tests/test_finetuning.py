@@ -387,7 +387,7 @@ def test_what_cannot_be_merged_says_so(folder, adapter, tmp_path, capsys):
     shutil.copytree(adapter, pickled)
     torch.save(weights(adapter), pickled / "adapter_model.bin")
     (pickled / "adapter_model.safetensors").unlink()
-    assert "expected weights as adapter_model.safetensors, found none" in refused(pickled, tmp_path / "out")
+    assert "expected the adapter's weights in adapter_model.safetensors, found none" in refused(pickled, tmp_path / "out")
     run(
         folder,
         "other",
@@ -523,6 +523,8 @@ import sys, cellstate_cli
 from cellstate import train
 assert cellstate_cli.main(["merge", "ada/adapter", sys.argv[1]]) == 0
 train.main([sys.argv[2]])
+from transformers import AutoModel
+assert AutoModel.from_pretrained("ada/adapter").config.num_perturbations == 4
 """
     command = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "run.yaml")]
     done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True)

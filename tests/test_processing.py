@@ -643,11 +643,18 @@ def test_a_vocabulary_with_duplicates_is_refused(tmp_path):
         StateProcessor.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], {"genes": []}, {"genes": [], "other": []}])
-def test_another_files_content_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "vocabulary.json: expected a JSON object, found list"),
+        ({"genes": []}, r"expected the lists .*'batches', 'contexts', 'genes', 'perturbations'\], found \['genes'\]"),
+        ({"genes": [], "other": []}, r"expected the lists .*, found \['genes', 'other'\]"),
+    ],
+)
+def test_another_files_content_is_refused(tmp_path, content, message):
     saved(tmp_path)
     (tmp_path / "vocabulary.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected the lists .*'batches', 'contexts', 'genes', 'perturbations'"):
+    with pytest.raises(ValueError, match=message):
         StateProcessor.from_pretrained(tmp_path)
 
 

@@ -355,6 +355,9 @@ def test_the_latent_state_of_drawn_cells_is_drawn_too():
     model, batch = case.model(), {k: v for k, v in case.batch().items() if k != "labels"}
     with torch.no_grad():
         model.log_inverse_dispersion.fill_(30.0)  # hardly any noise but that of Poisson
+        for parameter in (*model.posterior_mean.parameters(), model.posterior_variance.weight):
+            parameter.zero_()
+        model.posterior_variance.bias.fill_(1e4)
         batch["control_cells"] = batch["control_cells"] * 1e5
         counts = model.sample_counts(**batch, generator=torch.Generator().manual_seed(0))
         noise = torch.randn(3, 5, 10, generator=torch.Generator().manual_seed(0))
@@ -364,6 +367,7 @@ def test_the_latent_state_of_drawn_cells_is_drawn_too():
     large = expected["mean"] > 1e4
     kept = (counts > 0).numpy()
     assert (large & kept).sum() > 30
+    assert (np.abs(posterior.mean.numpy() / expected["mean"] - 1) > 0.2)[large].mean() > 0.5
     np.testing.assert_allclose(counts.numpy()[large & kept], expected["mean"][large & kept], rtol=0.06)
 
 

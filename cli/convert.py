@@ -1,0 +1,51 @@
+"""`cellstate convert`."""
+
+import argparse
+
+
+HELP = "Turn a training folder of the published research code into a checkpoint folder, without unpickling anything."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "folder", metavar="LEGACY_FOLDER", help="holds config.yaml, var_dims.pkl, pert_onehot_map.pt .."
+    )
+    parser.add_argument("output", metavar="OUT", help="checkpoint folder to write, whole or not at all")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="NAME.ckpt",
+        help="file of checkpoints/; by default final.ckpt, last.ckpt or the only one",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("bidirectional", "causal", "none"),
+        help="which cells a cell saw in training; by default what the folder recorded, causal where it did not",
+    )
+    parser.add_argument(
+        "--genes",
+        metavar="FILE",
+        help="names of the genes, one on a line in the order of the training, if they are absent",
+    )
+
+
+def run(args: argparse.Namespace):
+    import logging
+    from pathlib import Path
+
+    import transformers
+
+    from cellstate.data.arguments import read_names
+    from cellstate.hub.conversion import convert
+
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    genes = read_names(Path(args.genes)) if args.genes else None
+    made = convert(args.folder, args.output, args.checkpoint, args.attention, genes)
+    vocabulary = made.processor.vocabulary
+    print(
+        f"{args.output}: {made.config.model_type}, {len(vocabulary.perturbations)} perturbations, "
+        f"{len(vocabulary.contexts)} contexts, {len(vocabulary.genes)} named genes"
+    )
+    if made.attention:
+        print(f"attention: {made.attention}")
+    print(f"predict with: cellstate predict --model {args.output} --adata CELLS.h5ad --output OUT.h5ad")
