@@ -321,6 +321,10 @@ class CheckedPreTrainedModel(PreTrainedModel):
         """As in [`PreTrainedModel`], from safetensors alone. ValueError where the adapter's weights are a pickle."""
         if peft_model_id is not None:
             load_config = kwargs.get("load_config")
-            options = {**(kwargs.get("adapter_kwargs") or {}), **kwargs}
-            check_adapter(peft_model_id, hub_arguments(options if load_config is None else load_config.download_kwargs))
+            # Those of a model that is being loaded are of its own repository, where the adapter's do not say else.
+            options = {
+                **(kwargs if load_config is None else load_config.download_kwargs),
+                **(kwargs.get("adapter_kwargs") or {}),
+            }
+            check_adapter(peft_model_id, hub_arguments(options))
         return super().load_adapter(peft_model_id, *args, **kwargs)

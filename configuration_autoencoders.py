@@ -85,6 +85,7 @@ class SCVIConfig(CountsConfig):
         "tiny": {"hidden_size": 64, "latent_dim": 10, "set_size": 32},
         "published": {},
     }
+    training_fields: ClassVar[tuple[str, ...]] = (*CountsConfig.training_fields, "kl_warmup_epochs", "kl_warmup_steps")
     training_defaults: ClassVar[dict] = {
         "learning_rate": 5e-4,
         "weight_decay": 4e-7,
@@ -187,6 +188,16 @@ class CPAConfig(CountsConfig):
         },
         "published": {},
     }
+    training_fields: ClassVar[tuple[str, ...]] = (
+        *CountsConfig.training_fields,
+        "adversary_dropout",
+        "adversarial_weight",
+        "adversary_warmup_steps",
+        "adversary_ramp_steps",
+        "penalty_weight",
+        "adversary_learning_rate",
+        "adversary_weight_decay",
+    )
     training_defaults: ClassVar[dict] = {
         "learning_rate": 5e-4,
         "weight_decay": 4e-7,

@@ -166,6 +166,13 @@ class ScGPTConfig(NetworkConfig):
     model_type = "state-scgpt"
     _choices: ClassVar[dict[str, tuple[str, ...]]] = {"perturbation_type": ("genetic", "chemical")}
     _derived: ClassVar[tuple[str, ...]] = ("intermediate_size",)
+    training_fields: ClassVar[tuple[str, ...]] = (
+        *NetworkConfig.training_fields,
+        "attention_dropout",
+        "genes_per_step",
+        "genes_per_chunk",
+        "tokens_per_pass",
+    )
     presets: ClassVar[dict[str, dict]] = {
         "tiny": {
             "hidden_size": 32,
@@ -228,8 +235,15 @@ class ScGPTConfig(NetworkConfig):
                 "perturbation_type='genetic' flags the tokens of perturbed genes and takes no perturbation features: leave "
                 "data.perturbation_features out, or set model.perturbation_type to chemical"
             )
-        positions = {gene: i for i, gene in enumerate(processor.vocabulary.genes)}
-        names = processor.vocabulary.perturbations
+        return cls._positions(processor.vocabulary)
+
+    def fields_of_vocabulary(self, vocabulary) -> dict:
+        return self._positions(vocabulary) if self.perturbation_type == "genetic" else {}
+
+    @staticmethod
+    def _positions(vocabulary) -> dict:
+        positions = {gene: i for i, gene in enumerate(vocabulary.genes)}
+        names = vocabulary.perturbations
         absent = [name for name in names if name not in positions]
         if absent:
             shown = ", ".join(map(repr, absent[:20])) + (f" and {len(absent) - 20} more" if len(absent) > 20 else "")

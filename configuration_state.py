@@ -81,6 +81,8 @@ class PerturbationConfig(PreTrainedConfig):
     presets: ClassVar[dict[str, dict]] = {}
     # Fields that follow `hidden_size` and the heads where a preset's own are overridden.
     _derived: ClassVar[tuple[str, ...]] = ()
+    # Fields that say how a model is trained, or fed, and may differ where a checkpoint is trained further.
+    training_fields: ClassVar[tuple[str, ...]] = ("set_size",)
     # Training arguments that the family is trained with unless a run says else.
     training_defaults: ClassVar[dict] = {}
 
@@ -143,6 +145,10 @@ class PerturbationConfig(PreTrainedConfig):
         if processor.gene_input is not None:
             sizes["gene_dim"] = len(vocabulary.genes)
         return sizes
+
+    def fields_of_vocabulary(self, vocabulary) -> dict:
+        """Fields of a family that say where names stand in a [`Vocabulary`], for one that is to have these names."""
+        return {}
 
     @classmethod
     def fields_from_names(cls, processor, fields: dict) -> dict:
@@ -213,6 +219,8 @@ class NetworkConfig(PerturbationConfig):
             that are applied together add up more nearly (combinations). Features are scaled by their width, too.
     """
 
+    training_fields: ClassVar[tuple[str, ...]] = (*PerturbationConfig.training_fields, "hidden_dropout")
+
     hidden_size: int = 672
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.1
@@ -241,6 +249,8 @@ class GeneDecoderConfig(PerturbationConfig):
         residual_decoder (`bool`, *optional*, defaults to False):
             Add the output of block i-1 to that of every odd block i of the gene decoder, where their widths agree.
     """
+
+    training_fields: ClassVar[tuple[str, ...]] = (*PerturbationConfig.training_fields, "decoder_dropout")
 
     decoder_hidden_sizes: list[int] | None = None
     decoder_dropout: float | int = 0.1
@@ -281,6 +291,12 @@ class EncoderConfig(NetworkConfig, GeneDecoderConfig):
         decoder_weight (`float`, *optional*, defaults to 1.0):
             Weight of the gene decoder's loss.
     """
+
+    training_fields: ClassVar[tuple[str, ...]] = (
+        *NetworkConfig.training_fields,
+        "decoder_dropout",
+        "decoder_weight",
+    )
 
     num_encoder_layers: int = 4
     num_decoder_layers: int = 4
@@ -338,6 +354,17 @@ class SetTransformerConfig(EncoderConfig):
     }
     _derived: ClassVar[tuple[str, ...]] = ("head_dim", "intermediate_size")
     _of_decoder: ClassVar[dict] = {**GeneDecoderConfig._of_decoder, "detach_decoder": False}
+    training_fields: ClassVar[tuple[str, ...]] = (
+        *EncoderConfig.training_fields,
+        "attention_dropout",
+        "loss",
+        "blur",
+        "energy_weight",
+        "sinkhorn_weight",
+        "feature_chunks",
+        "shuffle_feature_chunks",
+        "detach_decoder",
+    )
     # What tokens see of one another, and that they have no order; the State model has options for legacy checkpoints.
     attention: ClassVar[str] = "bidirectional"
     positions: ClassVar[str] = "none"
@@ -490,6 +517,14 @@ class StateConfig(SetTransformerConfig):
             "set_size": 512,
         },
     }
+
+    training_fields: ClassVar[tuple[str, ...]] = (
+        *SetTransformerConfig.training_fields,
+        "l1_weight",
+        "confidence_weight",
+        "confidence_target_scale",
+        "batch_token_weight",
+    )
 
     basal_encoder: str = "linear"
     attention: str = "bidirectional"

@@ -11,6 +11,8 @@ from .count_distributions import (
     sample_negative_binomial,
     sample_zero_inflated_negative_binomial,
 )
+from .modeling_finetuning import BATCHES, CONTEXTS, GENES, PERTURBATIONS
+from .modeling_layers import UnseenMeanEmbedding
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
 
@@ -42,6 +44,19 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
         if config.likelihood == "zinb":
             self.dropout_head = nn.Linear(config.hidden_size, config.input_dim)
         self.log_inverse_dispersion = nn.Parameter(torch.empty(config.input_dim))
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        axes = {}
+        if self.config.reads_counts:
+            axes["log_inverse_dispersion"] = {0: GENES}
+            for head in ("share_head", "dropout_head") if self.config.likelihood == "zinb" else ("share_head",):
+                axes |= {f"{head}.weight": {0: GENES}, f"{head}.bias": {0: GENES}}
+        if self.config.num_perturbations is not None:
+            axes["perturbation_embedding.weight"] = {0: PERTURBATIONS}
+        for name, module in self.named_children():
+            if isinstance(module, UnseenMeanEmbedding):
+                axes[f"{name}.weight"] = {0: {"context_embedding": CONTEXTS, "batch_embedding": BATCHES}[name]}
+        return axes
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

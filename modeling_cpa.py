@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_autoencoders import CPAConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
+from .modeling_finetuning import BATCHES, CONTEXTS, FEATURES, PERTURBATIONS, PERTURBATIONS_AND_CONTROL
 from .modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
 
@@ -122,6 +123,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
     """
 
     config_class = CPAConfig
+    _adapted_parts = ("encoder", "decoder")
 
     def __init__(self, config: CPAConfig):
         super().__init__(config)
@@ -156,6 +158,23 @@ class CPAForPerturbation(CountsPreTrainedModel):
             {name: Adversary(config, classes) for name, classes in config.adversaries.items()}
         )
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        axes = super().vocabulary_axes() | {"encoder.0.0.weight": {1: FEATURES}}
+        if not self.config.reads_counts:
+            for head in ("mean_head", "variance_head"):
+                axes |= {f"{head}.weight": {0: FEATURES}, f"{head}.bias": {0: FEATURES}}
+        if self.doser is not None:
+            axes |= {"doser.slope": {0: PERTURBATIONS}, "doser.offset": {0: PERTURBATIONS}}
+        classes = {"perturbation": PERTURBATIONS_AND_CONTROL, "context": CONTEXTS, "batch": BATCHES}
+        for name in self.adversaries:
+            output = f"adversaries.{name}.output"
+            axes |= {f"{output}.weight": {0: classes[name]}, f"{output}.bias": {0: classes[name]}}
+        return axes
+
+    def parts_with_adapters(self) -> list[str]:
+        # The adversaries follow what the encoder makes of other cells.
+        return [f"adversaries.{name}" for name in self.adversaries]
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

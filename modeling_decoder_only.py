@@ -17,6 +17,7 @@ class DecoderOnlyForPerturbation(EncoderPreTrainedModel):
 
     config_class = DecoderOnlyConfig
     is_ceiling = True
+    _adapted_parts = ("gene_decoder",)
 
     def __init__(self, config: DecoderOnlyConfig):
         super().__init__(config)
@@ -27,6 +28,9 @@ class DecoderOnlyForPerturbation(EncoderPreTrainedModel):
             )
         self._make_gene_decoder()
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        return self._decoder_axes()
 
     def forward(
         self,

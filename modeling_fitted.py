@@ -63,6 +63,12 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
         (loaded[0] if kwargs.get("output_loading_info") else loaded).requires_grad_(False)
         return loaded
 
+    def resize_vocabulary(self, old, new):
+        raise ValueError(
+            f"{self.config.model_type} is fitted in one pass: what it knows is means over training cells, not weights that "
+            "other names could start from; fit it anew on all the data, old and new"
+        )
+
     def _add_table(self, name: str, *shape: int):
         """A table that is fitted: zeros until then."""
         self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))

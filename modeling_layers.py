@@ -37,7 +37,11 @@ class MLP(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient."""
+    """
+    Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient.
+    A frozen one (its weight takes no gradient) normalises in training as in evaluation, by running figures that stay as
+    they are: beside adapters it is a part of the model that they were put on.
+    """
 
     def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -48,18 +52,23 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         Raises:
             ValueError: in training, there are fewer than two cells, which have no variance.
         """
-        if not self.training or mask is None:
+        training = self.training and self.weight.requires_grad
+        if not training or mask is None:
             real = cells.flatten(0, -2)
         else:
             mask = mask.bool()
             real = cells[mask]
-        if self.training and len(real) < 2:
+        if training and len(real) < 2:
             raise ValueError(
                 f"batch normalisation: expected at least 2 cells in a training batch, found {len(real)}; raise "
                 "per_device_train_batch_size or set_size"
             )
-        normalised = super().forward(real)
-        if not self.training or mask is None:
+        if training:
+            normalised = super().forward(real)
+        else:
+            figures = (self.running_mean, self.running_var, self.weight, self.bias)
+            normalised = nn.functional.batch_norm(real, *figures, eps=self.eps)
+        if not training or mask is None:
             return normalised.view(cells.shape)
         out = torch.zeros_like(cells, dtype=normalised.dtype)
         out[mask] = normalised

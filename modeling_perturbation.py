@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput, logging
 
 from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_state import PerturbationConfig, closest
+from .modeling_finetuning import FEATURES, GENES, PERTURBATIONS, FineTuningMixin
 from .modeling_layers import (
     MLP,
     GeneDecoder,
@@ -82,7 +83,7 @@ class UnseenPerturbationError(ValueError):
         super().__init__(f"{who}: {reason}")
 
 
-class PerturbationPreTrainedModel(CheckedPreTrainedModel):
+class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
     r"""
     Loading, saving, initialisation and input checks of every perturbation model.
 
@@ -246,6 +247,23 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
 
     # One step in this many trains a detached gene decoder on the true latents instead of the predicted ones.
     true_latents_every = 10
+    _adapted_parts = ("perturbation_encoder", "cell_encoder", "output_head")
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        head = f"output_head.layers.{self.config.num_decoder_layers - 1}"
+        axes = {
+            "cell_encoder.layers.0.weight": {1: FEATURES},
+            f"{head}.weight": {0: FEATURES},
+            f"{head}.bias": {0: FEATURES},
+        }
+        if self.config.num_perturbations is not None:
+            axes["perturbation_encoder.embedding.weight"] = {0: PERTURBATIONS}
+        return axes | self._decoder_axes()
+
+    def _decoder_axes(self) -> dict[str, dict[int, str]]:
+        if self.config.gene_dim is None:
+            return {}
+        return {"gene_decoder.output.weight": {0: GENES}, "gene_decoder.output.bias": {0: GENES}}
 
     def _make_encoders(self, cell_layers: int):
         config = self.config
@@ -297,6 +315,9 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
 class SetTransformerPreTrainedModel(EncoderPreTrainedModel):
     """Families with a [`SetTransformer`]."""
 
+    _adapted_parts = ("backbone",)
+    _attention_layers = ("qkv_proj", "o_proj")
+    _feed_forward_layers = ("gate_proj", "up_proj", "down_proj")
     _no_split_modules = ["SetTransformerLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True

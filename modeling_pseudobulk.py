@@ -4,6 +4,7 @@ import torch
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import PseudobulkConfig
+from .modeling_finetuning import BATCHES
 from .modeling_layers import PerturbationEncoder, SetTransformer
 from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
@@ -35,6 +36,12 @@ class PseudobulkForPerturbation(SetTransformerPreTrainedModel):
         self._make_output_head()
         self._make_gene_decoder()
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        axes = super().vocabulary_axes()
+        if self.config.batch_encoder:
+            axes["batch_encoder.embedding.weight"] = {0: BATCHES}
+        return axes
 
     @capture_outputs
     def forward(

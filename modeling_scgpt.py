@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_families import ScGPTConfig
+from .modeling_finetuning import GENES, PERTURBATIONS
 from .modeling_layers import MaskedBatchNorm, PerturbationEmbedding, SetAttention
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
@@ -127,6 +128,9 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     config_class = ScGPTConfig
     _no_split_modules = ["GeneTransformerLayer"]
     _supports_sdpa = True
+    _adapted_parts = ("layers",)
+    _attention_layers = ("qkv_proj", "o_proj")
+    _feed_forward_layers = ("up_proj", "down_proj")
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -147,6 +151,12 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
             nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, 1)
         )
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        axes = {"gene_embedding.weight": {0: GENES}}
+        if self.config.perturbation_type == "chemical" and self.config.num_perturbations is not None:
+            axes["drug_encoder.weight"] = {0: PERTURBATIONS}
+        return axes
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

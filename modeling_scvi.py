@@ -7,6 +7,7 @@ from torch import nn
 
 from .configuration_autoencoders import SCVIConfig
 from .modeling_counts import CountsOutput, CountsPreTrainedModel
+from .modeling_finetuning import GENES
 from .modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 
 
@@ -63,6 +64,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
     """
 
     config_class = SCVIConfig
+    _adapted_parts = ("encoder", "posterior_mean", "posterior_variance", "decoder")
 
     def __init__(self, config: SCVIConfig):
         super().__init__(config)
@@ -83,6 +85,9 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         self.decoder = BatchNormMLP(width, hidden, config.num_decoder_layers, act, 0.0)
         self._make_count_heads()
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        return super().vocabulary_axes() | {"encoder.layers.0.weight": {1: GENES}}
 
     def forward(
         self,

@@ -6,6 +6,7 @@ from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_state import StateConfig
+from .modeling_finetuning import BATCHES, FEATURES
 from .modeling_layers import ConfidenceHead, SetTransformer
 from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
@@ -58,6 +59,17 @@ class StateForPerturbation(StatePreTrainedModel):
             )
         self._make_gene_decoder()
         self.post_init()
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        axes = super().vocabulary_axes()
+        if self.config.batch_encoder:
+            axes["batch_embedding.weight"] = {0: BATCHES}
+        if self.config.batch_token:
+            axes |= {"batch_head.weight": {0: BATCHES}, "batch_head.bias": {0: BATCHES}}
+        if self.config.output_adapter:
+            axes["output_adapter.0.weight"] = {1: FEATURES}
+            axes |= {"output_adapter.2.weight": {0: FEATURES}, "output_adapter.2.bias": {0: FEATURES}}
+        return axes
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -45,6 +45,7 @@ from .vocabulary import (
     VOCABULARY_FILE,
     PerturbationFeatures,
     Vocabulary,
+    control_rows,
     encode_ids,
     read_labels,
     split_combination,
@@ -256,9 +257,20 @@ class StateProcessor(ProcessorMixin):
                 adatas, genes, lambda data, columns: processor._expression(data, expression, slice(None), columns, True)
             )
         vocabulary = Vocabulary(genes_of_model, sorted(singles), sorted(contexts), sorted(batches))
-        settings = {name: getattr(processor, name) for name in PROCESSOR_SETTINGS}
-        settings["feature_dim"] = widths.pop() if embedding else len(genes_of_model)
-        return cls(vocabulary=vocabulary, perturbation_features=perturbation_features, **settings)
+        return processor.with_vocabulary(vocabulary, feature_dim=widths.pop() if embedding else None)
+
+    def with_vocabulary(self, vocabulary: Vocabulary, **settings) -> "StateProcessor":
+        """
+        One like this with other names, for a model that was resized to them ([`FineTuningMixin.resize_vocabulary`]).
+
+        Args:
+            vocabulary ([`Vocabulary`]): its names.
+            settings: arguments of the class that differ, too.
+        """
+        kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
+        if self.values == "embedding":
+            kept["feature_dim"] = self.feature_dim
+        return type(self)(vocabulary=vocabulary, **{**kept, **settings})
 
     # Saving and loading
 
@@ -501,26 +513,7 @@ class StateProcessor(ProcessorMixin):
 
     def control_groups(self, labels: pd.DataFrame, context: str | list[str] | None = None) -> dict[str, np.ndarray]:
         """Context to the row numbers of its control cells. ValueError for a context without any."""
-        present = pd.unique(labels["context"])
-        wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
-        if not wanted:
-            raise ValueError(
-                "the data hold no cells, so no control cells" if context is None else "context: found an empty list"
-            )
-        unknown = [name for name in wanted if name not in present]
-        if unknown:
-            raise KeyError(f"context {unknown[0]!r} is not in the data; {closest(unknown[0], present)}")
-        is_control = (labels["perturbation"] == self.control).to_numpy()
-        groups = {}
-        for name in wanted:
-            rows = np.flatnonzero(is_control & (labels["context"] == name).to_numpy())
-            if len(rows) == 0:
-                raise ValueError(
-                    f"context {name!r} has no control cells (obs[{self.perturbation_key!r}] == {self.control!r}); add "
-                    "some, or leave the context out with context="
-                )
-            groups[name] = rows
-        return groups
+        return control_rows(labels, self.control, self.perturbation_key, context)
 
     def cut(self, rows: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
         """Row numbers in sentences of at most `set_size`, of nearly equal sizes."""

@@ -19,7 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from cellstate import FAMILIES
 from cellstate.cell_values import describe_reading
-from cellstate.configuration_families import ScGPTConfig
 from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
 from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
@@ -32,6 +31,8 @@ from cellstate.hub.scgpt import load_published, published_fields
 from cellstate.hub.stores import open_store
 from cellstate.processing import StateProcessor
 from cellstate.training.arguments import StateTrainingArguments
+from cellstate.training.lora import add_adapter, freeze_backbone
+from cellstate.training.pretrained import NAMING, Pretrained, config_of, is_published
 from cellstate.training.run_config import RunConfig, load_run_config
 from cellstate.training.stream_run import from_stream
 from cellstate.training.trainer import StateTrainer
@@ -40,8 +41,6 @@ from cellstate.training.trainer import StateTrainer
 logger = logging.getLogger("cellstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
-# Families that can start from a folder of published weights, `pretrained` in the model section.
-FROM_PUBLISHED = (ScGPTConfig.model_type,)
 
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
@@ -71,7 +70,12 @@ def parse(argv: list[str]) -> RunConfig:
 
 
 def config_class(model: dict) -> type[PerturbationConfig]:
-    """The config of the family that a model section names, the State transition model where it names none."""
+    """
+    The config of the family that a model section names, or of the checkpoint that it names; of the State transition model
+    where it names neither.
+    """
+    if model.get("pretrained") is not None and not is_published(model):
+        return type(config_of(model))
     name = model.get("model_type", DEFAULT_FAMILY)
     if name not in FAMILIES:
         raise ValueError(f"model_type={name!r} is no family of models; {closest(name, FAMILIES)}")
@@ -80,9 +84,7 @@ def config_class(model: dict) -> type[PerturbationConfig]:
 
 def model_fields(model: dict) -> set[str]:
     """What a model section may hold beside `preset`."""
-    family = config_class(model)
-    named = {"model_type", "pretrained"} if family.model_type in FROM_PUBLISHED else {"model_type"}
-    return named | {f.name for f in dataclasses.fields(family)}
+    return {"model_type", *NAMING} | {f.name for f in dataclasses.fields(config_class(model))}
 
 
 def check_processes(world_size: int):
@@ -100,23 +102,51 @@ def check_processes(world_size: int):
         )
 
 
-def load_data(run: RunConfig) -> tuple[Cells, StateProcessor, Splits]:
+def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, StateProcessor, Splits]:
     """The cells of the run: in memory, or where they are in its store."""
-    if run.data.store is None:
-        splits = run.data.resolve_splits()
-        options = {"contexts": run.data.contexts, "hvg_on_all": run.data.hvg_on_all, **run.data.processor_options()}
-        return *load_cells(splits, **options), splits
-    store = open_store(run.data.store)
-    run.data.check_store(store.manifest)
-    splits = run.data.resolve_splits(store.groups)
-    return *load_store(store, splits, **run.data.store_options()), splits
+    data = run.data
+    store = None if data.store is None else open_store(data.store)
+    if store is not None:
+        data.check_store(store.manifest)
+    if pretrained is not None:
+        reading = None if store is None else store.manifest.reading
+        options = {"processor": pretrained.processor_for(data, run.given, reading), **data.further_options()}
+    elif store is not None:
+        options = data.store_options()
+    else:
+        options = {"contexts": data.contexts, "hvg_on_all": data.hvg_on_all, **data.processor_options()}
+    splits = data.resolve_splits(None if store is None else store.groups)
+    return *(load_cells(splits, **options) if store is None else load_store(store, splits, **options)), splits
 
 
-def build_config(run: RunConfig, processor: StateProcessor) -> PerturbationConfig:
-    """The model's config: the YAML's fields, and the sizes that the data and any published weights give."""
-    fields = {name: value for name, value in run.model.items() if name not in ("model_type", "pretrained")}
+def check_further(run: RunConfig):
+    """
+    Raises:
+        ValueError: options of training a checkpoint further are set, and the run names none, or is on a stream.
+    """
+    if run.model.get("pretrained") is None or is_published(run.model):
+        asked = [f"training.{name}" for name in ("lora_rank", "freeze_backbone") if run.training.get(name)]
+        asked += ["data.controls_only"] if run.data.controls_only else []
+        asked += ["model.pretrained_revision"] if run.model.get("pretrained_revision") is not None else []
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)}: is for a checkpoint that is trained further; name one that this package wrote in "
+                "model.pretrained"
+            )
+    elif run.stream.path is not None:
+        raise ValueError(
+            f"model.pretrained={run.model['pretrained']!r} is trained further on files or a store, found a stream; make a "
+            "store of it (cellstate prepare) or leave stream.path out"
+        )
+
+
+def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrained | None) -> PerturbationConfig:
+    """The model's config: the YAML's fields, and the sizes that the data and any published weights give; or the checkpoint's."""
+    if pretrained is not None:
+        return pretrained.config_for(run.model)
+    fields = {name: value for name, value in run.model.items() if name not in ("model_type", *NAMING)}
     preset, family = fields.pop("preset", None), config_class(run.model)
-    if run.model.get("pretrained") is not None:
+    if is_published(run.model):
         fields |= published_fields(run.model["pretrained"], {**family.presets.get(preset, {}), **fields})
     sizes = {**family.sizes(processor), **family.fields_from_names(processor, fields)}
     for name in sizes:
@@ -149,7 +179,7 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    present = set(cells.groups["split"].unique())
+    present = set(cells.groups["split"].unique()) | ({"train"} if run.data.controls_only else set())
     datasets = {}
     for split in ("train", "val", "test"):
         if split in present:
@@ -218,9 +248,11 @@ def checkpoint_of(run: RunConfig) -> str | None:
     return asked or None
 
 
-def from_cells(run: RunConfig) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
+def from_cells(
+    run: RunConfig, pretrained: Pretrained | None
+) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
     """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
-    cells, processor, splits = load_data(run)
+    cells, processor, splits = load_data(run, pretrained)
     args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
 
     def datasets(config: PerturbationConfig) -> dict:
@@ -231,17 +263,29 @@ def from_cells(run: RunConfig) -> tuple[StateTrainingArguments, StateProcessor, 
     return args, processor, datasets, describe(cells, processor, splits, run)
 
 
+def further(
+    pretrained: Pretrained, config: PerturbationConfig, processor: StateProcessor, args: StateTrainingArguments
+):
+    """The checkpoint's model with the names of the data, and as much of it to be trained as the arguments say."""
+    model, change = pretrained.model_for(config, processor)
+    logger.info(f"starting from {pretrained.name}\n{change}")
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    return model if args.lora_rank is None else add_adapter(model, args, change.grown, pretrained.revision)
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run a training; returns the figures of the test split, where there is one."""
     run = parse(sys.argv[1:] if argv is None else argv)
-    resume = checkpoint_of(run)
+    check_further(run)
+    resume, pretrained = checkpoint_of(run), Pretrained.of(run.model)
     if run.stream.path is None:
-        args, processor, make_datasets, about = from_cells(run)
+        args, processor, make_datasets, about = from_cells(run, pretrained)
     else:
         args, processor, make_datasets, about = from_stream(run, training_arguments, resume)
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
-    config = build_config(run, processor)
+    config = build_config(run, processor, pretrained)
     processor.set_size = config.set_size
     if config.reads_counts:
         processor.predict_log1p(config.library_size)
@@ -254,9 +298,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     disable_progress_bar()  # that of writing files; training keeps its own
     # Every process starts from the same weights, whatever was drawn before.
     set_seed(args.seed)
-    model = family(config)
+    model = family(config) if pretrained is None else further(pretrained, config, processor, args)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
-    if run.model.get("pretrained") is not None:
+    if is_published(run.model):
         logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
     provenance = Provenance.of_run(run) if args.should_save else None
     trainer = StateTrainer(

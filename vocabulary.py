@@ -46,6 +46,14 @@ class Vocabulary:
             if duplicates:
                 raise ValueError(f"vocabulary {name!r} has duplicates: {duplicates[:10]}; every name must be unique")
 
+    def merged(self, other: "Vocabulary") -> "Vocabulary":
+        """
+        These names in their order, then the perturbations, contexts and batches of another vocabulary that are not among
+        them: every id keeps its meaning. The genes are the other's where it names any.
+        """
+        merged = {kind: list(dict.fromkeys(known + getattr(other, kind))) for kind, known in asdict(self).items()}
+        return Vocabulary(**{**merged, "genes": list(other.genes or self.genes)})
+
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
         """
@@ -276,6 +284,38 @@ def split_combination(name: str, known, control: str, separator: str | None) -> 
             "combination_separator=None"
         )
     return [part.strip() for part in parts if part.strip() != control]
+
+
+def control_rows(
+    labels: pd.DataFrame, control: str, perturbation_key: str, context: "str | list[str] | None"
+) -> dict[str, np.ndarray]:
+    """
+    Context to the row numbers of its control cells, of labels as [`read_labels`] gives them; of some contexts, or all.
+
+    Raises:
+        KeyError: a context is not in the data.
+        ValueError: a context has no control cells, or there is nothing to look for.
+    """
+    present = pd.unique(labels["context"])
+    wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
+    if not wanted:
+        raise ValueError(
+            "the data hold no cells, so no control cells" if context is None else "context: found an empty list"
+        )
+    unknown = [name for name in wanted if name not in present]
+    if unknown:
+        raise KeyError(f"context {unknown[0]!r} is not in the data; {closest(unknown[0], present)}")
+    is_control = (labels["perturbation"] == control).to_numpy()
+    groups = {}
+    for name in wanted:
+        rows = np.flatnonzero(is_control & (labels["context"] == name).to_numpy())
+        if len(rows) == 0:
+            raise ValueError(
+                f"context {name!r} has no control cells (obs[{perturbation_key!r}] == {control!r}); add "
+                "some, or leave the context out with context="
+            )
+        groups[name] = rows
+    return groups
 
 
 def encode_ids(parts: list[list[str]], known: dict[str, int]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cellstate_cli import convert, evaluate, info, predict, prepare, push
+from cellstate_cli import convert, evaluate, info, merge, predict, prepare, push
 
 
 COMMANDS = {
@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "push": push,
     "convert": convert,
+    "merge": merge,
 }
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)

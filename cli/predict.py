@@ -8,7 +8,7 @@ HELP = "Predict perturbed cells from the control cells of an .h5ad."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub repository")
+    parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
     parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
@@ -54,20 +54,18 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     import transformers
     from huggingface_hub.utils import disable_progress_bars
 
+    from cellstate.hub.checkpoints import check_name, load_whole
     from cellstate.hub.push import fetch_checkpoint
 
+    check_name(name, "--model")
     path, loaded = Path(name), name
-    # A misspelt path is said at once: asking the Hub for it takes minutes where there is no network.
-    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
-        raise FileNotFoundError(f"--model {name}: no such checkpoint folder (looked from {Path.cwd()})")
     if not path.is_dir():
         if quiet:
             disable_progress_bars()
         path = fetch_checkpoint(name, revision)
         loaded = f"{name}@{path.name}"
     transformers.utils.logging.disable_progress_bar()
-    processor = transformers.AutoProcessor.from_pretrained(path)
-    model = transformers.AutoModel.from_pretrained(path)
+    model, processor = load_whole(str(path))
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:

@@ -39,8 +39,8 @@ class DataArguments:
             [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
-        control_matching, small_groups, control_sentences, heldout_controls, sentences_per_group, sentence_cap: see
-            [`SentenceDataset`].
+        control_matching, small_groups, control_sentences, heldout_controls, controls_only, sentences_per_group,
+            sentence_cap: see [`SentenceDataset`].
     """
 
     store: str | None = None
@@ -68,6 +68,7 @@ class DataArguments:
     small_groups: str = "pad"
     control_sentences: bool = True
     heldout_controls: bool = True
+    controls_only: bool = False
     sentences_per_group: str = "proportional"
     sentence_cap: int | None = None
 
@@ -81,6 +82,11 @@ class DataArguments:
             raise ValueError(f"data: with a `splits` file, say there what is held out, not in {list(simple)}")
         if self.genes is not None and self.genes_file is not None:
             raise ValueError("data: set one of `genes` and `genes_file`, found both")
+        if self.controls_only and not (self.control_sentences and self.heldout_controls):
+            raise ValueError(
+                "data: controls_only=true trains on the control cells of all contexts, so control_sentences and "
+                "heldout_controls must be true; say with contexts: which to use"
+            )
         for kind in ("contexts", "perturbations"):
             both = set(getattr(self, f"test_{kind}")) & set(getattr(self, f"val_{kind}"))
             if both:
@@ -93,12 +99,16 @@ class DataArguments:
 
     def sentence_options(self) -> dict:
         """Arguments of [`SentenceDataset`]."""
-        names = ("control_matching", "small_groups", "control_sentences", "heldout_controls")
+        names = ("control_matching", "small_groups", "control_sentences", "heldout_controls", "controls_only")
         return {name: getattr(self, name) for name in (*names, "sentences_per_group", "sentence_cap")}
 
     def store_options(self) -> dict:
-        """Arguments of [`load_store`]."""
+        """Arguments of [`load_store`], for a processor that is fitted."""
         return self._fit_options("contexts", "hvg_on_all", "genes", "normalize", "target_sum")
+
+    def further_options(self) -> dict:
+        """Arguments of [`load_cells`] and [`load_store`], for the processor of a checkpoint that is trained further."""
+        return {"contexts": self.contexts, "controls_only": self.controls_only}
 
     def chosen_genes(self) -> int | list[str] | None:
         """The number of genes, or their names, where the section says either."""

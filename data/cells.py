@@ -10,7 +10,7 @@ import pandas as pd
 from cellstate.configuration_state import closest
 from cellstate.data.reading import naming, read_h5ad
 from cellstate.data.splits import Splits
-from cellstate.processing import StateProcessor
+from cellstate.processing import StateProcessor, Vocabulary
 
 
 if TYPE_CHECKING:
@@ -97,12 +97,21 @@ def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.Data
     return groups.assign(split=["control" if key[2] == control else (assigned[key] or "unused") for key in keys])
 
 
-def trained_on(groups: pd.DataFrame, splits: Splits) -> np.ndarray:
-    """Which groups a processor may learn from: those for training, and the controls of contexts not held out whole.
+def controls_alone(groups: pd.DataFrame) -> pd.DataFrame:
+    """The table of groups of a run that trains on control cells alone: no perturbed cells are for training."""
+    return groups.assign(split=groups["split"].where(groups["split"] != "train", "unused"))
+
+
+def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False) -> np.ndarray:
+    """
+    Which groups a processor may learn from: those for training, and the controls of contexts not held out whole; with
+    `controls_only` all controls.
 
     Raises:
         ValueError: nothing is for training.
     """
+    if controls_only:
+        return (groups["split"] == "control").to_numpy()
     if not (groups["split"] == "train").any():
         found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
         raise ValueError(f"the splits leave no cell for training; found {found}")
@@ -131,6 +140,7 @@ def load_cells(
     contexts: list[str] | None = None,
     hvg_on_all: bool = False,
     processor: StateProcessor | None = None,
+    controls_only: bool = False,
     **processor_options,
 ) -> tuple[Cells, StateProcessor]:
     """
@@ -141,7 +151,9 @@ def load_cells(
         contexts (`list[str]`, *optional*): use these contexts of the files alone.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too. Only to repeat figures
             that were measured so.
-        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further.
+        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further. Names of
+            training cells that it does not know are added after its own.
+        controls_only (`bool`): only control cells are for training.
         processor_options: arguments of [`StateProcessor.fit`].
 
     Raises:
@@ -168,13 +180,17 @@ def load_cells(
         raise ValueError("the files hold no cells")
     order, groups = sort_into_groups(labels)
     groups = assign_splits(groups, splits, reader.control)
+    groups = controls_alone(groups) if controls_only else groups
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     ends = np.cumsum([data.n_obs for data in adatas])
 
-    if processor is None:
+    trained = trained_on(groups, splits, controls_only)
+    if processor is not None:
+        processor = widened(processor, groups[trained])
+    else:
         sizes = groups["stop"] - groups["start"]
-        in_training = np.repeat(trained_on(groups, splits), sizes)[place]
+        in_training = np.repeat(trained, sizes)[place]
         processor = _fit(adatas, np.split(in_training, ends[:-1]), hvg_on_all, processor_options)
     check_names(groups, processor)
     decoded = processor.gene_input is not None
@@ -186,6 +202,24 @@ def load_cells(
             if genes is not None:
                 genes[rows] = processor.gene_features(data)
     return Cells(features, genes, groups), processor
+
+
+def training_names(groups: pd.DataFrame, reader: StateProcessor, genes: list[str]) -> Vocabulary:
+    """The names of groups that are trained on, sorted, with the genes given.
+
+    Raises:
+        ValueError: the reader has perturbation features, and a perturbation has no vector.
+    """
+    singles = sorted({part for name in groups["perturbation"].unique() for part in reader.split_combination(name)})
+    if reader.perturbation_features is not None:
+        reader.perturbation_features.check_covers(singles, "of the training cells")
+    batches = sorted(groups["batch"].unique()) if "batch" in groups else []
+    return Vocabulary(genes, singles, sorted(groups["context"].unique()), batches)
+
+
+def widened(processor: StateProcessor, groups: pd.DataFrame) -> StateProcessor:
+    """A checkpoint's processor that also knows the names of these groups, which it is trained further on."""
+    return processor.with_vocabulary(processor.vocabulary.merged(training_names(groups, processor, [])))
 
 
 def label_reader(options: dict) -> StateProcessor:

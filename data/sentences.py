@@ -61,6 +61,8 @@ class SentenceDataset(Dataset):
         control_sentences (`bool`): in training, also map control cells to control cells of their context.
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
+        controls_only (`bool`): in training, map control cells to control cells of their context, of all contexts, and
+            nothing else.
         sentences_per_group (`str`): how groups are weighted in a training epoch.
 
             - `"proportional"`: each cell stands in one sentence
@@ -87,6 +89,7 @@ class SentenceDataset(Dataset):
         small_groups: str = "pad",
         control_sentences: bool = True,
         heldout_controls: bool = True,
+        controls_only: bool = False,
         sentences_per_group: str = "proportional",
         sentence_cap: int | None = None,
         shuffle: bool = True,
@@ -116,6 +119,7 @@ class SentenceDataset(Dataset):
             control_matching,
             control_sentences and split == "train",
             heldout_controls,
+            controls_only and split == "train",
         )
         if self.num_without_batch_controls:
             logger.warning(
@@ -302,6 +306,7 @@ def _make_groups(
     control_matching: str,
     control_sentences: bool,
     heldout_controls: bool,
+    controls_only: bool,
 ) -> tuple[list[Group], int]:
     """The groups of a split, and how many perturbed cells found no controls of their batch."""
     by = ["dataset", "context", "perturbation"] + (["batch"] if control_matching == "batch" else [])
@@ -331,13 +336,15 @@ def _make_groups(
             f"{len(lonely)} groups of perturbed cells have no control cells of their dataset and context: "
             f"{lonely[:10]}; add controls, or leave the context out with contexts="
         )
-    if not groups:
+    if not groups and not controls_only:
         raise ValueError(f"split {split!r} has no cells")
-    if control_sentences:
+    if control_sentences or controls_only:
         trained = {(group.dataset, group.context) for group in groups}
         datasets = {dataset for dataset, _ in trained}
         for key, rows in (of_batches or pools).items():
             # A held-out context's controls are unperturbed cells like any other; whether they may be seen is an option.
-            if key[:2] in trained or (heldout_controls and key[0] in datasets):
+            if controls_only or key[:2] in trained or (heldout_controls and key[0] in datasets):
                 groups.append(Group(key[0], key[1], control, key[2] if len(key) > 2 else None, rows, rows))
+    if not groups:
+        raise ValueError("controls_only: the data have no control cells, so there is nothing to train on; add some")
     return groups, fallen_back

@@ -13,7 +13,16 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from cellstate.cell_values import listed_genes, normalize_counts, resolve_target_sum, some
-from cellstate.data.cells import Cells, assign_splits, check_names, keep_contexts, trained_on
+from cellstate.data.cells import (
+    Cells,
+    assign_splits,
+    check_names,
+    controls_alone,
+    keep_contexts,
+    trained_on,
+    training_names,
+    widened,
+)
 from cellstate.data.genes import variable_genes
 from cellstate.data.manifest import (
     BARCODE,
@@ -30,7 +39,7 @@ from cellstate.data.manifest import (
 )
 from cellstate.data.splits import Splits
 from cellstate.processing import StateProcessor
-from cellstate.vocabulary import PerturbationFeatures, Vocabulary
+from cellstate.vocabulary import PerturbationFeatures
 
 
 class CellStore:
@@ -360,6 +369,8 @@ def load_store(
     target_sum: "float | str | None" = None,
     perturbation_features: PerturbationFeatures | None = None,
     set_size: int = 128,
+    processor: StateProcessor | None = None,
+    controls_only: bool = False,
 ) -> tuple[Cells, StateProcessor]:
     """
     The cells of a store for a run: what [`load_cells`] does with files, and nothing is read into memory.
@@ -372,30 +383,36 @@ def load_store(
         normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default what
             the store says.
         perturbation_features ([`PerturbationFeatures`], *optional*): see [`StateProcessor.fit`].
+        processor, controls_only: see [`load_cells`]. A processor brings its own genes, normalisation and features.
 
     Raises:
-        KeyError, ValueError: what is asked for is not in the store.
+        KeyError, ValueError: what is asked for is not in the store, or a processor does not read what it holds.
     """
     manifest = store.manifest
     groups = store.groups[keep_contexts(store.groups, contexts)].reset_index(drop=True)
     groups = assign_splits(groups, splits, manifest.reading["control"])
-    trained = groups[trained_on(groups, splits)]
-    normalize, values = _normalisation(manifest, normalize)
-    if target_sum is None:
-        target_sum = manifest.target_sum
+    groups = controls_alone(groups) if controls_only else groups
+    trained = groups[trained_on(groups, splits, controls_only)]
+    if processor is not None:
+        _check_processor(store, processor)
+        processor = widened(processor, trained)
     else:
-        target_sum = resolve_target_sum(target_sum, normalize, str(store.path), lambda: _totals(store, trained))
-    chosen = _choose_genes(store, groups if hvg_on_all else trained, genes, target_sum)
-    processor = _processor_of(
-        store,
-        trained,
-        chosen,
-        normalize=normalize,
-        values=values,
-        target_sum=target_sum,
-        perturbation_features=perturbation_features,
-        set_size=set_size,
-    )
+        normalize, values = _normalisation(manifest, normalize)
+        if target_sum is None:
+            target_sum = manifest.target_sum
+        else:
+            target_sum = resolve_target_sum(target_sum, normalize, str(store.path), lambda: _totals(store, trained))
+        chosen = _choose_genes(store, groups if hvg_on_all else trained, genes, target_sum)
+        processor = _processor_of(
+            store,
+            trained,
+            chosen,
+            normalize=normalize,
+            values=values,
+            target_sum=target_sum,
+            perturbation_features=perturbation_features,
+            set_size=set_size,
+        )
     check_names(groups, processor)
     decoded = processor.gene_input is not None
     return Cells(
@@ -403,21 +420,40 @@ def load_store(
     ), processor
 
 
+def _check_processor(store: CellStore, processor: StateProcessor):
+    """
+    Raises:
+        KeyError: the store lacks genes of the processor.
+        ValueError: the store does not hold what the processor reads.
+    """
+    manifest = store.manifest
+    if processor.values == "embedding" and manifest.embedding_dim != processor.feature_dim:
+        found = "none" if manifest.embedding_dim is None else f"one of {manifest.embedding_dim}"
+        raise ValueError(
+            f"{store.path}: the checkpoint reads an embedding of {processor.feature_dim} dimensions, the store holds {found}"
+        )
+    if processor.vocabulary.genes:
+        raw = processor.normalize == "log1p_cp10k" or processor.values == "counts"
+        if manifest.expression != ("counts" if raw else "log1p"):
+            raise ValueError(
+                f"{store.path}: the checkpoint reads {'counts' if raw else 'log1p expression'}, the store holds "
+                f"{manifest.expression or 'an embedding alone'}; prepare one from where the other is (input: X or layers/NAME)"
+            )
+        listed_genes(processor.vocabulary.genes, pd.Index(manifest.genes))
+
+
 def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], values: str, **settings) -> StateProcessor:
     """A processor that knows the labels of the groups that are trained on."""
     manifest = store.manifest
     reading = {name: manifest.reading[name] for name in READING}
-    reader = StateProcessor(**reading)
-    singles = sorted({part for name in trained["perturbation"].unique() for part in reader.split_combination(name)})
-    if settings["perturbation_features"] is not None:
-        settings["perturbation_features"].check_covers(singles, "of the training cells")
+    reader = StateProcessor(**reading, perturbation_features=settings["perturbation_features"])
+    vocabulary = training_names(trained, reader, genes)
     if manifest.embedding_dim is not None and values == "counts":
         raise ValueError(
             f"the gene decoder predicts log1p expression, {manifest.reading['gene_input']} holds counts: use normalize='auto'"
         )
-    batches = sorted(trained["batch"].unique()) if "batch" in trained else []
     return StateProcessor(
-        Vocabulary(genes, singles, sorted(trained["context"].unique()), batches),
+        vocabulary,
         **reading,
         **settings,
         values="embedding" if manifest.embedding_dim is not None else values,

@@ -124,7 +124,8 @@ def _about_attention(config: EncoderConfig, source: str) -> str:
 
 def _config(legacy: LegacyFolder) -> EncoderConfig:
     options = dict(legacy.options)
-    if options.get("lora") and options["lora"].get("enable"):
+    adapters = options.get("lora")
+    if isinstance(adapters, dict) and adapters.get("enable"):
         raise ValueError(f"{legacy.path}: the model was trained with LoRA adapters; merge them into its weights first")
     try:
         config = config_from_legacy(options)
@@ -227,8 +228,10 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
     try:
         with torch.device("meta"):
             expected = {name: tuple(tensor.shape) for name, tensor in family(config).state_dict().items()}
-    except RuntimeError as error:
-        raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        # torch raises either for sizes that it cannot count.
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {why}") from error
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = [

@@ -7,19 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# Without this file a folder does not load, so it goes last and is taken away first.
-_KEY = "config.json"
-_HIDDEN_KEY = "config.json.partial"
+# Without its one of these files a folder does not load, as a model or as an adapter, so it goes last and is taken away
+# first.
+MODEL_KEY, ADAPTER_KEY = "config.json", "adapter_config.json"
+_HIDDEN = ".partial"
+
+
+def _key_of(folder: str | os.PathLike, ending: str = "") -> str:
+    return ADAPTER_KEY if Path(folder, ADAPTER_KEY + ending).exists() else MODEL_KEY
 
 
 def hide(folder: str | os.PathLike):
     """Make a folder that is still being written not loadable as a checkpoint."""
-    os.replace(Path(folder, _KEY), Path(folder, _HIDDEN_KEY))
+    key = _key_of(folder)
+    os.replace(Path(folder, key), Path(folder, key + _HIDDEN))
 
 
 def reveal(folder: str | os.PathLike):
     """Undo [`hide`]: the folder is whole."""
-    os.replace(Path(folder, _HIDDEN_KEY), Path(folder, _KEY))
+    key = _key_of(folder, _HIDDEN)
+    os.replace(Path(folder, key + _HIDDEN), Path(folder, key))
 
 
 @contextmanager
@@ -36,11 +43,13 @@ def whole_or_nothing(target: str | os.PathLike) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     try:
         yield scratch
+        key = _key_of(scratch)
         hide(scratch)
-        Path(target, _KEY).unlink(missing_ok=True)
+        for old in (MODEL_KEY, ADAPTER_KEY):
+            Path(target, old).unlink(missing_ok=True)
         for entry in sorted(scratch.iterdir()):
-            if entry.name != _HIDDEN_KEY:
+            if entry.name != key + _HIDDEN:
                 os.replace(entry, target / entry.name)
-        os.replace(scratch / _HIDDEN_KEY, target / _KEY)
+        os.replace(scratch / (key + _HIDDEN), target / key)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -56,6 +56,19 @@ def test_batch_norm_refuses_to_train_on_a_single_cell():
         MaskedBatchNorm(4)(torch.randn(1, 3, 4), torch.tensor([[True, False, False]]))
 
 
+def test_a_frozen_batch_norm_is_left_as_it_is():
+    norm = MaskedBatchNorm(4)
+    cells, mask = torch.randn(3, 5, 4), torch.rand(3, 5) > 0.3
+    norm(cells + 2, mask)
+    expected = norm.eval()(cells)
+    norm.train().requires_grad_(False)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    assert torch.equal(norm(cells, mask), expected)
+    assert torch.equal(norm(cells[:1, :1]), expected[:1, :1])
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert not torch.equal(norm.requires_grad_(True)(cells, mask), expected)
+
+
 def test_padded_cells_send_no_gradient_through_a_batch_norm_mlp():
     torch.manual_seed(0)
     mlp = BatchNormMLP(4, 8, 2, "relu", 0.0)

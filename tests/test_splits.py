@@ -253,10 +253,15 @@ def test_contexts_can_be_chosen(files):
         load_cells(splits_of(files), contexts=["type_0", "type_7"])
 
 
-def test_an_existing_processor_is_used_as_it_is(files):
-    _, processor = load_cells(splits_of(files), genes=["gene_3", "gene_1"])
-    cells, same = load_cells(splits_of(files, zeroshot={("one", "type_2"): "val"}), processor=processor)
-    assert same is processor and cells.features.shape[1] == 2
+def test_an_existing_processor_keeps_its_genes_and_learns_names(files):
+    _, processor = load_cells(splits_of(files, zeroshot={("one", "type_1"): "val"}), genes=["gene_3", "gene_1"])
+    known = processor.vocabulary
+    cells, wider = load_cells(splits_of(files, zeroshot={("one", "type_2"): "val"}), processor=processor)
+    assert cells.features.shape[1] == 2 and wider.vocabulary.genes == ["gene_3", "gene_1"]
+    # Of the training cells alone, after those that it had.
+    assert "type_1" not in known.contexts
+    assert wider.vocabulary.contexts == [*known.contexts, "type_1"]
+    assert wider.vocabulary.perturbations[: len(known.perturbations)] == known.perturbations
 
 
 def test_highly_variable_genes_come_from_training_cells_alone(tmp_path):

@@ -153,6 +153,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "config.json",
         "configuration_state.py",
         "model.safetensors",
+        "modeling_finetuning.py",
         "modeling_layers.py",
         "modeling_perturbation.py",
         "modeling_state.py",

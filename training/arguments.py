@@ -22,12 +22,17 @@ class StateTrainingArguments(TrainingArguments):
 
     and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
     `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); `license` (of the
-    weights) and `data_license` go into the model card.
+    weights) and `data_license` go into the model card. Of a checkpoint (`model.pretrained`) that is trained further,
+
+    - `lora_rank`: train low-rank adapters of this rank and leave the rest as it is; the run writes an adapter. Of them
+      `lora_alpha` (default: the rank) over the rank scales what they add, `lora_dropout` is their dropout, `lora_mlp` puts
+      them beside the backbone's feed-forward layers too, and `train_fully` names parts of the model that are trained whole
+    - `freeze_backbone`: train all but the backbone
 
     Raises:
         ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not
-            in (0, 1], or one of them is without effect; `license` is no identifier; `hub_strategy` would push states of
-            the optimiser.
+            in (0, 1], another number is out of its range, or an option is without effect; `license` is no identifier;
+            `hub_strategy` would push states of the optimiser.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -61,6 +66,12 @@ class StateTrainingArguments(TrainingArguments):
         metadata={"help": "Licence of the weights, as the Hub names it (apache-2.0, cc-by-4.0, other ..)."},
     )
     data_license: str | None = field(default=None, metadata={"help": "Licence of the training data, in words."})
+    lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank alone."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scales the adapters: alpha / rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_mlp: bool = field(default=False, metadata={"help": "Adapters beside feed-forward layers, too."})
+    train_fully: list[str] | None = field(default=None, metadata={"help": "Parts trained whole beside adapters."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,6 +104,7 @@ class StateTrainingArguments(TrainingArguments):
                 f"hub_strategy={self.hub_strategy.value!r} would push states of the optimiser, which are pickles; set "
                 "every_save (each checkpoint's model) or end (the last alone)"
             )
+        self._check_lora()
 
     def to_json_string(self) -> str:
         """As it is saved beside the weights: without tokens, and of paths of this machine the last part."""
@@ -101,3 +113,25 @@ class StateTrainingArguments(TrainingArguments):
             if isinstance(content[name], str):
                 content[name] = os.path.basename(os.path.normpath(content[name]))
         return json.dumps(content, indent=2)
+
+    def _check_lora(self):
+        options = ("lora_alpha", "lora_dropout", "lora_mlp", "train_fully")
+        if self.lora_rank is None:
+            idle = [name for name in options if getattr(self, name)]
+            if idle:
+                raise ValueError(
+                    f"{', '.join(idle)}: without effect as there is no lora_rank; set it, or leave them out"
+                )
+            return
+        if isinstance(self.train_fully, str):
+            self.train_fully = [self.train_fully]
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, found {self.lora_rank}; null trains the model itself")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be above 0, found {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")
+        if self.freeze_backbone:
+            raise ValueError(
+                "freeze_backbone=true: with lora_rank the backbone is frozen already; leave one of them out"
+            )

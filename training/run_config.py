@@ -33,13 +33,17 @@ _SECTIONS = ("data", "model", "training", "stream", "prepare")
 
 @dataclass
 class RunConfig:
-    """The sections: data, model fields (`preset` and any field of the config), training, stream and store arguments."""
+    """
+    The sections: data, model fields (`preset` and any field of the config), training, stream and store arguments; and
+    which fields of the data section stand in the file or among the flags, `given`.
+    """
 
     data: DataArguments
     model: dict
     training: dict
     stream: StreamArguments
     prepare: PrepareArguments
+    given: frozenset[str]
 
     def to_yaml(self) -> str:
         """
@@ -97,8 +101,9 @@ def load_run_config(
         if not isinstance(values, dict | None):
             raise ValueError(f"{path}: section {section!r} should hold `field: value` lines, found {values!r}")
     pairs = list(_parse_flags(flags))
-    # The family decides which fields there are; a flag may name it.
-    family = {name.rpartition(".")[2]: value for name, value in pairs if name in ("model_type", "model.model_type")}
+    # The family decides which fields there are; a flag may name it, or the checkpoint that is of one.
+    naming = ("model_type", "pretrained", "pretrained_revision")
+    family = {name.rpartition(".")[2]: value for name, value in pairs if name.removeprefix("model.") in naming}
     known = {
         "data": {f.name for f in dataclasses.fields(DataArguments)},
         "model": model_fields and model_fields({**(content.get("model") or {}), **family}) | {"preset"},
@@ -135,7 +140,8 @@ def load_run_config(
             # YAML reads the strategy `no` as false.
             merged["training"][name] = "no"
     stream, prepare = StreamArguments(**merged["stream"]), PrepareArguments(**merged["prepare"])
-    return RunConfig(DataArguments(**merged["data"]), merged["model"], merged["training"], stream, prepare)
+    data = DataArguments(**merged["data"])
+    return RunConfig(data, merged["model"], merged["training"], stream, prepare, frozenset(merged["data"]))
 
 
 def _default(field: dataclasses.Field):

@@ -62,7 +62,7 @@ class StateTrainer(Trainer):
     - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
     Args:
-        model ([`PerturbationPreTrainedModel`]), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
+        model ([`PerturbationPreTrainedModel`], or a `peft.PeftModel` of one, of which adapters are saved), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
             [`SentenceStream`]), eval_dataset ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
 
@@ -337,7 +337,7 @@ class StateTrainer(Trainer):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, config, code, processor, card and arguments; no pickle."""
+        """Weights, config and code, or an adapter; processor, card and arguments; no pickle."""
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -349,11 +349,12 @@ class StateTrainer(Trainer):
             hide(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
-        if self.card is not None:
-            (folder / "README.md").write_text(self.card, encoding="utf-8")
         (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
         if not self._staging:
             model.save_pretrained(folder, state_dict=state_dict)
+        # After the weights: peft writes a card of its own beside adapters.
+        if self.card is not None:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
 
     def _get_output_dir(self, trial) -> str:
         run_dir = super()._get_output_dir(trial)

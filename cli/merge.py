@@ -1,0 +1,33 @@
+"""`cellstate merge`."""
+
+import argparse
+from pathlib import Path
+
+
+HELP = "Merge a low-rank adapter into its base model: a checkpoint like any other."
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub repository of the adapter")
+    parser.add_argument("output", metavar="OUT", help="folder to write, whole or not at all")
+    parser.add_argument("--revision", help="revision of the adapter's Hub repository")
+    parser.add_argument("--base", metavar="FOLDER", help="base model; by default the one that the adapter names")
+    parser.add_argument("--base-revision", help="revision of the base model's Hub repository")
+
+
+def run(args: argparse.Namespace):
+    import transformers
+
+    from cellstate.hub.checkpoints import check_name
+    from cellstate.hub.merging import merge_adapter
+
+    if args.base is None and args.base_revision is not None:
+        raise ValueError(f"--base-revision {args.base_revision} is of --base; give both, or neither")
+    check_name(args.adapter, "ADAPTER")
+    if args.base is not None:
+        check_name(args.base, "--base")
+    if Path(args.output).is_file():
+        raise ValueError(f"{args.output} is a file; name a folder to write")
+    transformers.utils.logging.disable_progress_bar()
+    merge_adapter(args.adapter, args.output, args.revision, args.base, args.base_revision)
+    print(f"{args.output}: a checkpoint without adapters")

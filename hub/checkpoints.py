@@ -1,0 +1,85 @@
+"""Checkpoints by name: a folder or a repository on the Hub, a whole model or an adapter of one."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import find_adapter_config_file
+
+import cellstate  # noqa: F401 - registers the models with the Auto classes
+from cellstate.checkpoint_files import check_adapter, find_file, hub_arguments, read_json
+from cellstate.hub.publish import ADAPTER_KEY
+from cellstate.modeling_perturbation import PerturbationPreTrainedModel
+from cellstate.processing import StateProcessor
+
+
+def check_name(name: str, asked_by: str):
+    """
+    Raises:
+        FileNotFoundError: what should be a folder is none. A misspelt path is said at once: asking the Hub for it takes
+            minutes where there is no network.
+    """
+    path = Path(name)
+    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
+        raise FileNotFoundError(f"{asked_by} {name}: no such checkpoint folder (looked from {Path.cwd()})")
+
+
+def adapter_config(name: str, revision: str | None = None) -> dict | None:
+    """What an adapter says of itself, its base model among it; None where the checkpoint is a whole model."""
+    path = find_adapter_config_file(name, revision=revision)
+    return None if path is None else read_json(path)
+
+
+def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreTrainedModel, StateProcessor]:
+    """
+    Model and processor of a checkpoint; an adapter is merged into its base model.
+
+    Raises:
+        ValueError: see [`CheckedPreTrainedModel`] and [`load_adapter`].
+    """
+    if adapter_config(name, revision) is not None:
+        model, processor = load_adapter(name, revision)
+        return model.merge_and_unload(), processor
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    return AutoModel.from_pretrained(name, revision=revision), processor
+
+
+def load_adapter(
+    name: str, revision: str | None = None, base: str | None = None, base_revision: str | None = None
+) -> tuple:
+    """
+    An adapter on its base model, which is resized to the adapter's vocabulary first, and its processor.
+
+    Args:
+        name (`str`), revision (`str`, *optional*): folder or repository of the adapter.
+        base (`str`), base_revision (`str`, *optional*): folder or repository of the base model; by default the one that
+            the adapter names.
+
+    Returns:
+        `peft.PeftModel` in evaluation mode and [`StateProcessor`].
+
+    Raises:
+        ValueError: it is no adapter, has no weights as safetensors, or does not fit the base model.
+    """
+    from peft import PeftModel
+
+    found = adapter_config(name, revision)
+    if found is None:
+        raise ValueError(
+            f"{name} is no adapter: expected {ADAPTER_KEY}, found none; name the folder that a LoRA run wrote"
+        )
+    if base is None:
+        base, base_revision = found["base_model_name_or_path"], found["revision"]
+        check_name(base, f"the base model of {name}, (say where it is with --base)")
+    hub = hub_arguments({"revision": revision})
+    check_adapter(name, hub)
+    own = find_file(name, ADAPTER_KEY, hub)
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    model, of_base = load_whole(base, base_revision)
+    if of_base.vocabulary != processor.vocabulary:
+        model.resize_vocabulary(of_base.vocabulary, processor.vocabulary)
+    model.config.set_size = processor.set_size
+    try:
+        return PeftModel.from_pretrained(model, Path(own).parent).eval(), processor
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name} does not fit the base model {base}: {error}") from error

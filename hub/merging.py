@@ -1,0 +1,48 @@
+"""An adapter and its base model made one plain checkpoint."""
+
+import os
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+from cellstate.hub.checkpoints import load_adapter
+from cellstate.hub.publish import whole_or_nothing
+
+
+# What an adapter's folder says of its training, which holds for the merged checkpoint, too.
+_RECORDS = ("README.md", "training_args.json")
+
+
+def merge_adapter(
+    name: str,
+    output: str | os.PathLike,
+    revision: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+):
+    """
+    Write the checkpoint that an adapter and its base model make: `W + alpha / rank * B A` in place of each `W`, and the
+    parts that were trained whole. Its predictions are those of the adapter on its base model, to rounding.
+
+    Args:
+        output: folder to write; the checkpoint in it is replaced whole or not at all.
+
+        The others are those of [`load_adapter`].
+
+    Raises:
+        ValueError: see [`load_adapter`]; or the output is where the adapter lies.
+    """
+    if Path(name).is_dir() and Path(output).resolve() == Path(name).resolve():
+        raise ValueError(f"{output} is the adapter's own folder; write the merged checkpoint elsewhere")
+    adapted, processor = load_adapter(name, revision, base, base_revision)
+    # An adapter that was made by other code may come without these.
+    found = {
+        record: cached_file(name, record, revision=revision, _raise_exceptions_for_missing_entries=False)
+        for record in _RECORDS
+    }
+    with whole_or_nothing(output) as folder:
+        adapted.merge_and_unload().save_pretrained(folder)
+        processor.save_pretrained(folder)
+        for record, path in found.items():
+            if path is not None:
+                (folder / record).write_bytes(Path(path).read_bytes())

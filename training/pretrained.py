@@ -1,0 +1,192 @@
+"""A run that starts from a checkpoint: its config, its processor, and what of them the run may say anew."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import cached_file, extract_commit_hash
+
+from cellstate import FAMILIES
+from cellstate.configuration_families import ScGPTConfig
+from cellstate.configuration_state import PerturbationConfig
+from cellstate.data.arguments import DataArguments
+from cellstate.data.perturbation_features import read_perturbation_features
+from cellstate.hub.checkpoints import adapter_config, check_name
+from cellstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from cellstate.modeling_finetuning import VocabularyChange
+from cellstate.modeling_perturbation import PerturbationPreTrainedModel
+from cellstate.processing import StateProcessor
+from cellstate.vocabulary import Vocabulary
+
+
+# Families that can start from a folder of weights published elsewhere.
+FROM_PUBLISHED = (ScGPTConfig.model_type,)
+# Fields of the model section that name a checkpoint.
+NAMING = ("pretrained", "pretrained_revision")
+# How the labels and cells of files are found, which may differ from one laboratory to the next.
+_READING = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """
+    A checkpoint that training starts from.
+
+    Args:
+        name (`str`), revision (`str`, *optional*): folder, or repository on the Hub and its commit.
+        config ([`PerturbationConfig`]), processor ([`StateProcessor`]): its own.
+    """
+
+    name: str
+    revision: str | None
+    config: PerturbationConfig
+    processor: StateProcessor
+
+    @classmethod
+    def of(cls, section: dict) -> "Pretrained | None":
+        """
+        The checkpoint that a model section names, where it names one (and not a folder of weights published elsewhere).
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such checkpoint, it is an adapter, or of a family that is not
+                trained by steps.
+        """
+        if section.get("pretrained") is None or is_published(section):
+            return None
+        name, revision = _named(section)
+        config = config_of(section)
+        # Of the Hub, the very commit: a branch may move on while the run is under way, or before its adapter is used.
+        revision = extract_commit_hash(cached_file(name, MODEL_KEY, revision=revision), None)
+        return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision))
+
+    def config_for(self, section: dict) -> PerturbationConfig:
+        """
+        The checkpoint's config, with the options of training that a model section sets
+        ([`PerturbationConfig.training_fields`]).
+
+        Raises:
+            ValueError: the section sets another family, a preset, or a field to another value than the checkpoint has.
+        """
+        config = type(self.config).from_dict(self.config.to_dict())
+        for name, value in section.items():
+            if name in NAMING:
+                continue
+            if name == "preset":
+                raise ValueError(
+                    f"model.preset={value!r}: the sizes are those of the checkpoint {self.name}; leave preset out"
+                )
+            has = getattr(config, name)
+            if name in config.training_fields:
+                setattr(config, name, value)
+            elif value != has:
+                raise ValueError(
+                    f"model.{name}={value!r} contradicts the checkpoint {self.name}, which has {has!r}; leave it out. What "
+                    f"may differ: {', '.join(config.training_fields)}"
+                )
+        config._check()
+        return config
+
+    def processor_for(self, data: DataArguments, given: frozenset[str], reading: dict | None) -> StateProcessor:
+        """
+        The checkpoint's processor as it reads the data of a run; what the data section leaves open is filled in there.
+
+        Args:
+            data ([`DataArguments`]), given (`frozenset[str]`): the section, and which of its fields were set.
+            reading (`dict`, *optional*): how the files of a store were read, where one is.
+
+        Raises:
+            ValueError: the section contradicts the checkpoint.
+        """
+        own = self.processor
+        for name in _READING:
+            if reading is not None:
+                setattr(data, name, reading[name])
+            elif name not in given:
+                setattr(data, name, getattr(own, name))
+        self._check_data(data, given)
+        data.normalize = own.normalize
+        settings = {name: getattr(data, name) for name in _READING}
+        if data.perturbation_features is not None:
+            further = read_perturbation_features(data.perturbation_features)
+            further.check_control(data.control)
+            settings["perturbation_features"] = own.perturbation_features.extended(further)
+        genes = data.chosen_genes()
+        vocabulary = own.vocabulary if genes is None else own.vocabulary.merged(Vocabulary(genes))
+        return own.with_vocabulary(vocabulary, **settings)
+
+    def _check_data(self, data: DataArguments, given: frozenset[str]):
+        own = self.processor
+        wrong = {}
+        if data.normalize not in ("auto", own.normalize):
+            wrong["normalize"] = own.normalize
+        if data.target_sum not in (None, own.target_sum):
+            wrong["target_sum"] = own.target_sum
+        if isinstance(data.genes, int):
+            wrong["genes"] = f"its own {len(own.vocabulary.genes)} (a list of genes, or genes_file, changes them)"
+        if data.chosen_genes() is not None and not own.vocabulary.genes:
+            wrong["genes_file" if data.genes is None else "genes"] = "none, only dimensions of an embedding"
+        if data.hvg_on_all:
+            wrong["hvg_on_all"] = False
+        if data.input.startswith("obsm/") != (own.values == "embedding"):
+            wrong["input"] = f"{own.input!r}, {own.values} values"
+        if (data.gene_input is None) != (own.gene_input is None):
+            wrong["gene_input"] = own.gene_input
+        if data.perturbation_features is not None and own.perturbation_features is None:
+            wrong["perturbation_features"] = "perturbation ids"
+        if data.control != own.control and own.control in own.vocabulary.perturbations:
+            wrong["control"] = f"{own.control!r}, which has weights of its own"
+        for name, has in wrong.items():
+            raise ValueError(
+                f"data.{name}={getattr(data, name)!r} contradicts the checkpoint {self.name}, which has {has}; leave it out"
+                + ("" if name in given else " (it comes from the store)")
+            )
+
+    def model_for(
+        self, config: PerturbationConfig, processor: StateProcessor
+    ) -> tuple[PerturbationPreTrainedModel, VocabularyChange]:
+        """The checkpoint's weights under a config of [`Pretrained.config_for`], resized to the names of a processor."""
+        model = FAMILIES[config.model_type].from_pretrained(self.name, revision=self.revision or "main", config=config)
+        model.name_or_path = self.name
+        return model, model.resize_vocabulary(self.processor.vocabulary, processor.vocabulary)
+
+
+def is_published(section: dict) -> bool:
+    """Whether a model section names a folder of weights that others published in a form of their own."""
+    name = section.get("pretrained")
+    if name is None or section.get("model_type") not in FROM_PUBLISHED or not os.path.isdir(name):
+        return False
+    return not any(os.path.isfile(os.path.join(name, key)) for key in (MODEL_KEY, ADAPTER_KEY))
+
+
+def _named(section: dict) -> tuple[str, str | None]:
+    revision = section.get("pretrained_revision")
+    return str(section["pretrained"]), None if revision is None else str(revision)
+
+
+def config_of(section: dict) -> PerturbationConfig:
+    """The config of the checkpoint that a model section names; errors as in [`Pretrained.of`]."""
+    name, revision = _named(section)
+    check_name(name, "model.pretrained")
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(
+            f"model.pretrained_revision={revision!r} is of a Hub repository, {name} is a folder; leave it out"
+        )
+    if adapter_config(name, revision) is not None:
+        raise ValueError(
+            f"model.pretrained={name!r} is an adapter ({ADAPTER_KEY}); make a checkpoint of it first: cellstate merge {name} "
+            "FOLDER"
+        )
+    if Path(name).is_dir() and not Path(name, MODEL_KEY).is_file():
+        raise FileNotFoundError(f"model.pretrained={name!r}: expected a checkpoint, found a folder without {MODEL_KEY}")
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model.pretrained={name!r} is a {config.model_type!r} model; expected one of {', '.join(FAMILIES)}"
+        )
+    if FAMILIES[config.model_type].fitted:
+        raise ValueError(
+            f"model.pretrained={name!r}: {config.model_type} is fitted in one pass, there is nothing to train further; leave "
+            "pretrained out and fit it on all the data"
+        )
+    return config
