@@ -24,7 +24,7 @@ from cellstate.data.cells import Cells, load_cells
 from cellstate.data.sentences import SentenceDataset
 from cellstate.data.splits import Splits
 from cellstate.data.store import load_store
-from cellstate.hub.card import render_card
+from cellstate.hub.card import is_repository, render_card
 from cellstate.hub.provenance import Provenance
 from cellstate.hub.publish import whole_or_nothing
 from cellstate.hub.scgpt import load_published, published_fields
@@ -133,6 +133,14 @@ def check_further(run: RunConfig):
                 f"{', '.join(asked)}: is for a checkpoint that is trained further; name one that this package wrote in "
                 "model.pretrained"
             )
+    elif (
+        run.training.get("lora_rank") and run.training.get("push_to_hub") and not is_repository(run.model["pretrained"])
+    ):
+        raise ValueError(
+            f"push_to_hub: an adapter of {run.model['pretrained']!r} is of use to others where they can load that, found a "
+            "folder; push it and name the repository in model.pretrained, or leave push_to_hub out and push what cellstate "
+            "merge makes"
+        )
     elif run.stream.path is not None:
         raise ValueError(
             f"model.pretrained={run.model['pretrained']!r} is trained further on files or a store, found a stream; make a "

@@ -70,11 +70,12 @@ def render_card(
     name = os.path.basename(os.path.normpath(folder))
     # The weights that training started from: a folder, or a name on the Hub.
     base_model = None if run is None else run.model.get("pretrained")
+    is_adapter = args is not None and args.lora_rank is not None
     license = UNKNOWN_LICENSE if args is None or args.license is None else args.license
     results = _results(metrics or {})
     data = ModelCardData(
         license=license,
-        library_name="transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag=TASK,
         tags=TAGS,
         base_model=base_model if base_model is not None and is_repository(base_model) else None,
@@ -98,6 +99,8 @@ def render_card(
         license=None if license == UNKNOWN_LICENSE else license,
         data_license=None if args is None else args.data_license,
         base_model=None if base_model is None else _public_name(base_model),
+        base_revision=None if run is None else run.model.get("pretrained_revision"),
+        is_adapter=is_adapter,
         run=run,
         provenance=provenance,
         held_out=[] if run is None else _held_out(run, provenance),

@@ -13,16 +13,21 @@ from cellstate.checkpoint_files import read_header, read_json, stored_tensors
 from cellstate.configuration_state import PerturbationConfig, closest
 from cellstate.hub.card import is_repository, render_card, with_repository
 from cellstate.hub.errors import on_the_hub
+from cellstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from cellstate.processing import StateProcessor
 from cellstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
-CONFIG, PROCESSOR, WEIGHTS, CARD = "config.json", "processor_config.json", "model.safetensors", "README.md"
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROCESSOR, WEIGHTS, CARD, ADAPTER_WEIGHTS = (
+    "processor_config.json",
+    "model.safetensors",
+    "README.md",
+    "adapter_model.safetensors",
+)
 _WEIGHTS_INDEX = WEIGHTS + ".index.json"
 _ARGUMENTS = "training_args.json"
 # What a checkpoint on the Hub is made of, all of it at the top; a push takes away what it no longer holds.
-_OWN = (CONFIG, ADAPTER, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
+_OWN = (MODEL_KEY, ADAPTER_KEY, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
 _MAY_LACK = "model or revision"
 
 
@@ -122,7 +127,7 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
 
 def _read_to_push(folder: Path) -> tuple[list[str], str]:
     """The names of the files to push, the card left out, and the text of the card."""
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER_KEY).is_file():
         _require(folder, CARD)
         return _read_adapter(folder), (folder / CARD).read_text(encoding="utf-8")
     config, processor, files = read_checkpoint(folder)
@@ -132,16 +137,16 @@ def _read_to_push(folder: Path) -> tuple[list[str], str]:
 
 def _read_adapter(folder: Path) -> list[str]:
     """The files of an adapter, whose base model others can load too."""
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = read_json(folder / ADAPTER_KEY).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_repository(base):
         raise ValueError(
-            f"{folder / ADAPTER}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
+            f"{folder / ADAPTER_KEY}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
             "model and train on it by that name, or merge the adapter into it (cellstate merge)"
         )
     _require(folder, ADAPTER_WEIGHTS)
     read_header(folder / ADAPTER_WEIGHTS)
     _, files = _read_processor(folder)
-    return [ADAPTER, ADAPTER_WEIGHTS, *files]
+    return [ADAPTER_KEY, ADAPTER_WEIGHTS, *files]
 
 
 def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, StateProcessor, list[str]]:
@@ -155,16 +160,18 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder (looked from {Path.cwd()})")
-    _require(folder, CONFIG)
-    content = read_json(folder / CONFIG)
+    _require(folder, MODEL_KEY)
+    content = read_json(folder / MODEL_KEY)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{folder / CONFIG}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}")
+        raise ValueError(
+            f"{folder / MODEL_KEY}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}"
+        )
     processor, files = _read_processor(folder)
     # Loading is the check that others go through, too.
     config = FAMILIES[model_type].from_pretrained(folder).config
-    files = [CONFIG, *_weights_of(folder), *files]
-    return config, processor, files + [name for name in _code_of(folder, CONFIG) if name not in files]
+    files = [MODEL_KEY, *_weights_of(folder), *files]
+    return config, processor, files + [name for name in _code_of(folder, MODEL_KEY) if name not in files]
 
 
 def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:

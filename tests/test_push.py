@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ import cellstate_cli
 from cellstate import StateConfig, StateForPerturbation, StateProcessor, __version__, train
 from cellstate.data import simulate_screen
 from cellstate.hub.card import TAGS, render_card
-from cellstate.hub.push import ADAPTER, ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
+from cellstate.hub.publish import ADAPTER_KEY
+from cellstate.hub.push import ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
 from cellstate.training import StateTrainingArguments
 from cellstate.vocabulary import PerturbationFeatures
 
@@ -158,12 +160,12 @@ def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, 
     StateProcessor.from_pretrained(folder).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="expected a base model on the Hub, found .*, which others cannot load"):
         push_checkpoint(tmp_path / "adapter", "ada/adapter")
-    for name in (ADAPTER, "README.md"):
+    for name in (ADAPTER_KEY, "README.md"):
         written = tmp_path / "adapter" / name
         written.write_text(written.read_text().replace(str(folder), "ada/base"))
     push_checkpoint(tmp_path / "adapter", "ada/adapter")
     files, of_model = set(hub.read("ada/adapter")), {"modeling_state.py"}
-    assert files == whole(folder) - {"config.json", "model.safetensors", *of_model} | {ADAPTER, ADAPTER_WEIGHTS}
+    assert files == whole(folder) - {"config.json", "model.safetensors", *of_model} | {ADAPTER_KEY, ADAPTER_WEIGHTS}
     truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
     with pytest.raises(ValueError, match="adapter_model.safetensors: its weights are not a whole safetensors file"):
         push_checkpoint(tmp_path / "adapter", "ada/adapter")
@@ -501,8 +503,9 @@ def run(tmp_path, screen):
         },
     }
 
-    def run(**training):
+    def run(model=None, **training):
         content["training"] |= training
+        content["model"] = model or content["model"]
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
         train.main([str(tmp_path / "run.yaml")])
         return tmp_path / "out"
@@ -551,6 +554,22 @@ def test_a_run_whose_card_the_hub_refuses_does_not_start(hub, run, tmp_path):
     with pytest.raises(ValueError, match="license.* must be one of"):
         run(hub_token=os.environ["HF_TOKEN"], license="my-own-1.0")
     assert not (tmp_path / "out" / "config.json").exists() and hub.read("ada/model") == {}
+
+
+def test_an_adapter_that_nobody_could_load_is_not_trained_to_be_pushed(hub, run, folder, tmp_path, monkeypatch, screen):
+    model = {"pretrained": str(folder)}
+    with pytest.raises(
+        ValueError, match="push_to_hub: an adapter of .* found a folder; push it and name the repository"
+    ):
+        run(model=model, lora_rank=2)
+    output = run(model=model, lora_rank=2, push_to_hub=False)
+    card = ModelCard.load(output / "README.md")
+    assert card.data.library_name == "peft" and "holds the adapter alone" in card.text
+    [lines] = [t.content for t in MarkdownIt().parse(card.text) if t.type == "fence" and t.info == "python"]
+    (tmp_path / "example.py").write_text(lines)
+    screen.write_h5ad(tmp_path / "controls.h5ad")
+    monkeypatch.chdir(tmp_path)
+    assert np.isfinite(runpy.run_path("example.py")["predicted"].X).all()
 
 
 def test_states_of_the_optimiser_are_not_pushed():
