@@ -110,7 +110,7 @@ def stored_tensors(name: str | os.PathLike, hub: dict, variant: str | None = Non
             "model with save_pretrained"
         )
     if (path := find_file(name, single, hub)) is not None:
-        return _read_header(path)
+        return read_header(path)
     if (path := find_file(name, index, hub)) is None:
         pickles = [file for file in there if file.endswith(_PICKLES)]
         found = f"found {some(pickles, 3)}" if pickles else "found neither"
@@ -122,7 +122,7 @@ def stored_tensors(name: str | os.PathLike, hub: dict, variant: str | None = Non
     for file, listed in _read_index(path).items():
         if (shard := find_file(name, file, hub)) is None:
             raise ValueError(f"{path} names {file!r}, which is not there; copy the checkpoint again")
-        held = _read_header(shard)
+        held = read_header(shard)
         if set(held) != listed:
             raise ValueError(
                 f"{shard}: expected the tensors that {os.path.basename(path)} lists, found {some(set(held) ^ listed, 3)} in "
@@ -151,11 +151,19 @@ def _read_index(path: str) -> dict[str, set[str]]:
     return files
 
 
-def _read_header(path: str) -> dict[str, StoredTensor]:
+def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
+    """
+    The tensors of one safetensors file by name.
+
+    Raises:
+        ValueError: the file is not as long as its header says, or has none.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
-            return {name: StoredTensor(tuple(s.get_shape()), _kind(s.get_dtype()), path) for name, s in slices.items()}
+            return {
+                name: StoredTensor(tuple(s.get_shape()), _kind(s.get_dtype()), str(path)) for name, s in slices.items()
+            }
     except SafetensorError as error:
         raise ValueError(
             f"{path}: its weights are not a whole safetensors file ({error}); copy the checkpoint again"

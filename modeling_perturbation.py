@@ -132,6 +132,8 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
                 f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
                 "to build a model, found neither"
             )
+        # By which a pushed model is found on the Hub.
+        self.add_model_tags(["single-cell", "perturbation", "cellstate", "biology"])
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

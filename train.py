@@ -25,6 +25,7 @@ from cellstate.data.sentences import SentenceDataset
 from cellstate.data.splits import Splits
 from cellstate.data.store import load_store
 from cellstate.hub.card import render_card
+from cellstate.hub.provenance import Provenance
 from cellstate.hub.publish import whole_or_nothing
 from cellstate.hub.scgpt import load_published, published_fields
 from cellstate.hub.stores import open_store
@@ -301,13 +302,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
     if is_published(run.model):
         logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
+    provenance = Provenance.of_run(run) if args.should_save else None
     trainer = StateTrainer(
         model,
         args,
         datasets["train"],
         datasets.get("val"),
         processing_class=processor,
-        card=render_card(run, config, processor),
+        card=render_card(run, config, processor, args=args, provenance=provenance) if args.should_save else None,
     )
     if args.resume_from_checkpoint:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
@@ -315,12 +317,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if "test" in datasets:
         metrics = trainer.evaluate(datasets["test"], metric_key_prefix="test")
-    trainer.card = render_card(run, config, processor, metrics, trainer.state)
     if args.should_save:
+        trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
         with whole_or_nothing(args.output_dir) as folder:
-            trainer.save_model(str(folder))
+            trainer.save_model(str(folder), _internal_call=True)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return metrics
 
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cellstate_cli import convert, evaluate, info, merge, predict, prepare
+from cellstate_cli import convert, evaluate, info, merge, predict, prepare, push
 
 
 COMMANDS = {
@@ -11,6 +11,7 @@ COMMANDS = {
     "info": info,
     "predict": predict,
     "evaluate": evaluate,
+    "push": push,
     "convert": convert,
     "merge": merge,
 }

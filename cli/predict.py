@@ -1,6 +1,7 @@
 """`cellstate predict`."""
 
 import argparse
+from pathlib import Path
 
 
 HELP = "Predict perturbed cells from the control cells of an .h5ad."
@@ -8,7 +9,7 @@ HELP = "Predict perturbed cells from the control cells of an .h5ad."
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
-    parser.add_argument("--revision", default="main", help="revision of a Hub repository")
+    parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
     parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
     which = parser.add_mutually_exclusive_group()
@@ -47,20 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def _load(name: str, revision: str, device: str | None):
-    """Model and processor of a checkpoint folder or Hub repository, the model on its device."""
+def _load(name: str, revision: str, device: str | None, quiet: bool):
+    """Model and processor of a checkpoint folder or Hub repository, the model on its device, and what was loaded."""
     import torch
     import transformers
+    from huggingface_hub.utils import disable_progress_bars
 
     from cellstate.hub.checkpoints import check_name, load_whole
+    from cellstate.hub.push import fetch_checkpoint
 
     check_name(name, "--model")
+    path, loaded = Path(name), name
+    if not path.is_dir():
+        if quiet:
+            disable_progress_bars()
+        path = fetch_checkpoint(name, revision)
+        loaded = f"{name}@{path.name}"
     transformers.utils.logging.disable_progress_bar()
-    model, processor = load_whole(name, revision)
+    model, processor = load_whole(str(path))
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        return model.to(device), processor
+        return model.to(device), processor, loaded
     except (RuntimeError, AssertionError) as error:
         # torch raises either for a device that it does not know or was not built for.
         raise ValueError(f"--device {device}: {error}") from error
@@ -71,7 +80,7 @@ def run(args: argparse.Namespace):
     from cellstate.evaluation.prediction import predict_file
 
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
-    model, processor = _load(args.model, args.revision, args.device)
+    model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
     done = predict_file(
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace):
         missing_genes=args.missing_genes,
         input=args.input,
         sample_counts=args.sample_counts,
-        checkpoint=str(args.model),
+        checkpoint=loaded,
         quiet=args.quiet,
     )
     print(

@@ -146,6 +146,11 @@ class DataArguments:
         )
         return self._fit_options("genes", *names)
 
+    def files(self) -> dict[str, list[Path]]:
+        """The files of each dataset that `datasets` names."""
+        named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
+        return {name: expand_paths(pattern) for name, pattern in named.items()}
+
     def resolve_splits(self, groups: pd.DataFrame | None = None) -> Splits:
         """
         The [`Splits`] that the section describes; reads labels of the files where the simple fields need them.
@@ -161,8 +166,7 @@ class DataArguments:
         if self.splits is not None:
             return Splits.from_toml(self.splits, stored)
         if stored is None:
-            named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
-            datasets = {name: expand_paths(pattern) for name, pattern in named.items()}
+            datasets = self.files()
         else:
             if isinstance(self.datasets, dict) and sorted(self.datasets) != stored:
                 raise ValueError(f"data: datasets names {sorted(self.datasets)}, the store was made of {stored}")

@@ -153,8 +153,17 @@ class Manifest:
     def write(self, path: Path):
         """Write the JSON beside and rename it."""
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1), encoding="utf-8")
+        partial.write_text(self._text, encoding="utf-8")
         os.replace(partial, path)
+
+    @property
+    def _text(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that [`Manifest.write`] writes, which holds the SHA-256 of every file of the store."""
+        return hashlib.sha256(self._text.encode()).hexdigest()
 
     def group_table(self) -> pd.DataFrame:
         """The groups with names, `start` and `stop`, as in [`Cells`].
@@ -194,6 +203,11 @@ def _is_shard(shard: dict) -> bool:
         and _is_count(shard.get("cells"), 1)
         and _is_count(shard.get("bytes"), 1)
     )
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file itself, or the files of a folder in order, as of a `.zarr`."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def sha256_of(files: Iterable[Path]) -> str:

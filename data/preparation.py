@@ -48,6 +48,7 @@ from cellstate.data.manifest import (
     STORE_FILE,
     TOTAL,
     Manifest,
+    files_of,
     sha256_of,
 )
 from cellstate.data.reading import AnnDataFile, naming
@@ -522,7 +523,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
 
 
 def _describe(source: Source) -> dict:
-    files = [source.path] if source.path.is_file() else sorted(p for p in source.path.rglob("*") if p.is_file())
+    files = files_of(source.path)
     return {
         "dataset": source.dataset,
         "path": str(source.path),

@@ -14,7 +14,7 @@ from cellstate import FAMILIES
 from cellstate._version import __version__
 from cellstate.cell_values import some
 from cellstate.configuration_state import EncoderConfig, StateConfig
-from cellstate.hub.card import CARDS
+from cellstate.hub.card import CARDS, TAGS, TASK, UNKNOWN_LICENSE
 from cellstate.hub.legacy import config_from_legacy, state_dict_from_legacy
 from cellstate.hub.legacy_folder import LegacyFolder, read_legacy_folder
 from cellstate.hub.publish import whole_or_nothing
@@ -124,7 +124,8 @@ def _about_attention(config: EncoderConfig, source: str) -> str:
 
 def _config(legacy: LegacyFolder) -> EncoderConfig:
     options = dict(legacy.options)
-    if options.get("lora") and options["lora"].get("enable"):
+    adapters = options.get("lora")
+    if isinstance(adapters, dict) and adapters.get("enable"):
         raise ValueError(f"{legacy.path}: the model was trained with LoRA adapters; merge them into its weights first")
     try:
         config = config_from_legacy(options)
@@ -227,8 +228,10 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
     try:
         with torch.device("meta"):
             expected = {name: tuple(tensor.shape) for name, tensor in family(config).state_dict().items()}
-    except RuntimeError as error:
-        raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        # torch raises either for sizes that it cannot count.
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {why}") from error
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     other = [
@@ -269,7 +272,7 @@ def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor
     values = {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values]
     card = ModelCard.from_template(
         ModelCardData(
-            library_name="transformers", tags=["single-cell", "perturbation", "cellstate", "biology"], model_name=name
+            license=UNKNOWN_LICENSE, library_name="transformers", pipeline_tag=TASK, tags=TAGS, model_name=name
         ),
         template_path=str(CARDS / "converted.md"),
         model_name=as_text(name),

@@ -130,7 +130,7 @@ def _backbone(options: dict) -> dict:
 
 def _loss(options: dict) -> dict:
     loss = options.get("loss", "energy")
-    if loss not in _LOSSES:
+    if loss not in list(_LOSSES):
         raise ValueError(f"legacy loss {loss!r} is not known; expected one of {sorted(_LOSSES)}")
     return {
         "loss": _LOSSES[loss],

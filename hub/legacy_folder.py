@@ -102,6 +102,8 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
         )
     for column in ("pert_col", "cell_type_key"):
         _text(data, column, path / "config.yaml", "section data.kwargs")
+    if options.get("embed_key") is not None:
+        _text(options, "embed_key", path / "config.yaml", "section data.kwargs")
     weights = _weights(content, weights_path)
     _check_decoder(options, weights, weights_path)
     _check_layers(options, len(weights), path)

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,15 @@ import pyarrow.parquet as pq
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from cellstate.data.manifest import STORE_FILE, Manifest, sha256_of
 from cellstate.data.store import CellStore
+from cellstate.hub.errors import on_the_hub
 
 
 CELLS_OF_ROW_GROUP = 4096
+# What may be missing on the Hub, for errors.
+MAY_LACK = f"data set, revision or {STORE_FILE}"
 
 _CARD = """---
 tags:
@@ -54,11 +55,11 @@ def open_store(name: str | os.PathLike) -> CellStore:
 
     Raises:
         FileNotFoundError, ValueError: there is no store, or it is not whole.
-        PermissionError, OSError: see [`on_the_hub`].
+        PermissionError, OSError: see [`cellstate.hub.errors.on_the_hub`].
     """
     path = Path(name)
-    if not on_hub(name):
-        manifest = Manifest.from_file(path / STORE_FILE)
+    manifest, commit = read_manifest(name)
+    if commit is None:
         if all(shard["file"].endswith(".arrow") for shard in manifest.shards):
             return CellStore(path)
         files = [path / shard["file"] for shard in manifest.shards]
@@ -76,47 +77,31 @@ def open_store(name: str | os.PathLike) -> CellStore:
                 f"{path} cannot be read as parquet ({error.__cause__ or error}); copy the store again"
             ) from error
     else:
-        repository, _, revision = str(name).partition("@")
-        with on_the_hub(str(name)):
-            revision = HfApi().dataset_info(repository, revision=revision or None).sha  # all files of one commit
-            manifest = Manifest.from_file(
-                Path(hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=revision))
-            )
-            cells = load_dataset(repository, revision=revision, split="train")
+        with on_the_hub(str(name), MAY_LACK):
+            cells = load_dataset(str(name).partition("@")[0], revision=commit, split="train")
     return CellStore.of_files(path, manifest, [Path(file["filename"]) for file in cells.cache_files])
+
+
+def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
+    """
+    What a store says of itself, and for one on the Hub the commit that its name means now.
+
+    Raises:
+        FileNotFoundError, ValueError, PermissionError, OSError: see [`open_store`].
+    """
+    if not on_hub(name):
+        return Manifest.from_file(Path(name) / STORE_FILE), None
+    repository, _, revision = str(name).partition("@")
+    with on_the_hub(str(name), MAY_LACK):
+        commit = HfApi().dataset_info(repository, revision=revision or None).sha
+        file = hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=commit)
+    return Manifest.from_file(Path(file)), commit
 
 
 def on_hub(name: str | os.PathLike) -> bool:
     """Whether a name means a data set on the Hub, `"user/name"`, and not a file or folder."""
     path = Path(name)
     return str(name).count("/") == 1 and not path.exists() and not path.parent.is_dir()
-
-
-@contextmanager
-def on_the_hub(name: str):
-    """One clear error for what the Hub refuses.
-
-    Raises:
-        FileNotFoundError: there is no such data set, revision or file.
-        PermissionError: this token may not read (or write) it.
-        OSError: the Hub cannot be reached, or has another problem.
-    """
-    try:
-        yield
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"{name}: the Hub has no such data set, revision or {STORE_FILE}, or it is private and you are not logged in "
-            f"(hf auth login): {error.server_message or error}"
-        ) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        kind = PermissionError if status in (401, 403) else OSError
-        why = (
-            "this token may not do that; log in with another (hf auth login)"
-            if kind is PermissionError
-            else "try again later"
-        )
-        raise kind(f"{name}: the Hub answers {status}, {why}: {error.server_message or ''}") from error
 
 
 def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):
@@ -183,7 +168,7 @@ def push_store(
         FileNotFoundError, PermissionError, OSError: the Hub refuses; what was there stays as it was.
     """
     api = HfApi(token=token)
-    with on_the_hub(name), tempfile.TemporaryDirectory() as folder:
+    with on_the_hub(name, MAY_LACK), tempfile.TemporaryDirectory() as folder:
         api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
         write_parquet(store, Path(folder) / "store", name)
         commit = api.upload_folder(

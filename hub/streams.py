@@ -9,7 +9,8 @@ from cellstate.data.arguments import StreamArguments
 from cellstate.data.manifest import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
 from cellstate.data.reading import expand_paths
 from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
-from cellstate.hub.stores import on_hub, on_the_hub
+from cellstate.hub.errors import on_the_hub
+from cellstate.hub.stores import MAY_LACK, on_hub
 
 
 def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:
@@ -53,12 +54,18 @@ def datasets_of(arguments: StreamArguments) -> list[str]:
     return [dataset_name(arguments)] if manifest is None else manifest.vocabularies["dataset"]
 
 
+def files_of_stream(arguments: StreamArguments) -> list[Path]:
+    """The local parquet files of a stream that is no store."""
+    path = Path(arguments.path)
+    return expand_paths(path / "*.parquet" if path.is_dir() else path)
+
+
 def manifest_of(arguments: StreamArguments) -> Manifest | None:
     """That of a cell store; None for other data."""
     if not on_hub(arguments.path):
         path = Path(arguments.path) / STORE_FILE
         return Manifest.from_file(path) if path.is_file() else None
-    with on_the_hub(arguments.path):
+    with on_the_hub(arguments.path, MAY_LACK):
         if STORE_FILE not in HfApi().list_repo_files(arguments.path, repo_type="dataset", revision=arguments.revision):
             return None
         at = f"@{arguments.revision}" if arguments.revision else ""
@@ -100,16 +107,15 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
 
 
 def _files(arguments: StreamArguments, manifest: Manifest | None) -> list[str]:
-    pattern = Path(arguments.path)
     if manifest is not None:
-        return [str(pattern / shard["file"]) for shard in manifest.shards]
-    return [str(file) for file in expand_paths(pattern / "*.parquet" if pattern.is_dir() else pattern)]
+        return [str(Path(arguments.path) / shard["file"]) for shard in manifest.shards]
+    return [str(file) for file in files_of_stream(arguments)]
 
 
 def _load(arguments: StreamArguments, files: list[str] | None, columns: list[str]) -> IterableDataset:
     if files is None:
         options = {"split": arguments.split, "revision": arguments.revision, "streaming": True}
-        with on_the_hub(arguments.path):
+        with on_the_hub(arguments.path, MAY_LACK):
             return load_dataset(arguments.path, arguments.configuration, **options)
     form = "arrow" if files[0].endswith(".arrow") else "parquet"
     options = {"columns": columns} if form == "parquet" else {}  # other columns are not read at all

@@ -25,6 +25,7 @@ from urllib.parse import parse_qs, quote, unquote
 import uvicorn
 import yaml
 from hub_faults import Fault, Faults, Seen
+from hub_metadata import problems_of
 from hub_repository import ATTRIBUTES, MAIN, Contents, Refused, Repository
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -256,11 +257,14 @@ class HubServer:
         return JSONResponse({"type": "user", "name": token.user, "fullname": token.user, "orgs": orgs, "auth": access})
 
     async def _validate_yaml(self, request: Request) -> Response:
+        asked = await request.json()
         try:
-            _front_matter((await request.json())["content"])
+            data = _front_matter(asked["content"])
+            problems = problems_of(data) if asked["repoType"] == "model" else []
         except yaml.YAMLError as error:
-            return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
-        return JSONResponse({"errors": [], "warnings": []})
+            problems = [str(error)]
+        errors = [{"message": problem} for problem in problems]
+        return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     async def _named(self, request: Request) -> tuple[str, str, Token, bool]:
         """Kind and id of the repository that the body names, the caller, and whether it is to be private."""

@@ -453,6 +453,18 @@ BROKEN = {
         changed("content", "hyper_parameters", "transformer_backbone_kwargs", "intermediate_size", to=10**18),
         "no model can have the sizes of the options",
     ),
+    "beyond numbers": (
+        changed("content", "hyper_parameters", "transformer_backbone_kwargs", "head_dim", to=10**30),
+        "no model can have the sizes of the options",
+    ),
+    "a loss of no kind": (changed("content", "hyper_parameters", "loss", to=[1]), r"legacy loss \[1\] is not known"),
+    "an embedding of no name": (
+        lambda writer: [
+            changed(*where, "embed_key", to=["X"])(writer)
+            for where in (("config", "data", "kwargs"), ("content", "hyper_parameters"))
+        ],
+        "expected a name as embed_key",
+    ),
     "another norm": (
         changed("content", "hyper_parameters", "transformer_backbone_kwargs", "rms_norm_eps", to=1e-5),
         "expected rms_norm_eps=1e-06, found 1e-05",

@@ -88,7 +88,7 @@ def test_the_folder_is_that_of_any_run(unbroken):
     history = json.loads((unbroken / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     assert sum("eval_energy" in entry for entry in history) == 2
     assert not list(unbroken.rglob("*.partial"))
-    assert "| datasets | parquet |" in (unbroken / "README.md").read_text()
+    assert "- `parquet`, " in (unbroken / "README.md").read_text()
 
 
 def test_arrow_and_parquet_are_the_same_stream(folder, unbroken):

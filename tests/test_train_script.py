@@ -269,8 +269,8 @@ def test_the_card_tells_what_was_trained_and_how_it_scored(unbroken):
     card = ModelCard.load(unbroken / "README.md")
     assert card.data.library_name == "transformers"
     for text in (
-        "type_0, type_1, type_2",
-        "test contexts: type_3",
+        "`type_0`, `type_1`, `type_2`",
+        "test contexts: `type_3`",
         "| perturbation mean |",
         "| no change | undefined |",
     ):

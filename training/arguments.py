@@ -1,9 +1,13 @@
 """Training arguments: those of transformers, with the defaults that this kind of model is trained with."""
 
+import json
+import os
+import re
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass
@@ -17,8 +21,8 @@ class StateTrainingArguments(TrainingArguments):
     - nothing is reported to outside services unless `report_to` asks for it
 
     and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
-    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); and of a checkpoint
-    (`model.pretrained`) that is trained further,
+    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); `license` (of the
+    weights) and `data_license` go into the model card. Of a checkpoint (`model.pretrained`) that is trained further,
 
     - `lora_rank`: train low-rank adapters of this rank and leave the rest as it is; the run writes an adapter. Of them
       `lora_alpha` (default: the rank) over the rank scales what they add, `lora_dropout` is their dropout, `lora_mlp` puts
@@ -26,7 +30,9 @@ class StateTrainingArguments(TrainingArguments):
     - `freeze_backbone`: train all but the backbone
 
     Raises:
-        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not in (0, 1], another number is out of its range, or an option is without effect.
+        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not
+            in (0, 1], another number is out of its range, or an option is without effect; `license` is no identifier;
+            `hub_strategy` would push states of the optimiser.
     """
 
     output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
@@ -55,6 +61,11 @@ class StateTrainingArguments(TrainingArguments):
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
     l2_weight_decay: bool = field(default=False, metadata={"help": "Weight decay as a part of the gradient."})
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the weights, as the Hub names it (apache-2.0, cc-by-4.0, other ..)."},
+    )
+    data_license: str | None = field(default=None, metadata={"help": "Licence of the training data, in words."})
     lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank alone."})
     lora_alpha: float | None = field(default=None, metadata={"help": "Scales the adapters: alpha / rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
@@ -83,7 +94,25 @@ class StateTrainingArguments(TrainingArguments):
             )
         if not 0 < self.lr_decay_factor <= 1:
             raise ValueError(f"lr_decay_factor must lie in (0, 1], found {self.lr_decay_factor}")
+        if self.license is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", self.license):
+            raise ValueError(
+                f"license={self.license!r}: expected an identifier of https://huggingface.co/docs/hub/repositories-licenses "
+                "such as apache-2.0 or cc-by-4.0; use other for one that is not there"
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} would push states of the optimiser, which are pickles; set "
+                "every_save (each checkpoint's model) or end (the last alone)"
+            )
         self._check_lora()
+
+    def to_json_string(self) -> str:
+        """As it is saved beside the weights: without tokens, and of paths of this machine the last part."""
+        content = self.to_dict()
+        for name in ("output_dir", "resume_from_checkpoint"):
+            if isinstance(content[name], str):
+                content[name] = os.path.basename(os.path.normpath(content[name]))
+        return json.dumps(content, indent=2)
 
     def _check_lora(self):
         options = ("lora_alpha", "lora_dropout", "lora_mlp", "train_fully")

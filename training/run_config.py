@@ -11,8 +11,23 @@ import yaml
 
 from cellstate.configuration_state import closest
 from cellstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
+from cellstate.hub.stores import on_hub
 
 
+# Fields that hold paths of the machine that runs.
+_PATHS = (
+    "data.datasets",
+    "data.genes_file",
+    "data.perturbation_features",
+    "data.splits",
+    "data.store",
+    "model.pretrained",
+    "stream.gene_names",
+    "stream.path",
+    "training.output_dir",
+    "training.resume_from_checkpoint",
+)
+_HUB_NAMES = ("data.store", "model.pretrained", "stream.path")
 _SECTIONS = ("data", "model", "training", "stream", "prepare")
 
 
@@ -29,6 +44,27 @@ class RunConfig:
     stream: StreamArguments
     prepare: PrepareArguments
     given: frozenset[str]
+
+    def to_yaml(self) -> str:
+        """
+        The run as one YAML file that [`load_run_config`] reads to the same: file and flags together, without what is
+        at its default, without tokens, and of every path its last part, as the rest is nobody's business.
+        """
+        content = {"data": self.data, "model": self.model, "training": self.training, "stream": self.stream}
+        for section, values in content.items():
+            if dataclasses.is_dataclass(values):
+                values = {
+                    f.name: getattr(values, f.name)
+                    for f in dataclasses.fields(values)
+                    if getattr(values, f.name) != _default(f)
+                }
+            content[section] = {
+                name: _last_part(f"{section}.{name}", value)
+                for name, value in values.items()
+                if not name.endswith("_token")
+            }
+        written = {section: values for section, values in content.items() if values}
+        return yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def load_run_config(
@@ -108,6 +144,19 @@ def load_run_config(
     return RunConfig(data, merged["model"], merged["training"], stream, prepare, frozenset(merged["data"]))
 
 
+def _default(field: dataclasses.Field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _last_part(field: str, value):
+    """Of a path, or of each path of a mapping; what is no path, or a name on the Hub, stays as it is."""
+    if field not in _PATHS or (field in _HUB_NAMES and value is not None and on_hub(value)):
+        return value
+    if isinstance(value, dict):
+        return {name: Path(path).name for name, path in value.items()}
+    return Path(value).name if isinstance(value, str) else value
+
+
 def _where(name: str, section: str | None, known: dict[str, set[str]]) -> str:
     elsewhere = [s for s, names in known.items() if name in names and s != section]
     if elsewhere:
@@ -149,6 +198,18 @@ for _kind, _pattern, _first in (
     ("merge", "<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which text that [`_Loader`] or YAML 1.1 would read as something else stands in quotes."""
+
+    def ignore_aliases(self, data) -> bool:
+        return True
+
+
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
 
 
 def _parse_value(word: str):

@@ -4,21 +4,31 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    HubStrategy,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from cellstate.data.cells import Cells
 from cellstate.data.sentences import SentenceCollator, SentenceDataset
 from cellstate.data.streaming import SentenceStream, read_stream_state
 from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
 from cellstate.evaluation.prediction import check_perturbations, counted_elsewhere
+from cellstate.hub.errors import on_the_hub
 from cellstate.hub.publish import hide, reveal
+from cellstate.hub.push import address_of, ensure_repository, push_checkpoint
 from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
 from cellstate.processing import StateProcessor
 from cellstate.training.fitting import gather_sums
@@ -47,7 +57,7 @@ class StateTrainer(Trainer):
     - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
-    - writes checkpoints that are whole or do not exist;
+    - writes checkpoints that are whole or do not exist, and pushes them so;
     - continues a stream where a checkpoint left it, without reading it from its start;
     - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
@@ -55,6 +65,10 @@ class StateTrainer(Trainer):
         model ([`PerturbationPreTrainedModel`], or a `peft.PeftModel` of one, of which adapters are saved), args ([`StateTrainingArguments`]), train_dataset ([`SentenceDataset`] or
             [`SentenceStream`]), eval_dataset ([`SentenceDataset`]), processing_class ([`StateProcessor`], saved beside the weights): as in `Trainer`.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
+
+    Raises:
+        ValueError: with `push_to_hub`, the Hub refuses the metadata of the card.
+        PermissionError, OSError: with `push_to_hub`, there is no repository to push to, and none can be made.
     """
 
     def __init__(
@@ -83,6 +97,10 @@ class StateTrainer(Trainer):
         self._mean_changes: MeanChanges | None = None
         self._staging, self._unseen = False, 0
         self._reset_terms()
+        if args.push_to_hub and card is not None:
+            # A licence that the Hub does not know is better said now than after the training.
+            with on_the_hub(self.hub_model_id, "model"):
+                ModelCard(card).validate()
 
     # Streams
 
@@ -364,6 +382,8 @@ class StateTrainer(Trainer):
                 shutil.rmtree(final, ignore_errors=True)
                 reveal(staged)
                 os.replace(staged, final)
+                if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+                    self._push_saved(final)
         finally:
             self._staging = False
             if self.args.should_save:
@@ -376,3 +396,64 @@ class StateTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository `hub_model_id` (by default the name of the output folder) where it does not exist."""
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        with on_the_hub(name, "model"):
+            self.hub_model_id = ensure_repository(HfApi(token=token or self.args.hub_token), name, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> CommitInfo | None:
+        """
+        Push the model as it is now with its code, processor and card, in one commit; see [`push_checkpoint`]. Every
+        process calls it, the first one pushes.
+
+        Args:
+            commit_message (`str`), token (`str`, *optional*), revision (`str`, *optional*), private (`bool`, *optional*):
+                by default the arguments `hub_token`, `hub_revision` and `hub_private_repo`.
+
+        Returns:
+            `CommitInfo`, or None in other processes than the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            return self._push(folder, commit_message, token, revision)
+
+    def _push(self, folder, message: str, token: str | None = None, revision: str | None = None) -> CommitInfo:
+        commit = push_checkpoint(
+            folder,
+            self.hub_model_id,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+            message=message,
+        )
+        logger.info(f"pushed: {address_of(commit)}")
+        return commit
+
+    def _push_saved(self, checkpoint: Path) -> None:
+        """Push a checkpoint in the middle of a training, which goes on where the Hub is down; the last push does not."""
+        if not self.is_world_process_zero():
+            return
+        try:
+            self._push(checkpoint, f"Training in progress, step {self.state.global_step}")
+        except OSError as error:
+            logger.warning(f"{checkpoint.name} was not pushed, the training goes on: {error}")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not here, where the checkpoint is still being written: [`StateTrainer._save_checkpoint`] pushes it whole."""

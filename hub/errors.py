@@ -1,0 +1,73 @@
+"""What the Hub and the network refuse, as one clear error."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+_NO_RIGHTS = (PermissionError, "this token may not do that; log in with another (hf auth login)")
+_CONFLICT = (OSError, "the repository changed at the same time; look at what came in and try again")
+_OF_STATUS = {
+    401: _NO_RIGHTS,
+    403: _NO_RIGHTS,
+    409: _CONFLICT,
+    412: _CONFLICT,
+    429: (OSError, "too many requests; wait and try again"),
+}
+
+
+@contextmanager
+def on_the_hub(name: str, what: str) -> Iterator[None]:
+    """
+    One clear error for what the Hub refuses; none holds a token.
+
+    Args:
+        name (`str`): of the repository, with its revision where one is meant.
+        what (`str`): what may be missing there, for the error: "model or revision".
+
+    Raises:
+        FileNotFoundError: there is no such thing, in the cache where the Hub cannot be asked.
+        PermissionError: this token may not read (or write) it.
+        OSError: the Hub cannot be reached, is switched off (`HF_HUB_OFFLINE`), or has another problem.
+    """
+    try:
+        yield
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _explained(name, what, error) from error
+    except RuntimeError as error:
+        # What stopped the upload of a large file is the cause of the client's own error.
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise _explained(name, what, error.__cause__) from error
+
+
+def _explained(name: str, what: str, error: Exception) -> OSError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return OSError(f"{name}: HF_HUB_OFFLINE keeps this process away from the Hub; unset it and try again")
+    if isinstance(error, LocalEntryNotFoundError):
+        return FileNotFoundError(
+            f"{name}: this {what} is not in the cache, and {constants.ENDPOINT} was not asked or cannot be reached; unset "
+            "HF_HUB_OFFLINE, check the network and try again"
+        )
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        return FileNotFoundError(
+            f"{name}: the Hub has no such {what}, or it is private and you are not logged in (hf auth login): "
+            f"{error.server_message or error}"
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        kind, why = _OF_STATUS.get(status, (OSError, "try again later"))
+        return kind(f"{name}: the Hub answers {status}, {why}: {error.server_message or ''}")
+    return OSError(
+        f"{name}: {constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error}); check the network and try again"
+    )

@@ -1,0 +1,211 @@
+"""Checkpoints on the Hub: checked before they are pushed, pushed in one commit, fetched as one commit."""
+
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
+from transformers.dynamic_module_utils import get_relative_imports
+
+from cellstate import FAMILIES
+from cellstate._version import __version__
+from cellstate.checkpoint_files import read_header, read_json, stored_tensors
+from cellstate.configuration_state import PerturbationConfig, closest
+from cellstate.hub.card import is_repository, render_card, with_repository
+from cellstate.hub.errors import on_the_hub
+from cellstate.processing import StateProcessor
+from cellstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
+
+
+CONFIG, PROCESSOR, WEIGHTS, CARD = "config.json", "processor_config.json", "model.safetensors", "README.md"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS_INDEX = WEIGHTS + ".index.json"
+_ARGUMENTS = "training_args.json"
+# What a checkpoint on the Hub is made of, all of it at the top; a push takes away what it no longer holds.
+_OWN = (CONFIG, ADAPTER, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
+_MAY_LACK = "model or revision"
+
+
+def push_checkpoint(
+    folder: str | os.PathLike,
+    name: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> CommitInfo:
+    """
+    Push a checkpoint folder to the Hub in one commit: config, weights, code, processor, vocabulary and card.
+    Checkpoints of steps, optimiser states and any other file of the folder stay where they are.
+
+    Args:
+        folder: what [`StateTrainer`] or `save_pretrained` wrote, an adapter too. Where a whole model has no card, one is
+            written for the push.
+        name (`str`): `"user/name"`; made where it does not exist.
+        private (`bool`, *optional*): of a repository that is made here. True is refused for one that is public.
+        revision (`str`, *optional*): branch, `main` by default; made where it does not exist.
+        token (`str`, *optional*): by default that of `hf auth login`.
+        message (`str`, *optional*): of the commit.
+
+    Returns:
+        `CommitInfo`: its `oid` is the commit to pin.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is no whole checkpoint; `revision` is a commit or a tag; a private
+            repository is asked for and there is a public one. Nothing was sent.
+        PermissionError, OSError: the Hub refuses, cannot be reached, or somebody else pushed at the same time. What was
+            there stays as it was.
+    """
+    folder = Path(folder)
+    files, text = _read_to_push(folder)
+    branch = constants.DEFAULT_REVISION if revision is None else revision
+    if constants.REGEX_COMMIT_OID.fullmatch(branch):
+        raise ValueError(f"revision={branch!r} is a commit, which does not change; name a branch to push to")
+    api = HfApi(token=token)
+    with on_the_hub(name, _MAY_LACK):
+        repository = ensure_repository(api, name, private)
+        refs = api.list_repo_refs(repository)
+        if branch in {tag.name for tag in refs.tags}:
+            raise ValueError(f"revision={branch!r} is a tag of {repository}, which stays where it is; name a branch")
+        if branch not in {known.name for known in refs.branches}:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        head = api.model_info(repository, revision=branch)
+        there = [sibling.rfilename for sibling in head.siblings]
+        gone = [path for path in there if path not in {*files, CARD} and any(fnmatch(path, own) for own in _OWN)]
+        operations = [
+            CommitOperationAdd(CARD, with_repository(text, repository).encode()),
+            *(CommitOperationAdd(file, folder / file) for file in files),
+            *(CommitOperationDelete(path) for path in gone if "/" not in path),
+        ]
+        # Of two pushes that meet, the second is refused: unchanged files are not sent, so that they could mix.
+        return api.create_commit(
+            repository,
+            operations,
+            commit_message=message or f"{folder.resolve().name}, with cellstate {__version__}",
+            revision=branch,
+            parent_commit=head.sha,
+        )
+
+
+def ensure_repository(api: HfApi, name: str, private: bool | None) -> str:
+    """
+    The full id of a model repository, which is made where it does not exist; to be used in [`on_the_hub`].
+
+    Raises:
+        ValueError: a private repository is asked for, and there is a public one.
+    """
+    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repository).private:
+        raise ValueError(
+            f"{repository}: expected a private repository, found a public one; make it private in its settings, or push "
+            "without asking for a private one"
+        )
+    return repository
+
+
+def address_of(commit: CommitInfo) -> str:
+    """Where the files of a commit can be seen."""
+    return f"{commit.repo_url}/tree/{commit.oid}"
+
+
+def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
+    """
+    The folder of a checkpoint on the Hub, downloaded once: all files of one commit, which is the folder's name. Without
+    network, or with `HF_HUB_OFFLINE`, the cache answers.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: see [`on_the_hub`].
+    """
+    with on_the_hub(name if revision is None else f"{name}@{revision}", _MAY_LACK):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_OWN)))
+
+
+def _read_to_push(folder: Path) -> tuple[list[str], str]:
+    """The names of the files to push, the card left out, and the text of the card."""
+    if (folder / ADAPTER).is_file():
+        _require(folder, CARD)
+        return _read_adapter(folder), (folder / CARD).read_text(encoding="utf-8")
+    config, processor, files = read_checkpoint(folder)
+    card = folder / CARD
+    return files, card.read_text(encoding="utf-8") if card.is_file() else render_card(None, config, processor)
+
+
+def _read_adapter(folder: Path) -> list[str]:
+    """The files of an adapter, whose base model others can load too."""
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not is_repository(base):
+        raise ValueError(
+            f"{folder / ADAPTER}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
+            "model and train on it by that name, or merge the adapter into it (cellstate merge)"
+        )
+    _require(folder, ADAPTER_WEIGHTS)
+    read_header(folder / ADAPTER_WEIGHTS)
+    _, files = _read_processor(folder)
+    return [ADAPTER, ADAPTER_WEIGHTS, *files]
+
+
+def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, StateProcessor, list[str]]:
+    """
+    Config, processor and the names of the files of a whole checkpoint folder, the card left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing.
+        ValueError: the files are damaged, or disagree.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder (looked from {Path.cwd()})")
+    _require(folder, CONFIG)
+    content = read_json(folder / CONFIG)
+    model_type = content.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{folder / CONFIG}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}")
+    processor, files = _read_processor(folder)
+    # Loading is the check that others go through, too.
+    config = FAMILIES[model_type].from_pretrained(folder).config
+    files = [CONFIG, *_weights_of(folder), *files]
+    return config, processor, files + [name for name in _code_of(folder, CONFIG) if name not in files]
+
+
+def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
+    """The processor, and the names of what belongs to it: its own files, its code, the arguments of a training."""
+    for name in (PROCESSOR, VOCABULARY_FILE):
+        _require(folder, name)
+    code = _code_of(folder, PROCESSOR)
+    processor = StateProcessor.from_pretrained(folder)
+    files = [PROCESSOR, VOCABULARY_FILE, *code]
+    if processor.perturbation_features is not None:
+        files.append(PERTURBATION_FEATURES_FILE)
+    return processor, files + [name for name in (_ARGUMENTS,) if (folder / name).is_file()]
+
+
+def _weights_of(folder: Path) -> list[str]:
+    """The names of the weight files, and of their index where there are several."""
+    names = sorted({Path(tensor.file).name for tensor in stored_tensors(folder, {}).values()})
+    return names if names == [WEIGHTS] else [_WEIGHTS_INDEX, *names]
+
+
+def _code_of(folder: Path, settings: str) -> list[str]:
+    """The files of the classes that a JSON file names as its code, and of the modules that they import with one dot."""
+    classes = read_json(folder / settings).get("auto_map")
+    if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
+        raise ValueError(
+            f"{folder / settings}: expected auto_map, which names the code that others load, found none; save the model and "
+            "the processor again with save_pretrained"
+        )
+    waiting, files = sorted({name.rpartition("--")[2].split(".")[0] for name in classes.values()}), []
+    while waiting:
+        name = f"{waiting.pop()}.py"
+        if name not in files:
+            _require(folder, name)
+            files.append(name)
+            waiting += get_relative_imports(folder / name)
+    return files
+
+
+def _require(folder: Path, name: str):
+    if os.path.basename(name) != name or not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no whole checkpoint: expected the file {name!r} in it, found none; save model and processor there "
+            "with save_pretrained, or finish the run that writes it"
+        )
