@@ -46,8 +46,8 @@ USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
 (--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
-(data); `model_type`, `preset`, the fields of the family's config and, for state-scgpt, `pretrained`, a folder of published
-weights (model); StateTrainingArguments (training)."""
+(data); `model_type`, `preset` and the fields of the family's config, or `pretrained`, a checkpoint to start from (for
+state-scgpt also a folder of published weights), and its `pretrained_revision` (model); StateTrainingArguments (training)."""
 
 
 def parse(argv: list[str]) -> RunConfig:

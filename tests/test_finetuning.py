@@ -1,8 +1,11 @@
 """Runs that start from a checkpoint: all of it, its adapters, its heads, or on control cells alone."""
 
+import contextlib
+import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -620,3 +623,39 @@ def test_fine_tuning_on_a_new_cell_type_beats_training_from_scratch(tmp_path):
     no_change = np.mean([np.abs(means["control"] - means[name]).mean() for name in names])
     assert errors["scratch"] < no_change
     assert errors["further"] < 0.85 * errors["scratch"] and errors["lora"] < 0.85 * errors["scratch"]
+
+
+def test_the_documented_lines_run(tmp_path, monkeypatch):
+    """The files and code of docs/fine_tuning.md, after a demonstration that took two steps."""
+    root = Path(__file__).parents[1]
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (root / "docs" / "fine_tuning.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    simulate_screen(seed=0).write_h5ad("demo/screen.h5ad")
+    short = ["--max_steps", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
+    train.main([str(root / "configs" / "demo.yaml"), *short, "--eval_strategy", "no", "--save_strategy", "no"])
+    files = [text for kind, text in blocks if kind == "yaml"]
+    for text in files:
+        name = text.split()[1]
+        Path(name).write_text(text)
+        train.main([name, *short])
+    commands = next(text for kind, text in blocks if kind == "bash").splitlines()
+    assert [line.split("#")[0].split()[:3] for line in commands] == [
+        ["accelerate", "launch", "train.py"],
+        ["accelerate", "launch", "train.py"],
+        ["cellstate", "merge", "demo/adapter"],
+    ]
+    train.main([*commands[1].split("#")[0].split()[3:], *short])
+    assert cellstate_cli.main(commands[2].split("#")[0].split()[1:]) == 0
+    printed, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(printed):
+        for kind, text in blocks:
+            if kind == "python":
+                exec(text, names)
+    assert printed.getvalue() == next(text for kind, text in blocks if kind == "")
+    processor = AutoProcessor.from_pretrained("demo/adapter")
+    sentences = processor(ad.read_h5ad("demo/screen.h5ad"), perturbation="pert_1", context="type_11")
+    with torch.inference_mode():
+        found = names["model"](**sentences).predictions
+        expected = AutoModel.from_pretrained("demo/merged").eval()(**sentences).predictions
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
