@@ -1,0 +1,52 @@
+"""Every run that `configs/` documents starts, trains and is scored, on the data that it names."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from family_tests import screen  # noqa: F401
+
+from cellstate import FAMILIES, train
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs").glob("*.yaml"))}
+ON_REAL_DATA = [name for name, run in CONFIGS.items() if "shared/data" in str(run["data"]["datasets"])]
+FEW = [
+    "--max_steps",
+    "2",
+    "--disable_tqdm",
+    "true",
+    "--use_cpu",
+    "true",
+    "--save_strategy",
+    "no",
+    "--eval_strategy",
+    "no",
+]
+
+
+def test_every_family_has_a_run():
+    named = {run["model"].get("model_type", "state") for run in CONFIGS.values()}
+    assert named == set(FAMILIES)
+
+
+def test_what_is_not_on_real_data_is_on_simulated():
+    assert sorted(set(CONFIGS) - set(ON_REAL_DATA)) == ["decoder_only", "demo"]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ON_REAL_DATA)
+def test_run_on_real_data(shared, tmp_path, name):
+    data = {key: str(shared / "data" / Path(path).name) for key, path in CONFIGS[name]["data"]["datasets"].items()}
+    flags = [*FEW, "--datasets", yaml.safe_dump(data, default_flow_style=True, width=10_000).strip()]
+    metrics = train.main([str(ROOT / "configs" / f"{name}.yaml"), "--output_dir", str(tmp_path / "run"), *flags])
+    assert np.isfinite(metrics["test_mae"]) and np.isfinite(metrics["test_energy"])
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_ceiling_of_a_simulated_screen(screen, tmp_path):  # noqa: F811
+    flags = [*FEW, "--datasets", str(screen), "--output_dir", str(tmp_path / "run")]
+    metrics = train.main([str(ROOT / "configs" / "decoder_only.yaml"), *flags])
+    assert np.isfinite(metrics["test_mae"]) and np.isfinite(metrics["test_energy"])
