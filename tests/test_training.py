@@ -150,6 +150,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "cell_values.py",
+        "checkpoint_files.py",
         "config.json",
         "configuration_state.py",
         "model.safetensors",
@@ -159,6 +160,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "modeling_state.py",
         "processing.py",
         "processor_config.json",
+        "processor_files.py",
         "training_args.json",
         "vocabulary.json",
         "vocabulary.py",
