@@ -4,14 +4,16 @@ import torch
 from torch import nn
 
 from cellstate.configuration_state import PerturbationConfig
-from cellstate.modeling_perturbation import PerturbationOutput
 
 
 class Objective(nn.Module):
     """
     Named scalar terms of a family's loss. Every term is a mean over sentences, each over its real cells.
 
-    A subclass implements `forward(outputs, batch)`. The trainer tells it how far training is, for schedules:
+    A subclass implements `forward(outputs, batch)`: the model's [`PerturbationOutput`] and the batch it was given (contract of
+    the batch keys) to named terms, of which `"loss"` is the sum. It raises ValueError where the batch lacks what a term needs.
+
+    The trainer tells it how far training is, for schedules:
 
     - `step` (`int`): optimiser steps taken so far
     - `epoch` (`float`): epochs of the training data seen so far; None in a stream whose length is not known
@@ -27,14 +29,6 @@ class Objective(nn.Module):
 
     def set_progress(self, step: int, epoch: float | None):
         self.step, self.epoch = step, epoch
-
-    def forward(self, outputs: PerturbationOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The model's outputs and the batch it was given (contract of the batch keys) to named terms; `"loss"` is their sum.
-
-        Raises:
-            ValueError: the batch lacks what a term needs.
-        """
-        raise NotImplementedError
 
     @staticmethod
     def required(batch: dict, key: str) -> torch.Tensor:
