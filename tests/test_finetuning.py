@@ -580,9 +580,12 @@ def test_perturbed_cells_beside_the_controls_are_only_scored(folder):
     adata[adata.obs["perturbation"] != "pert_3"].write_h5ad(folder / "known.h5ad")
     held = {"controls_only": True, "contexts": ["type_4"], "test_contexts": ["type_4"]}
     metrics = run(folder, "beside", "known", held)
+    run(folder, "unheld", "known", {"controls_only": True, "contexts": ["type_4"]})
     run(folder, "alone", "controls", {"controls_only": True})
-    one, other = weights(folder / "beside"), weights(folder / "alone")
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    alone = weights(folder / "alone")
+    for name in ("beside", "unheld"):
+        found = weights(folder / name)
+        assert all(torch.equal(found[key], alone[key]) for key in alone)
     assert np.isfinite(metrics["test_energy"]) and metrics["test_mae"] != metrics["test_no_change_mae"]
     # The baseline that adds mean changes knows none.
     assert metrics["test_perturbation_mean_mae"] == metrics["test_no_change_mae"]
