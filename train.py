@@ -42,6 +42,13 @@ logger = logging.getLogger("cellstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
 
+# Training arguments of a family that give way where a run decides the same thing by another one.
+_DECIDED_BY = {
+    "lr_decay_epochs": "lr_scheduler_type",
+    "lr_decay_factor": "lr_scheduler_type",
+    "l2_weight_decay": "optim",
+}
+
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
@@ -65,7 +72,9 @@ def parse(argv: list[str]) -> RunConfig:
     path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
     training_fields = {f.name for f in dataclasses.fields(StateTrainingArguments) if f.init}
     run = load_run_config(path, flags, model_fields, training_fields)
-    run.training = {**config_class(run.model).training_defaults, **run.training}
+    defaults = config_class(run.model).training_defaults
+    kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
+    run.training = {**kept, **run.training}
     return run
 
 

@@ -81,18 +81,18 @@ FAMILIES = {
     "state-cpa": Family(
         {"hidden_size": 128, "latent_dim": 32, "num_encoder_layers": 2, "num_decoder_layers": 1}
         | {"adversary_warmup_steps": 50, "adversary_ramp_steps": 50, "adversarial_weight": 5},
-        {"learning_rate": 1e-3, "lr_decay_epochs": None},
+        {"learning_rate": 1e-3},
     ),
     "state-scvi": Family(
         {"hidden_size": 128, "latent_dim": 32, "kl_warmup_steps": 40},
-        {"learning_rate": 1e-3, "lr_decay_epochs": None},
+        {"learning_rate": 1e-3},
         _COUNTS,
         steps=0.4,
     ),
     "state-scgpt": Family(
         {"perturbation_type": "chemical", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"attention_dropout": 0, "initializer_range": 0.07, "genes_per_step": 250, "set_size": 8},
-        {"learning_rate": 1e-3, "lr_decay_epochs": None},
+        {"learning_rate": 1e-3},
         steps=0.25,
         sentences=4,
     ),
