@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
 from .configuration_state import closest, some
 
@@ -365,5 +366,8 @@ def highly_variable_genes(expression, genes, count: int) -> list[str]:
     except ImportError as error:
         raise ImportError("choosing highly variable genes needs scanpy: pip install scanpy") from error
     joined = ad.AnnData(expression, var=pd.DataFrame(index=genes))
+    # numba, which scanpy computes with, resets the number of threads that torch shares with it.
+    threads = torch.get_num_threads()
     sc.pp.highly_variable_genes(joined, n_top_genes=count)
+    torch.set_num_threads(threads)
     return [str(g) for g, chosen in zip(genes, joined.var["highly_variable"]) if chosen]

@@ -7,8 +7,11 @@ import torch
 
 SHARED = Path(os.environ.get("CELLSTATE_SHARED", Path(__file__).parents[1] / "../shared")).resolve()
 
-# Tiny tensors on several threads spend their time waiting for one another.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors on several threads spend their time waiting for one another; numba, in scanpy, sets them anew."""
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):

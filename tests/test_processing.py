@@ -898,3 +898,15 @@ def test_an_embedding_of_another_width():
         processor(narrow, "A")
     with pytest.raises(ValueError, match=r"expected one width in all files, found \[4, 5\]"):
         StateProcessor.fit([adata, narrow], input="obsm/X_emb")
+
+
+def test_choosing_genes_leaves_torch_its_threads():
+    # numba, behind scanpy, shares torch's pool of threads and asks for one a core.
+    adata = log1p_screen(num_genes=60)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        StateProcessor.fit(adata, genes=5)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -544,7 +544,7 @@ def test_a_run_starts_from_a_published_folder(screen, tmp_path, published, caplo
     expected = theirs["transformer_encoder.layers.1.self_attn.in_proj_weight"]
     torch.testing.assert_close(weights["layers.1.attention.qkv_proj.weight"], expected, atol=1e-9, rtol=1e-6)
     torch.testing.assert_close(weights["gene_embedding.weight"][0], theirs["encoder.embedding.weight"][38])
-    assert "Started from the published weights in `human`." in (tmp_path / "run" / "README.md").read_text()
+    assert "Trained further from the weights of `human`." in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -552,14 +552,15 @@ def test_a_run_starts_from_a_published_folder(screen, tmp_path, published, caplo
     [
         ({"hidden_size": 32}, r"expected {'hidden_size': 16}, found {'hidden_size': 32}; leave these fields \(or the"),
         ({"preset": "tiny"}, r"expected {'hidden_size': 16, .*found {'hidden_size': 32, .*'intermediate_size': 64}"),
-        ({"model_type": "state"}, r"unknown field 'pretrained' in section 'model'"),
     ],
 )
 def test_a_run_that_contradicts_the_published_folder_is_an_error(screen, tmp_path, published, model, message):
     words = write_run(screen, tmp_path, {"pretrained": str(published), **model})
-    if "model_type" in model:
-        content = yaml.safe_load((tmp_path / "run.yaml").read_text())
-        del content["model"]["genes_per_step"]
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
+        train.main(words)
+
+
+def test_another_family_does_not_start_from_a_published_folder(screen, tmp_path, published):
+    words = write_run(screen, tmp_path, {"pretrained": str(published), "model_type": "state"})
+    with pytest.raises(FileNotFoundError, match="human': expected a checkpoint, found a folder without config.json"):
         train.main(words)

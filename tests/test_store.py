@@ -1,5 +1,6 @@
 """The cell store: what comes out is what was in the files, whatever their format, and a part of a store is no store."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -194,8 +195,6 @@ def test_the_json_says_where_everything_came_from(store, folder):
     manifest = json.loads((store.path / "store.json").read_text())
     assert [Path(source["path"]).name for source in manifest["sources"]] == ["a.h5ad", "b.h5ad"]
     assert [source["cells"] for source in manifest["sources"]] == [200, len(store) - 200]
-    import hashlib
-
     content = (folder / "halves" / "a.h5ad").read_bytes()
     assert manifest["sources"][0]["bytes"] == len(content)
     assert manifest["sources"][0]["sha256"] == hashlib.sha256(content).hexdigest()
@@ -501,8 +500,11 @@ def test_a_run_from_a_store_learns_what_one_from_files_does(folder, tmp_path, ca
     files, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "store"))
     vocabularies = [(tmp_path / name / "vocabulary.json").read_text() for name in ("files", "store")]
     assert vocabularies[0] == vocabularies[1]
-    assert "| datasets | halves |" in (tmp_path / "files" / "README.md").read_text()
-    assert "| datasets | s |" in (tmp_path / "store" / "README.md").read_text()
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("files", "store")]
+    for card in cards:
+        for file in ("a", "b"):
+            content = (folder / "halves" / f"{file}.h5ad").read_bytes()
+            assert f"`{file}.h5ad`" in card and f"SHA-256 `{hashlib.sha256(content).hexdigest()}`" in card
     for name in files:
         assert torch.equal(files[name], stored[name]), name
     for name in scores[0]:
