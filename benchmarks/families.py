@@ -183,7 +183,7 @@ def _figure(values: pd.Series, seeds: int) -> str:
     if values.isna().all():
         return "-"
     digits = 3 if abs(values.mean()) >= 0.1 else 4
-    spread = f" ± {values.std(ddof=0):.{digits}f}" if seeds > 1 and values.std(ddof=0) > 0 else ""
+    spread = f" ± {values.std(ddof=0):.{digits}f}" if seeds > 1 and values.std(ddof=0) >= 0.5 * 10**-digits else ""
     return f"{values.mean():.{digits}f}{spread}"
 
 
