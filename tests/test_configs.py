@@ -36,6 +36,7 @@ def test_what_is_not_on_real_data_is_on_simulated():
     assert sorted(set(CONFIGS) - set(ON_REAL_DATA)) == ["decoder_only", "demo"]
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ON_REAL_DATA)
 def test_run_on_real_data(shared, tmp_path, name):

@@ -436,6 +436,7 @@ def accuracy_of_a_fresh_classifier(model, dataset, collate) -> float:
     return (probe(states[~half]).argmax(-1) == targets[~half]).float().mean().item()
 
 
+@pytest.mark.slow
 def test_effects_are_disentangled_and_an_unseen_pair_is_predicted(disentangled, tmp_path):
     config = {"hidden_dropout": 0.1, "latent_dim": 8, "num_decoder_layers": 1}
     config |= {"adversary_warmup_steps": 250, "adversary_ramp_steps": 100, "adversarial_weight": 10.0}

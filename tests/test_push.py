@@ -403,6 +403,7 @@ def predict(folder, screen) -> np.ndarray:
         return processor.decode(model(**sentences), sentences).X
 
 
+@pytest.mark.slow
 def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, tmp_path):
     """The card's own lines without the package, the Auto classes with it, and both revisions from the cache alone."""
     screen.write_h5ad(tmp_path / "controls.h5ad")

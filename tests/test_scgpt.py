@@ -482,6 +482,7 @@ def test_the_familys_training_arguments_are_the_published_ones(screen, tmp_path)
     }
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_context_that_was_never_perturbed_does(screen, tmp_path):
     model = {"preset": "tiny", "hidden_dropout": 0.0}
     options = {"learning_rate": 3e-3, "max_steps": 400, "logging_steps": 400, "lr_decay_epochs": None}

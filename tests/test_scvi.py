@@ -613,6 +613,7 @@ def test_a_store_of_counts_gives_the_same_run(screen, tmp_path):  # noqa: F811
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
     """
     The ELBO rises, and pairs of a context and a perturbation that were not seen are predicted better than no change, by

@@ -603,6 +603,7 @@ raise SystemExit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, tmp_path):
     output = tmp_path / "s"
     words = command(folder, output)[3:]

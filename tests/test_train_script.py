@@ -191,6 +191,7 @@ def checkpoints_below(output: Path) -> list[Path]:
     return [path.parent for path in output.rglob("config.json")] if output.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_during_a_save_no_folder_is_a_part(folder):
     script = folder / "sabotage.py"
     script.write_text(textwrap.dedent(SABOTAGE))
