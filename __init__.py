@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from cellstate._version import __version__
-from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
-from cellstate.configuration_families import (
+from pertstate._version import __version__
+from pertstate.configuration_autoencoders import CPAConfig, SCVIConfig
+from pertstate.configuration_families import (
     AdditiveConfig,
     ContextMeanConfig,
     DecoderOnlyConfig,
@@ -15,21 +15,21 @@ from cellstate.configuration_families import (
     PseudobulkConfig,
     ScGPTConfig,
 )
-from cellstate.configuration_state import StateConfig
-from cellstate.modeling_additive import AdditiveForPerturbation
-from cellstate.modeling_context_mean import ContextMeanForPerturbation
-from cellstate.modeling_cpa import CPAForPerturbation
-from cellstate.modeling_decoder_only import DecoderOnlyForPerturbation
-from cellstate.modeling_embed_sum import EmbedSumForPerturbation
-from cellstate.modeling_linear import LinearForPerturbation
-from cellstate.modeling_neural_ot import NeuralOTForPerturbation
-from cellstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
-from cellstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
-from cellstate.modeling_pseudobulk import PseudobulkForPerturbation
-from cellstate.modeling_scgpt import ScGPTForPerturbation
-from cellstate.modeling_scvi import SCVIForPerturbation
-from cellstate.modeling_state import StateForPerturbation
-from cellstate.processing import StateProcessor
+from pertstate.configuration_state import StateConfig
+from pertstate.modeling_additive import AdditiveForPerturbation
+from pertstate.modeling_context_mean import ContextMeanForPerturbation
+from pertstate.modeling_cpa import CPAForPerturbation
+from pertstate.modeling_decoder_only import DecoderOnlyForPerturbation
+from pertstate.modeling_embed_sum import EmbedSumForPerturbation
+from pertstate.modeling_linear import LinearForPerturbation
+from pertstate.modeling_neural_ot import NeuralOTForPerturbation
+from pertstate.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
+from pertstate.modeling_perturbation_mean import PerturbationMeanForPerturbation
+from pertstate.modeling_pseudobulk import PseudobulkForPerturbation
+from pertstate.modeling_scgpt import ScGPTForPerturbation
+from pertstate.modeling_scvi import SCVIForPerturbation
+from pertstate.modeling_state import StateForPerturbation
+from pertstate.processing import StateProcessor
 
 
 # Every family of models, by the `model_type` of its config.

@@ -132,7 +132,7 @@ class ScGPTConfig(NetworkConfig):
     The model reads and predicts the expression of genes, one token each: `output_dim` is `input_dim`, and there is no
     gene decoder. Cells do not see one another, so `set_size` only says how many of them are counted as one sentence. With
     `pretrained: FOLDER` in its model section, a run starts from a published folder and takes the sizes from there
-    (`cellstate.hub.scgpt`).
+    (`pertstate.hub.scgpt`).
 
     Args:
         perturbation_type (`str`, *optional*, defaults to `"genetic"`):

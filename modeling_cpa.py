@@ -108,7 +108,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
     Example:
     ```python
     >>> import torch
-    >>> from cellstate import CPAConfig, CPAForPerturbation
+    >>> from pertstate import CPAConfig, CPAForPerturbation
 
     >>> config = CPAConfig.from_preset("tiny", input_dim=100, num_perturbations=5, num_contexts=3)
     >>> model = CPAForPerturbation(config).eval()

@@ -133,7 +133,7 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
                 "to build a model, found neither"
             )
         # By which a pushed model is found on the Hub.
-        self.add_model_tags(["single-cell", "perturbation", "cellstate", "biology"])
+        self.add_model_tags(["single-cell", "perturbation", "pertstate", "biology"])
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

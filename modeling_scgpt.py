@@ -115,7 +115,7 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     Example:
     ```python
     >>> import torch
-    >>> from cellstate import ScGPTConfig, ScGPTForPerturbation
+    >>> from pertstate import ScGPTConfig, ScGPTForPerturbation
 
     >>> config = ScGPTConfig.from_preset("tiny", input_dim=100, num_perturbations=2, perturbed_genes=[7, 12])
     >>> model = ScGPTForPerturbation(config).eval()

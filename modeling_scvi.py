@@ -51,7 +51,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
     Example:
     ```python
     >>> import torch
-    >>> from cellstate import SCVIConfig, SCVIForPerturbation
+    >>> from pertstate import SCVIConfig, SCVIForPerturbation
 
     >>> config = SCVIConfig.from_preset("tiny", input_dim=100, num_perturbations=5)
     >>> model = SCVIForPerturbation(config).eval()

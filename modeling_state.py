@@ -28,7 +28,7 @@ class StateForPerturbation(StatePreTrainedModel):
     Example:
     ```python
     >>> import torch
-    >>> from cellstate import StateConfig, StateForPerturbation
+    >>> from pertstate import StateConfig, StateForPerturbation
 
     >>> config = StateConfig.from_preset("tiny", input_dim=100, num_perturbations=5)
     >>> model = StateForPerturbation(config)

@@ -534,7 +534,7 @@ class StateProcessor(ProcessorMixin):
             `AnnData`: X holds the predicted cells, padding left out, named by gene (of an embedding with a gene
             decoder: the decoded expression in X, the embedding in `obsm["embedding"]`); `layers["control"]` (an
             embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
-            context, batch and barcode of the control cell; `uns["cellstate"]` says what X holds.
+            context, batch and barcode of the control cell; `uns["pertstate"]` says what X holds.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
         predictions = outputs.predictions.detach().float().cpu().numpy()
@@ -549,7 +549,7 @@ class StateProcessor(ProcessorMixin):
 
     def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
         """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
-        uns = {"cellstate": self.describe_output(genes is not None, controls_note, checkpoint)}
+        uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
         if self.values == "embedding":
             obsm = {"control": controls}
             if genes is not None:
@@ -566,7 +566,7 @@ class StateProcessor(ProcessorMixin):
         return describe_values("log1p" if decoded else self.predicts or self.values, scaled, self.target_sum)
 
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
-        """What a predicted AnnData says of itself in `uns["cellstate"]`."""
+        """What a predicted AnnData says of itself in `uns["pertstate"]`."""
         return {
             "X": self.predicted_values(decoded),
             "checkpoint": checkpoint or "not recorded",

@@ -17,28 +17,28 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from cellstate import FAMILIES
-from cellstate.cell_values import describe_reading
-from cellstate.configuration_state import PerturbationConfig, StateConfig, closest
-from cellstate.data.cells import Cells, load_cells
-from cellstate.data.sentences import SentenceDataset
-from cellstate.data.splits import Splits
-from cellstate.data.store import load_store
-from cellstate.hub.card import is_repository, render_card
-from cellstate.hub.provenance import Provenance
-from cellstate.hub.publish import whole_or_nothing
-from cellstate.hub.scgpt import load_published, published_fields
-from cellstate.hub.stores import open_store
-from cellstate.processing import StateProcessor
-from cellstate.training.arguments import StateTrainingArguments
-from cellstate.training.lora import add_adapter, freeze_backbone
-from cellstate.training.pretrained import NAMING, Pretrained, config_of, is_published
-from cellstate.training.run_config import RunConfig, load_run_config
-from cellstate.training.stream_run import from_stream
-from cellstate.training.trainer import StateTrainer
+from pertstate import FAMILIES
+from pertstate.cell_values import describe_reading
+from pertstate.configuration_state import PerturbationConfig, StateConfig, closest
+from pertstate.data.cells import Cells, load_cells
+from pertstate.data.sentences import SentenceDataset
+from pertstate.data.splits import Splits
+from pertstate.data.store import load_store
+from pertstate.hub.card import is_repository, render_card
+from pertstate.hub.provenance import Provenance
+from pertstate.hub.publish import whole_or_nothing
+from pertstate.hub.scgpt import load_published, published_fields
+from pertstate.hub.stores import open_store
+from pertstate.processing import StateProcessor
+from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.lora import add_adapter, freeze_backbone
+from pertstate.training.pretrained import NAMING, Pretrained, config_of, is_published
+from pertstate.training.run_config import RunConfig, load_run_config
+from pertstate.training.stream_run import from_stream
+from pertstate.training.trainer import StateTrainer
 
 
-logger = logging.getLogger("cellstate.train")
+logger = logging.getLogger("pertstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
 
@@ -52,7 +52,7 @@ _DECIDED_BY = {
 USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
 
 The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
-(--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: cellstate.training.run_config
+(--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: pertstate.training.run_config
 (data); `model_type`, `preset` and the fields of the family's config, or `pretrained`, a checkpoint to start from (for
 state-scgpt also a folder of published weights), and its `pretrained_revision` (model); StateTrainingArguments (training)."""
 
@@ -147,13 +147,13 @@ def check_further(run: RunConfig):
     ):
         raise ValueError(
             f"push_to_hub: an adapter of {run.model['pretrained']!r} is of use to others where they can load that, found a "
-            "folder; push it and name the repository in model.pretrained, or leave push_to_hub out and push what cellstate "
+            "folder; push it and name the repository in model.pretrained, or leave push_to_hub out and push what pertstate "
             "merge makes"
         )
     elif run.stream.path is not None:
         raise ValueError(
             f"model.pretrained={run.model['pretrained']!r} is trained further on files or a store, found a stream; make a "
-            "store of it (cellstate prepare) or leave stream.path out"
+            "store of it (pertstate prepare) or leave stream.path out"
         )
 
 

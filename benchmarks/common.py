@@ -14,9 +14,9 @@ import scipy.sparse as sp
 import torch
 from transformers import AutoModel, AutoProcessor
 
-import cellstate.train
-from cellstate.evaluation.comparison import evaluate_files
-from cellstate.evaluation.prediction import predict_file
+import pertstate.train
+from pertstate.evaluation.comparison import evaluate_files
+from pertstate.evaluation.prediction import predict_file
 
 
 METRICS = ["pearson", "mae", "energy"]
@@ -34,7 +34,7 @@ def train_predict_score(
         words = ["--config", config, "--output_dir", folder, "--disable_tqdm", "true", *flags]
         # The Trainer prints its log; a benchmark's output is its table.
         with contextlib.redirect_stdout(io.StringIO()):
-            cellstate.train.main(words)
+            pertstate.train.main(words)
         seconds = time.process_time() - start
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         predicted = Path(folder, "predicted.h5ad")
@@ -53,11 +53,11 @@ def to_units_of_x(predicted: Path, data: str | Path):
     adata, real = ad.read_h5ad(predicted), ad.read_h5ad(data)
     controls = real[adata.obs["control_barcode"].to_numpy(), adata.var_names].X
     controls = controls.toarray() if sp.issparse(controls) else np.asarray(controls)
-    settings = json.loads(adata.uns["cellstate"]["processor"])
+    settings = json.loads(adata.uns["pertstate"]["processor"])
     share = np.expm1(controls).sum(axis=1, keepdims=True) / settings["target_sum"]
     adata.X = np.log1p(np.expm1(adata.X) * share)
     settings |= {"input": "X", "values": "log1p", "predicts": None}
-    adata.uns["cellstate"]["processor"] = json.dumps(settings)
+    adata.uns["pertstate"]["processor"] = json.dumps(settings)
     adata.write_h5ad(predicted)
 
 

@@ -89,14 +89,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    cellstate = str(Path(sys.executable).with_name("cellstate"))
+    pertstate = str(Path(sys.executable).with_name("pertstate"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         screen(folder)
-        helps = sorted(timed(cellstate, "--help") for _ in range(5))[2]
+        helps = sorted(timed(pertstate, "--help") for _ in range(5))[2]
         first, speed = train(folder, args.steps)
         predict = [
-            cellstate,
+            pertstate,
             "predict",
             "--model",
             str(folder / "run"),
@@ -110,7 +110,7 @@ def main():
         weights = (folder / "run" / "model.safetensors").stat().st_size
         total = sum(path.stat().st_size for path in (folder / "run").rglob("*") if path.is_file())
     rows = [
-        ("cellstate --help (s)", f"{helps:.2f}", "3.0"),
+        ("pertstate --help (s)", f"{helps:.2f}", "3.0"),
         ("command to first training step (s)", f"{first:.1f}", "15"),
         ("training (cells/s)", f"{speed:.0f}", "524"),
         ("prediction (cells/s, start-up left out)", f"{5 * 2000 / (five - one):.0f}", "588"),
@@ -118,7 +118,7 @@ def main():
         ("parameters (million)", f"{weights / 4e6:.1f}", "20.9"),
         ("checkpoint folder (MB)", f"{total / 1e6:.0f}", "3 x 242"),
     ]
-    print(f"{'':46}{'cellstate':>12}{'known code':>14}")
+    print(f"{'':46}{'pertstate':>12}{'known code':>14}")
     for what, ours, known in rows:
         print(f"{what:46}{ours:>12}{known:>14}")
 

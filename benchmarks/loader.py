@@ -9,7 +9,7 @@ tensors (8, S, genes). A cell, in cells per second, is a perturbed cell; the con
 counted. The first batch of every reader is checked: its shape, its values, and that each sentence holds one group and
 controls of its cell type.
 
-"store" is a cell store that `cellstate prepare` made: of log1p values, or, "of counts", of counts that are normalised as
+"store" is a cell store that `pertstate prepare` made: of log1p values, or, "of counts", of counts that are normalised as
 they are read. Pages of its files that are mapped count as resident memory.
 
 The files are simulated: 40,000 cells x 2,000 genes (one in ten expressed) with the same values in a dense `obsm` entry,

@@ -5,7 +5,7 @@ The readers that `loader.py` compares. Each runs in a process of its own:
 
 A job is a JSON object of the fields of [`Job`]. A reader opens the job's file and gives, epoch by epoch, batches of two
 tensors (B, S, genes), dense float32: control cells and perturbed cells. Every reader imports what it needs and nothing
-else, so that the readers of other packages run in an environment without cellstate.
+else, so that the readers of other packages run in an environment without pertstate.
 """
 
 import importlib
@@ -99,19 +99,19 @@ class Reader:
 
 
 def in_memory(job: Job) -> Epochs:
-    from cellstate.data import Splits, load_cells
+    from pertstate.data import Splits, load_cells
 
     splits = Splits(datasets={"screen": [Path(job.file)]}, training={"screen"})
     cells, processor = load_cells(splits, input=f"obsm/{DENSE}" if job.dense else "X", batch_key=BATCH)
-    return _cellstate_epochs(cells, processor, job, workers=0)
+    return _pertstate_epochs(cells, processor, job, workers=0)
 
 
-def _cellstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
+def _pertstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
     """The batches that training would see, control sentences left out: only perturbed cells are counted."""
     from torch.utils.data import DataLoader
 
-    from cellstate.data import SentenceCollator, SentenceDataset
-    from cellstate.modeling_perturbation import CONTROL_CELLS, LABELS
+    from pertstate.data import SentenceCollator, SentenceDataset
+    from pertstate.modeling_perturbation import CONTROL_CELLS, LABELS
 
     dataset = SentenceDataset(cells, processor, "train", set_size=job.set_size, seed=SEED, control_sentences=False)
     loader = DataLoader(
@@ -141,8 +141,8 @@ def make_store_of_counts(job: Job):
 
 
 def _make_store(job: Job, source: str):
-    from cellstate.data import prepare
-    from cellstate.data.arguments import DataArguments
+    from pertstate.data import prepare
+    from pertstate.data.arguments import DataArguments
 
     arguments = DataArguments(datasets=job.file, batch_key=BATCH, input=source)
     prepare(arguments, Path(job.prepared, "store"), quiet=True)
@@ -157,11 +157,11 @@ def store_two_workers(job: Job) -> Epochs:
 
 
 def _store(job: Job, workers: int) -> Epochs:
-    from cellstate.data import CellStore, Splits, load_store
+    from pertstate.data import CellStore, Splits, load_store
 
     cells = CellStore(Path(job.prepared, "store"))
     [name] = cells.groups["dataset"].unique()
-    return _cellstate_epochs(*load_store(cells, Splits({name: []}, {name})), job, workers)
+    return _pertstate_epochs(*load_store(cells, Splits({name: []}, {name})), job, workers)
 
 
 def h5py_rows(job: Job) -> Epochs:
@@ -351,15 +351,15 @@ def _scdataset_source(job: Job):
     return backed, lambda source, rows: source[rows].X, lambda cells: torch.from_numpy(cells.toarray())
 
 
-CELLSTATE = ("psutil", "torch", "cellstate.data")
+PERTSTATE = ("psutil", "torch", "pertstate.data")
 CELL_LOAD = ("psutil", "torch", "cell_load.data_modules")
 SCDATASET = ("psutil", "torch", "anndata", "h5py", "scdataset")
 
 READERS = {
-    "store": Reader(store, CELLSTATE, prepare=make_store),
-    "store, 2 workers": Reader(store_two_workers, CELLSTATE, prepare=make_store),
-    "store of counts": Reader(store, CELLSTATE, prepare=make_store_of_counts),
-    "in-memory": Reader(in_memory, CELLSTATE),
+    "store": Reader(store, PERTSTATE, prepare=make_store),
+    "store, 2 workers": Reader(store_two_workers, PERTSTATE, prepare=make_store),
+    "store of counts": Reader(store, PERTSTATE, prepare=make_store_of_counts),
+    "in-memory": Reader(in_memory, PERTSTATE),
     "h5py rows": Reader(h5py_rows, ("psutil", "torch", "h5py")),
     "cell-load, random order": Reader(cell_load_random, CELL_LOAD, peer=True),
     "cell-load, consecutive": Reader(cell_load_consecutive, CELL_LOAD, peer=True, prepare=group_cells),

@@ -16,7 +16,7 @@ import common
 import pandas as pd
 import transformers
 
-from cellstate.data.reading import read_h5ad
+from pertstate.data.reading import read_h5ad
 
 
 DOUBLES = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"]

@@ -1,9 +1,9 @@
-"""The `cellstate` command. Nothing heavy is imported before a command runs."""
+"""The `pertstate` command. Nothing heavy is imported before a command runs."""
 
 import argparse
 import sys
 
-from cellstate_cli import convert, evaluate, info, merge, predict, prepare, push
+from pertstate_cli import convert, evaluate, info, merge, predict, prepare, push
 
 
 COMMANDS = {
@@ -22,7 +22,7 @@ TAKE_FLAGS = ("prepare",)
 def main(argv: list[str] | None = None) -> int:
     """Run one command; an error of input is one clear sentence on stderr and exit code 1."""
     parser = argparse.ArgumentParser(
-        prog="cellstate",
+        prog="pertstate",
         description="Models of how cells respond to perturbations. Training: accelerate launch train.py --config CONFIG",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, KeyError, OSError, ImportError) as error:
         # KeyError shows the repr of its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"cellstate {args.command}: error: {message}", file=sys.stderr)
+        print(f"pertstate {args.command}: error: {message}", file=sys.stderr)
         return 1
     return 0
 

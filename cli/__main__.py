@@ -1,4 +1,4 @@
-from cellstate_cli import main
+from pertstate_cli import main
 
 
 raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""`cellstate convert`."""
+"""`pertstate convert`."""
 
 import argparse
 
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace):
 
     import transformers
 
-    from cellstate.data.arguments import read_names
-    from cellstate.hub.conversion import convert
+    from pertstate.data.arguments import read_names
+    from pertstate.hub.conversion import convert
 
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()
@@ -48,4 +48,4 @@ def run(args: argparse.Namespace):
     )
     if made.attention:
         print(f"attention: {made.attention}")
-    print(f"predict with: cellstate predict --model {args.output} --adata CELLS.h5ad --output OUT.h5ad")
+    print(f"predict with: pertstate predict --model {args.output} --adata CELLS.h5ad --output OUT.h5ad")

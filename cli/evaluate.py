@@ -1,4 +1,4 @@
-"""`cellstate evaluate`."""
+"""`pertstate evaluate`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ HELP = "Compare predicted with real cells, beside no change and the perturbation
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--predicted", required=True, metavar="P.h5ad", help="what `cellstate predict` wrote")
+    parser.add_argument("--predicted", required=True, metavar="P.h5ad", help="what `pertstate predict` wrote")
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
     parser.add_argument("--train", required=True, metavar="TRAIN.h5ad", help="cells that the baselines may learn from")
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.evaluation.comparison import check_table_path, evaluate_files, format_table, write_table
+    from pertstate.evaluation.comparison import check_table_path, evaluate_files, format_table, write_table
 
     if args.output:
         check_table_path(args.output)

@@ -1,4 +1,4 @@
-"""`cellstate info`."""
+"""`pertstate info`."""
 
 import argparse
 
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.data.info import describe
-    from cellstate.hub.stores import open_store
+    from pertstate.data.info import describe
+    from pertstate.hub.stores import open_store
 
     if args.verify:
         open_store(args.path).verify()

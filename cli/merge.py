@@ -1,4 +1,4 @@
-"""`cellstate merge`."""
+"""`pertstate merge`."""
 
 import argparse
 from pathlib import Path
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     import transformers
 
-    from cellstate.hub.checkpoints import check_name
-    from cellstate.hub.merging import merge_adapter
+    from pertstate.hub.checkpoints import check_name
+    from pertstate.hub.merging import merge_adapter
 
     if args.base is None and args.base_revision is not None:
         raise ValueError(f"--base-revision {args.base_revision} is of --base; give both, or neither")

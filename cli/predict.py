@@ -1,4 +1,4 @@
-"""`cellstate predict`."""
+"""`pertstate predict`."""
 
 import argparse
 from pathlib import Path
@@ -54,8 +54,8 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     import transformers
     from huggingface_hub.utils import disable_progress_bars
 
-    from cellstate.hub.checkpoints import check_name, load_whole
-    from cellstate.hub.push import fetch_checkpoint
+    from pertstate.hub.checkpoints import check_name, load_whole
+    from pertstate.hub.push import fetch_checkpoint
 
     check_name(name, "--model")
     path, loaded = Path(name), name
@@ -76,8 +76,8 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.data.perturbation_features import read_perturbation_features
-    from cellstate.evaluation.prediction import predict_file
+    from pertstate.data.perturbation_features import read_perturbation_features
+    from pertstate.evaluation.prediction import predict_file
 
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)

@@ -1,4 +1,4 @@
-"""`cellstate prepare`."""
+"""`pertstate prepare`."""
 
 import argparse
 
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from cellstate.data.preparation import prepare
-    from cellstate.training.run_config import load_run_config
+    from pertstate.data.preparation import prepare
+    from pertstate.training.run_config import load_run_config
 
     config = load_run_config(args.config, args.flags)
     store = prepare(config.data, args.output, config.prepare, num_proc=args.num_proc, quiet=args.quiet)
@@ -33,5 +33,5 @@ def run(args: argparse.Namespace):
     size = sum(shard["bytes"] for shard in manifest.shards)
     print(
         f"{args.output}: {manifest.cells:,} cells in {len(store.groups):,} groups, {len(manifest.genes):,} genes, "
-        f"{size / 1e6:,.0f} MB; train with --store {args.output}, look at it with cellstate info {args.output}"
+        f"{size / 1e6:,.0f} MB; train with --store {args.output}, look at it with pertstate info {args.output}"
     )

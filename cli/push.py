@@ -1,4 +1,4 @@
-"""`cellstate push`."""
+"""`pertstate push`."""
 
 import argparse
 
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace):
     import transformers
     from huggingface_hub.utils import disable_progress_bars
 
-    from cellstate.hub.push import address_of, push_checkpoint
+    from pertstate.hub.push import address_of, push_checkpoint
 
     transformers.utils.logging.disable_progress_bar()  # that of reading the weights
     if args.quiet:

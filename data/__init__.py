@@ -1,13 +1,13 @@
 """Files to cell sentences: splits, cells in memory or in a store, sentences, and a simulated screen."""
 
-from cellstate.data.cells import Cells, load_cells
-from cellstate.data.perturbation_features import read_perturbation_features
-from cellstate.data.preparation import prepare
-from cellstate.data.reading import read_h5ad
-from cellstate.data.sentences import SentenceCollator, SentenceDataset
-from cellstate.data.simulator import simulate_screen
-from cellstate.data.splits import Splits
-from cellstate.data.store import CellStore, load_store
+from pertstate.data.cells import Cells, load_cells
+from pertstate.data.perturbation_features import read_perturbation_features
+from pertstate.data.preparation import prepare
+from pertstate.data.reading import read_h5ad
+from pertstate.data.sentences import SentenceCollator, SentenceDataset
+from pertstate.data.simulator import simulate_screen
+from pertstate.data.splits import Splits
+from pertstate.data.store import CellStore, load_store
 
 
 __all__ = [

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cellstate.configuration_state import closest
-from cellstate.data.perturbation_features import read_perturbation_features
-from cellstate.data.reading import AnnDataFile, expand_paths, read_labels
-from cellstate.data.splits import Splits
-from cellstate.processing import StateProcessor
+from pertstate.configuration_state import closest
+from pertstate.data.perturbation_features import read_perturbation_features
+from pertstate.data.reading import AnnDataFile, expand_paths, read_labels
+from pertstate.data.splits import Splits
+from pertstate.processing import StateProcessor
 
 
 if TYPE_CHECKING:
-    from cellstate.data.manifest import Manifest
+    from pertstate.data.manifest import Manifest
 
 
 @dataclass
@@ -24,7 +24,7 @@ class DataArguments:
     The `data` section.
 
     Args:
-        store (`str`, *optional*): folder that `cellstate prepare` wrote of these data, or name of a data set on the Hub
+        store (`str`, *optional*): folder that `pertstate prepare` wrote of these data, or name of a data set on the Hub
             that holds one; read instead of the files, which need not be there then.
         splits (`str`, *optional*): TOML file with `[datasets]`, `[training]`, `[zeroshot]`, `[fewshot]`. Or, for the
             simple cases, the next five fields.
@@ -276,7 +276,7 @@ class StreamArguments:
 @dataclass
 class PrepareArguments:
     r"""
-    The `prepare` section: how `cellstate prepare` lays a store out. Training does not read it.
+    The `prepare` section: how `pertstate prepare` lays a store out. Training does not read it.
 
     Args:
         layout (`str`): how expression is stored.

@@ -7,14 +7,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from cellstate.configuration_state import closest
-from cellstate.data.reading import naming, read_h5ad
-from cellstate.data.splits import Splits
-from cellstate.processing import StateProcessor, Vocabulary
+from pertstate.configuration_state import closest
+from pertstate.data.reading import naming, read_h5ad
+from pertstate.data.splits import Splits
+from pertstate.processing import StateProcessor, Vocabulary
 
 
 if TYPE_CHECKING:
-    from cellstate.data.store import StoredRows
+    from pertstate.data.store import StoredRows
 
 
 GROUP_KEYS = ("dataset", "context", "perturbation", "batch")

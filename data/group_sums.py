@@ -7,9 +7,9 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm.auto import tqdm
 
-from cellstate.modeling_fitted import TrainingMeans
-from cellstate.modeling_perturbation import PERTURBATION_FEATURES, PERTURBATION_IDS
-from cellstate.processing import StateProcessor
+from pertstate.modeling_fitted import TrainingMeans
+from pertstate.modeling_perturbation import PERTURBATION_FEATURES, PERTURBATION_IDS
+from pertstate.processing import StateProcessor
 
 
 GroupKey = tuple[str, str, str]

@@ -10,13 +10,13 @@ import scipy.sparse as sp
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from cellstate.cell_values import describe_reading, kind_of_values, matrix_of, some, take_rows
-from cellstate.configuration_state import closest
-from cellstate.data.manifest import STORE_FILE
-from cellstate.data.reading import AnnDataFile, is_zarr, read_labels
-from cellstate.data.store import CellStore
-from cellstate.processing import StateProcessor
-from cellstate.vocabulary import VOCABULARY_FILE, Vocabulary
+from pertstate.cell_values import describe_reading, kind_of_values, matrix_of, some, take_rows
+from pertstate.configuration_state import closest
+from pertstate.data.manifest import STORE_FILE
+from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
+from pertstate.data.store import CellStore
+from pertstate.processing import StateProcessor
+from pertstate.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
 # Where nothing is said, the names that screens in the public repositories use.
@@ -248,7 +248,7 @@ def _describe_checkpoint(path: Path) -> str:
         f"perturbations ({len(vocabulary.perturbations):,}): {some(vocabulary.perturbations, 5)}",
         f"contexts ({len(vocabulary.contexts):,}): {some(vocabulary.contexts, 5)}",
     ]
-    ready = f"cellstate predict --model {path} --adata CELLS.h5ad --output PREDICTED.h5ad"
+    ready = f"pertstate predict --model {path} --adata CELLS.h5ad --output PREDICTED.h5ad"
     return "\n".join([*lines, *_verdict(problems, ready)]).replace(
         "before a model can be trained on it", "before it can be used"
     )

@@ -5,10 +5,10 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
-from cellstate.cell_values import some
-from cellstate.data.arguments import PrepareArguments
-from cellstate.data.source import Recipe, Source, open_source
-from cellstate.processing import StateProcessor
+from pertstate.cell_values import some
+from pertstate.data.arguments import PrepareArguments
+from pertstate.data.source import Recipe, Source, open_source
+from pertstate.processing import StateProcessor
 
 
 def filter_knockdowns(

@@ -10,8 +10,8 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pandas as pd
 
-from cellstate._version import __version__
-from cellstate.data.cells import GROUP_KEYS, with_rows
+from pertstate._version import __version__
+from pertstate.data.cells import GROUP_KEYS, with_rows
 
 
 STORE_FILE = "store.json"
@@ -67,7 +67,7 @@ class Manifest:
     highly_variable: int | None = None
     notes: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
-    cellstate_version: str = __version__
+    pertstate_version: str = __version__
 
     @classmethod
     def from_file(cls, path: Path) -> "Manifest":
@@ -79,7 +79,7 @@ class Manifest:
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path.parent} is no cell store: it has no {path.name} (looked from {Path.cwd()}); make one with "
-                "`cellstate prepare`"
+                "`pertstate prepare`"
             )
         try:
             text = path.read_text(encoding="utf-8")
@@ -97,7 +97,7 @@ class Manifest:
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ValueError(
-                f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}; update cellstate"
+                f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}; update pertstate"
             )
         names = set(cls.__dataclass_fields__)
         if version is None or set(content) != names:
@@ -112,7 +112,7 @@ class Manifest:
         return manifest
 
     def _wrong_fields(self) -> list[str]:
-        """Names of the fields that hold what `cellstate prepare` never writes."""
+        """Names of the fields that hold what `pertstate prepare` never writes."""
         fits = {
             "cells": _is_count(self.cells, 1),
             "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
@@ -132,7 +132,7 @@ class Manifest:
             "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
             "highly_variable": self.highly_variable is None or _is_count(self.highly_variable, 1),
             "notes": _is_list(self.notes, str),
-            "cellstate_version": isinstance(self.cellstate_version, str),
+            "pertstate_version": isinstance(self.pertstate_version, str),
         }
         fits["groups"] = fits["vocabularies"] and self._groups_fit()
         return [name for name, fit in fits.items() if not fit]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstate.cell_values import check_matrix, check_numbers, native_numbers
+from pertstate.cell_values import check_matrix, check_numbers, native_numbers
 
 
 _COMPRESSED = ("csr_matrix", "csr", "csc_matrix", "csc")  # encodings, today's and those of files before 2019
@@ -74,7 +74,7 @@ class RowReader:
             columns = CSRMatrix(node, self._name, transposed=True)
             if columns.nbytes <= self._in_memory:
                 return columns[:].T.tocsr()
-            self._temporary = tempfile.TemporaryDirectory(prefix="cellstate-rows-")
+            self._temporary = tempfile.TemporaryDirectory(prefix="pertstate-rows-")
             return rows_of_columns(columns, Path(self._temporary.name))
         whole = ad.io.read_elem(node)  # a table
         if not isinstance(whole, pd.DataFrame):

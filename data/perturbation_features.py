@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from cellstate.cell_values import some
-from cellstate.vocabulary import FEATURES_TENSOR, NAMES_METADATA, PerturbationFeatures, as_array
+from pertstate.cell_values import some
+from pertstate.vocabulary import FEATURES_TENSOR, NAMES_METADATA, PerturbationFeatures, as_array
 
 
 def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cellstate.cell_values import (
+from pertstate.cell_values import (
     kind_of_values,
     listed_genes,
     matrix_of,
@@ -32,12 +32,12 @@ from cellstate.cell_values import (
     some,
     take_rows,
 )
-from cellstate.configuration_state import closest
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.cells import assign_splits, trained_on, with_rows
-from cellstate.data.genes import variable_genes
-from cellstate.data.knockdown import filter_knockdowns
-from cellstate.data.manifest import (
+from pertstate.configuration_state import closest
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.cells import assign_splits, trained_on, with_rows
+from pertstate.data.genes import variable_genes
+from pertstate.data.knockdown import filter_knockdowns
+from pertstate.data.manifest import (
     BARCODE,
     EMBEDDING,
     EXPRESSION,
@@ -51,11 +51,11 @@ from cellstate.data.manifest import (
     files_of,
     sha256_of,
 )
-from cellstate.data.reading import AnnDataFile, naming
-from cellstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
-from cellstate.data.splits import Splits
-from cellstate.data.store import CellStore
-from cellstate.processing import StateProcessor
+from pertstate.data.reading import AnnDataFile, naming
+from pertstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
+from pertstate.data.splits import Splits
+from pertstate.data.store import CellStore
+from pertstate.processing import StateProcessor
 
 
 PLACE = "place"  # of a cell in the store, while it is on its way there

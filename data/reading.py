@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstate.data.matrices import RowReader, check_chunks
-from cellstate.processing import StateProcessor
+from pertstate.data.matrices import RowReader, check_chunks
+from pertstate.processing import StateProcessor
 
 
 def expand_paths(pattern: str | os.PathLike) -> list[Path]:

@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from cellstate.configuration_state import closest
-from cellstate.data.cells import Cells
-from cellstate.data.group_sums import GroupSums
-from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS
-from cellstate.processing import StateProcessor
+from pertstate.configuration_state import closest
+from pertstate.data.cells import Cells
+from pertstate.data.group_sums import GroupSums
+from pertstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS
+from pertstate.processing import StateProcessor
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cellstate.cell_values import (
+from pertstate.cell_values import (
     cell_totals,
     check_finite,
     kind_of_values,
@@ -18,10 +18,10 @@ from cellstate.cell_values import (
     take_rows,
     wrong_kind,
 )
-from cellstate.data.cells import GROUP_KEYS
-from cellstate.data.matrices import RowReader
-from cellstate.data.reading import AnnDataFile, naming, read_labels
-from cellstate.processing import StateProcessor
+from pertstate.data.cells import GROUP_KEYS
+from pertstate.data.matrices import RowReader
+from pertstate.data.reading import AnnDataFile, naming, read_labels
+from pertstate.processing import StateProcessor
 
 
 LARGEST_COUNT = 2**32 - 1  # a store keeps counts in 32 bits at most

@@ -5,8 +5,8 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cellstate.configuration_state import closest
-from cellstate.data.reading import expand_paths
+from pertstate.configuration_state import closest
+from pertstate.data.reading import expand_paths
 
 
 SPLITS = ("train", "val", "test")

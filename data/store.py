@@ -12,8 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from cellstate.cell_values import listed_genes, normalize_counts, resolve_target_sum, some
-from cellstate.data.cells import (
+from pertstate.cell_values import listed_genes, normalize_counts, resolve_target_sum, some
+from pertstate.data.cells import (
     Cells,
     assign_splits,
     check_names,
@@ -23,8 +23,8 @@ from cellstate.data.cells import (
     training_names,
     widened,
 )
-from cellstate.data.genes import variable_genes
-from cellstate.data.manifest import (
+from pertstate.data.genes import variable_genes
+from pertstate.data.manifest import (
     BARCODE,
     EMBEDDING,
     EXPRESSION,
@@ -37,9 +37,9 @@ from cellstate.data.manifest import (
     Manifest,
     sha256_of,
 )
-from cellstate.data.splits import Splits
-from cellstate.processing import StateProcessor
-from cellstate.vocabulary import PerturbationFeatures
+from pertstate.data.splits import Splits
+from pertstate.processing import StateProcessor
+from pertstate.vocabulary import PerturbationFeatures
 
 
 class CellStore:
@@ -47,7 +47,7 @@ class CellStore:
     Cells on disk, read by memory map: opening costs nothing, reading a cell costs its own bytes.
 
     Args:
-        path (`str` or `Path`): folder that `cellstate prepare` wrote.
+        path (`str` or `Path`): folder that `pertstate prepare` wrote.
 
     Attributes:
         manifest ([`Manifest`]): what the store holds.

@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from cellstate.cell_values import cell_totals, kind_of_values, normalize_counts, some, wrong_kind
-from cellstate.configuration_state import closest
-from cellstate.data.cell_pool import CellRows
-from cellstate.processing import StateProcessor
+from pertstate.cell_values import cell_totals, kind_of_values, normalize_counts, some, wrong_kind
+from pertstate.configuration_state import closest
+from pertstate.data.cell_pool import CellRows
+from pertstate.processing import StateProcessor
 
 
 _LARGEST_ID = 1 << 24  # the table from gene ids to genes has this many entries at most

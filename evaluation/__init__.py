@@ -1,8 +1,8 @@
 """Figures of merit, baselines, prediction of whole files and their comparison with real ones."""
 
-from cellstate.evaluation.comparison import evaluate_files
-from cellstate.evaluation.metrics import MeanChanges, energy_distance, pearson_of_change, score_group
-from cellstate.evaluation.prediction import predict_file
+from pertstate.evaluation.comparison import evaluate_files
+from pertstate.evaluation.metrics import MeanChanges, energy_distance, pearson_of_change, score_group
+from pertstate.evaluation.prediction import predict_file
 
 
 __all__ = ["MeanChanges", "energy_distance", "evaluate_files", "pearson_of_change", "predict_file", "score_group"]

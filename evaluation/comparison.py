@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from cellstate.data.cells import sort_into_groups
-from cellstate.data.reading import AnnDataFile
-from cellstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
-from cellstate.processing import StateProcessor, Vocabulary
+from pertstate.data.cells import sort_into_groups
+from pertstate.data.reading import AnnDataFile
+from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
+from pertstate.processing import StateProcessor, Vocabulary
 
 
 def evaluate_files(
@@ -30,7 +30,7 @@ def evaluate_files(
     labels) are left out, so that the whole screen may be given.
 
     Args:
-        predicted: `.h5ad` that `cellstate predict` wrote, or one laid out alike.
+        predicted: `.h5ad` that `pertstate predict` wrote, or one laid out alike.
         real: `.h5ad` with the real perturbed and control cells.
         train: `.h5ad` with the cells that the model was trained on.
         keys: `perturbation_key`, `context_key`, `control`, `input`, `normalize`: how to read a real file where
@@ -46,7 +46,7 @@ def evaluate_files(
     notes: list[str] = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
         reader, processor = readers_of(guess, keys)
-        ceiling = guess.uns.get("cellstate", {}).get("ceiling")
+        ceiling = guess.uns.get("pertstate", {}).get("ceiling")
         if ceiling is not None:
             notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: {predicted} was {ceiling}")
         scored = reader.labels(guess), processor.labels(truth)
@@ -174,7 +174,7 @@ class _Rows:
 def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Processors that read the predicted cells as they are, and real ones in their units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
-    recorded = guess.uns.get("cellstate", {}).get("processor")
+    recorded = guess.uns.get("pertstate", {}).get("processor")
     if recorded is not None:
         settings = {**json.loads(str(recorded)), **settings}
     if settings.get("gene_input") is not None:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cellstate.data.group_sums import GroupSums
-from cellstate.processing import StateProcessor
+from pertstate.data.group_sums import GroupSums
+from pertstate.processing import StateProcessor
 
 
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cellstate.data.reading import AnnDataFile
-from cellstate.evaluation.comparison import readers_of
-from cellstate.evaluation.metrics import pearson_of_change
+from pertstate.data.reading import AnnDataFile
+from pertstate.evaluation.comparison import readers_of
+from pertstate.evaluation.metrics import pearson_of_change
 
 
 def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, output: str | os.PathLike, most: int = 12):

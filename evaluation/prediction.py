@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cellstate.data.reading import AnnDataFile
-from cellstate.modeling_layers import UnseenWarning
-from cellstate.modeling_perturbation import (
+from pertstate.data.reading import AnnDataFile
+from pertstate.modeling_layers import UnseenWarning
+from pertstate.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,
@@ -27,7 +27,7 @@ from cellstate.modeling_perturbation import (
     LABELS,
     UnseenPerturbationError,
 )
-from cellstate.processing import StateProcessor
+from pertstate.processing import StateProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,7 @@ def _write_frame(file, processor, labels, arms, config, uns):
     obs.index = obs["control_barcode"].astype(str) + "|" + obs[processor.perturbation_key].astype(str)
     names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
     obs = obs.astype({name: "category" for name in obs.columns if name != "control_barcode"})
-    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns={"cellstate": uns}))
+    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns={"pertstate": uns}))
 
 
 class _Writer:

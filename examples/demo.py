@@ -8,9 +8,9 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
-from cellstate.data.simulator import simulate_screen
-from cellstate.evaluation.comparison import evaluate_files, write_table
-from cellstate.evaluation.plots import plot_mean_changes
+from pertstate.data.simulator import simulate_screen
+from pertstate.evaluation.comparison import evaluate_files, write_table
+from pertstate.evaluation.plots import plot_mean_changes
 
 
 FOLDER = Path("demo")
@@ -33,7 +33,7 @@ def main():
     run(*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "train.py", "--config", "configs/demo.yaml")
     predicted, real = FOLDER / "predicted.h5ad", FOLDER / "screen.h5ad"
     run(
-        *("cellstate", "predict", "--model", str(FOLDER / "checkpoint"), "--adata", str(real)),
+        *("pertstate", "predict", "--model", str(FOLDER / "checkpoint"), "--adata", str(real)),
         *("--context", HELD_OUT, "--output", str(predicted)),
     )
 

@@ -13,23 +13,23 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from cellstate import FAMILIES
-from cellstate._version import __version__
-from cellstate.cell_values import describe_reading
-from cellstate.configuration_families import FittedConfig
-from cellstate.configuration_state import PerturbationConfig
-from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
-from cellstate.hub.provenance import Provenance
-from cellstate.processing import StateProcessor
+from pertstate import FAMILIES
+from pertstate._version import __version__
+from pertstate.cell_values import describe_reading
+from pertstate.configuration_families import FittedConfig
+from pertstate.configuration_state import PerturbationConfig
+from pertstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
+from pertstate.hub.provenance import Provenance
+from pertstate.processing import StateProcessor
 
 
 if TYPE_CHECKING:
-    from cellstate.training.arguments import StateTrainingArguments
-    from cellstate.training.run_config import RunConfig
+    from pertstate.training.arguments import StateTrainingArguments
+    from pertstate.training.run_config import RunConfig
 
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-TAGS = ["single-cell", "perturbation", "cellstate", "biology"]
+TAGS = ["single-cell", "perturbation", "pertstate", "biology"]
 # Numbers of each cell in, numbers of each cell out: the nearest of the tasks that the Hub knows.
 TASK = "tabular-regression"
 UNKNOWN_LICENSE = "unknown"
@@ -66,7 +66,7 @@ def render_card(
     """
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
-    folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/cellstate")
+    folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
     name = os.path.basename(os.path.normpath(folder))
     # The weights that training started from: a folder, or a name on the Hub.
     base_model = None if run is None else run.model.get("pretrained")
@@ -113,7 +113,7 @@ def render_card(
         processes=1 if args is None else args.world_size,
         hardware=None if args is None else _hardware(args),
         versions=_versions(),
-        cellstate_version=__version__,
+        pertstate_version=__version__,
         shown=SHOWN_NAMES,
     )
 
@@ -246,7 +246,7 @@ def _versions() -> str:
     return ", ".join(
         f"{name} {version}"
         for name, version in (
-            ("cellstate", __version__),
+            ("pertstate", __version__),
             ("transformers", transformers.__version__),
             ("torch", torch.__version__),
             ("anndata", importlib.metadata.version("anndata")),

@@ -6,11 +6,11 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file
 
-import cellstate  # noqa: F401 - registers the models with the Auto classes
-from cellstate.checkpoint_files import check_adapter, find_file, hub_arguments, read_json
-from cellstate.hub.publish import ADAPTER_KEY
-from cellstate.modeling_perturbation import PerturbationPreTrainedModel
-from cellstate.processing import StateProcessor
+import pertstate  # noqa: F401 - registers the models with the Auto classes
+from pertstate.checkpoint_files import check_adapter, find_file, hub_arguments, read_json
+from pertstate.hub.publish import ADAPTER_KEY
+from pertstate.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.processing import StateProcessor
 
 
 def check_name(name: str, asked_by: str):

@@ -10,16 +10,16 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 
-from cellstate import FAMILIES
-from cellstate._version import __version__
-from cellstate.cell_values import some
-from cellstate.configuration_state import EncoderConfig, StateConfig
-from cellstate.hub.card import CARDS, TAGS, TASK, UNKNOWN_LICENSE
-from cellstate.hub.legacy import config_from_legacy, state_dict_from_legacy
-from cellstate.hub.legacy_folder import LegacyFolder, read_legacy_folder
-from cellstate.hub.publish import whole_or_nothing
-from cellstate.processing import StateProcessor
-from cellstate.vocabulary import Vocabulary
+from pertstate import FAMILIES
+from pertstate._version import __version__
+from pertstate.cell_values import some
+from pertstate.configuration_state import EncoderConfig, StateConfig
+from pertstate.hub.card import CARDS, TAGS, TASK, UNKNOWN_LICENSE
+from pertstate.hub.legacy import config_from_legacy, state_dict_from_legacy
+from pertstate.hub.legacy_folder import LegacyFolder, read_legacy_folder
+from pertstate.hub.publish import whole_or_nothing
+from pertstate.processing import StateProcessor
+from pertstate.vocabulary import Vocabulary
 
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def convert(
     Write a checkpoint folder that predicts what the research code's own model predicts.
 
     Args:
-        folder: see [`~cellstate.hub.legacy_folder.read_legacy_folder`].
+        folder: see [`~pertstate.hub.legacy_folder.read_legacy_folder`].
         output: a folder that does not exist yet, or is empty. It is written whole or not at all.
         checkpoint (`str`, *optional*): which file of `checkpoints/`.
         attention (`str`, *optional*): which cells a cell saw in training, for the State transition model.

@@ -4,8 +4,8 @@ import re
 
 import torch
 
-from cellstate.configuration_families import EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
-from cellstate.configuration_state import EncoderConfig, StateConfig
+from pertstate.configuration_families import EmbedSumConfig, NeuralOTConfig, PseudobulkConfig
+from pertstate.configuration_state import EncoderConfig, StateConfig
 
 
 _FAMILIES = {

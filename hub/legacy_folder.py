@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from cellstate.cell_values import some
-from cellstate.hub.restricted_pickle import StoredArray, StoredTensor, read_pickled
+from pertstate.cell_values import some
+from pertstate.hub.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class LegacyFolder:
 
     Args:
         path (`Path`): the folder.
-        options (`dict`): of the model, under its own names, for [`~cellstate.hub.legacy.config_from_legacy`].
+        options (`dict`): of the model, under its own names, for [`~pertstate.hub.legacy.config_from_legacy`].
         weights (`dict[str, StoredTensor]`): not yet read.
         perturbations, contexts, batches (`list[str]`): names by their place in the one-hot vectors. The perturbations
             hold the control where that code gave it a place. Contexts and batches are empty where they were not kept.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from cellstate.hub.checkpoints import load_adapter
-from cellstate.hub.publish import whole_or_nothing
+from pertstate.hub.checkpoints import load_adapter
+from pertstate.hub.publish import whole_or_nothing
 
 
 # What an adapter's folder says of its training, which holds for the merged checkpoint, too.

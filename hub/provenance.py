@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
-from cellstate.data.arguments import StreamArguments
-from cellstate.data.manifest import Manifest, files_of, sha256_of
-from cellstate.data.splits import Splits
-from cellstate.hub.errors import on_the_hub
-from cellstate.hub.stores import MAY_LACK, on_hub, read_manifest
-from cellstate.hub.streams import dataset_name, files_of_stream, manifest_of
+from pertstate.data.arguments import StreamArguments
+from pertstate.data.manifest import Manifest, files_of, sha256_of
+from pertstate.data.splits import Splits
+from pertstate.hub.errors import on_the_hub
+from pertstate.hub.stores import MAY_LACK, on_hub, read_manifest
+from pertstate.hub.streams import dataset_name, files_of_stream, manifest_of
 
 
 if TYPE_CHECKING:
-    from cellstate.training.run_config import RunConfig
+    from pertstate.training.run_config import RunConfig
 
 
 @dataclass(frozen=True)

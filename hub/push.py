@@ -7,15 +7,15 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 
-from cellstate import FAMILIES
-from cellstate._version import __version__
-from cellstate.checkpoint_files import read_header, read_json, stored_tensors
-from cellstate.configuration_state import PerturbationConfig, closest
-from cellstate.hub.card import is_repository, render_card, with_repository
-from cellstate.hub.errors import on_the_hub
-from cellstate.hub.publish import ADAPTER_KEY, MODEL_KEY
-from cellstate.processing import StateProcessor
-from cellstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
+from pertstate import FAMILIES
+from pertstate._version import __version__
+from pertstate.checkpoint_files import read_header, read_json, stored_tensors
+from pertstate.configuration_state import PerturbationConfig, closest
+from pertstate.hub.card import is_repository, render_card, with_repository
+from pertstate.hub.errors import on_the_hub
+from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from pertstate.processing import StateProcessor
+from pertstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
 PROCESSOR, WEIGHTS, CARD, ADAPTER_WEIGHTS = (
@@ -86,7 +86,7 @@ def push_checkpoint(
         return api.create_commit(
             repository,
             operations,
-            commit_message=message or f"{folder.resolve().name}, with cellstate {__version__}",
+            commit_message=message or f"{folder.resolve().name}, with pertstate {__version__}",
             revision=branch,
             parent_commit=head.sha,
         )
@@ -141,7 +141,7 @@ def _read_adapter(folder: Path) -> list[str]:
     if not isinstance(base, str) or not is_repository(base):
         raise ValueError(
             f"{folder / ADAPTER_KEY}: expected a base model on the Hub, found {base!r}, which others cannot load; push the base "
-            "model and train on it by that name, or merge the adapter into it (cellstate merge)"
+            "model and train on it by that name, or merge the adapter into it (pertstate merge)"
         )
     _require(folder, ADAPTER_WEIGHTS)
     read_header(folder / ADAPTER_WEIGHTS)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from cellstate.cell_values import some
-from cellstate.modeling_scgpt import ScGPTForPerturbation
+from pertstate.cell_values import some
+from pertstate.modeling_scgpt import ScGPTForPerturbation
 
 
 WEIGHTS_FILE, VOCABULARY_FILE, ARGUMENTS_FILE = "best_model.pt", "vocab.json", "args.json"

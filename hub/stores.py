@@ -11,9 +11,9 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
 
-from cellstate.data.manifest import STORE_FILE, Manifest, sha256_of
-from cellstate.data.store import CellStore
-from cellstate.hub.errors import on_the_hub
+from pertstate.data.manifest import STORE_FILE, Manifest, sha256_of
+from pertstate.data.store import CellStore
+from pertstate.hub.errors import on_the_hub
 
 
 CELLS_OF_ROW_GROUP = 4096
@@ -22,7 +22,7 @@ MAY_LACK = f"data set, revision or {STORE_FILE}"
 
 _CARD = """---
 tags:
-- cellstate
+- pertstate
 - single-cell
 - perturbation
 configs:
@@ -34,11 +34,11 @@ configs:
 
 # {title}
 
-{cells:,} cells in {groups:,} groups of data set, context, perturbation and batch, made with cellstate {version}.
+{cells:,} cells in {groups:,} groups of data set, context, perturbation and batch, made with pertstate {version}.
 {holds}
 
 ```python
-from cellstate.hub.stores import open_store
+from pertstate.hub.stores import open_store
 
 store = open_store("{name}")  # or in a run: --store {name}
 ```
@@ -50,12 +50,12 @@ normalisation.
 
 def open_store(name: str | os.PathLike) -> CellStore:
     """
-    A cell store: a folder that `cellstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on the
+    A cell store: a folder that `pertstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on the
     Hub, `"user/name"` or `"user/name@revision"`. Parquet is turned into Arrow once, in the cache of `datasets`.
 
     Raises:
         FileNotFoundError, ValueError: there is no store, or it is not whole.
-        PermissionError, OSError: see [`cellstate.hub.errors.on_the_hub`].
+        PermissionError, OSError: see [`pertstate.hub.errors.on_the_hub`].
     """
     path = Path(name)
     manifest, commit = read_manifest(name)
@@ -143,7 +143,7 @@ def _card(store: CellStore, name: str) -> str:
         title=name.split("/")[-1],
         cells=manifest.cells,
         groups=len(store.groups),
-        version=manifest.cellstate_version,
+        version=manifest.pertstate_version,
         holds=" ".join(holds),
         name=name,
         store_file=STORE_FILE,

@@ -5,12 +5,12 @@ from pathlib import Path
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi, HfFileSystem
 
-from cellstate.data.arguments import StreamArguments
-from cellstate.data.manifest import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
-from cellstate.data.reading import expand_paths
-from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
-from cellstate.hub.errors import on_the_hub
-from cellstate.hub.stores import MAY_LACK, on_hub
+from pertstate.data.arguments import StreamArguments
+from pertstate.data.manifest import EMBEDDING, GENE_IDS, GENE_VALUES, STORE_FILE, TOTAL, Manifest
+from pertstate.data.reading import expand_paths
+from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
+from pertstate.hub.errors import on_the_hub
+from pertstate.hub.stores import MAY_LACK, on_hub
 
 
 def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:

@@ -1,4 +1,4 @@
-"""A process that has what a checkpoint needs to predict, and nothing else: cellstate and its dependencies are absent."""
+"""A process that has what a checkpoint needs to predict, and nothing else: pertstate and its dependencies are absent."""
 
 import importlib.metadata
 import json
@@ -57,11 +57,11 @@ def needed_distributions() -> set[str]:
 
 
 def blocked_modules() -> list[str]:
-    """The modules of all other distributions of this environment, cellstate's own among them."""
+    """The modules of all other distributions of this environment, pertstate's own among them."""
     needed = needed_distributions()
     owners = importlib.metadata.packages_distributions()
     others = {module for module, of in owners.items() if needed.isdisjoint(map(canonicalize_name, of))}
-    return sorted(others | {"cellstate", "cellstate_cli"})
+    return sorted(others | {"pertstate", "pertstate_cli"})
 
 
 class Alone:

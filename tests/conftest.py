@@ -5,7 +5,7 @@ import pytest
 import torch
 
 
-SHARED = Path(os.environ.get("CELLSTATE_SHARED", Path(__file__).parents[1] / "../shared")).resolve()
+SHARED = Path(os.environ.get("PERTSTATE_SHARED", Path(__file__).parents[1] / "../shared")).resolve()
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,11 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         items[:] = [item for item in items if not item.get_closest_marker("shared")]
         config.hook.pytest_deselected(items=left_out)
-        config._cellstate_left_out = len(left_out)
+        config._pertstate_left_out = len(left_out)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    count = getattr(config, "_cellstate_left_out", 0)
+    count = getattr(config, "_pertstate_left_out", 0)
     if count:
         terminalreporter.write_line(f"{count} tests that read reference data were left out: no folder {SHARED}")
 
@@ -39,7 +39,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """An [`Alone`]: runs scripts as on the machine of somebody who installed what a checkpoint needs, and not cellstate."""
+    """An [`Alone`]: runs scripts as on the machine of somebody who installed what a checkpoint needs, and not pertstate."""
     from alone import Alone
 
     with Alone(tmp_path_factory.mktemp("alone")) as process:

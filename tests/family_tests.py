@@ -15,11 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-import cellstate_cli
-from cellstate import FAMILIES, StateProcessor, train
-from cellstate.data import simulate_screen
-from cellstate.evaluation.metrics import METRICS
-from cellstate.training import objective_for
+import pertstate_cli
+from pertstate import FAMILIES, StateProcessor, train
+from pertstate.data import simulate_screen
+from pertstate.evaluation.metrics import METRICS
+from pertstate.training import objective_for
 
 
 ROOT = Path(__file__).parents[1]
@@ -305,11 +305,11 @@ class FamilyTests:
         out, scores = tmp_path / "predicted.h5ad", tmp_path / "scores.csv"
         flags = ["--context", "type_3", "--quiet"]
         words = ["predict", "--model", folder, "--adata", screen, "--output", out, *flags]
-        assert cellstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate_cli.main([str(word) for word in words]) == 0
         predicted = ad.read_h5ad(out)
         assert set(predicted.obs["perturbation"]) == {"pert_0", "pert_1", "pert_2"} and np.isfinite(predicted.X).all()
         words = ["evaluate", "--predicted", out, "--real", screen, "--train", screen, "--output", scores, "--quiet"]
-        assert cellstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate_cli.main([str(word) for word in words]) == 0
         table = pd.read_csv(scores)
         ceiling = FAMILIES[self.model_type].is_ceiling
         assert ("ceiling" in capsys.readouterr().err) is ceiling

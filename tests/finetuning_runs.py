@@ -7,8 +7,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cellstate import train
-from cellstate.data import simulate_screen
+from pertstate import train
+from pertstate.data import simulate_screen
 
 
 TRAINING = {

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from cellstate import FAMILIES, StateProcessor
-from cellstate.data import simulate_screen
-from cellstate.modeling_fitted import TrainingMeans
-from cellstate.processing import PerturbationFeatures
+from pertstate import FAMILIES, StateProcessor
+from pertstate.data import simulate_screen
+from pertstate.modeling_fitted import TrainingMeans
+from pertstate.processing import PerturbationFeatures
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

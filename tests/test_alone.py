@@ -5,7 +5,7 @@ from alone import blocked_modules, needed_distributions
 def test_what_a_user_of_a_checkpoint_has():
     needed = needed_distributions()
     assert {"transformers", "torch", "safetensors", "numpy", "anndata", "huggingface-hub", "scipy", "h5py"} <= needed
-    assert needed.isdisjoint({"cellstate", "accelerate", "peft", "datasets", "pyarrow", "scanpy", "geomloss", "dask"})
+    assert needed.isdisjoint({"pertstate", "accelerate", "peft", "datasets", "pyarrow", "scanpy", "geomloss", "dask"})
 
 
 def test_nothing_else_can_be_imported(alone):
@@ -20,7 +20,7 @@ for name in sys.argv[1:]:
 import transformers, torch, safetensors, numpy, anndata, scipy, pandas
 """
     blocked = blocked_modules()
-    assert {"cellstate", "cellstate_cli", "accelerate", "peft", "scanpy", "pyarrow", "sklearn", "pytest"} <= set(
+    assert {"pertstate", "pertstate_cli", "accelerate", "peft", "scanpy", "pyarrow", "sklearn", "pytest"} <= set(
         blocked
     )
     assert alone.run(script, *blocked) == ""
@@ -34,5 +34,5 @@ def test_scripts_do_not_see_one_another(alone):
 def test_a_failing_script_is_told(alone):
     with pytest.raises(RuntimeError, match="(?s)ended with 1.*ZeroDivisionError: division by zero"):
         alone.run("1 / 0")
-    with pytest.raises(RuntimeError, match="No module named 'cellstate.processing'"):
-        alone.run("import cellstate.processing")
+    with pytest.raises(RuntimeError, match="No module named 'pertstate.processing'"):
+        alone.run("import pertstate.processing")

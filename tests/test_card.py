@@ -10,16 +10,16 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from cellstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
-from cellstate.configuration_families import PerturbationMeanConfig
-from cellstate.data import prepare
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.simulator import simulate_screen
-from cellstate.hub.card import CARDS, TAGS, as_block, as_code, render_card, with_repository
-from cellstate.hub.provenance import Provenance, Source
-from cellstate.training import StateTrainingArguments
-from cellstate.training.run_config import load_run_config
-from cellstate.vocabulary import Vocabulary
+from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
+from pertstate.configuration_families import PerturbationMeanConfig
+from pertstate.data import prepare
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.simulator import simulate_screen
+from pertstate.hub.card import CARDS, TAGS, as_block, as_code, render_card, with_repository
+from pertstate.hub.provenance import Provenance, Source
+from pertstate.training import StateTrainingArguments
+from pertstate.training.run_config import load_run_config
+from pertstate.vocabulary import Vocabulary
 
 
 HOSTILE = [
@@ -137,7 +137,7 @@ def test_everything_that_was_known_is_said(screen, tmp_path, hub):
         "1 x CPU",
         f"torch {torch.__version__}",
         "Not for clinical use",
-        "@software{cellstate,",
+        "@software{pertstate,",
     ):
         assert text in card, text
     assert "hf_secret" not in card and str(tmp_path) not in card

@@ -1,4 +1,4 @@
-"""`cellstate predict` and `cellstate evaluate`, as they are called."""
+"""`pertstate predict` and `pertstate evaluate`, as they are called."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
-from cellstate.data import simulate_screen
-from cellstate.data.cells import sort_into_groups
-from cellstate.evaluation import MeanChanges, score_group
-from cellstate.evaluation.metrics import METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
-from cellstate_cli import main
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.data import simulate_screen
+from pertstate.data.cells import sort_into_groups
+from pertstate.evaluation import MeanChanges, score_group
+from pertstate.evaluation.metrics import METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
+from pertstate_cli import main
 
 
 GENES, SET_SIZE = 30, 8
@@ -119,8 +119,8 @@ def test_predictions_equal_processor_model_and_decode(folder, tmp_path, model):
     for column in found.obs:
         assert found.obs[column].astype(str).tolist() == expected.obs[column].astype(str).tolist()
     for key in ("X", "checkpoint", "processor"):
-        assert found.uns["cellstate"][key] == pieces[0].uns["cellstate"][key]
-    assert found.uns["cellstate"]["controls"] == "type_0: 20 of 20 control cells; type_1: 20 of 20 control cells"
+        assert found.uns["pertstate"][key] == pieces[0].uns["pertstate"][key]
+    assert found.uns["pertstate"]["controls"] == "type_0: 20 of 20 control cells; type_1: 20 of 20 control cells"
     assert np.abs(found.X - (found.layers["control"] if "control" in found.layers else 0)).max() > 0.01
 
 
@@ -177,7 +177,7 @@ def test_cells_per_perturbation_and_seed(folder, tmp_path):
 
     few = run("--cells-per-perturbation", "5")
     assert few.n_obs == 5 and few.obs["control_barcode"].nunique() == 5
-    assert few.uns["cellstate"]["controls"] == "type_0: 5 of 20 control cells"
+    assert few.uns["pertstate"]["controls"] == "type_0: 5 of 20 control cells"
     assert run("--cells-per-perturbation", "500").n_obs == 20
     again = run("--cells-per-perturbation", "5", "--seed", "0")
     assert again.obs_names.tolist() == few.obs_names.tolist()
@@ -248,7 +248,7 @@ def test_missing_genes_and_another_layer(folder, tmp_path, capsys):
 )
 def test_what_predict_refuses(folder, tmp_path, capsys, flags, message):
     predict(folder, tmp_path / "out.h5ad", *flags, rc=1)
-    assert f"cellstate predict: error: {message}" in error(capsys)
+    assert f"pertstate predict: error: {message}" in error(capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -296,7 +296,7 @@ def test_a_failure_half_way_leaves_the_old_file(folder, tmp_path, capsys):
 
 FULL_DISK = """
 import resource, sys
-from cellstate_cli import main
+from pertstate_cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 codes = [main(sys.argv[2:])]
 for limit in map(int, (20_000, 30_000, 40_000)):
@@ -313,7 +313,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "[1, 1, 1, 1]", done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 4
-    assert all("cellstate predict: error: " in line and "File too large" in line for line in lines)
+    assert all("pertstate predict: error: " in line and "File too large" in line for line in lines)
     assert not list(tmp_path.iterdir())
 
 
@@ -321,8 +321,8 @@ MEMORY = """
 import resource, sys, torch
 torch.set_num_threads(1)
 import anndata as ad
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
-from cellstate.evaluation import predict_file
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.evaluation import predict_file
 
 folder, peak = sys.argv[1], []
 processor = StateProcessor.fit(ad.read_h5ad(f"{folder}/small.h5ad"), set_size=64)
@@ -349,7 +349,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def test_the_command_itself(folder, tmp_path):
-    command = [Path(sys.executable).with_name("cellstate"), "predict", "--model", folder / "models" / "counts"]
+    command = [Path(sys.executable).with_name("pertstate"), "predict", "--model", folder / "models" / "counts"]
     command += ["--adata", folder / "screen.h5ad", "--output", tmp_path / "out.h5ad", "--perturbation", "pert_1"]
     done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -362,14 +362,14 @@ def test_the_command_itself(folder, tmp_path):
 @pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["evaluate", "--help"]])
 def test_help_imports_nothing_heavy(words):
     code = (
-        "import sys\nfrom cellstate_cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "import sys\nfrom pertstate_cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
         "    assert end.code == 0\n"
-        "heavy = {'torch', 'transformers', 'anndata', 'scanpy', 'numpy', 'pandas', 'cellstate'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'anndata', 'scanpy', 'numpy', 'pandas', 'pertstate'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: cellstate" in done.stdout
+    assert "usage: pertstate" in done.stdout
 
 
 # Evaluate

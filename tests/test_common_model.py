@@ -21,15 +21,15 @@ from unittest import mock
 import pytest
 import torch
 
-from cellstate import StateConfig, StateForPerturbation
-from cellstate.training import objective_for
+from pertstate import StateConfig, StateForPerturbation
+from pertstate.training import objective_for
 
 
 pytestmark = pytest.mark.slow
 
 RELEASE = "transformers-5.23.0"
 SHA256 = "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cellstate-tests"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pertstate-tests"
 
 NEEDS_ACCELERATOR = "needs a GPU, and this suite is made to pass without one"
 NEEDS_FLASH = "needs a GPU and the flash-attention package"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from family_tests import screen  # noqa: F401
 
-from cellstate import FAMILIES, train
+from pertstate import FAMILIES, train
 
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
-from cellstate import StateConfig
-from cellstate.configuration_state import PerturbationConfig, closest
+from pertstate import StateConfig
+from pertstate.configuration_state import PerturbationConfig, closest
 
 
 # hidden size, layers, heads, head width, feed-forward width, set size, encoder and head layers, backbone

@@ -1,4 +1,4 @@
-"""`cellstate convert`: folders of the published research code become checkpoints that predict the same."""
+"""`pertstate convert`: folders of the published research code become checkpoints that predict the same."""
 
 import json
 import os
@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from test_parity import CASES
 from transformers import AutoModel, AutoProcessor
 
-from cellstate import FAMILIES
-from cellstate.hub.conversion import convert
-from cellstate.hub.legacy import config_from_legacy, state_dict_from_legacy
-from cellstate.hub.restricted_pickle import RefusedPickleError
-from cellstate_cli import main
+from pertstate import FAMILIES
+from pertstate.hub.conversion import convert
+from pertstate.hub.legacy import config_from_legacy, state_dict_from_legacy
+from pertstate.hub.restricted_pickle import RefusedPickleError
+from pertstate_cli import main
 
 
 FAMILY_NAMES = ("state", "old_neuralot", "pseudobulk", "embedsum")
@@ -499,7 +499,7 @@ def test_a_missing_or_truncated_file_is_named(tmp_path, name, capsys):
     assert main(words) == 1
     truncated = capsys.readouterr().err
     for text in (missing, truncated):
-        assert text.startswith("cellstate convert: error: ") and text.count("\n") == 1
+        assert text.startswith("pertstate convert: error: ") and text.count("\n") == 1
     assert Path(name).name.removesuffix(".pt") in missing or "no .ckpt file" in missing
     if name != "config.yaml":
         assert f"{name}: expected a whole file of torch.save or pickle" in truncated

@@ -17,10 +17,10 @@ from family_tests import FamilyTests, screen, wave  # noqa: F401
 from safetensors.torch import load_file
 from torch import nn
 
-from cellstate import CPAConfig, CPAForPerturbation, train
-from cellstate.count_distributions import zero_inflated_negative_binomial_log_prob
-from cellstate.data import SentenceDataset, Splits, load_cells
-from cellstate.training import StateTrainer, StateTrainingArguments, objective_for
+from pertstate import CPAConfig, CPAForPerturbation, train
+from pertstate.count_distributions import zero_inflated_negative_binomial_log_prob
+from pertstate.data import SentenceDataset, Splits, load_cells
+from pertstate.training import StateTrainer, StateTrainingArguments, objective_for
 
 
 ROOT = Path(__file__).parents[1]

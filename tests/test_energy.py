@@ -4,7 +4,7 @@ import pytest
 import torch
 from geomloss import SamplesLoss
 
-from cellstate.training.objectives import EnergyLoss, energy_distance
+from pertstate.training.objectives import EnergyLoss, energy_distance
 
 
 def textbook(x, y, a, b):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from family_tests import EMBEDDING, FamilyTests, screen  # noqa: F401
 
-import cellstate_cli
-from cellstate import (
+import pertstate_cli
+from pertstate import (
     FAMILIES,
     DecoderOnlyConfig,
     DecoderOnlyForPerturbation,
@@ -16,7 +16,7 @@ from cellstate import (
     PseudobulkConfig,
     train,
 )
-from cellstate.training import objective_for
+from pertstate.training import objective_for
 
 
 class TestState(FamilyTests):
@@ -96,18 +96,18 @@ def test_a_ceiling_predicts_only_what_was_observed(screen, tmp_path, capsys):  #
     adata, out = ad.read_h5ad(screen), tmp_path / "out.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", screen, "--output", out, "--quiet"]
     words += ["--context", "type_3", "type_0", "--perturbation", "pert_2", "pert_0"]
-    assert cellstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate_cli.main([str(word) for word in words]) == 0
     predicted = ad.read_h5ad(out)
     observed = adata[predicted.obs["control_barcode"].to_numpy()]
     assert (observed.obs["perturbation"].to_numpy() == predicted.obs["perturbation"].to_numpy()).all()
     assert (observed.obs["cell_type"].to_numpy() == predicted.obs["cell_type"].to_numpy()).all()
     assert len(predicted) == 4 * 16 and predicted.obs["control_barcode"].is_unique
     np.testing.assert_array_equal(predicted.obsm["embedding"], observed.obsm["X_emb"])
-    assert predicted.uns["cellstate"]["ceiling"].startswith("decoded from the observed perturbed cells")
+    assert predicted.uns["pertstate"]["ceiling"].startswith("decoded from the observed perturbed cells")
     alone = adata[(adata.obs["cell_type"] != "type_3") | (adata.obs["perturbation"] != "pert_2")]
     alone.write_h5ad(tmp_path / "alone.h5ad")
     words[4] = tmp_path / "alone.h5ad"
-    assert cellstate_cli.main([str(word) for word in words]) == 1
+    assert pertstate_cli.main([str(word) for word in words]) == 1
     assert "type_3 / pert_2: this model decodes observed cells" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import torch
 from family_tests import FamilyTests, screen  # noqa: F401 - a fixture
 from sklearn.linear_model import Ridge
 
-from cellstate import (
+from pertstate import (
     FAMILIES,
     AdditiveConfig,
     AdditiveForPerturbation,
@@ -19,9 +19,9 @@ from cellstate import (
     PerturbationMeanConfig,
     PerturbationMeanForPerturbation,
 )
-from cellstate.modeling_fitted import TrainingMeans
-from cellstate.modeling_layers import UnseenWarning
-from cellstate.modeling_perturbation import UnseenPerturbationError
+from pertstate.modeling_fitted import TrainingMeans
+from pertstate.modeling_layers import UnseenWarning
+from pertstate.modeling_perturbation import UnseenPerturbationError
 
 
 D = 12

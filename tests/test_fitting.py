@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from transformers import AutoModel, AutoProcessor
 
-import cellstate_cli
-from cellstate import FAMILIES, train
-from cellstate.data import SentenceDataset, Splits, load_cells, prepare, simulate_screen
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.group_sums import GroupSums
-from cellstate.evaluation import MeanChanges, predict_file
-from cellstate.evaluation.metrics import ADDITIVE, PERTURBATION_MEAN
-from cellstate.hub.stores import write_parquet
-from cellstate.modeling_perturbation import UnseenPerturbationError
-from cellstate.training import StateTrainer, StateTrainingArguments
+import pertstate_cli
+from pertstate import FAMILIES, train
+from pertstate.data import SentenceDataset, Splits, load_cells, prepare, simulate_screen
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.group_sums import GroupSums
+from pertstate.evaluation import MeanChanges, predict_file
+from pertstate.evaluation.metrics import ADDITIVE, PERTURBATION_MEAN
+from pertstate.hub.stores import write_parquet
+from pertstate.modeling_perturbation import UnseenPerturbationError
+from pertstate.training import StateTrainer, StateTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def folder(tmp_path_factory) -> Path:
     )
     adata = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
     adata.write_h5ad(folder / "screen.h5ad")
-    from cellstate.data import preparation
+    from pertstate.data import preparation
 
     data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")}, batch_key="batch")
     with pytest.MonkeyPatch.context() as patch:
@@ -396,10 +396,10 @@ def test_singles_never_measured_are_named(folder, tmp_path, capsys):
     train.main([str(tmp_path / "run.yaml"), *options])
     words = ["predict", "--model", tmp_path / "run", "--adata", tmp_path / "screen.h5ad", "--quiet"]
     words += ["--output", tmp_path / "out.h5ad"]
-    assert cellstate_cli.main([str(word) for word in words]) == 1
+    assert pertstate_cli.main([str(word) for word in words]) == 1
     assert "perturbations ['pert_1']: no training cells have one of these alone" in capsys.readouterr().err
     assert not (tmp_path / "out.h5ad").exists()
-    assert cellstate_cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
+    assert pertstate_cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
     # Held-out groups that it could not predict are an error of the run, before they are scored.
     with pytest.raises(UnseenPerturbationError, match=r"perturbations \['pert_1'\]: no training cells"):
         train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1"])

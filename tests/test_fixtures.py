@@ -10,7 +10,7 @@ from make_fixtures import CASES, FIXTURES, predict, read_cells
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from cellstate import FAMILIES, StateProcessor
+from pertstate import FAMILIES, StateProcessor
 
 
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir())
@@ -21,7 +21,7 @@ def assert_as_written(found: dict[str, torch.Tensor], folder: Path):
     torch.testing.assert_close({name: found[name] for name in expected}, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::cellstate.modeling_layers.UnseenWarning")
+@pytest.mark.filterwarnings("ignore::pertstate.modeling_layers.UnseenWarning")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_checkpoint_of_an_earlier_version_predicts_as_it_did(name):
     folder = FIXTURES / name

@@ -17,21 +17,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cellstate
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
-from cellstate.data import CellStore, load_cells, load_store, prepare, read_h5ad
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.info import describe
-from cellstate.data.matrices import RowReader
-from cellstate.data.reading import AnnDataFile
-from cellstate.evaluation.prediction import predict_file
-from cellstate.hub.stores import open_store, write_parquet
+import pertstate
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.data import CellStore, load_cells, load_store, prepare, read_h5ad
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.info import describe
+from pertstate.data.matrices import RowReader
+from pertstate.data.reading import AnnDataFile
+from pertstate.evaluation.prediction import predict_file
+from pertstate.hub.stores import open_store, write_parquet
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 CELLS, GENES = 12, 5
-PACKAGE = Path(cellstate.__file__).parent
+PACKAGE = Path(pertstate.__file__).parent
 ENVIRONMENT = Path(pytest.__file__).parents[1]
 LABELS = ["control", "A", "B"] * (CELLS // 3)
 FUZZ = settings(

@@ -428,7 +428,7 @@ def predict(model, processor):
 PUSH = (
     PREDICTION
     + """
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
 processor = StateProcessor.fit(screen, set_size=4)
 predicted = []
 for seed in range(2):
@@ -446,7 +446,7 @@ LOAD = (
     PREDICTION
     + """
 # As for a user who has transformers and anndata only.
-sys.modules["cellstate"] = None
+sys.modules["pertstate"] = None
 from transformers import AutoModel, AutoProcessor
 predicted = []
 for revision, alone in [(revision, False) for revision in sys.argv[1:]] + [(sys.argv[-1], True)]:

@@ -16,11 +16,11 @@ from make_fixtures import FIXTURES, predict, read_cells
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-import cellstate_cli
-from cellstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
-from cellstate.checkpoint_files import check_finite_weights
-from cellstate.data.manifest import _is_shard
-from cellstate.processing import Vocabulary
+import pertstate_cli
+from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
+from pertstate.checkpoint_files import check_finite_weights
+from pertstate.data.manifest import _is_shard
+from pertstate.processing import Vocabulary
 
 
 # Options that say how a model is trained or run; nothing is as large as they are.
@@ -556,7 +556,7 @@ def test_names_never_become_paths(tmp_path):
         tmp_path / "out.h5ad",
         "--all",
     ]
-    assert cellstate_cli.main([str(word) for word in [*words, "--quiet"]]) == 0
+    assert pertstate_cli.main([str(word) for word in [*words, "--quiet"]]) == 0
     assert set(ad.read_h5ad(tmp_path / "out.h5ad").obs["perturbation"]) == set(HOSTILE[:2])
     assert {path.name for path in tmp_path.iterdir()} == {"state", "cells.h5ad", "out.h5ad"}
 

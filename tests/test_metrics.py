@@ -8,10 +8,10 @@ import scanpy as sc
 from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr
 
-from cellstate.data.cells import sort_into_groups
-from cellstate.evaluation import MeanChanges, energy_distance, pearson_of_change, score_group
-from cellstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN, average, mean_distance
-from cellstate.processing import StateProcessor
+from pertstate.data.cells import sort_into_groups
+from pertstate.evaluation import MeanChanges, energy_distance, pearson_of_change, score_group
+from pertstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN, average, mean_distance
+from pertstate.processing import StateProcessor
 
 
 def rng(seed=0):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cellstate import StateConfig
-from cellstate.modeling_layers import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
+from pertstate import StateConfig
+from pertstate.modeling_layers import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

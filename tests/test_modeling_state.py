@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from cellstate import PerturbationOutput, StateConfig, StateForPerturbation
-from cellstate.training.objectives import EnergyLoss, MSELoss, SinkhornLoss, StateObjective, objective_for
+from pertstate import PerturbationOutput, StateConfig, StateForPerturbation
+from pertstate.training.objectives import EnergyLoss, MSELoss, SinkhornLoss, StateObjective, objective_for
 
 
 SENTENCES, CELLS, FEATURES, PERTURBATIONS, BATCHES, GENES = 3, 7, 10, 5, 4, 6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cellstate import FAMILIES
-from cellstate.hub.legacy import config_from_legacy, state_dict_from_legacy
-from cellstate.training import objective_for
+from pertstate import FAMILIES
+from pertstate.hub.legacy import config_from_legacy, state_dict_from_legacy
+from pertstate.training import objective_for
 
 
 CASES = [

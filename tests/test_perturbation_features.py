@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-import cellstate.train
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
-from cellstate.data import SentenceDataset, Splits, load_cells, read_perturbation_features, simulate_screen
-from cellstate.processing import PerturbationFeatures
-from cellstate_cli import main
+import pertstate.train
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.data import SentenceDataset, Splits, load_cells, read_perturbation_features, simulate_screen
+from pertstate.processing import PerturbationFeatures
+from pertstate_cli import main
 
 
 NAMES = ["STAT1", "NA", "nan", "IFN-β", "a, b", "JAK2"]
@@ -362,7 +362,7 @@ def folder(tmp_path_factory) -> Path:
     write_csv(folder / "features.csv", ["name", *"abcdef"], [[n, *map(repr, v.tolist())] for n, v in rows.items()])
     (folder / "run.yaml").write_text(CONFIG.format(folder=folder))
     torch.manual_seed(0)
-    metrics = cellstate.train.main(["--config", str(folder / "run.yaml")])
+    metrics = pertstate.train.main(["--config", str(folder / "run.yaml")])
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
@@ -394,7 +394,7 @@ def test_a_run_on_features_leaves_a_checkpoint_that_holds_the_table(folder):
 
 def test_training_moves_the_encoder_of_features(folder):
     torch.manual_seed(0)
-    cellstate.train.main(
+    pertstate.train.main(
         ["--config", str(folder / "run.yaml"), "--output_dir", str(folder / "still"), "--learning_rate", "0"]
     )
     key = "perturbation_encoder.embedding.weight"
@@ -429,7 +429,7 @@ np.savez(output, unseen=first, new=predict("UNSEEN+NEW"))
 """
 
 
-def test_an_unseen_perturbation_is_predicted_without_cellstate_installed(folder, tmp_path, alone):
+def test_an_unseen_perturbation_is_predicted_without_pertstate_installed(folder, tmp_path, alone):
     alone.run(CLEAN, folder / "run", folder / "screen.h5ad", tmp_path / "out.npz")
     found = np.load(tmp_path / "out.npz")
     np.testing.assert_array_equal(found["unseen"], predicted(folder, "UNSEEN").X)
@@ -484,8 +484,8 @@ def test_a_model_on_ids_takes_no_features(folder, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r"1 perturbations held out for test .*\['pert_3'\]; hold out others, or train on"
     ):
-        cellstate.train.main(run)
-    cellstate.train.main([*run, "--test_perturbations", "[]"])
+        pertstate.train.main(run)
+    pertstate.train.main([*run, "--test_perturbations", "[]"])
     np.savez(tmp_path / "more.npz", NEW=np.ones(6))
     flags = ("--perturbation-features", tmp_path / "more.npz")
     predict(folder, tmp_path / "out.h5ad", *flags, model="ids", rc=1)
@@ -507,4 +507,4 @@ def test_a_wrong_run_is_one_clear_error(folder, flags, message):
         np.savez(folder / name, **{f"pert_{i}": VECTORS[i] for i in range(count)})
     flags = [flag.format(folder=folder) for flag in flags]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
-        cellstate.train.main(["--config", str(folder / "run.yaml"), *flags])
+        pertstate.train.main(["--config", str(folder / "run.yaml"), *flags])

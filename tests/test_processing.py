@@ -13,9 +13,9 @@ import scipy.sparse as sp
 import torch
 from transformers import AutoProcessor
 
-from cellstate import PerturbationOutput, StateConfig, StateForPerturbation, StateProcessor
-from cellstate.cell_values import cell_totals, normalize_counts
-from cellstate.processing import CellSentences, Vocabulary
+from pertstate import PerturbationOutput, StateConfig, StateForPerturbation, StateProcessor
+from pertstate.cell_values import cell_totals, normalize_counts
+from pertstate.processing import CellSentences, Vocabulary
 
 
 ARMS = {"control": 10, "A": 4, "B": 3, "A+B": 2}
@@ -501,7 +501,7 @@ def test_decode_gives_named_cells(tmp_path):
     assert decoded.obs_names[0] == decoded.obs["control_barcode"].iloc[0] + "|A"
     assert decoded.obs.columns.tolist() == ["perturbation", "cell_type", "batch", "control_barcode"]
     assert decoded.obs["perturbation"].value_counts().to_dict() == {"A": 20, "A+B": 20}
-    note = decoded.uns["cellstate"]
+    note = decoded.uns["pertstate"]
     assert note["X"] == "log1p expression (10000 counts per cell)"
     assert note["checkpoint"] == "lab/model"
     assert note["controls"] == "T cell: 10 control cells; B cell: 10 control cells"
@@ -511,7 +511,7 @@ def test_decode_gives_named_cells(tmp_path):
     again = ad.read_h5ad(tmp_path / "decoded.h5ad")
     np.testing.assert_array_equal(again.X, decoded.X)
     np.testing.assert_array_equal(again.layers["control"], decoded.layers["control"])
-    assert again.uns["cellstate"] == note
+    assert again.uns["pertstate"] == note
     assert again.obs_names.tolist() == decoded.obs_names.tolist()
     assert again.obs["perturbation"].tolist() == decoded.obs["perturbation"].tolist()
     assert again.var_names.tolist() == decoded.var_names.tolist()
@@ -526,8 +526,8 @@ def test_decode_says_what_x_holds():
         processor = StateProcessor.fit(adata, **options)
         sentences = processor(adata, "A")
         decoded = processor.decode(PerturbationOutput(predictions=sentences["control_cells"]), sentences)
-        assert decoded.uns["cellstate"]["X"] == expected
-        assert decoded.uns["cellstate"]["checkpoint"] == "not recorded"
+        assert decoded.uns["pertstate"]["X"] == expected
+        assert decoded.uns["pertstate"]["checkpoint"] == "not recorded"
 
 
 def test_decode_of_an_embedding():
@@ -552,7 +552,7 @@ def test_decode_with_a_gene_decoder():
     assert decoded.var_names.tolist() == processor.vocabulary.genes
     np.testing.assert_array_equal(decoded.X, genes[mask].numpy())
     np.testing.assert_array_equal(decoded.obsm["embedding"], sentences["control_cells"][mask].numpy() + 1)
-    assert decoded.uns["cellstate"]["X"] == "log1p expression (10000 counts per cell)"
+    assert decoded.uns["pertstate"]["X"] == "log1p expression (10000 counts per cell)"
 
 
 def test_decode_takes_half_precision_and_gradients():

@@ -21,14 +21,14 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import cellstate_cli
-from cellstate import StateConfig, StateForPerturbation, StateProcessor, __version__, train
-from cellstate.data import simulate_screen
-from cellstate.hub.card import TAGS, render_card
-from cellstate.hub.publish import ADAPTER_KEY
-from cellstate.hub.push import ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
-from cellstate.training import StateTrainingArguments
-from cellstate.vocabulary import PerturbationFeatures
+import pertstate_cli
+from pertstate import StateConfig, StateForPerturbation, StateProcessor, __version__, train
+from pertstate.data import simulate_screen
+from pertstate.hub.card import TAGS, render_card
+from pertstate.hub.publish import ADAPTER_KEY
+from pertstate.hub.push import ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
+from pertstate.training import StateTrainingArguments
+from pertstate.vocabulary import PerturbationFeatures
 
 
 # The least that a checkpoint holds, and what may lie beside it.
@@ -68,7 +68,7 @@ def folder(screen, tmp_path):
 
 
 def push(*words) -> int:
-    return cellstate_cli.main(["push", *map(str, words), "--quiet"])
+    return pertstate_cli.main(["push", *map(str, words), "--quiet"])
 
 
 def whole(folder: Path) -> set[str]:
@@ -98,7 +98,7 @@ def test_a_push_sends_the_whole_checkpoint_and_nothing_else(hub, folder, capsys)
     files = hub.read("ada/model")
     assert set(files) == whole(folder) and {n: files[n] for n in contents(folder)} == contents(folder)
     titles = [commit.title for commit in hub.repository("ada/model").history()]
-    assert titles == [f"run, with cellstate {__version__}", "initial commit"]
+    assert titles == [f"run, with pertstate {__version__}", "initial commit"]
     card = files["README.md"].decode()
     assert "name, revision = 'ada/model', \"COMMIT\"" in card and str(folder) not in card
     assert set(TAGS) <= set(HfApi().model_info("ada/model").tags) and not unspoken(hub)
@@ -146,7 +146,7 @@ def test_private_repositories_and_branches(hub, screen, folder, tmp_path, capsys
         ("v1", "revision='v1' is a tag of lab/model, which stays where it is; name a branch"),
     ):
         assert push(other, "lab/model", "--revision", revision) == 1
-        assert capsys.readouterr().err.startswith(f"cellstate push: error: {message}")
+        assert capsys.readouterr().err.startswith(f"pertstate push: error: {message}")
     assert push(folder, "ada/open") == 0 and push(other, "ada/open", "--private") == 1
     assert "ada/open: expected a private repository, found a public one" in capsys.readouterr().err
     assert hub.read("ada/open")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
@@ -253,7 +253,7 @@ def test_what_the_hub_refuses_is_one_clear_line_and_changes_nothing(hub, folder,
     hub.refuse(path, status, times=ALWAYS)
     assert push(folder, "ada/model") == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"cellstate push: error: ada/model: {message}"), captured.err
+    assert captured.err.startswith(f"pertstate push: error: ada/model: {message}"), captured.err
     assert len(captured.err.splitlines()) == 1 and os.environ["HF_TOKEN"] not in captured.err + captured.out
     if status != 401:
         assert hub.read("ada/model") == {} and len(hub.repository("ada/model").history()) == 1
@@ -339,7 +339,7 @@ def test_without_the_hub(hub, folder, monkeypatch, capsys):
 
 ALONE = """
 import json, runpy, sys
-for name in ("cellstate", "cellstate_cli", "geomloss", "accelerate", "datasets", "peft", "pytest"):
+for name in ("pertstate", "pertstate_cli", "geomloss", "accelerate", "datasets", "peft", "pytest"):
     sys.modules[name] = None
 import anndata as ad, torch
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -362,7 +362,7 @@ print(json.dumps(refused))
 INSTALLED = """
 import json, sys
 import anndata as ad, torch
-import cellstate
+import pertstate
 from transformers import AutoConfig, AutoModel, AutoProcessor
 torch.set_num_threads(1)
 controls, name, pushes, *revisions = sys.argv[1:]
@@ -374,10 +374,10 @@ if pushes == "push":
     model.push_to_hub("ada/bare")
 found = []
 for revision in revisions:
-    assert type(AutoConfig.from_pretrained(name, revision=revision)) is cellstate.StateConfig
+    assert type(AutoConfig.from_pretrained(name, revision=revision)) is pertstate.StateConfig
     model = AutoModel.from_pretrained(name, revision=revision).eval()
     processor = AutoProcessor.from_pretrained(name, revision=revision)
-    assert type(model) is cellstate.StateForPerturbation and type(processor) is cellstate.StateProcessor
+    assert type(model) is pertstate.StateForPerturbation and type(processor) is pertstate.StateProcessor
     sentences = processor(ad.read_h5ad(controls), perturbation="pert_0")
     with torch.no_grad():
         found.append([revision, processor.decode(model(**sentences), sentences).X.tolist()])
@@ -457,13 +457,13 @@ def test_the_command_line_predicts_by_name_and_revision(hub, screen, folder, tmp
     def run(name, revision, output="out.h5ad"):
         words = ["predict", "--model", name, "--revision", revision, "--adata", tmp_path / "screen.h5ad"]
         words += ["--output", tmp_path / output, "--perturbation", "pert_0", "--quiet"]
-        return cellstate_cli.main([str(word) for word in words])
+        return pertstate_cli.main([str(word) for word in words])
 
     assert run("ada/model", commit) == 0
     predicted = ad.read_h5ad(tmp_path / "out.h5ad")
-    assert predicted.uns["cellstate"]["checkpoint"] == f"ada/model@{commit}"
+    assert predicted.uns["pertstate"]["checkpoint"] == f"ada/model@{commit}"
     assert (
-        cellstate_cli.main(
+        pertstate_cli.main(
             ["predict", "--model", str(folder), "--adata", str(tmp_path / "screen.h5ad"), "--output"]
             + [str(tmp_path / "local.h5ad"), "--perturbation", "pert_0", "--quiet"]
         )

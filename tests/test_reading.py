@@ -12,8 +12,8 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellstate.data.reading import AnnDataFile, expand_paths, read_h5ad
-from cellstate.processing import StateProcessor
+from pertstate.data.reading import AnnDataFile, expand_paths, read_h5ad
+from pertstate.processing import StateProcessor
 
 
 CELLS, GENES = 400, 9

@@ -8,8 +8,8 @@ import torch
 from family_tests import wave
 from torch import nn
 
-from cellstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
-from cellstate.processing import PerturbationFeatures, Vocabulary
+from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
+from pertstate.processing import PerturbationFeatures, Vocabulary
 
 
 OLD = Vocabulary(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstate.hub.restricted_pickle import RefusedPickleError, StoredArray, StoredTensor, read_pickled
+from pertstate.hub.restricted_pickle import RefusedPickleError, StoredArray, StoredTensor, read_pickled
 
 
 class Payload:

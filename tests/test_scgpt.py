@@ -13,12 +13,12 @@ from family_tests import FamilyTests
 from published_scgpt import PublishedScGPT, write_published
 from safetensors.torch import load_file
 
-import cellstate_cli
-from cellstate import ScGPTConfig, ScGPTForPerturbation, StateProcessor, train
-from cellstate.data import simulate_screen
-from cellstate.modeling_scgpt import ScGPTOutput
-from cellstate.processing import PerturbationFeatures, Vocabulary
-from cellstate.training import objective_for
+import pertstate_cli
+from pertstate import ScGPTConfig, ScGPTForPerturbation, StateProcessor, train
+from pertstate.data import simulate_screen
+from pertstate.modeling_scgpt import ScGPTOutput
+from pertstate.processing import PerturbationFeatures, Vocabulary
+from pertstate.training import objective_for
 
 
 GENES, PERTURBED = 20, [3, 7, 11]
@@ -517,7 +517,7 @@ def test_a_chemical_run_with_vectors_predicts_a_drug_that_was_never_measured(scr
     train.main(write_run(screen, tmp_path, model, {"perturbation_features": str(table)}))
     out = tmp_path / "predicted.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", screen, "--output", out, "--context", "type_3"]
-    assert cellstate_cli.main([str(word) for word in [*words, "--perturbation", "new", "pert_0", "--quiet"]]) == 0
+    assert pertstate_cli.main([str(word) for word in [*words, "--perturbation", "new", "pert_0", "--quiet"]]) == 0
     predicted = ad.read_h5ad(out)
     mean = {name: predicted[predicted.obs["perturbation"] == name].X.mean(axis=0) for name in ("new", "pert_0")}
     assert np.isfinite(mean["new"]).all() and not np.allclose(mean["new"], mean["pert_0"])
@@ -533,7 +533,7 @@ def published(tmp_path_factory, screen):
 
 
 def test_a_run_starts_from_a_published_folder(screen, tmp_path, published, caplog):
-    with caplog.at_level(logging.INFO, logger="cellstate.train"):
+    with caplog.at_level(logging.INFO, logger="pertstate.train"):
         train.main(write_run(screen, tmp_path, {"pretrained": str(published)}, learning_rate=1e-12, max_steps=1))
     assert "38 of 40 genes are in vocab.json" in caplog.text
     assert "2 genes start afresh: ['gene_38', 'gene_39']" in caplog.text

@@ -13,18 +13,18 @@ from mpmath import mp, mpf
 from scipy import stats
 from scipy.special import gammaln
 
-import cellstate_cli
-from cellstate import SCVIConfig, SCVIForPerturbation, StateProcessor, train
-from cellstate.count_distributions import (
+import pertstate_cli
+from pertstate import SCVIConfig, SCVIForPerturbation, StateProcessor, train
+from pertstate.count_distributions import (
     negative_binomial_log_prob,
     negative_binomial_mean_log1p,
     sample_negative_binomial,
     sample_zero_inflated_negative_binomial,
     zero_inflated_negative_binomial_log_prob,
 )
-from cellstate.data import simulate_screen
-from cellstate.training import objective_for
-from cellstate.training.trainer import StateTrainer
+from pertstate.data import simulate_screen
+from pertstate.training import objective_for
+from pertstate.training.trainer import StateTrainer
 
 
 COUNTS = [0, 1, 2, 7, 150, 1e4, 1e6]
@@ -504,13 +504,13 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     settings = json.loads((folder / "processor_config.json").read_text())
     assert (settings["values"], settings["predicts"], settings["target_sum"]) == ("counts", "log1p", library_size)
     words = ["predict", "--model", folder, "--adata", screen, "--output", out, "--context", "type_3", "--quiet"]
-    assert cellstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate_cli.main([str(word) for word in words]) == 0
     words = ["evaluate", "--predicted", out, "--real", screen, "--train", screen, "--output", scores, "--quiet"]
-    assert cellstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate_cli.main([str(word) for word in words]) == 0
 
     real, predicted = ad.read_h5ad(screen), ad.read_h5ad(out)
     units = "unscaled counts" if library_size is None else f"{library_size} counts per cell"
-    assert predicted.uns["cellstate"]["X"] == f"log1p expression ({units})"
+    assert predicted.uns["pertstate"]["X"] == f"log1p expression ({units})"
     assert predicted.n_vars == 25 and predicted.X.min() >= 0
     counts = real[:, predicted.var_names].layers["counts"]
     values = pd.DataFrame(to_units(counts, library_size), index=real.obs_names)
@@ -548,7 +548,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     np.testing.assert_allclose(
         decoded.layers["control"], values.loc[decoded.obs["control_barcode"]], rtol=1e-5, atol=1e-6
     )
-    assert decoded.uns["cellstate"]["X"] == predicted.uns["cellstate"]["X"]
+    assert decoded.uns["pertstate"]["X"] == predicted.uns["pertstate"]["X"]
 
 
 def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # noqa: F811
@@ -567,13 +567,13 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
             "--quiet",
             *flags,
         ]
-        assert cellstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate_cli.main([str(word) for word in words]) == 0
         return ad.read_h5ad(tmp_path / name)
 
     first, again, other = (predict(f"{i}.h5ad", "--sample-counts", seed) for i, seed in enumerate((4, 4, 5)))
     np.testing.assert_array_equal(first.X, again.X)
     assert (first.X != other.X).any() and (first.X == 0).mean() > 0.1
-    assert first.uns["cellstate"]["X"] == "log1p expression (10000 counts per cell), of counts drawn with seed 4"
+    assert first.uns["pertstate"]["X"] == "log1p expression (10000 counts per cell), of counts drawn with seed 4"
     np.testing.assert_allclose(np.expm1(first.X.astype(np.float64)).sum(axis=1), 10_000, rtol=1e-4)
     # Multiples of one number in each cell, the counts'.
     counts = np.expm1(first.X[0].astype(np.float64)) / np.expm1(first.X[0][first.X[0] > 0].min())
@@ -593,7 +593,7 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
         "--sample-counts",
         1,
     ]
-    assert cellstate_cli.main([*map(str, words), "--quiet"]) == 1
+    assert pertstate_cli.main([*map(str, words), "--quiet"]) == 1
     assert "state-embed-sum predicts no distribution of counts" in capsys.readouterr().err
     assert not (tmp_path / "x.h5ad").exists()
 
@@ -603,7 +603,7 @@ def test_a_store_of_counts_gives_the_same_run(screen, tmp_path):  # noqa: F811
     config = case.run_yaml(screen, tmp_path)
     expected = train.main([str(config)])
     words = ["prepare", "--config", config, "--output", tmp_path / "store", "--quiet"]
-    assert cellstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate_cli.main([str(word) for word in words]) == 0
     found = train.main([str(config), "--store", str(tmp_path / "store"), "--output_dir", str(tmp_path / "stored")])
     timing = ("runtime", "per_second")
     assert {k: v for k, v in found.items() if not k.endswith(timing)} == {
@@ -668,13 +668,13 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
 
     out = tmp_path / "drawn.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", tmp_path / "screen.h5ad", "--output", out]
-    assert cellstate_cli.main([str(word) for word in [*words, "--quiet", "--sample-counts", 0]]) == 0
+    assert pertstate_cli.main([str(word) for word in [*words, "--quiet", "--sample-counts", 0]]) == 0
     drawn = ad.read_h5ad(out)
     keep = [held.get(c) == p for c, p in zip(drawn.obs["cell_type"], drawn.obs["perturbation"])]
     drawn[keep].write_h5ad(out)
     words = ["evaluate", "--predicted", out, "--real", tmp_path / "screen.h5ad", "--train", tmp_path / "screen.h5ad"]
     words += ["--output", tmp_path / "scores.csv", "--quiet"]
-    assert cellstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate_cli.main([str(word) for word in words]) == 0
     table = pd.read_csv(tmp_path / "scores.csv")
     energy = table[table["context"] == "mean"].set_index("method")["energy"]
     assert len(table) == 4 * 3 and energy["model"] < 0.5 * energy["no change"]

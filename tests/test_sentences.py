@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from cellstate.data import Cells, SentenceCollator, SentenceDataset
-from cellstate.data.cells import sort_into_groups
-from cellstate.processing import StateProcessor, Vocabulary
+from pertstate.data import Cells, SentenceCollator, SentenceDataset
+from pertstate.data.cells import sort_into_groups
+from pertstate.processing import StateProcessor, Vocabulary
 
 
 # (dataset, context, perturbation, batch): cells

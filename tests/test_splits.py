@@ -7,10 +7,10 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from cellstate.data import Splits, load_cells, simulate_screen
-from cellstate.data.arguments import DataArguments
-from cellstate.processing import StateProcessor
-from cellstate.training.run_config import load_run_config
+from pertstate.data import Splits, load_cells, simulate_screen
+from pertstate.data.arguments import DataArguments
+from pertstate.processing import StateProcessor
+from pertstate.training.run_config import load_run_config
 
 
 CONTEXTS = ["type_0", "type_1", "type_2"]

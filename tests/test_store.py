@@ -18,8 +18,8 @@ from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-import cellstate.train
-from cellstate.data import (
+import pertstate.train
+from pertstate.data import (
     CellStore,
     SentenceCollator,
     SentenceDataset,
@@ -28,11 +28,11 @@ from cellstate.data import (
     prepare,
     simulate_screen,
 )
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.store import StoredRows
-from cellstate.hub.stores import open_store, write_parquet
-from cellstate.processing import StateProcessor
-from cellstate_cli import main
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.store import StoredRows
+from pertstate.hub.stores import open_store, write_parquet
+from pertstate.processing import StateProcessor
+from pertstate_cli import main
 
 
 GENES = 80
@@ -147,7 +147,7 @@ def test_every_format_of_a_matrix(whole, tmp_path, layer, matrix, suffix):
 
 
 def test_a_large_csc_matrix_is_transposed_on_disk(whole, tmp_path, monkeypatch):
-    from cellstate.data import matrices
+    from pertstate.data import matrices
 
     monkeypatch.setattr(matrices.RowReader, "_in_memory", 0)
     adata = whole.copy()
@@ -496,7 +496,7 @@ def test_a_run_from_a_store_learns_what_one_from_files_does(folder, tmp_path, ca
     assert "80 genes, " in capsys.readouterr().out
     scores = []
     for name, flags in (("files", []), ("store", ["--store", str(tmp_path / "s")])):
-        scores.append(cellstate.train.main([*config, "--output_dir", str(tmp_path / name), *flags]))
+        scores.append(pertstate.train.main([*config, "--output_dir", str(tmp_path / name), *flags]))
     files, stored = (load_file(tmp_path / name / "model.safetensors") for name in ("files", "store"))
     vocabularies = [(tmp_path / name / "vocabulary.json").read_text() for name in ("files", "store")]
     assert vocabularies[0] == vocabularies[1]
@@ -578,7 +578,7 @@ def command(folder, output) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "cellstate_cli",
+        "pertstate_cli",
         "prepare",
         "--config",
         str(config),
@@ -598,7 +598,7 @@ def audit(event, args):
     if count[0] >= limit:
         os._exit(137)
 sys.addaudithook(audit)
-from cellstate_cli import main
+from pertstate_cli import main
 raise SystemExit(main(sys.argv[1:]))
 """
 
@@ -626,9 +626,9 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
 
 def test_two_at_once_do_not_meet(folder, tmp_path):
     output = tmp_path / "s"
-    slow = "import sys, time; import cellstate.data.preparation as p; run = p._write_runs\n"
+    slow = "import sys, time; import pertstate.data.preparation as p; run = p._write_runs\n"
     slow += "p._write_runs = lambda *a: (print('writing', flush=True), sys.stdin.readline(), run(*a))[2]\n"
-    slow += "from cellstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
+    slow += "from pertstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
     words = command(folder, output)
     first = subprocess.Popen(
         [sys.executable, "-c", slow, *words[3:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -644,7 +644,7 @@ def test_two_at_once_do_not_meet(folder, tmp_path):
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     words = command(folder, tmp_path / "s")
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-    limit += "from cellstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
+    limit += "from pertstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", limit, *words[3:]], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert f"cannot be written, nothing is left of it: File too large: '{tmp_path / 's'}'" in done.stderr
@@ -725,7 +725,7 @@ def test_parquet_is_the_same_store(store, tmp_path, monkeypatch):
         open_store(tmp_path / "p")
 
 
-# cellstate info
+# pertstate info
 
 
 def test_info_of_a_store_a_file_and_a_checkpoint(store, folder, whole, tmp_path, capsys):
@@ -745,7 +745,7 @@ def test_info_of_a_store_a_file_and_a_checkpoint(store, folder, whole, tmp_path,
     assert f"X: counts, {median:,.0f} per cell (median)" in said and 'control: "control"' in said
     assert "has: X, layers/log1p, obsm/X_emb" in said and 'batch_key: "batch"' in said
     assert "layers/log1p: log1p of 10,000 counts per cell" in info(folder / "screen.h5ad", "--input", "layers/log1p")
-    cellstate.train.main(
+    pertstate.train.main(
         ["--config", command(folder, "")[5], "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     )
     capsys.readouterr()

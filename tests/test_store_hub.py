@@ -7,23 +7,23 @@ import sys
 
 import pytest
 
-from cellstate.data import prepare, simulate_screen
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.hub.stores import push_store
+from pertstate.data import prepare, simulate_screen
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.hub.stores import push_store
 
 
 # Each part of the cell's life in one process, as `datasets` and `transformers` read where the Hub is when imported.
 OPEN = """
 import json, sys
 import numpy as np
-from cellstate.hub.stores import open_store
+from pertstate.hub.stores import open_store
 store = open_store(sys.argv[1])
 print(json.dumps([store.obs().index.tolist(), float(store.to_anndata().X.sum()), len(store.groups)]))
 """
 RUN = """
 import sys
-import cellstate.train
-cellstate.train.main(sys.argv[1:])
+import pertstate.train
+pertstate.train.main(sys.argv[1:])
 """
 CONFIG = """
 data: {{test_contexts: [type_2]}}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cellstate.train
-from cellstate.data import prepare, simulate_screen
-from cellstate.data.arguments import DataArguments, PrepareArguments
-from cellstate.data.streaming import read_stream_state
-from cellstate.hub.stores import write_parquet
+import pertstate.train
+from pertstate.data import prepare, simulate_screen
+from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.streaming import read_stream_state
+from pertstate.hub.stores import write_parquet
 
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
     adata = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
     adata.write_h5ad(folder / "screen.h5ad")
     data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")}, batch_key="batch")
-    from cellstate.data import preparation
+    from pertstate.data import preparation
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "_cells_of_shard", lambda *_: 100)
@@ -60,7 +60,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder, output, *flags) -> dict:
-    return cellstate.train.main(["--config", str(folder / "run.yaml"), "--output_dir", str(output), *flags])
+    return pertstate.train.main(["--config", str(folder / "run.yaml"), "--output_dir", str(output), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +179,9 @@ model: {{preset: tiny, set_size: 8}}
 training: {{output_dir: {tmp_path}/run, max_steps: 3, disable_tqdm: true, use_cpu: true}}
 """
     )
-    metrics = cellstate.train.main(["--config", str(tmp_path / "run.yaml")])
+    metrics = pertstate.train.main(["--config", str(tmp_path / "run.yaml")])
     assert np.isfinite(metrics["test_energy"])
-    from cellstate import StateProcessor
+    from pertstate import StateProcessor
 
     processor = StateProcessor.from_pretrained(tmp_path / "run")
     assert processor.vocabulary.genes == adata.var_names[:40].tolist() and processor.normalize == "log1p_cp10k"
@@ -204,13 +204,13 @@ def test_a_store_is_streamed_as_it_was_read(folder, tmp_path):
         "training: {max_steps: 2, disable_tqdm: true, use_cpu: true}\n"
     )
     words = ["--config", str(tmp_path / "run.yaml"), "--output_dir"]
-    cellstate.train.main([*words, str(tmp_path / "streamed"), "--stream.path", str(tmp_path / "store")])
-    cellstate.train.main([*words, str(tmp_path / "stored"), "--store", str(tmp_path / "store")])
+    pertstate.train.main([*words, str(tmp_path / "streamed"), "--stream.path", str(tmp_path / "store")])
+    pertstate.train.main([*words, str(tmp_path / "stored"), "--store", str(tmp_path / "store")])
     one, other = (json.loads((tmp_path / n / "processor_config.json").read_text()) for n in ("streamed", "stored"))
     assert one == other and one["target_sum"] == 5000 and {name: one[name] for name in keys} == keys
     with pytest.raises(ValueError, match="data.control='DMSO', but the store was prepared with 'NT'"):
         flags = ["--stream.path", str(tmp_path / "store"), "--control", "DMSO"]
-        cellstate.train.main([*words, str(tmp_path / "no"), *flags])
+        pertstate.train.main([*words, str(tmp_path / "no"), *flags])
 
 
 def test_perturbations_as_vectors_from_a_stream(folder, tmp_path):

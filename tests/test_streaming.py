@@ -17,13 +17,13 @@ from datasets import load_dataset
 from datasets.packaged_modules.parquet.parquet import Parquet
 from torch.utils.data import DataLoader
 
-from cellstate import StateConfig, StateForPerturbation, StateProcessor
-from cellstate.data import SentenceCollator, SentenceDataset, Splits, simulate_screen
-from cellstate.data.cell_pool import CellPool, CellRows, Reservoirs
-from cellstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
-from cellstate.data.stream_survey import StreamSurvey, survey_stream
-from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.training import StateTrainer, StateTrainingArguments
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.data import SentenceCollator, SentenceDataset, Splits, simulate_screen
+from pertstate.data.cell_pool import CellPool, CellRows, Reservoirs
+from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
+from pertstate.data.stream_survey import StreamSurvey, survey_stream
+from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.training import StateTrainer, StateTrainingArguments
 
 
 STORE = StreamColumns("perturbation", "context", "batch", gene_ids="gene_ids", gene_values="gene_values")

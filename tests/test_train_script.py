@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cellstate_cli
-from cellstate.data import simulate_screen
+import pertstate_cli
+from pertstate.data import simulate_screen
 
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
 
 def test_processes_share_out_a_store_as_they_do_files(folder):
     """Two processes with two workers each, from a store, learn what the same run from files does, bit for bit."""
-    assert cellstate_cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
+    assert pertstate_cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
     flags = ["--max_steps", "10", "--save_steps", "10"]
     train(folder, "--output_dir", str(folder / "from_files"), *flags, processes=2)
     store = ["--store", str(folder / "store"), "--dataloader_num_workers", "2"]
@@ -252,7 +252,7 @@ np.save(output, predicted.X)
 def test_the_folder_predicts_alone_in_a_clean_process(folder, unbroken, tmp_path, alone):
     import anndata as ad
 
-    from cellstate import StateForPerturbation, StateProcessor
+    from pertstate import StateForPerturbation, StateProcessor
 
     alone.run(CLEAN, unbroken, folder / "screen.h5ad", tmp_path / "predicted.npy")
     torch.set_num_threads(1)
@@ -290,14 +290,14 @@ def test_the_card_tells_what_was_trained_and_how_it_scored(unbroken):
     ],
 )
 def test_a_wrong_run_is_one_clear_error(folder, flags, message):
-    import cellstate.train
+    import pertstate.train
 
     with pytest.raises((ValueError, KeyError), match=message):
-        cellstate.train.main(["--config", str(folder / "run.yaml"), *flags])
+        pertstate.train.main(["--config", str(folder / "run.yaml"), *flags])
 
 
 def test_a_held_out_context_may_have_batches_of_its_own(folder, tmp_path):
-    import cellstate.train
+    import pertstate.train
 
     adata = simulate_screen(num_contexts=3, num_perturbations=2, num_genes=40, cells_per_group=24, seed=3)
     adata.obs["plate"] = adata.obs["cell_type"].astype(str) + "_" + adata.obs["batch"].astype(str)
@@ -320,10 +320,10 @@ def test_a_held_out_context_may_have_batches_of_its_own(folder, tmp_path):
         "--output_dir",
         str(tmp_path / "run"),
     ]
-    metrics = cellstate.train.main(run)
+    metrics = pertstate.train.main(run)
     assert np.isfinite(metrics["test_energy"])
     with pytest.raises(ValueError, match=r"control cells of batches without training cells: .*'type_2_b0'"):
-        cellstate.train.main([*run, "--batch_encoder", "true"])
+        pertstate.train.main([*run, "--batch_encoder", "true"])
 
 
 def test_without_validation_data_there_is_no_best_checkpoint(folder, unbroken):
@@ -352,9 +352,9 @@ def test_with_validation_data_the_best_step_is_kept(folder):
 
 
 def test_the_config_may_come_without_its_flag(folder):
-    import cellstate.train
+    import pertstate.train
 
-    run = cellstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
+    run = pertstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
     assert run.training["learning_rate"] == 1e-5 and run.model["preset"] == "tiny"
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cellstate import StateConfig, StateForPerturbation
-from cellstate.data import SentenceDataset, Splits, load_cells, simulate_screen
-from cellstate.evaluation.metrics import score_group
-from cellstate.training import StateTrainer, StateTrainingArguments
+from pertstate import StateConfig, StateForPerturbation
+from pertstate.data import SentenceDataset, Splits, load_cells, simulate_screen
+from pertstate.evaluation.metrics import score_group
+from pertstate.training import StateTrainer, StateTrainingArguments
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Objectives, the Trainer and its arguments."""
 
-from cellstate.training.arguments import StateTrainingArguments
-from cellstate.training.objectives import objective_for
-from cellstate.training.trainer import StateTrainer
+from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.objectives import objective_for
+from pertstate.training.trainer import StateTrainer
 
 
 __all__ = ["StateTrainer", "StateTrainingArguments", "objective_for"]

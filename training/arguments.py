@@ -35,7 +35,7 @@ class StateTrainingArguments(TrainingArguments):
             `hub_strategy` would push states of the optimiser.
     """
 
-    output_dir: str | None = field(default="runs/cellstate", metadata={"help": "Where the checkpoint is written."})
+    output_dir: str | None = field(default="runs/pertstate", metadata={"help": "Where the checkpoint is written."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})

@@ -3,10 +3,10 @@
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from cellstate.data.group_sums import GroupSums
-from cellstate.data.sentences import SentenceDataset
-from cellstate.data.stream_survey import check_controls
-from cellstate.data.streaming import SentenceStream
+from pertstate.data.group_sums import GroupSums
+from pertstate.data.sentences import SentenceDataset
+from pertstate.data.stream_survey import check_controls
+from pertstate.data.streaming import SentenceStream
 
 
 def gather_sums(dataset: SentenceDataset | SentenceStream, accelerator: Accelerator, progress: bool) -> GroupSums:

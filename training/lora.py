@@ -4,7 +4,7 @@ import logging
 
 from transformers.utils import is_peft_available
 
-from cellstate.training.arguments import StateTrainingArguments
+from pertstate.training.arguments import StateTrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
         ValueError: the model has no such part or no such layers, or new rows belong to no layer.
     """
     if not is_peft_available():
-        raise ImportError(f"lora_rank={args.lora_rank} needs peft; pip install 'cellstate[lora]'")
+        raise ImportError(f"lora_rank={args.lora_rank} needs peft; pip install 'pertstate[lora]'")
     from peft import LoraConfig, get_peft_model
 
     alone = [name for name in grown if "." not in name]

@@ -7,17 +7,17 @@ from pathlib import Path
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file, extract_commit_hash
 
-from cellstate import FAMILIES
-from cellstate.configuration_families import ScGPTConfig
-from cellstate.configuration_state import PerturbationConfig
-from cellstate.data.arguments import DataArguments
-from cellstate.data.perturbation_features import read_perturbation_features
-from cellstate.hub.checkpoints import adapter_config, check_name
-from cellstate.hub.publish import ADAPTER_KEY, MODEL_KEY
-from cellstate.modeling_finetuning import VocabularyChange
-from cellstate.modeling_perturbation import PerturbationPreTrainedModel
-from cellstate.processing import StateProcessor
-from cellstate.vocabulary import Vocabulary
+from pertstate import FAMILIES
+from pertstate.configuration_families import ScGPTConfig
+from pertstate.configuration_state import PerturbationConfig
+from pertstate.data.arguments import DataArguments
+from pertstate.data.perturbation_features import read_perturbation_features
+from pertstate.hub.checkpoints import adapter_config, check_name
+from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from pertstate.modeling_finetuning import VocabularyChange
+from pertstate.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.processing import StateProcessor
+from pertstate.vocabulary import Vocabulary
 
 
 # Families that can start from a folder of weights published elsewhere.
@@ -174,7 +174,7 @@ def config_of(section: dict) -> PerturbationConfig:
         )
     if adapter_config(name, revision) is not None:
         raise ValueError(
-            f"model.pretrained={name!r} is an adapter ({ADAPTER_KEY}); make a checkpoint of it first: cellstate merge {name} "
+            f"model.pretrained={name!r} is an adapter ({ADAPTER_KEY}); make a checkpoint of it first: pertstate merge {name} "
             "FOLDER"
         )
     if Path(name).is_dir() and not Path(name, MODEL_KEY).is_file():

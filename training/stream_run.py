@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from cellstate.configuration_state import PerturbationConfig
-from cellstate.data.sentences import SentenceDataset
-from cellstate.data.stream_survey import StreamSurvey, survey_stream
-from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.hub.streams import datasets_of, manifest_of, open_stream
-from cellstate.processing import StateProcessor
-from cellstate.training.arguments import StateTrainingArguments
-from cellstate.training.run_config import RunConfig
+from pertstate.configuration_state import PerturbationConfig
+from pertstate.data.sentences import SentenceDataset
+from pertstate.data.stream_survey import StreamSurvey, survey_stream
+from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.hub.streams import datasets_of, manifest_of, open_stream
+from pertstate.processing import StateProcessor
+from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.run_config import RunConfig
 
 
 def from_stream(

@@ -21,18 +21,18 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from cellstate.data.cells import Cells
-from cellstate.data.sentences import SentenceCollator, SentenceDataset
-from cellstate.data.streaming import SentenceStream, read_stream_state
-from cellstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
-from cellstate.evaluation.prediction import check_perturbations, counted_elsewhere
-from cellstate.hub.errors import on_the_hub
-from cellstate.hub.publish import hide, reveal
-from cellstate.hub.push import address_of, ensure_repository, push_checkpoint
-from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
-from cellstate.processing import StateProcessor
-from cellstate.training.fitting import gather_sums
-from cellstate.training.objectives import objective_for
+from pertstate.data.cells import Cells
+from pertstate.data.sentences import SentenceCollator, SentenceDataset
+from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
+from pertstate.evaluation.prediction import check_perturbations, counted_elsewhere
+from pertstate.hub.errors import on_the_hub
+from pertstate.hub.publish import hide, reveal
+from pertstate.hub.push import address_of, ensure_repository, push_checkpoint
+from pertstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
+from pertstate.processing import StateProcessor
+from pertstate.training.fitting import gather_sums
+from pertstate.training.objectives import objective_for
 
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Losses: one a file, each an `nn.Module`; [`objective_for`] picks a model's."""
 
-from cellstate.configuration_autoencoders import CPAConfig, SCVIConfig
-from cellstate.configuration_families import (
+from pertstate.configuration_autoencoders import CPAConfig, SCVIConfig
+from pertstate.configuration_families import (
     AdditiveConfig,
     ContextMeanConfig,
     DecoderOnlyConfig,
@@ -12,19 +12,19 @@ from cellstate.configuration_families import (
     PseudobulkConfig,
     ScGPTConfig,
 )
-from cellstate.configuration_state import PerturbationConfig, StateConfig
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.cpa import CPAObjective
-from cellstate.training.objectives.decoder_only import DecoderOnlyObjective
-from cellstate.training.objectives.distributional import DistributionalObjective
-from cellstate.training.objectives.embed_sum import EmbedSumObjective
-from cellstate.training.objectives.energy import EnergyLoss, energy_distance
-from cellstate.training.objectives.fitted import FittedObjective
-from cellstate.training.objectives.mse import MSELoss
-from cellstate.training.objectives.scgpt import ScGPTObjective
-from cellstate.training.objectives.scvi import SCVIObjective
-from cellstate.training.objectives.sinkhorn import SinkhornLoss
-from cellstate.training.objectives.state import StateObjective
+from pertstate.configuration_state import PerturbationConfig, StateConfig
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.cpa import CPAObjective
+from pertstate.training.objectives.decoder_only import DecoderOnlyObjective
+from pertstate.training.objectives.distributional import DistributionalObjective
+from pertstate.training.objectives.embed_sum import EmbedSumObjective
+from pertstate.training.objectives.energy import EnergyLoss, energy_distance
+from pertstate.training.objectives.fitted import FittedObjective
+from pertstate.training.objectives.mse import MSELoss
+from pertstate.training.objectives.scgpt import ScGPTObjective
+from pertstate.training.objectives.scvi import SCVIObjective
+from pertstate.training.objectives.sinkhorn import SinkhornLoss
+from pertstate.training.objectives.state import StateObjective
 
 
 _OBJECTIVES = {

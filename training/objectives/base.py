@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from cellstate.configuration_state import PerturbationConfig
+from pertstate.configuration_state import PerturbationConfig
 
 
 class Objective(nn.Module):

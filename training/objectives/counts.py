@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.count_distributions import negative_binomial_log_prob, zero_inflated_negative_binomial_log_prob
-from cellstate.modeling_counts import CountsOutput
-from cellstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
-from cellstate.training.objectives.base import Objective
+from pertstate.count_distributions import negative_binomial_log_prob, zero_inflated_negative_binomial_log_prob
+from pertstate.modeling_counts import CountsOutput
+from pertstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
+from pertstate.training.objectives.base import Objective
 
 
 def count_log_likelihood(outputs: CountsOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from cellstate.modeling_cpa import CPAOutput
-from cellstate.modeling_perturbation import (
+from pertstate.modeling_cpa import CPAOutput
+from pertstate.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,
@@ -14,8 +14,8 @@ from cellstate.modeling_perturbation import (
     PERTURBATION_FEATURES,
     PERTURBATION_IDS,
 )
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.counts import count_log_likelihood
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.counts import count_log_likelihood
 
 
 class _WithGradient(torch.autograd.Function):

@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.configuration_families import DecoderOnlyConfig
-from cellstate.modeling_perturbation import CELL_MASK, GENE_LABELS, PerturbationOutput
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.mse import MSELoss
+from pertstate.configuration_families import DecoderOnlyConfig
+from pertstate.modeling_perturbation import CELL_MASK, GENE_LABELS, PerturbationOutput
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.mse import MSELoss
 
 
 class DecoderOnlyObjective(Objective):

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from cellstate.configuration_state import SetTransformerConfig
-from cellstate.modeling_perturbation import CELL_MASK, GENE_LABELS, LABELS, PerturbationOutput
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.energy import EnergyLoss
-from cellstate.training.objectives.mse import MSELoss
-from cellstate.training.objectives.sinkhorn import SinkhornLoss
+from pertstate.configuration_state import SetTransformerConfig
+from pertstate.modeling_perturbation import CELL_MASK, GENE_LABELS, LABELS, PerturbationOutput
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.energy import EnergyLoss
+from pertstate.training.objectives.mse import MSELoss
+from pertstate.training.objectives.sinkhorn import SinkhornLoss
 
 
 class DistributionalObjective(Objective):

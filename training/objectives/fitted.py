@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.configuration_families import FittedConfig
-from cellstate.modeling_perturbation import CELL_MASK, LABELS, PerturbationOutput
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.energy import EnergyLoss
+from pertstate.configuration_families import FittedConfig
+from pertstate.modeling_perturbation import CELL_MASK, LABELS, PerturbationOutput
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.energy import EnergyLoss
 
 
 class FittedObjective(Objective):

@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.modeling_perturbation import CELL_MASK, LABELS
-from cellstate.modeling_scgpt import ScGPTOutput
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.mse import MSELoss
+from pertstate.modeling_perturbation import CELL_MASK, LABELS
+from pertstate.modeling_scgpt import ScGPTOutput
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.mse import MSELoss
 
 
 class ScGPTObjective(Objective):

@@ -2,10 +2,10 @@
 
 import torch
 
-from cellstate.modeling_perturbation import CELL_MASK
-from cellstate.modeling_scvi import SCVIOutput
-from cellstate.training.objectives.base import Objective
-from cellstate.training.objectives.counts import count_log_likelihood
+from pertstate.modeling_perturbation import CELL_MASK
+from pertstate.modeling_scvi import SCVIOutput
+from pertstate.training.objectives.base import Objective
+from pertstate.training.objectives.counts import count_log_likelihood
 
 
 class SCVIObjective(Objective):

@@ -2,9 +2,9 @@
 
 import torch
 
-from cellstate.configuration_state import StateConfig
-from cellstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTROL_CELLS
-from cellstate.training.objectives.distributional import DistributionalObjective
+from pertstate.configuration_state import StateConfig
+from pertstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTROL_CELLS
+from pertstate.training.objectives.distributional import DistributionalObjective
 
 
 class StateObjective(DistributionalObjective):
