@@ -5,10 +5,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
+from .base.modeling_finetuning import BATCHES, FEATURES
+from .base.modeling_layers import ConfidenceHead, SetTransformer
+from .base.modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 from .configuration_state import StateConfig
-from .modeling_finetuning import BATCHES, FEATURES
-from .modeling_layers import ConfidenceHead, SetTransformer
-from .modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 
 
 class StatePreTrainedModel(SetTransformerPreTrainedModel):
@@ -137,7 +137,5 @@ class StateForPerturbation(StatePreTrainedModel):
             batch_logits=self.batch_head(transformed[:, 0]) if config.batch_token else None,
         )
 
-
-StateForPerturbation.register_for_auto_class("AutoModel")
 
 __all__ = ["StateForPerturbation", "StatePreTrainedModel"]

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from .cell_values import (
+from .base.cell_values import (
     TARGET_SUM,
     cell_totals,
     check_finite,
@@ -27,9 +27,9 @@ from .cell_values import (
     take_rows,
     totals_of,
 )
-from .checkpoint_files import hub_arguments
-from .configuration_state import closest, some
-from .modeling_perturbation import (
+from .base.checkpoint_files import hub_arguments
+from .base.messages import closest, some
+from .base.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,
@@ -39,8 +39,9 @@ from .modeling_perturbation import (
     PERTURBATION_IDS,
     PerturbationOutput,
 )
-from .processor_files import read_processor_tables
-from .vocabulary import (
+from .base.processor_files import read_processor_tables
+from .base.travelling import Travelling
+from .base.vocabulary import (
     PERTURBATION_FEATURES_FILE,
     VOCABULARY_FILE,
     PerturbationFeatures,
@@ -65,7 +66,7 @@ class CellSentences(BatchFeature):
     controls: str
 
 
-class StateProcessor(ProcessorMixin):
+class StateProcessor(Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
@@ -107,6 +108,8 @@ class StateProcessor(ProcessorMixin):
         perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
             takes those instead of ids; it predicts every perturbation that has one. The control is zeros.
     """
+
+    loaded_by = "AutoProcessor"
 
     def __init__(
         self,
@@ -580,7 +583,5 @@ class StateProcessor(ProcessorMixin):
 PROCESSOR_SETTINGS = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "values")
 PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size", "predicts")
 
-
-StateProcessor.register_for_auto_class()
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

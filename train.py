@@ -17,22 +17,29 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from pertstate import FAMILIES
-from pertstate.cell_values import describe_reading
-from pertstate.configuration_state import PerturbationConfig, StateConfig, closest
+from pertstate.base.cell_values import describe_reading
+from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.messages import closest
+from pertstate.configuration_state import StateConfig
 from pertstate.data.cells import Cells, load_cells
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.splits import Splits
 from pertstate.data.store import load_store
+from pertstate.data.stores import open_store
+from pertstate.families import FAMILIES
 from pertstate.hub.card import is_repository, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_or_nothing
-from pertstate.hub.scgpt import load_published, published_fields
-from pertstate.hub.stores import open_store
+from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.lora import add_adapter, freeze_backbone
-from pertstate.training.pretrained import NAMING, Pretrained, config_of, is_published
+from pertstate.training.pretrained import (
+    NAMING,
+    Pretrained,
+    config_of,
+    is_published,
+)
 from pertstate.training.run_config import RunConfig, load_run_config
 from pertstate.training.stream_run import from_stream
 from pertstate.training.trainer import StateTrainer
@@ -88,7 +95,7 @@ def config_class(model: dict) -> type[PerturbationConfig]:
     name = model.get("model_type", DEFAULT_FAMILY)
     if name not in FAMILIES:
         raise ValueError(f"model_type={name!r} is no family of models; {closest(name, FAMILIES)}")
-    return FAMILIES[name].config_class
+    return FAMILIES[name].config
 
 
 def model_fields(model: dict) -> set[str]:
@@ -250,7 +257,7 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
     if splits.zeroshot:
         held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
-        fitted = FAMILIES[config_class(run.model).model_type].fitted
+        fitted = FAMILIES[config_class(run.model).model_type].model.fitted
         used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
         lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
     return "\n".join(lines)
@@ -308,7 +315,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
-    family = FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type].model
     if "val" not in datasets and not family.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 

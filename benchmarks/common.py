@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import pertstate.train
-from pertstate.evaluation.comparison import evaluate_files
-from pertstate.evaluation.prediction import predict_file
+from pertstate.evaluation.comparison import evaluate
+from pertstate.evaluation.prediction import predict
 
 
 METRICS = ["pearson", "mae", "energy"]
@@ -38,10 +38,10 @@ def train_predict_score(
         seconds = time.process_time() - start
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         predicted = Path(folder, "predicted.h5ad")
-        predict_file(model, processor, data, predicted, perturbations, contexts, quiet=True)
+        predict(model, processor, data, predicted, perturbations, contexts, quiet=True)
         if processor.values == "counts":
             to_units_of_x(predicted, data)
-        table, _ = evaluate_files(predicted, data, data, quiet=True)
+        table, _ = evaluate(predicted, data, data, quiet=True)
     return table[table["context"] != "mean"], seconds, model.num_parameters()
 
 

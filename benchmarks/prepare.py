@@ -81,7 +81,7 @@ def main():
             json.dumps({"data": {"datasets": {"screen": str(folder / "screen")}, "batch_key": "batch"}})
         )
         genes = [] if args.variable is None else ["--genes", str(args.variable), "--test_contexts", "line_0"]
-        command = [sys.executable, "-m", "pertstate_cli", "prepare", "--config", str(folder / "data.yaml")]
+        command = [sys.executable, "-m", "pertstate.cli", "prepare", "--config", str(folder / "data.yaml")]
         command += ["--output", str(folder / "store"), "--num-proc", str(args.num_proc), *genes]
         start = time.perf_counter()
         subprocess.run(command, check=True)

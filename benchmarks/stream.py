@@ -58,11 +58,11 @@ def read(folder: Path) -> dict:
     from datasets import load_dataset
     from torch.utils.data import DataLoader
 
+    from pertstate.base.modeling_perturbation import CELL_MASK, LABELS
     from pertstate.data.sentences import SentenceCollator
     from pertstate.data.stream_reading import CellStream, StreamColumns
     from pertstate.data.stream_survey import survey_stream
     from pertstate.data.streaming import SentenceStream
-    from pertstate.modeling_perturbation import CELL_MASK, LABELS
 
     at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     columns = StreamColumns("drug", "cell_line_id", gene_ids="genes", gene_values="expressions", marker=-2.0)

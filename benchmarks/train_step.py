@@ -35,8 +35,9 @@ from geomloss import SamplesLoss
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from pertstate import StateConfig, StateForPerturbation
-from pertstate.training.objectives import objective_for
+from pertstate import StateForPerturbation
+from pertstate.configuration_state import StateConfig
+from pertstate.families import objective_for
 
 
 # A published shape: 12 heads of 64 are wider than the hidden size.

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pertstate_cli import convert, evaluate, info, merge, predict, prepare, push
+from pertstate.cli import convert, evaluate, info, merge, predict, prepare, push
 
 
 COMMANDS = {

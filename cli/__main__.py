@@ -1,4 +1,4 @@
-from pertstate_cli import main
+from pertstate.cli import main
 
 
 raise SystemExit(main())

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace):
     import transformers
 
     from pertstate.data.arguments import read_names
-    from pertstate.hub.conversion import convert
+    from pertstate.legacy.conversion import convert
 
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()

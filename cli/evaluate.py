@@ -20,12 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from pertstate.evaluation.comparison import check_table_path, evaluate_files, format_table, write_table
+    from pertstate.evaluation.comparison import (
+        check_table_path,
+        evaluate,
+        format_table,
+        write_table,
+    )
 
     if args.output:
         check_table_path(args.output)
     keys = {name: getattr(args, name) for name in ("perturbation_key", "context_key", "control", "input")}
-    table, notes = evaluate_files(args.predicted, args.real, args.train, quiet=args.quiet, **keys)
+    table, notes = evaluate(args.predicted, args.real, args.train, quiet=args.quiet, **keys)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(format_table(table))

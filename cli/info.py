@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     from pertstate.data.info import describe
-    from pertstate.hub.stores import open_store
+    from pertstate.data.stores import open_store
 
     if args.verify:
         open_store(args.path).verify()

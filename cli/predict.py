@@ -77,13 +77,13 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
 def run(args: argparse.Namespace):
     from pertstate.data.perturbation_features import read_perturbation_features
-    from pertstate.evaluation.prediction import predict_file
+    from pertstate.evaluation.prediction import predict
 
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
-    done = predict_file(
+    done = predict(
         model,
         processor,
         args.adata,

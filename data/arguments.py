@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import AnnDataFile, expand_paths, read_labels
 from pertstate.data.splits import Splits

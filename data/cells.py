@@ -7,7 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest
 from pertstate.data.reading import naming, read_h5ad
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor, Vocabulary

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse as sp
 
-from pertstate.cell_values import highly_variable_genes
+from pertstate.base.cell_values import highly_variable_genes
 
 
 def variable_genes(blocks: list[tuple[int, Callable[[], sp.csr_matrix]]], genes: list[str], number: int) -> list[str]:

@@ -10,13 +10,18 @@ import scipy.sparse as sp
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from pertstate.cell_values import describe_reading, kind_of_values, matrix_of, some, take_rows
-from pertstate.configuration_state import closest
+from pertstate.base.cell_values import (
+    describe_reading,
+    kind_of_values,
+    matrix_of,
+    take_rows,
+)
+from pertstate.base.messages import closest, some
+from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
 from pertstate.data.store import CellStore
 from pertstate.processing import StateProcessor
-from pertstate.vocabulary import VOCABULARY_FILE, Vocabulary
 
 
 # Where nothing is said, the names that screens in the public repositories use.

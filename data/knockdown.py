@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
-from pertstate.cell_values import some
+from pertstate.base.messages import some
 from pertstate.data.arguments import PrepareArguments
 from pertstate.data.source import Recipe, Source, open_source
 from pertstate.processing import StateProcessor

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pertstate.cell_values import check_matrix, check_numbers, native_numbers
+from pertstate.base.cell_values import check_matrix, check_numbers, native_numbers
 
 
 _COMPRESSED = ("csr_matrix", "csr", "csc_matrix", "csc")  # encodings, today's and those of files before 2019

@@ -13,8 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
-from pertstate.cell_values import some
-from pertstate.vocabulary import FEATURES_TENSOR, NAMES_METADATA, PerturbationFeatures, as_array
+from pertstate.base.messages import some
+from pertstate.base.vocabulary import (
+    FEATURES_TENSOR,
+    NAMES_METADATA,
+    PerturbationFeatures,
+    as_array,
+)
 
 
 def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:

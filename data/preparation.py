@@ -22,17 +22,16 @@ import scipy.sparse as sp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pertstate.cell_values import (
+from pertstate.base.cell_values import (
     kind_of_values,
     listed_genes,
     matrix_of,
     resolve_normalisation,
     resolve_target_sum,
     shared_genes,
-    some,
     take_rows,
 )
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest, some
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on, with_rows
 from pertstate.data.genes import variable_genes
@@ -52,7 +51,14 @@ from pertstate.data.manifest import (
     sha256_of,
 )
 from pertstate.data.reading import AnnDataFile, naming
-from pertstate.data.source import Recipe, Source, SourceReader, drop_empty, find_groups, open_source
+from pertstate.data.source import (
+    Recipe,
+    Source,
+    SourceReader,
+    drop_empty,
+    find_groups,
+    open_source,
+)
 from pertstate.data.splits import Splits
 from pertstate.data.store import CellStore
 from pertstate.processing import StateProcessor

@@ -8,10 +8,17 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest
+from pertstate.base.modeling_perturbation import (
+    BATCH_IDS,
+    CELL_MASK,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+)
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
-from pertstate.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS
 from pertstate.processing import StateProcessor
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pertstate.cell_values import (
+from pertstate.base.cell_values import (
     cell_totals,
     check_finite,
     kind_of_values,

@@ -5,7 +5,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest
 from pertstate.data.reading import expand_paths
 
 

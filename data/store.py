@@ -12,7 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from pertstate.cell_values import listed_genes, normalize_counts, resolve_target_sum, some
+from pertstate.base.cell_values import listed_genes, normalize_counts, resolve_target_sum
+from pertstate.base.messages import some
+from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.cells import (
     Cells,
     assign_splits,
@@ -39,7 +41,6 @@ from pertstate.data.manifest import (
 )
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
-from pertstate.vocabulary import PerturbationFeatures
 
 
 class CellStore:

@@ -15,8 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
-from pertstate.cell_values import cell_totals, kind_of_values, normalize_counts, some, wrong_kind
-from pertstate.configuration_state import closest
+from pertstate.base.cell_values import (
+    cell_totals,
+    kind_of_values,
+    normalize_counts,
+    wrong_kind,
+)
+from pertstate.base.messages import closest, some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
 

@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from pertstate.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum, some
-from pertstate.configuration_state import closest
+from pertstate.base.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum
+from pertstate.base.messages import closest, some
+from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups
 from pertstate.data.splits import Splits
 from pertstate.data.stream_reading import CellKey, CellReader, CellStream
 from pertstate.processing import PROCESSOR_SETTINGS, StateProcessor
-from pertstate.vocabulary import PerturbationFeatures, Vocabulary
 
 
 Controls = dict[tuple[str, str], dict[str | None, np.ndarray]]

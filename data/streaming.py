@@ -14,12 +14,26 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
+from pertstate.base.modeling_perturbation import (
+    BATCH_IDS,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+    PERTURBATION_IDS,
+)
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
-from pertstate.data.stream_reading import START, CellBlock, CellKey, CellReader, CellStream, Position
+from pertstate.data.stream_reading import (
+    START,
+    CellBlock,
+    CellKey,
+    CellReader,
+    CellStream,
+    Position,
+)
 from pertstate.data.stream_survey import StreamSurvey, check_controls
-from pertstate.modeling_perturbation import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS
 
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,13 @@
 """Figures of merit, baselines, prediction of whole files and their comparison with real ones."""
 
-from pertstate.evaluation.comparison import evaluate_files
-from pertstate.evaluation.metrics import MeanChanges, energy_distance, pearson_of_change, score_group
-from pertstate.evaluation.prediction import predict_file
+from pertstate.evaluation.comparison import evaluate
+from pertstate.evaluation.metrics import (
+    MeanChanges,
+    energy_distance,
+    pearson_of_change,
+    score_group,
+)
+from pertstate.evaluation.prediction import predict
 
 
-__all__ = ["MeanChanges", "energy_distance", "evaluate_files", "pearson_of_change", "predict_file", "score_group"]
+__all__ = ["MeanChanges", "energy_distance", "evaluate", "pearson_of_change", "predict", "score_group"]

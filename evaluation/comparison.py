@@ -11,11 +11,19 @@ from tqdm import tqdm
 
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
-from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
+from pertstate.evaluation.metrics import (
+    CEILING_MODEL,
+    METRICS,
+    MODEL,
+    AsPredicted,
+    MeanChanges,
+    average,
+    score_group,
+)
 from pertstate.processing import StateProcessor, Vocabulary
 
 
-def evaluate_files(
+def evaluate(
     predicted: str | os.PathLike,
     real: str | os.PathLike,
     train: str | os.PathLike,

@@ -15,7 +15,7 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
     One panel per (context, perturbation): each gene's predicted against its observed mean change from control.
 
     Args:
-        predicted, real: files as of [`evaluate_files`].
+        predicted, real: files as of [`evaluate`].
         output: picture to write, whole or not at all; its ending says the format.
         most (`int`): panels at most, those with the strongest observed change.
     """

@@ -17,9 +17,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pertstate.data.reading import AnnDataFile
-from pertstate.modeling_layers import UnseenWarning
-from pertstate.modeling_perturbation import (
+from pertstate.base.modeling_layers import UnseenWarning
+from pertstate.base.modeling_perturbation import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,
@@ -27,6 +26,7 @@ from pertstate.modeling_perturbation import (
     LABELS,
     UnseenPerturbationError,
 )
+from pertstate.data.reading import AnnDataFile
 from pertstate.processing import StateProcessor
 
 
@@ -49,7 +49,7 @@ class Arm:
     first: int
 
 
-def predict_file(
+def predict(
     model,
     processor: StateProcessor,
     adata_path: str | os.PathLike,

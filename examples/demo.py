@@ -9,7 +9,7 @@ import anndata as ad
 import numpy as np
 
 from pertstate.data.simulator import simulate_screen
-from pertstate.evaluation.comparison import evaluate_files, write_table
+from pertstate.evaluation.comparison import evaluate, write_table
 from pertstate.evaluation.plots import plot_mean_changes
 
 
@@ -37,7 +37,7 @@ def main():
         *("--context", HELD_OUT, "--output", str(predicted)),
     )
 
-    table, _ = evaluate_files(predicted, real, real, quiet=True)
+    table, _ = evaluate(predicted, real, real, quiet=True)
     write_table(table, FOLDER / "scores.csv")
     plot_mean_changes(predicted, real, FOLDER / "mean_change.png")
     mean = table[table["context"] == "mean"].set_index("method")[["pearson", "mae", "energy"]]

@@ -13,12 +13,17 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from pertstate import FAMILIES
 from pertstate._version import __version__
-from pertstate.cell_values import describe_reading
-from pertstate.configuration_families import FittedConfig
-from pertstate.configuration_state import PerturbationConfig
-from pertstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
+from pertstate.base.cell_values import describe_reading
+from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.evaluation.metrics import (
+    ADDITIVE,
+    METRICS,
+    MODEL,
+    NO_CHANGE,
+    PERTURBATION_MEAN,
+)
+from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.processing import StateProcessor
 
@@ -57,7 +62,7 @@ def render_card(
 
     Args:
         run ([`RunConfig`], *optional*): the run; without it the card says that it is not recorded.
-        config ([`PerturbationConfig`]): of the model; `model_cards/MODEL_TYPE.md` says what its family computes.
+        config ([`PerturbationConfig`]): of the model; the `card.md` of its family says what that computes.
         processor ([`StateProcessor`]): names and normalisation.
         metrics (`dict[str, float]`, *optional*): figures of the test split, keys `test_..`.
         state (`TrainerState`, *optional*): for the steps that were taken.
@@ -68,6 +73,7 @@ def render_card(
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
     name = os.path.basename(os.path.normpath(folder))
+    family = FAMILIES[type(config).model_type]
     # The weights that training started from: a folder, or a name on the Hub.
     base_model = None if run is None else run.model.get("pretrained")
     is_adapter = args is not None and args.lora_rank is not None
@@ -82,7 +88,7 @@ def render_card(
         datasets=[s.name for s in provenance.sources if s.commit is not None] or None if provenance else None,
         metrics=[_METRICS[metric][0] for metric in METRICS] if results else None,
         model_name=name if results else None,
-        eval_results=_eval_results(results, provenance, FAMILIES[type(config).model_type].is_ceiling) or None,
+        eval_results=_eval_results(results, provenance, family.model.is_ceiling) or None,
     )
     return _template().render(
         card_data=data.to_yaml(),
@@ -91,8 +97,8 @@ def render_card(
         config=config,
         processor=processor,
         vocabulary=processor.vocabulary,
-        about=(CARDS / f"{type(config).model_type}.md").read_text(encoding="utf-8").strip(),
-        is_ceiling=FAMILIES[type(config).model_type].is_ceiling,
+        about=family.card,
+        is_ceiling=family.model.is_ceiling,
         example=next(iter(processor.vocabulary.perturbations), processor.control),
         reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
         predicts=processor.predicted_values(config.gene_dim is not None),
@@ -107,7 +113,7 @@ def render_card(
         heldout_controls_used=run is not None
         and run.data.control_sentences
         and run.data.heldout_controls
-        and not isinstance(config, FittedConfig),
+        and not family.model.fitted,
         results=results,
         steps=_steps(config, state),
         processes=1 if args is None else args.world_size,
@@ -223,7 +229,7 @@ def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling
 
 
 def _steps(config: PerturbationConfig, state) -> str:
-    if isinstance(config, FittedConfig):
+    if FAMILIES[config.model_type].model.fitted:
         return "Fitted in one pass over the training cells, without gradient steps"
     if state is None:
         return "An unfinished run's steps"

@@ -7,9 +7,14 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file
 
 import pertstate  # noqa: F401 - registers the models with the Auto classes
-from pertstate.checkpoint_files import check_adapter, find_file, hub_arguments, read_json
+from pertstate.base.checkpoint_files import (
+    check_adapter,
+    find_file,
+    hub_arguments,
+    read_json,
+)
+from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.hub.publish import ADAPTER_KEY
-from pertstate.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.processing import StateProcessor
 
 

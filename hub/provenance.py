@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
+from pertstate.base.hub_errors import on_the_hub
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import Manifest, files_of, sha256_of
 from pertstate.data.splits import Splits
-from pertstate.hub.errors import on_the_hub
-from pertstate.hub.stores import MAY_LACK, on_hub, read_manifest
-from pertstate.hub.streams import dataset_name, files_of_stream, manifest_of
+from pertstate.data.stores import MAY_LACK, on_hub, read_manifest
+from pertstate.data.streams import dataset_name, files_of_stream, manifest_of
 
 
 if TYPE_CHECKING:

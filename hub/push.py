@@ -7,15 +7,16 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
 
-from pertstate import FAMILIES
 from pertstate._version import __version__
-from pertstate.checkpoint_files import read_header, read_json, stored_tensors
-from pertstate.configuration_state import PerturbationConfig, closest
+from pertstate.base.checkpoint_files import read_header, read_json, stored_tensors
+from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.messages import closest
+from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
+from pertstate.families import FAMILIES
 from pertstate.hub.card import is_repository, render_card, with_repository
-from pertstate.hub.errors import on_the_hub
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
-from pertstate.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
 PROCESSOR, WEIGHTS, CARD, ADAPTER_WEIGHTS = (
@@ -169,7 +170,7 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
         )
     processor, files = _read_processor(folder)
     # Loading is the check that others go through, too.
-    config = FAMILIES[model_type].from_pretrained(folder).config
+    config = FAMILIES[model_type].model.from_pretrained(folder).config
     files = [MODEL_KEY, *_weights_of(folder), *files]
     return config, processor, files + [name for name in _code_of(folder, MODEL_KEY) if name not in files]
 

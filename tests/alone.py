@@ -61,7 +61,7 @@ def blocked_modules() -> list[str]:
     needed = needed_distributions()
     owners = importlib.metadata.packages_distributions()
     others = {module for module, of in owners.items() if needed.isdisjoint(map(canonicalize_name, of))}
-    return sorted(others | {"pertstate", "pertstate_cli"})
+    return sorted(others | {"pertstate", "pertstate.cli"})
 
 
 class Alone:

@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-import pertstate_cli
-from pertstate import FAMILIES, StateProcessor, train
+import pertstate.cli
+from pertstate import StateProcessor, train
 from pertstate.data import simulate_screen
 from pertstate.evaluation.metrics import METRICS
+from pertstate.families import FAMILIES
 from pertstate.training import objective_for
 
 
@@ -71,11 +72,11 @@ class FamilyTests:
 
     def config(self, **overrides):
         sizes = {"input_dim": FEATURES, "num_perturbations": 4, "num_contexts": 3, "num_batches": 2}
-        return FAMILIES[self.model_type].config_class.from_preset("tiny", **{**sizes, **self.fields, **overrides})
+        return FAMILIES[self.model_type].config.from_preset("tiny", **{**sizes, **self.fields, **overrides})
 
     def model(self, **overrides):
         """A model whose weights are the same on every machine, in evaluation mode."""
-        model = FAMILIES[self.model_type](self.config(**overrides)).eval()
+        model = FAMILIES[self.model_type].model(self.config(**overrides)).eval()
         self.fill(model)
         return model
 
@@ -172,7 +173,7 @@ class FamilyTests:
     def test_initialisation_reaches_every_weight(self):
         if not self.learns:
             return
-        model = FAMILIES[self.model_type](self.config())
+        model = FAMILIES[self.model_type].model(self.config())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(float("nan"))
@@ -197,9 +198,9 @@ class FamilyTests:
     def test_published_sizes_can_be_built(self):
         sizes = {"input_dim": 2000, "num_perturbations": 25, "num_contexts": 7, "num_batches": 3}
         fields = {name: value for name, value in self.fields.items() if name in ("gene_dim",)}
-        config = FAMILIES[self.model_type].config_class.from_preset("published", **{**sizes, **fields})
+        config = FAMILIES[self.model_type].config.from_preset("published", **{**sizes, **fields})
         with torch.device("meta"):
-            model = FAMILIES[self.model_type](config)
+            model = FAMILIES[self.model_type].model(config)
         assert model.num_parameters() > 0
 
     # A run
@@ -253,7 +254,7 @@ class FamilyTests:
         for metric in ("mae", "energy"):
             assert np.isfinite(metrics[f"test_{metric}"]) and np.isfinite(metrics[f"test_no_change_{metric}"])
         card = ModelCard.load(folder / "README.md")
-        about = (ROOT / "model_cards" / f"{self.model_type}.md").read_text().strip()
+        about = FAMILIES[self.model_type].card
         assert self.model_type in card.text and about in card.text and len(about) > 200
 
     def test_a_run_moves_every_parameter(self, screen, run, tmp_path):
@@ -267,7 +268,7 @@ class FamilyTests:
 
     def test_auto_classes_give_it_back(self, run):
         folder, _ = run
-        family = FAMILIES[self.model_type]
+        family = FAMILIES[self.model_type].model
         assert type(AutoConfig.from_pretrained(folder)) is family.config_class
         assert type(AutoModel.from_pretrained(folder)) is family
         assert type(AutoProcessor.from_pretrained(folder)) is StateProcessor
@@ -305,13 +306,13 @@ class FamilyTests:
         out, scores = tmp_path / "predicted.h5ad", tmp_path / "scores.csv"
         flags = ["--context", "type_3", "--quiet"]
         words = ["predict", "--model", folder, "--adata", screen, "--output", out, *flags]
-        assert pertstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate.cli.main([str(word) for word in words]) == 0
         predicted = ad.read_h5ad(out)
         assert set(predicted.obs["perturbation"]) == {"pert_0", "pert_1", "pert_2"} and np.isfinite(predicted.X).all()
         words = ["evaluate", "--predicted", out, "--real", screen, "--train", screen, "--output", scores, "--quiet"]
-        assert pertstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate.cli.main([str(word) for word in words]) == 0
         table = pd.read_csv(scores)
-        ceiling = FAMILIES[self.model_type].is_ceiling
+        ceiling = FAMILIES[self.model_type].model.is_ceiling
         assert ("ceiling" in capsys.readouterr().err) is ceiling
         of_model = table[table["method"] == ("model (ceiling)" if ceiling else "model")]
         assert len(of_model) == 4 and np.isfinite(of_model[["mae", "energy"]].to_numpy()).all()

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from pertstate import FAMILIES, StateProcessor
+from pertstate import StateProcessor
+from pertstate.base.modeling_fitted import TrainingMeans
 from pertstate.data import simulate_screen
-from pertstate.modeling_fitted import TrainingMeans
+from pertstate.families import FAMILIES
 from pertstate.processing import PerturbationFeatures
 
 
@@ -84,7 +85,7 @@ def make_processor(adata: ad.AnnData, options: dict) -> StateProcessor:
 
 
 def make_model(model_type: str, processor: StateProcessor, fields: dict):
-    family = FAMILIES[model_type]
+    family = FAMILIES[model_type].model
     config = family.config_class
     fields = {**{name: SMALL[name] for name in SMALL if name in config.__dataclass_fields__}, **fields}
     fields |= config.sizes(processor) | config.fields_from_names(processor, fields)

@@ -16,7 +16,7 @@ from finetuning_runs import TRAINING, make_folder, predictions, run, weights
 from huggingface_hub import HfApi
 from transformers import AutoModel, AutoProcessor
 
-import pertstate_cli
+import pertstate.cli
 from pertstate.hub.checkpoints import load_adapter, load_whole
 
 
@@ -34,7 +34,7 @@ def adapter(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def merged(folder, adapter) -> Path:
-    assert pertstate_cli.main(["merge", str(adapter), str(folder / "merged")]) == 0
+    assert pertstate.cli.main(["merge", str(adapter), str(folder / "merged")]) == 0
     return folder / "merged"
 
 
@@ -136,7 +136,7 @@ def test_an_adapter_loads_by_its_name_alone(folder, adapter, merged):
 def test_prediction_takes_an_adapter(folder, adapter, merged):
     for name in ("adapter", "merged"):
         words = ["predict", "--model", folder / name, "--adata", folder / "controls.h5ad", "--perturbation", "pert_3"]
-        assert pertstate_cli.main([*map(str, words), "--output", str(folder / f"{name}.h5ad"), "--quiet"]) == 0
+        assert pertstate.cli.main([*map(str, words), "--output", str(folder / f"{name}.h5ad"), "--quiet"]) == 0
     one, other = (ad.read_h5ad(folder / f"{name}.h5ad") for name in ("adapter", "merged"))
     np.testing.assert_allclose(one.X, other.X, atol=1e-5)
     assert len(one) == 32
@@ -148,17 +148,17 @@ def test_merging_looks_for_the_base_where_it_is_told(folder, adapter, merged, tm
     saved = json.loads((moved / "adapter_config.json").read_text())
     saved["base_model_name_or_path"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(saved))
-    assert pertstate_cli.main(["merge", str(moved), str(tmp_path / "out")]) == 1
+    assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out")]) == 1
     assert "(say where it is with --base)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert pertstate_cli.main(["merge", str(moved), str(tmp_path / "out"), "--base", str(folder / "base")]) == 0
+    assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out"), "--base", str(folder / "base")]) == 0
     one, other = weights(tmp_path / "out"), weights(merged)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_what_cannot_be_merged_says_so(folder, adapter, tmp_path, capsys):
     def refused(*words) -> str:
-        assert pertstate_cli.main(["merge", *map(str, words)]) == 1
+        assert pertstate.cli.main(["merge", *map(str, words)]) == 1
         return capsys.readouterr().err
 
     assert "is no adapter: expected adapter_config.json" in refused(folder / "base", tmp_path / "out")
@@ -264,7 +264,7 @@ def test_every_kind_of_family_has_adapters(folder, tmp_path, family, data, field
     run(folder, f"{family}-lora", "second", {}, {"pretrained": str(folder / family)}, lora_rank=2, max_steps=3)
     adapted, processor = load_adapter(str(folder / f"{family}-lora"))
     merged = tmp_path / "merged"
-    assert pertstate_cli.main(["merge", str(folder / f"{family}-lora"), str(merged)]) == 0
+    assert pertstate.cli.main(["merge", str(folder / f"{family}-lora"), str(merged)]) == 0
     model = AutoModel.from_pretrained(merged)
     expected = predictions(adapted, processor, folder / "second.h5ad", "pert_3")
     found = predictions(model, processor, folder / "second.h5ad", "pert_3")
@@ -304,9 +304,9 @@ def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
     # transformers reads where the Hub is when it is imported.
     script = """
-import sys, pertstate_cli
+import sys, pertstate.cli
 from pertstate import train
-assert pertstate_cli.main(["merge", "ada/adapter", sys.argv[1]]) == 0
+assert pertstate.cli.main(["merge", "ada/adapter", sys.argv[1]]) == 0
 train.main([sys.argv[2]])
 from transformers import AutoModel
 assert AutoModel.from_pretrained("ada/adapter").config.num_perturbations == 4

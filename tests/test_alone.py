@@ -20,7 +20,7 @@ for name in sys.argv[1:]:
 import transformers, torch, safetensors, numpy, anndata, scipy, pandas
 """
     blocked = blocked_modules()
-    assert {"pertstate", "pertstate_cli", "accelerate", "peft", "scanpy", "pyarrow", "sklearn", "pytest"} <= set(
+    assert {"pertstate", "pertstate.cli", "accelerate", "peft", "scanpy", "pyarrow", "sklearn", "pytest"} <= set(
         blocked
     )
     assert alone.run(script, *blocked) == ""

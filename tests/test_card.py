@@ -10,16 +10,24 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
-from pertstate.configuration_families import PerturbationMeanConfig
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.base.vocabulary import Vocabulary
+from pertstate.configuration_state import StateConfig
 from pertstate.data import prepare
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.simulator import simulate_screen
-from pertstate.hub.card import CARDS, TAGS, as_block, as_code, render_card, with_repository
+from pertstate.families import FAMILIES
+from pertstate.families.perturbation_mean.configuration_perturbation_mean import PerturbationMeanConfig
+from pertstate.hub.card import (
+    TAGS,
+    as_block,
+    as_code,
+    render_card,
+    with_repository,
+)
 from pertstate.hub.provenance import Provenance, Source
 from pertstate.training import StateTrainingArguments
 from pertstate.training.run_config import load_run_config
-from pertstate.vocabulary import Vocabulary
 
 
 HOSTILE = [
@@ -222,9 +230,7 @@ def test_what_a_splits_file_holds_out_is_listed(screen, tmp_path):
 def test_a_ceiling_says_so_beside_every_figure(screen, tmp_path):
     processor = make_processor()
     processor.values, processor.input, processor.gene_input = "embedding", "obsm/X", "X"
-    config = FAMILIES["state-decoder-only"].config_class.from_preset(
-        "tiny", input_dim=3, gene_dim=3, num_perturbations=2
-    )
+    config = FAMILIES["state-decoder-only"].config.from_preset("tiny", input_dim=3, gene_dim=3, num_perturbations=2)
     run = make_run(tmp_path, datasets=str(screen))
     card = ModelCard(render_card(run, config, processor, METRICS))
     names = [result.metric_name for result in card.data.eval_results]
@@ -241,10 +247,9 @@ def test_families_that_are_fitted_use_no_control_sentences(screen, tmp_path):
 
 
 def test_every_family_has_a_card_and_that_of_state_its_presets():
-    for model_type in FAMILIES:
-        text = (CARDS / f"{model_type}.md").read_text()
-        assert "Use it" in " ".join(text.split()), model_type
-    about = (CARDS / "state.md").read_text()
+    for model_type, family in FAMILIES.items():
+        assert "Use it" in " ".join(family.card.split()), model_type
+    about = FAMILIES["state"].card
     for name in StateConfig.presets:
         config = StateConfig.from_preset(name, input_dim=2000, num_perturbations=1000)
         with torch.device("meta"):

@@ -12,12 +12,18 @@ import pandas as pd
 import pytest
 import torch
 
-from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.cli import main
+from pertstate.configuration_state import StateConfig
 from pertstate.data import simulate_screen
 from pertstate.data.cells import sort_into_groups
 from pertstate.evaluation import MeanChanges, score_group
-from pertstate.evaluation.metrics import METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN
-from pertstate_cli import main
+from pertstate.evaluation.metrics import (
+    METRICS,
+    MODEL,
+    NO_CHANGE,
+    PERTURBATION_MEAN,
+)
 
 
 GENES, SET_SIZE = 30, 8
@@ -296,7 +302,7 @@ def test_a_failure_half_way_leaves_the_old_file(folder, tmp_path, capsys):
 
 FULL_DISK = """
 import resource, sys
-from pertstate_cli import main
+from pertstate.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 codes = [main(sys.argv[2:])]
 for limit in map(int, (20_000, 30_000, 40_000)):
@@ -322,13 +328,13 @@ import resource, sys, torch
 torch.set_num_threads(1)
 import anndata as ad
 from pertstate import StateConfig, StateForPerturbation, StateProcessor
-from pertstate.evaluation import predict_file
+from pertstate.evaluation import predict
 
 folder, peak = sys.argv[1], []
 processor = StateProcessor.fit(ad.read_h5ad(f"{folder}/small.h5ad"), set_size=64)
 model = StateForPerturbation(StateConfig.from_preset("tiny", input_dim=2000, num_perturbations=1))
 for name in ("small", "large"):
-    predict_file(model, processor, f"{folder}/{name}.h5ad", f"{folder}/out.h5ad", ["A"], quiet=True)
+    predict(model, processor, f"{folder}/{name}.h5ad", f"{folder}/out.h5ad", ["A"], quiet=True)
     peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 print(*peak)
 """
@@ -362,7 +368,7 @@ def test_the_command_itself(folder, tmp_path):
 @pytest.mark.parametrize("words", [["--help"], ["predict", "--help"], ["evaluate", "--help"]])
 def test_help_imports_nothing_heavy(words):
     code = (
-        "import sys\nfrom pertstate_cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "import sys\nfrom pertstate.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
         "    assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'anndata', 'scanpy', 'numpy', 'pandas', 'pertstate'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -21,7 +21,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pertstate import StateConfig, StateForPerturbation
+from pertstate import StateForPerturbation
+from pertstate.configuration_state import StateConfig
 from pertstate.training import objective_for
 
 

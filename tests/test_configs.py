@@ -7,7 +7,8 @@ import pytest
 import yaml
 from family_tests import screen  # noqa: F401
 
-from pertstate import FAMILIES, train
+from pertstate import train
+from pertstate.families import FAMILIES
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_the_ceiling_of_a_simulated_screen(screen, tmp_path):  # noqa: F811
 def test_a_run_wins_over_the_arguments_that_a_family_was_published_with(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("data: {datasets: x.h5ad}\nmodel: {model_type: state-cpa}\ntraining: {weight_decay: 0.1}\n")
-    published = FAMILIES["state-cpa"].config_class.training_defaults
+    published = FAMILIES["state-cpa"].config.training_defaults
     assert train.parse([str(path)]).training == {**published, "weight_decay": 0.1}
     # A schedule or an optimiser of the run's own takes the place of the published one.
     own = train.parse([str(path), "--lr_scheduler_type", "linear"]).training

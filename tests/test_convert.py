@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from test_parity import CASES
 from transformers import AutoModel, AutoProcessor
 
-from pertstate import FAMILIES
-from pertstate.hub.conversion import convert
-from pertstate.hub.legacy import config_from_legacy, state_dict_from_legacy
-from pertstate.hub.restricted_pickle import RefusedPickleError
-from pertstate_cli import main
+from pertstate.cli import main
+from pertstate.families import FAMILIES
+from pertstate.legacy.conversion import convert
+from pertstate.legacy.restricted_pickle import RefusedPickleError
+from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 
 
 FAMILY_NAMES = ("state", "old_neuralot", "pseudobulk", "embedsum")
@@ -101,7 +101,7 @@ def test_each_family_keeps_its_weights_and_names(tmp_path, family):
     model, processor = converted(writer, tmp_path)
     options = {**writer.config["model"]["kwargs"], **writer.dims, "model_name": family, "embed_key": "X_hvg"}
     config = config_from_legacy(options)
-    wanted = FAMILIES[config.model_type](config).eval()
+    wanted = FAMILIES[config.model_type].model(config).eval()
     wanted.load_state_dict(state_dict_from_legacy(writer.content["state_dict"], config))
     assert type(model) is type(wanted)
     torch.manual_seed(1)

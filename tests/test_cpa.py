@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pertstate import CPAConfig, CPAForPerturbation, train
-from pertstate.count_distributions import zero_inflated_negative_binomial_log_prob
+from pertstate.base.count_distributions import zero_inflated_negative_binomial_log_prob
 from pertstate.data import SentenceDataset, Splits, load_cells
 from pertstate.training import StateTrainer, StateTrainingArguments, objective_for
 

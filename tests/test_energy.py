@@ -4,7 +4,7 @@ import pytest
 import torch
 from geomloss import SamplesLoss
 
-from pertstate.training.objectives import EnergyLoss, energy_distance
+from pertstate.losses.energy import EnergyLoss, energy_distance
 
 
 def textbook(x, y, a, b):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from family_tests import EMBEDDING, FamilyTests, screen  # noqa: F401
 
-import pertstate_cli
+import pertstate.cli
 from pertstate import (
-    FAMILIES,
     DecoderOnlyConfig,
     DecoderOnlyForPerturbation,
     EmbedSumConfig,
@@ -16,6 +15,7 @@ from pertstate import (
     PseudobulkConfig,
     train,
 )
+from pertstate.families import FAMILIES
 from pertstate.training import objective_for
 
 
@@ -26,9 +26,9 @@ class TestState(FamilyTests):
 
     def test_published_sizes_can_be_built(self):
         for preset in ("small", "base", "large", "gpt2"):
-            config = FAMILIES["state"].config_class.from_preset(preset, num_perturbations=25)
+            config = FAMILIES["state"].config.from_preset(preset, num_perturbations=25)
             with torch.device("meta"):
-                assert FAMILIES["state"](config).num_parameters() > 1e6
+                assert FAMILIES["state"].model(config).num_parameters() > 1e6
 
 
 class TestEmbedSum(FamilyTests):
@@ -96,7 +96,7 @@ def test_a_ceiling_predicts_only_what_was_observed(screen, tmp_path, capsys):  #
     adata, out = ad.read_h5ad(screen), tmp_path / "out.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", screen, "--output", out, "--quiet"]
     words += ["--context", "type_3", "type_0", "--perturbation", "pert_2", "pert_0"]
-    assert pertstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate.cli.main([str(word) for word in words]) == 0
     predicted = ad.read_h5ad(out)
     observed = adata[predicted.obs["control_barcode"].to_numpy()]
     assert (observed.obs["perturbation"].to_numpy() == predicted.obs["perturbation"].to_numpy()).all()
@@ -107,7 +107,7 @@ def test_a_ceiling_predicts_only_what_was_observed(screen, tmp_path, capsys):  #
     alone = adata[(adata.obs["cell_type"] != "type_3") | (adata.obs["perturbation"] != "pert_2")]
     alone.write_h5ad(tmp_path / "alone.h5ad")
     words[4] = tmp_path / "alone.h5ad"
-    assert pertstate_cli.main([str(word) for word in words]) == 1
+    assert pertstate.cli.main([str(word) for word in words]) == 1
     assert "type_3 / pert_2: this model decodes observed cells" in capsys.readouterr().err
 
 

@@ -15,7 +15,7 @@ import yaml
 from finetuning_runs import TRAINING, make_folder, predictions, run, weights
 from transformers import AutoModel, AutoProcessor
 
-import pertstate_cli
+import pertstate.cli
 from pertstate import StateProcessor, train
 from pertstate.data import simulate_screen
 from pertstate.hub.checkpoints import load_whole
@@ -100,7 +100,7 @@ def test_a_store_trains_further_as_the_file_does(folder):
     content = {"data": {"datasets": {"screen": str(folder / "second.h5ad")}, "batch_key": "batch"}}
     (folder / "prepare.yaml").write_text(yaml.safe_dump(content))
     words = ["prepare", "--config", str(folder / "prepare.yaml"), "--output", str(folder / "store"), "--quiet"]
-    assert pertstate_cli.main(words[:5]) == 0
+    assert pertstate.cli.main(words[:5]) == 0
     run(folder, "from_file", "second", max_steps=3)
     run(folder, "from_store", "second", {"datasets": None, "store": str(folder / "store")}, max_steps=3)
     one, other = weights(folder / "from_file"), weights(folder / "from_store")
@@ -299,7 +299,7 @@ def test_the_documented_lines_run(tmp_path, monkeypatch):
         ["pertstate", "merge", "demo/adapter"],
     ]
     train.main([*commands[1].split("#")[0].split()[3:], *short])
-    assert pertstate_cli.main(commands[2].split("#")[0].split()[1:]) == 0
+    assert pertstate.cli.main(commands[2].split("#")[0].split()[1:]) == 0
     printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
         for kind, text in blocks:

@@ -9,7 +9,6 @@ from family_tests import FamilyTests, screen  # noqa: F401 - a fixture
 from sklearn.linear_model import Ridge
 
 from pertstate import (
-    FAMILIES,
     AdditiveConfig,
     AdditiveForPerturbation,
     ContextMeanConfig,
@@ -19,9 +18,10 @@ from pertstate import (
     PerturbationMeanConfig,
     PerturbationMeanForPerturbation,
 )
-from pertstate.modeling_fitted import TrainingMeans
-from pertstate.modeling_layers import UnseenWarning
-from pertstate.modeling_perturbation import UnseenPerturbationError
+from pertstate.base.modeling_fitted import TrainingMeans
+from pertstate.base.modeling_layers import UnseenWarning
+from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.families import FAMILIES
 
 
 D = 12
@@ -44,7 +44,7 @@ def toy_means(by_features: int | None = None, dim: int = D) -> TrainingMeans:
 
 
 def fitted(config, means=None):
-    model = FAMILIES[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].model(config).eval()
     model.fit(toy_means(config.perturbation_dim) if means is None else means)
     return model
 
@@ -72,7 +72,7 @@ class FittedTests(FamilyTests):
 
     def test_before_it_is_fitted_it_knows_nothing(self):
         """Initialised anew, whatever its memory held."""
-        model = FAMILIES[self.model_type](self.config())
+        model = FAMILIES[self.model_type].model(self.config())
         for tensor in model.state_dict().values():
             tensor.fill_(1)
         for tensor in (model, *model.parameters(), *model.buffers()):
@@ -91,7 +91,7 @@ class FittedTests(FamilyTests):
             self.config(output_dim=9)
 
     def test_means_that_do_not_fit_are_an_error(self):
-        model = FAMILIES[self.model_type](self.config())
+        model = FAMILIES[self.model_type].model(self.config())
         with pytest.raises(ValueError, match=r"changes: expected shape \(num_entries, 12\) .* found \(3, 7\)"):
             model.fit(toy_means(dim=7))
         with pytest.raises(ValueError, match="expected perturbation_ids alone, .*; found the other"):
@@ -190,7 +190,7 @@ def test_a_dose_scales_a_single_change_and_not_a_combination():
 
 @pytest.mark.parametrize("family", ["perturbation-mean", "linear", "additive", "context-mean"])
 def test_multi_hot_vectors_are_ids_at_doses(family):
-    config = FAMILIES[f"state-{family}"].config_class(input_dim=D, num_perturbations=4, num_contexts=3)
+    config = FAMILIES[f"state-{family}"].config(input_dim=D, num_perturbations=4, num_contexts=3)
     model, x = fitted(config), cells(3)
     vectors = torch.tensor([[0.5, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
     if family == "additive":
@@ -398,4 +398,4 @@ def test_additive_takes_no_features():
 
 
 def test_linear_and_context_mean_are_exported():
-    assert {LinearForPerturbation, ContextMeanForPerturbation} <= set(FAMILIES.values())
+    assert {LinearForPerturbation, ContextMeanForPerturbation} <= {family.model for family in FAMILIES.values()}

@@ -18,20 +18,27 @@ from safetensors.torch import load_file
 from sklearn.linear_model import Ridge
 from transformers import AutoModel, AutoProcessor
 
-import pertstate_cli
-from pertstate import FAMILIES, train
-from pertstate.data import SentenceDataset, Splits, load_cells, prepare, simulate_screen
+import pertstate.cli
+from pertstate import train
+from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.data import (
+    SentenceDataset,
+    Splits,
+    load_cells,
+    prepare,
+    simulate_screen,
+)
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.group_sums import GroupSums
-from pertstate.evaluation import MeanChanges, predict_file
+from pertstate.data.stores import write_parquet
+from pertstate.evaluation import MeanChanges, predict
 from pertstate.evaluation.metrics import ADDITIVE, PERTURBATION_MEAN
-from pertstate.hub.stores import write_parquet
-from pertstate.modeling_perturbation import UnseenPerturbationError
+from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
 ROOT = Path(__file__).parents[1]
-FITTED = [name for name, family in FAMILIES.items() if family.fitted]
+FITTED = [name for name, family in FAMILIES.items() if family.model.fitted]
 
 
 # Sums
@@ -92,7 +99,7 @@ def load_real(shared, name: str, **options):
 
 
 def fit(model_type: str, cells, processor, tmp_path, **fields) -> StateTrainer:
-    family = FAMILIES[model_type]
+    family = FAMILIES[model_type].model
     config = family.config_class(**family.config_class.sizes(processor), **fields)
     args = StateTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True)
     dataset = SentenceDataset(cells, processor, "train", config.set_size)
@@ -364,7 +371,7 @@ def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
     run(folder, tmp_path / "run", "state-perturbation-mean", "files")
     model, processor = (kind.from_pretrained(tmp_path / "run") for kind in (AutoModel, AutoProcessor))
     with caplog.at_level(logging.WARNING):
-        done = predict_file(
+        done = predict(
             model,
             processor,
             folder / "screen.h5ad",
@@ -396,10 +403,10 @@ def test_singles_never_measured_are_named(folder, tmp_path, capsys):
     train.main([str(tmp_path / "run.yaml"), *options])
     words = ["predict", "--model", tmp_path / "run", "--adata", tmp_path / "screen.h5ad", "--quiet"]
     words += ["--output", tmp_path / "out.h5ad"]
-    assert pertstate_cli.main([str(word) for word in words]) == 1
+    assert pertstate.cli.main([str(word) for word in words]) == 1
     assert "perturbations ['pert_1']: no training cells have one of these alone" in capsys.readouterr().err
     assert not (tmp_path / "out.h5ad").exists()
-    assert pertstate_cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
+    assert pertstate.cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
     # Held-out groups that it could not predict are an error of the run, before they are scored.
     with pytest.raises(UnseenPerturbationError, match=r"perturbations \['pert_1'\]: no training cells"):
         train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1"])

@@ -10,7 +10,8 @@ from make_fixtures import CASES, FIXTURES, predict, read_cells
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from pertstate import FAMILIES, StateProcessor
+from pertstate import StateProcessor
+from pertstate.families import FAMILIES
 
 
 FOLDERS = sorted(path.name for path in FIXTURES.iterdir())
@@ -26,7 +27,7 @@ def assert_as_written(found: dict[str, torch.Tensor], folder: Path):
 def test_a_checkpoint_of_an_earlier_version_predicts_as_it_did(name):
     folder = FIXTURES / name
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    assert type(model) is FAMILIES[model.config.model_type] and type(processor) is StateProcessor
+    assert type(model) is FAMILIES[model.config.model_type].model and type(processor) is StateProcessor
     assert not model.training
     assert_as_written(predict(model, processor, *read_cells(folder)), folder)
 

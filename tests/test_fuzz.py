@@ -18,14 +18,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pertstate
-from pertstate import StateConfig, StateForPerturbation, StateProcessor
-from pertstate.data import CellStore, load_cells, load_store, prepare, read_h5ad
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.configuration_state import StateConfig
+from pertstate.data import (
+    CellStore,
+    load_cells,
+    load_store,
+    prepare,
+    read_h5ad,
+)
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.info import describe
 from pertstate.data.matrices import RowReader
 from pertstate.data.reading import AnnDataFile
-from pertstate.evaluation.prediction import predict_file
-from pertstate.hub.stores import open_store, write_parquet
+from pertstate.data.stores import open_store, write_parquet
+from pertstate.evaluation.prediction import predict
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -636,7 +643,7 @@ def predictor():
 @pytest.mark.parametrize("form", FORMS)
 def test_predictions_start_from_the_cells_of_the_file(tmp_path, predictor, suffix, form):
     path = write(screen(FORMS[form](counts())), tmp_path / f"screen{suffix}")
-    predict_file(*predictor, path, tmp_path / "predicted.h5ad", quiet=True)
+    predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True)
     found = ad.read_h5ad(tmp_path / "predicted.h5ad")
     assert sorted(set(found.obs["control_barcode"])) == ["cell0", "cell3", "cell6", "cell9"]
     rows = [int(name[4:]) for name in found.obs["control_barcode"]]
@@ -671,7 +678,7 @@ def test_predictions_of_damaged_files_are_not_written(template, tmp_path, predic
         with h5py.File(path, "r+") as file:
             damage(file)
         before = sorted(tmp_path.iterdir())
-        _, error = attempt(lambda path=path: predict_file(*predictor, path, tmp_path / "predicted.h5ad", quiet=True))
+        _, error = attempt(lambda path=path: predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True))
         assert error is not None, damage.__name__
         assert sorted(tmp_path.iterdir()) == before
 

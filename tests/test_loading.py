@@ -16,10 +16,12 @@ from make_fixtures import FIXTURES, predict, read_cells
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
-import pertstate_cli
-from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
-from pertstate.checkpoint_files import check_finite_weights
+import pertstate.cli
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.base.checkpoint_files import check_finite_weights
+from pertstate.configuration_state import StateConfig
 from pertstate.data.manifest import _is_shard
+from pertstate.families import FAMILIES
 from pertstate.processing import Vocabulary
 
 
@@ -159,7 +161,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(tmp_path, model_t
     folder = copied(model_type, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     of_library = {field.name for field in fields(PreTrainedConfig)}
-    types = {f.name: str(f.type) for f in fields(FAMILIES[model_type].config_class) if f.name not in of_library}
+    types = {f.name: str(f.type) for f in fields(FAMILIES[model_type].config) if f.name not in of_library}
     sizes = [name for name, kind in types.items() if "int" in kind and "float" not in kind]
     assert {"input_dim", "output_dim", "num_perturbations", "set_size"} <= set(sizes)
     loaded = set()
@@ -556,7 +558,7 @@ def test_names_never_become_paths(tmp_path):
         tmp_path / "out.h5ad",
         "--all",
     ]
-    assert pertstate_cli.main([str(word) for word in [*words, "--quiet"]]) == 0
+    assert pertstate.cli.main([str(word) for word in [*words, "--quiet"]]) == 0
     assert set(ad.read_h5ad(tmp_path / "out.h5ad").obs["perturbation"]) == set(HOSTILE[:2])
     assert {path.name for path in tmp_path.iterdir()} == {"state", "cells.h5ad", "out.h5ad"}
 

@@ -9,8 +9,21 @@ from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr
 
 from pertstate.data.cells import sort_into_groups
-from pertstate.evaluation import MeanChanges, energy_distance, pearson_of_change, score_group
-from pertstate.evaluation.metrics import ADDITIVE, METRICS, MODEL, NO_CHANGE, PERTURBATION_MEAN, average, mean_distance
+from pertstate.evaluation import (
+    MeanChanges,
+    energy_distance,
+    pearson_of_change,
+    score_group,
+)
+from pertstate.evaluation.metrics import (
+    ADDITIVE,
+    METRICS,
+    MODEL,
+    NO_CHANGE,
+    PERTURBATION_MEAN,
+    average,
+    mean_distance,
+)
 from pertstate.processing import StateProcessor
 
 

@@ -4,8 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from pertstate import StateConfig
-from pertstate.modeling_layers import BatchNormMLP, GatedFeedForward, MaskedBatchNorm, UnseenMeanEmbedding
+from pertstate.base.modeling_layers import (
+    BatchNormMLP,
+    GatedFeedForward,
+    MaskedBatchNorm,
+    UnseenMeanEmbedding,
+)
+from pertstate.configuration_state import StateConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

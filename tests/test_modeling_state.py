@@ -6,8 +6,13 @@ import re
 import pytest
 import torch
 
-from pertstate import PerturbationOutput, StateConfig, StateForPerturbation
-from pertstate.training.objectives import EnergyLoss, MSELoss, SinkhornLoss, StateObjective, objective_for
+from pertstate import PerturbationOutput, StateForPerturbation
+from pertstate.configuration_state import StateConfig
+from pertstate.families import objective_for
+from pertstate.families.state.objective_state import StateObjective
+from pertstate.losses.energy import EnergyLoss
+from pertstate.losses.mse import MSELoss
+from pertstate.losses.sinkhorn import SinkhornLoss
 
 
 SENTENCES, CELLS, FEATURES, PERTURBATIONS, BATCHES, GENES = 3, 7, 10, 5, 4, 6

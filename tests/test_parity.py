@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pertstate import FAMILIES
-from pertstate.hub.legacy import config_from_legacy, state_dict_from_legacy
+from pertstate.families import FAMILIES
+from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 from pertstate.training import objective_for
 
 
@@ -44,7 +44,7 @@ def test_reference_outputs(shared, case, attention):
     config = config_from_legacy(options)
     if options["model_name"] != "embedsum":  # which has no attention
         config._attn_implementation = attention
-    model = FAMILIES[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].model(config).eval()
     model.load_state_dict(state_dict_from_legacy(load_file(folder / "weights.safetensors"), config), strict=True)
 
     batch = {

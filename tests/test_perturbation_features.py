@@ -18,10 +18,17 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 import pertstate.train
-from pertstate import StateConfig, StateForPerturbation, StateProcessor
-from pertstate.data import SentenceDataset, Splits, load_cells, read_perturbation_features, simulate_screen
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.cli import main
+from pertstate.configuration_state import StateConfig
+from pertstate.data import (
+    SentenceDataset,
+    Splits,
+    load_cells,
+    read_perturbation_features,
+    simulate_screen,
+)
 from pertstate.processing import PerturbationFeatures
-from pertstate_cli import main
 
 
 NAMES = ["STAT1", "NA", "nan", "IFN-β", "a, b", "JAK2"]

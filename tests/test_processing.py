@@ -13,8 +13,9 @@ import scipy.sparse as sp
 import torch
 from transformers import AutoProcessor
 
-from pertstate import PerturbationOutput, StateConfig, StateForPerturbation, StateProcessor
-from pertstate.cell_values import cell_totals, normalize_counts
+from pertstate import PerturbationOutput, StateForPerturbation, StateProcessor
+from pertstate.base.cell_values import cell_totals, normalize_counts
+from pertstate.configuration_state import StateConfig
 from pertstate.processing import CellSentences, Vocabulary
 
 

@@ -21,14 +21,25 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-import pertstate_cli
-from pertstate import StateConfig, StateForPerturbation, StateProcessor, __version__, train
+import pertstate.cli
+from pertstate import (
+    StateForPerturbation,
+    StateProcessor,
+    __version__,
+    train,
+)
+from pertstate.base.vocabulary import PerturbationFeatures
+from pertstate.configuration_state import StateConfig
 from pertstate.data import simulate_screen
 from pertstate.hub.card import TAGS, render_card
 from pertstate.hub.publish import ADAPTER_KEY
-from pertstate.hub.push import ADAPTER_WEIGHTS, address_of, push_checkpoint, read_checkpoint
+from pertstate.hub.push import (
+    ADAPTER_WEIGHTS,
+    address_of,
+    push_checkpoint,
+    read_checkpoint,
+)
 from pertstate.training import StateTrainingArguments
-from pertstate.vocabulary import PerturbationFeatures
 
 
 # The least that a checkpoint holds, and what may lie beside it.
@@ -68,7 +79,7 @@ def folder(screen, tmp_path):
 
 
 def push(*words) -> int:
-    return pertstate_cli.main(["push", *map(str, words), "--quiet"])
+    return pertstate.cli.main(["push", *map(str, words), "--quiet"])
 
 
 def whole(folder: Path) -> set[str]:
@@ -339,7 +350,7 @@ def test_without_the_hub(hub, folder, monkeypatch, capsys):
 
 ALONE = """
 import json, runpy, sys
-for name in ("pertstate", "pertstate_cli", "geomloss", "accelerate", "datasets", "peft", "pytest"):
+for name in ("pertstate", "pertstate.cli", "geomloss", "accelerate", "datasets", "peft", "pytest"):
     sys.modules[name] = None
 import anndata as ad, torch
 from transformers import AutoConfig, AutoModel, AutoProcessor
@@ -457,13 +468,13 @@ def test_the_command_line_predicts_by_name_and_revision(hub, screen, folder, tmp
     def run(name, revision, output="out.h5ad"):
         words = ["predict", "--model", name, "--revision", revision, "--adata", tmp_path / "screen.h5ad"]
         words += ["--output", tmp_path / output, "--perturbation", "pert_0", "--quiet"]
-        return pertstate_cli.main([str(word) for word in words])
+        return pertstate.cli.main([str(word) for word in words])
 
     assert run("ada/model", commit) == 0
     predicted = ad.read_h5ad(tmp_path / "out.h5ad")
     assert predicted.uns["pertstate"]["checkpoint"] == f"ada/model@{commit}"
     assert (
-        pertstate_cli.main(
+        pertstate.cli.main(
             ["predict", "--model", str(folder), "--adata", str(tmp_path / "screen.h5ad"), "--output"]
             + [str(tmp_path / "local.h5ad"), "--perturbation", "pert_0", "--quiet"]
         )

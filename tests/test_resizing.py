@@ -8,7 +8,9 @@ import torch
 from family_tests import wave
 from torch import nn
 
-from pertstate import FAMILIES, StateConfig, StateForPerturbation, StateProcessor
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.configuration_state import StateConfig
+from pertstate.families import FAMILIES
 from pertstate.processing import PerturbationFeatures, Vocabulary
 
 
@@ -44,9 +46,9 @@ TOGETHER = ("state-cpa on counts", "state-scvi", "state-scgpt", "state-scgpt, dr
 def model_of(case: str, **overrides):
     """A model whose weights are the same on every machine, in evaluation mode."""
     family, fields = CASES[case]
-    model = FAMILIES[family](
-        FAMILIES[family].config_class.from_preset("tiny", **{**SIZES, **fields, **overrides})
-    ).eval()
+    model = (
+        FAMILIES[family].model(FAMILIES[family].config.from_preset("tiny", **{**SIZES, **fields, **overrides})).eval()
+    )
     with torch.no_grad():
         for i, (_, parameter) in enumerate(sorted(model.named_parameters())):
             scale = 1.0 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
@@ -71,7 +73,7 @@ def predict(model, batch) -> torch.Tensor:
 
 
 def test_every_family_that_learns_is_among_the_cases():
-    learning = {name for name, family in FAMILIES.items() if not family.fitted}
+    learning = {name for name, family in FAMILIES.items() if not family.model.fitted}
     assert {family for family, _ in CASES.values()} == learning
 
 
@@ -359,7 +361,7 @@ def test_adapters_go_beside_the_layers_that_the_family_names():
         ValueError, match="state-embed-sum has no backbone with feed-forward layers.*leave lora_mlp out"
     ):
         model_of("state-embed-sum").lora_targets(feed_forward=True)
-    fitted = FAMILIES["state-linear"](FAMILIES["state-linear"].config_class(**SIZES))
+    fitted = FAMILIES["state-linear"].model(FAMILIES["state-linear"].config(**SIZES))
     with pytest.raises(ValueError, match="state-linear has no layers that low-rank adapters go beside"):
         fitted.lora_targets()
 

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from pertstate.hub.restricted_pickle import RefusedPickleError, StoredArray, StoredTensor, read_pickled
+from pertstate.legacy.restricted_pickle import (
+    RefusedPickleError,
+    StoredArray,
+    StoredTensor,
+    read_pickled,
+)
 
 
 class Payload:

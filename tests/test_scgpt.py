@@ -13,10 +13,15 @@ from family_tests import FamilyTests
 from published_scgpt import PublishedScGPT, write_published
 from safetensors.torch import load_file
 
-import pertstate_cli
-from pertstate import ScGPTConfig, ScGPTForPerturbation, StateProcessor, train
+import pertstate.cli
+from pertstate import (
+    ScGPTConfig,
+    ScGPTForPerturbation,
+    StateProcessor,
+    train,
+)
 from pertstate.data import simulate_screen
-from pertstate.modeling_scgpt import ScGPTOutput
+from pertstate.families.scgpt.modeling_scgpt import ScGPTOutput
 from pertstate.processing import PerturbationFeatures, Vocabulary
 from pertstate.training import objective_for
 
@@ -517,7 +522,7 @@ def test_a_chemical_run_with_vectors_predicts_a_drug_that_was_never_measured(scr
     train.main(write_run(screen, tmp_path, model, {"perturbation_features": str(table)}))
     out = tmp_path / "predicted.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", screen, "--output", out, "--context", "type_3"]
-    assert pertstate_cli.main([str(word) for word in [*words, "--perturbation", "new", "pert_0", "--quiet"]]) == 0
+    assert pertstate.cli.main([str(word) for word in [*words, "--perturbation", "new", "pert_0", "--quiet"]]) == 0
     predicted = ad.read_h5ad(out)
     mean = {name: predicted[predicted.obs["perturbation"] == name].X.mean(axis=0) for name in ("new", "pert_0")}
     assert np.isfinite(mean["new"]).all() and not np.allclose(mean["new"], mean["pert_0"])

@@ -10,7 +10,7 @@ import torch
 from published_scgpt import PublishedScGPT, write_published
 
 from pertstate import ScGPTConfig, ScGPTForPerturbation
-from pertstate.hub.scgpt import load_published, published_fields
+from pertstate.legacy.scgpt import load_published, published_fields
 
 
 # The folder's genes, in another order than the model's; the model has one that the folder has not.

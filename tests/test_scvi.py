@@ -13,9 +13,14 @@ from mpmath import mp, mpf
 from scipy import stats
 from scipy.special import gammaln
 
-import pertstate_cli
-from pertstate import SCVIConfig, SCVIForPerturbation, StateProcessor, train
-from pertstate.count_distributions import (
+import pertstate.cli
+from pertstate import (
+    SCVIConfig,
+    SCVIForPerturbation,
+    StateProcessor,
+    train,
+)
+from pertstate.base.count_distributions import (
     negative_binomial_log_prob,
     negative_binomial_mean_log1p,
     sample_negative_binomial,
@@ -504,9 +509,9 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     settings = json.loads((folder / "processor_config.json").read_text())
     assert (settings["values"], settings["predicts"], settings["target_sum"]) == ("counts", "log1p", library_size)
     words = ["predict", "--model", folder, "--adata", screen, "--output", out, "--context", "type_3", "--quiet"]
-    assert pertstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate.cli.main([str(word) for word in words]) == 0
     words = ["evaluate", "--predicted", out, "--real", screen, "--train", screen, "--output", scores, "--quiet"]
-    assert pertstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate.cli.main([str(word) for word in words]) == 0
 
     real, predicted = ad.read_h5ad(screen), ad.read_h5ad(out)
     units = "unscaled counts" if library_size is None else f"{library_size} counts per cell"
@@ -567,7 +572,7 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
             "--quiet",
             *flags,
         ]
-        assert pertstate_cli.main([str(word) for word in words]) == 0
+        assert pertstate.cli.main([str(word) for word in words]) == 0
         return ad.read_h5ad(tmp_path / name)
 
     first, again, other = (predict(f"{i}.h5ad", "--sample-counts", seed) for i, seed in enumerate((4, 4, 5)))
@@ -593,7 +598,7 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
         "--sample-counts",
         1,
     ]
-    assert pertstate_cli.main([*map(str, words), "--quiet"]) == 1
+    assert pertstate.cli.main([*map(str, words), "--quiet"]) == 1
     assert "state-embed-sum predicts no distribution of counts" in capsys.readouterr().err
     assert not (tmp_path / "x.h5ad").exists()
 
@@ -603,7 +608,7 @@ def test_a_store_of_counts_gives_the_same_run(screen, tmp_path):  # noqa: F811
     config = case.run_yaml(screen, tmp_path)
     expected = train.main([str(config)])
     words = ["prepare", "--config", config, "--output", tmp_path / "store", "--quiet"]
-    assert pertstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate.cli.main([str(word) for word in words]) == 0
     found = train.main([str(config), "--store", str(tmp_path / "store"), "--output_dir", str(tmp_path / "stored")])
     timing = ("runtime", "per_second")
     assert {k: v for k, v in found.items() if not k.endswith(timing)} == {
@@ -668,13 +673,13 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
 
     out = tmp_path / "drawn.h5ad"
     words = ["predict", "--model", tmp_path / "run", "--adata", tmp_path / "screen.h5ad", "--output", out]
-    assert pertstate_cli.main([str(word) for word in [*words, "--quiet", "--sample-counts", 0]]) == 0
+    assert pertstate.cli.main([str(word) for word in [*words, "--quiet", "--sample-counts", 0]]) == 0
     drawn = ad.read_h5ad(out)
     keep = [held.get(c) == p for c, p in zip(drawn.obs["cell_type"], drawn.obs["perturbation"])]
     drawn[keep].write_h5ad(out)
     words = ["evaluate", "--predicted", out, "--real", tmp_path / "screen.h5ad", "--train", tmp_path / "screen.h5ad"]
     words += ["--output", tmp_path / "scores.csv", "--quiet"]
-    assert pertstate_cli.main([str(word) for word in words]) == 0
+    assert pertstate.cli.main([str(word) for word in words]) == 0
     table = pd.read_csv(tmp_path / "scores.csv")
     energy = table[table["context"] == "mean"].set_index("method")["energy"]
     assert len(table) == 4 * 3 and energy["model"] < 0.5 * energy["no change"]

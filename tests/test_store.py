@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import pertstate.train
+from pertstate.cli import main
 from pertstate.data import (
     CellStore,
     SentenceCollator,
@@ -30,9 +31,8 @@ from pertstate.data import (
 )
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.store import StoredRows
-from pertstate.hub.stores import open_store, write_parquet
+from pertstate.data.stores import open_store, write_parquet
 from pertstate.processing import StateProcessor
-from pertstate_cli import main
 
 
 GENES = 80
@@ -578,7 +578,7 @@ def command(folder, output) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "pertstate_cli",
+        "pertstate.cli",
         "prepare",
         "--config",
         str(config),
@@ -598,7 +598,7 @@ def audit(event, args):
     if count[0] >= limit:
         os._exit(137)
 sys.addaudithook(audit)
-from pertstate_cli import main
+from pertstate.cli import main
 raise SystemExit(main(sys.argv[1:]))
 """
 
@@ -628,7 +628,7 @@ def test_two_at_once_do_not_meet(folder, tmp_path):
     output = tmp_path / "s"
     slow = "import sys, time; import pertstate.data.preparation as p; run = p._write_runs\n"
     slow += "p._write_runs = lambda *a: (print('writing', flush=True), sys.stdin.readline(), run(*a))[2]\n"
-    slow += "from pertstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
+    slow += "from pertstate.cli import main; raise SystemExit(main(sys.argv[1:]))"
     words = command(folder, output)
     first = subprocess.Popen(
         [sys.executable, "-c", slow, *words[3:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -644,7 +644,7 @@ def test_two_at_once_do_not_meet(folder, tmp_path):
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     words = command(folder, tmp_path / "s")
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-    limit += "from pertstate_cli import main; raise SystemExit(main(sys.argv[1:]))"
+    limit += "from pertstate.cli import main; raise SystemExit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", limit, *words[3:]], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert f"cannot be written, nothing is left of it: File too large: '{tmp_path / 's'}'" in done.stderr

@@ -9,14 +9,14 @@ import pytest
 
 from pertstate.data import prepare, simulate_screen
 from pertstate.data.arguments import DataArguments, PrepareArguments
-from pertstate.hub.stores import push_store
+from pertstate.data.stores import push_store
 
 
 # Each part of the cell's life in one process, as `datasets` and `transformers` read where the Hub is when imported.
 OPEN = """
 import json, sys
 import numpy as np
-from pertstate.hub.stores import open_store
+from pertstate.data.stores import open_store
 store = open_store(sys.argv[1])
 print(json.dumps([store.obs().index.tolist(), float(store.to_anndata().X.sum()), len(store.groups)]))
 """

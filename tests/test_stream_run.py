@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import pertstate.train
 from pertstate.data import prepare, simulate_screen
 from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.stores import write_parquet
 from pertstate.data.streaming import read_stream_state
-from pertstate.hub.stores import write_parquet
 
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,14 @@ from datasets import load_dataset
 from datasets.packaged_modules.parquet.parquet import Parquet
 from torch.utils.data import DataLoader
 
-from pertstate import StateConfig, StateForPerturbation, StateProcessor
-from pertstate.data import SentenceCollator, SentenceDataset, Splits, simulate_screen
+from pertstate import StateForPerturbation, StateProcessor
+from pertstate.configuration_state import StateConfig
+from pertstate.data import (
+    SentenceCollator,
+    SentenceDataset,
+    Splits,
+    simulate_screen,
+)
 from pertstate.data.cell_pool import CellPool, CellRows, Reservoirs
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 from pertstate.data.stream_survey import StreamSurvey, survey_stream

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pertstate_cli
+import pertstate.cli
 from pertstate.data import simulate_screen
 
 
@@ -93,7 +93,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
 
 def test_processes_share_out_a_store_as_they_do_files(folder):
     """Two processes with two workers each, from a store, learn what the same run from files does, bit for bit."""
-    assert pertstate_cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
+    assert pertstate.cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
     flags = ["--max_steps", "10", "--save_steps", "10"]
     train(folder, "--output_dir", str(folder / "from_files"), *flags, processes=2)
     store = ["--store", str(folder / "store"), "--dataloader_num_workers", "2"]

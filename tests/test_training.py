@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pertstate import StateConfig, StateForPerturbation
-from pertstate.data import SentenceDataset, Splits, load_cells, simulate_screen
+from pertstate import StateForPerturbation
+from pertstate.configuration_state import StateConfig
+from pertstate.data import (
+    SentenceDataset,
+    Splits,
+    load_cells,
+    simulate_screen,
+)
 from pertstate.evaluation.metrics import score_group
 from pertstate.training import StateTrainer, StateTrainingArguments
 

@@ -1,7 +1,7 @@
 """Objectives, the Trainer and its arguments."""
 
+from pertstate.families import objective_for
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.objectives import objective_for
 from pertstate.training.trainer import StateTrainer
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file, extract_commit_hash
 
-from pertstate import FAMILIES
-from pertstate.configuration_families import ScGPTConfig
-from pertstate.configuration_state import PerturbationConfig
+from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.modeling_finetuning import VocabularyChange
+from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.base.vocabulary import Vocabulary
 from pertstate.data.arguments import DataArguments
 from pertstate.data.perturbation_features import read_perturbation_features
+from pertstate.families import FAMILIES
+from pertstate.families.scgpt.configuration_scgpt import ScGPTConfig
 from pertstate.hub.checkpoints import adapter_config, check_name
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
-from pertstate.modeling_finetuning import VocabularyChange
-from pertstate.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.processing import StateProcessor
-from pertstate.vocabulary import Vocabulary
 
 
 # Families that can start from a folder of weights published elsewhere.
@@ -84,7 +84,7 @@ class Pretrained:
                     f"model.{name}={value!r} contradicts the checkpoint {self.name}, which has {has!r}; leave it out. What "
                     f"may differ: {', '.join(config.training_fields)}"
                 )
-        config._check()
+        config.validate()
         return config
 
     def processor_for(self, data: DataArguments, given: frozenset[str], reading: dict | None) -> StateProcessor:
@@ -146,7 +146,9 @@ class Pretrained:
         self, config: PerturbationConfig, processor: StateProcessor
     ) -> tuple[PerturbationPreTrainedModel, VocabularyChange]:
         """The checkpoint's weights under a config of [`Pretrained.config_for`], resized to the names of a processor."""
-        model = FAMILIES[config.model_type].from_pretrained(self.name, revision=self.revision or "main", config=config)
+        model = FAMILIES[config.model_type].model.from_pretrained(
+            self.name, revision=self.revision or "main", config=config
+        )
         model.name_or_path = self.name
         return model, model.resize_vocabulary(self.processor.vocabulary, processor.vocabulary)
 
@@ -184,7 +186,7 @@ def config_of(section: dict) -> PerturbationConfig:
         raise ValueError(
             f"model.pretrained={name!r} is a {config.model_type!r} model; expected one of {', '.join(FAMILIES)}"
         )
-    if FAMILIES[config.model_type].fitted:
+    if FAMILIES[config.model_type].model.fitted:
         raise ValueError(
             f"model.pretrained={name!r}: {config.model_type} is fitted in one pass, there is nothing to train further; leave "
             "pretrained out and fit it on all the data"

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import yaml
 
-from pertstate.configuration_state import closest
+from pertstate.base.messages import closest
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
-from pertstate.hub.stores import on_hub
+from pertstate.data.stores import on_hub
 
 
 # Fields that hold paths of the machine that runs.

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from pertstate.configuration_state import PerturbationConfig
+from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.stream_survey import StreamSurvey, survey_stream
 from pertstate.data.streaming import SentenceStream, read_stream_state
-from pertstate.hub.streams import datasets_of, manifest_of, open_stream
+from pertstate.data.streams import datasets_of, manifest_of, open_stream
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.run_config import RunConfig

@@ -21,18 +21,29 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.modeling_perturbation import (
+    CELL_MASK,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+)
 from pertstate.data.cells import Cells
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.streaming import SentenceStream, read_stream_state
-from pertstate.evaluation.metrics import METRICS, AsPredicted, MeanChanges, average, score_group
+from pertstate.evaluation.metrics import (
+    METRICS,
+    AsPredicted,
+    MeanChanges,
+    average,
+    score_group,
+)
 from pertstate.evaluation.prediction import check_perturbations, counted_elsewhere
-from pertstate.hub.errors import on_the_hub
+from pertstate.families import objective_for
 from pertstate.hub.publish import hide, reveal
 from pertstate.hub.push import address_of, ensure_repository, push_checkpoint
-from pertstate.modeling_perturbation import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS
 from pertstate.processing import StateProcessor
 from pertstate.training.fitting import gather_sums
-from pertstate.training.objectives import objective_for
 
 
 logger = logging.getLogger(__name__)

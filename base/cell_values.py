@@ -1,0 +1,373 @@
+"""Reading the values of cells: rows and genes, what kind of values they are, CP10K, errors that name cell and gene."""
+
+from collections.abc import Callable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from .messages import closest, some
+
+
+# Counts a cell is scaled to unless something else is asked for.
+TARGET_SUM = 1e4
+# log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
+_LARGEST_LOG1P = 20.0
+
+
+def check_numbers(dtype: np.dtype, name: str):
+    """ValueError unless values of a type are numbers. Complex ones, text and objects are not."""
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} holds values of type {dtype}, expected numbers")
+
+
+def check_matrix(matrix, name: str):
+    """ValueError unless it holds numbers in two dimensions."""
+    if len(matrix.shape) != 2:
+        raise ValueError(f"{name} has {len(matrix.shape)} dimensions, expected cells x features")
+    check_numbers(matrix.dtype, name)
+
+
+def native_numbers(values: np.ndarray) -> np.ndarray:
+    """The values in a type that scipy knows: not half precision, nor the byte order of another machine."""
+    if values.dtype == np.float16:
+        return values.astype(np.float32)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def take_rows(matrix, rows):
+    """
+    Some rows of an in-memory or backed, dense or sparse matrix, in memory: CSR or ndarray.
+
+    Raises:
+        ValueError: it does not hold numbers in two dimensions.
+    """
+    taken = matrix.iloc[rows].to_numpy() if isinstance(matrix, pd.DataFrame) else matrix[rows]
+    if not sp.issparse(taken):
+        taken = np.asarray(taken)
+        check_matrix(taken, "the matrix")
+        return native_numbers(taken)
+    check_matrix(taken, "the matrix")
+    taken = sp.csr_matrix(taken)
+    if not taken.has_canonical_format:
+        # An entry that stands in parts would be checked, and log1p-transformed, part by part. The sum of small whole
+        # numbers may not fit their type.
+        taken = taken.copy() if taken.dtype.kind == "f" else taken.astype(np.int64)
+        taken.sum_duplicates()
+    return taken
+
+
+def matrix_of(adata: ad.AnnData, source: str):
+    """
+    The matrix that `"X"`, `"layers/NAME"` or `"obsm/NAME"` names.
+
+    Raises:
+        KeyError: there is none; what there is is listed.
+        ValueError: the name is none of these, or an embedding has no dimensions.
+    """
+    if source == "X":
+        if adata.X is None:
+            raise KeyError(f"input 'X': the data have no X, found layers {some(adata.layers)}")
+        return adata.X
+    kind, _, name = source.partition("/")
+    if kind not in ("layers", "obsm") or not name:
+        raise ValueError(f"input={source!r}: expected 'X', 'layers/NAME' or 'obsm/NAME'")
+    holder = adata.layers if kind == "layers" else adata.obsm
+    if name not in holder:
+        raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
+    matrix = holder[name]
+    if kind == "obsm" and matrix.shape[1] == 0:
+        raise ValueError(f"{source} has no dimensions, expected at least one")
+    return matrix
+
+
+def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):
+    """ValueError that names cell and gene of the first NaN, infinite or (optionally) negative value."""
+    data = matrix.data if sp.issparse(matrix) else matrix
+    if data.size == 0:
+        return
+    if np.isfinite(data.min()) and np.isfinite(data.max()) and not (nonnegative and data.min() < 0):
+        return
+    bad = ~np.isfinite(data) | (data < 0 if nonnegative else False)
+    if sp.issparse(matrix):
+        first = np.flatnonzero(bad)[0]
+        row, column = np.searchsorted(matrix.indptr, first, side="right") - 1, matrix.indices[first]
+        value = data[first]
+    else:
+        row, column = np.argwhere(bad)[0]
+        value = matrix[row, column]
+    cell = adata.obs_names[np.arange(adata.n_obs)[rows][row]]
+    feature = f"dimension {column}" if source.startswith("obsm/") else f"gene {adata.var_names[column]!r}"
+    raise ValueError(
+        f"{source} holds {value} in cell {cell!r}, {feature} ({int(bad.sum())} such values read); expected finite"
+        + (" and non-negative expression (scaled or centred values are not expression)" if nonnegative else " values")
+    )
+
+
+def kind_of_values(matrix) -> str:
+    """`"counts"` (whole numbers), `"log1p"`, `"linear"` (larger than any log1p value) or `"zeros"`."""
+    data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
+    if data.size == 0 or not data.any():
+        return "zeros"
+    if np.issubdtype(data.dtype, np.integer) or np.array_equal(data, np.rint(data)):
+        return "counts"
+    return "linear" if data.max() > _LARGEST_LOG1P else "log1p"
+
+
+def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
+    found = {
+        "counts": "whole numbers (counts)",
+        "log1p": "fractional values (log1p already?)",
+        "linear": "fractional values too large for log1p (normalised, not yet log1p?)",
+    }[kind]
+    if expected == "counts":
+        return (
+            f"{source}: expected counts, found {found}; this processor normalises by itself, so give it the raw counts "
+            "(input='layers/counts' where they lie in a layer)"
+        )
+    if kind == "counts":
+        fix = f"sc.pp.normalize_total(adata, target_sum={target_sum:g}); sc.pp.log1p(adata)"
+    else:
+        fix = "sc.pp.log1p(adata)"
+    return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
+
+
+def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
+    """(normalize, values) from what was asked for and the kinds of values that the files hold."""
+    kinds = found - {"zeros"}
+    if len(kinds) > 1:
+        raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
+    kind = kinds.pop() if kinds else "log1p"
+    if kind == "linear":
+        raise ValueError(wrong_kind(source, "log1p", kind, TARGET_SUM))
+    if asked == "log1p_cp10k" and kind != "counts":
+        raise ValueError(wrong_kind(source, "counts", kind, TARGET_SUM))
+    if asked == "none":
+        return "none", kind
+    return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
+
+
+def describe_reading(normalize: str, values: str, target_sum: float | None) -> str:
+    """What a model reads, in words, from settings of its processor."""
+    if normalize == "log1p_cp10k":
+        return f"counts, scaled to {target_sum:,g} per cell and log1p"
+    return {"log1p": "log1p expression", "counts": "counts, as they are", "embedding": "an embedding"}[values]
+
+
+def describe_values(values: str, scaled: bool, target_sum: float | None) -> str:
+    """What values are, in words; of log1p expression made from counts, `scaled`, what they were scaled to."""
+    if values != "log1p":
+        return values
+    if not scaled:
+        return "log1p expression"
+    return "log1p expression " + ("(unscaled counts)" if target_sum is None else f"({target_sum:g} counts per cell)")
+
+
+def cell_totals(counts) -> np.ndarray:
+    """Counts of each cell over all genes, `(cells,)` float64, of a dense or sparse matrix `(cells, genes)`."""
+    return np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def normalize_counts(
+    counts: np.ndarray, totals: np.ndarray, target_sum: float, stored: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    Counts scaled to `target_sum` a cell, then log1p. A cell without counts stays 0.
+
+    Args:
+        counts (`np.ndarray`): of shape `(cells, genes)`; or, with `stored`, the stored values of sparse rows, one
+            cell's after another (the `data` of a CSR matrix). Any numeric type; left as it is.
+        totals (`np.ndarray` of shape `(cells,)`): counts of each cell over all genes of the data ([`cell_totals`]), not
+            only over those given.
+        target_sum (`float`): counts a cell is scaled to.
+        stored (`np.ndarray` of shape `(cells,)`, *optional*): how many of the values are each cell's
+            (`np.diff(indptr)`).
+
+    Returns:
+        `np.ndarray` of the shape of `counts`, float32: log1p expression.
+    """
+    totals = np.asarray(totals, dtype=np.float64)
+    scale = (target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
+    values = counts.astype(np.float32)
+    values *= scale[:, None] if stored is None else np.repeat(scale, stored)
+    return np.log1p(values, out=values)
+
+
+def read_expression(
+    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float
+) -> "sp.csr_matrix | np.ndarray":
+    """
+    Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
+
+    Args:
+        source (`str`): `"X"` or `"layers/NAME"`.
+        expected (`str`): `"counts"` or `"log1p"`, the values that are there.
+        as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
+
+    Raises:
+        KeyError, ValueError: nothing is there, or other values than expected.
+    """
+    matrix = take_rows(matrix_of(adata, source), rows)
+    check_finite(matrix, adata, rows, source, nonnegative=True)
+    kind = kind_of_values(matrix)
+    if kind not in (expected, "zeros"):
+        raise ValueError(wrong_kind(source, expected, kind, target_sum))
+    if not (expected == "counts" and as_log1p):
+        return matrix[:, columns].astype(np.float32)
+    totals, matrix = cell_totals(matrix), matrix[:, columns]
+    if not sp.issparse(matrix):
+        return normalize_counts(matrix, totals, target_sum)
+    matrix.data = normalize_counts(matrix.data, totals, target_sum, stored=np.diff(matrix.indptr))
+    return matrix
+
+
+def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: Callable[[], np.ndarray]) -> float:
+    """
+    What counts are scaled to: the number asked for, or with `"median"` the median total of the cells that have counts.
+
+    Args:
+        source (`str`): where the values are read, for errors.
+        totals (`Callable`): gives the counts of every training cell; called for the median alone.
+
+    Raises:
+        ValueError: it is neither a number above 0 nor `"median"`, or the values are not counts that are scaled.
+    """
+    number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
+    if asked != "median" and not (number and np.isfinite(asked) and asked > 0):
+        raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
+    if normalize != "log1p_cp10k":
+        raise ValueError(
+            f"target_sum={asked!r} is what counts are scaled to, but {source} is used as it is; leave target_sum out, "
+            "or read raw counts with normalize='auto'"
+        )
+    if asked != "median":
+        return float(asked)
+    found = totals()
+    if not found.any():
+        raise ValueError(f"target_sum='median': no training cell has counts in {source}; give a number")
+    return float(np.median(found[found > 0]))
+
+
+def totals_of(adatas: list[ad.AnnData], source: str) -> np.ndarray:
+    """Counts of every cell of some data, `(cells,)` float64, read block by block."""
+    totals = []
+    for data in adatas:
+        for start in range(0, data.n_obs, 4096):
+            rows = slice(start, start + 4096)
+            counts = take_rows(matrix_of(data, source), rows)
+            check_finite(counts, data, rows, source, nonnegative=True)
+            totals.append(cell_totals(counts))
+    return np.concatenate(totals)
+
+
+def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
+    """The genes that all data have, in the order of the first. ValueError where names stand twice or none is common."""
+    shared = adatas[0].var_names
+    for data in adatas:
+        if len(data.var_names) == 0:
+            raise ValueError("the data have no genes, expected at least one name in var")
+        if not data.var_names.is_unique:
+            duplicates = data.var_names[data.var_names.duplicated()].unique()
+            raise ValueError(
+                f"gene names are not unique, found {some(duplicates)} twice; run adata.var_names_make_unique()"
+            )
+        shared = shared[shared.isin(data.var_names)]
+    if len(shared) == 0:
+        raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
+    return shared
+
+
+def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.ndarray:
+    """
+    The column of each gene in the data, int64, -1 where it has none.
+
+    Raises:
+        KeyError: genes are missing and `missing_genes` is `"error"`, or all are.
+        ValueError: a gene stands twice in the data, or `missing_genes` is neither `"error"` nor `"zero"`.
+    """
+    if missing_genes not in ("error", "zero"):
+        raise ValueError(f"missing_genes={missing_genes!r}; expected 'error' or 'zero'")
+    if not adata.var_names.is_unique:
+        names = pd.Index(adata.var_names)
+        duplicates = names[names.duplicated()].unique().intersection(pd.Index(genes))
+        duplicates = duplicates.tolist()
+        if duplicates:
+            raise ValueError(
+                f"genes of the model stand twice in the data: {some(duplicates)}; run adata.var_names_make_unique()"
+            )
+        columns = pd.Series(np.arange(len(names)), index=names)[lambda s: ~s.index.duplicated()]
+        columns = columns.reindex(genes, fill_value=-1).to_numpy()
+    else:
+        columns = adata.var_names.get_indexer(genes)
+    missing = [g for g, column in zip(genes, columns) if column < 0]
+    if missing and (missing_genes == "error" or len(missing) == len(genes)):
+        raise KeyError(
+            f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
+            + ("; pass missing_genes='zero' to read them as unexpressed" if len(missing) < len(genes) else "")
+            + f" (the data's genes look like {some(adata.var_names, 3)})"
+        )
+    return columns
+
+
+def dense_genes(present, columns: np.ndarray) -> np.ndarray:
+    """Expression of the genes that the data have, `(cells, genes)` dense float32, 0 where `columns` is -1: they lack it."""
+    dense = present.toarray() if sp.issparse(present) else np.asarray(present)
+    if dense.shape[1] == len(columns):
+        return np.ascontiguousarray(dense, dtype=np.float32)
+    full = np.zeros((dense.shape[0], len(columns)), dtype=np.float32)
+    full[:, columns >= 0] = dense
+    return full
+
+
+def choose_genes(adatas: list[ad.AnnData], genes: int | list[str] | None, read: Callable) -> list[str]:
+    """
+    The genes of a model: so many highly variable ones, the ones listed, or all that the data share.
+
+    Args:
+        read (`Callable`): log1p expression of some columns of an AnnData.
+
+    Raises:
+        KeyError, ValueError: the data lack listed genes, or have fewer than the number asked for.
+    """
+    shared = shared_genes(adatas)
+    if genes is None:
+        return [str(g) for g in shared]
+    if isinstance(genes, str):
+        raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
+    if not isinstance(genes, (int, np.integer)):
+        return listed_genes(genes, shared)
+    if not 1 <= genes <= len(shared):
+        raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
+    if genes == len(shared):
+        return [str(g) for g in shared]
+    blocks = [sp.csr_matrix(read(data, data.var_names.get_indexer(shared))) for data in adatas]
+    return highly_variable_genes(sp.vstack(blocks, format="csr"), shared, genes)
+
+
+def listed_genes(genes, shared: pd.Index) -> list[str]:
+    """The genes of a list, in its order. KeyError for those that the data lack."""
+    genes = [str(g) for g in genes]
+    missing = [g for g, there in zip(genes, pd.Index(genes).isin(shared)) if not there]
+    if missing:
+        raise KeyError(f"{len(missing)} of {len(genes)} listed genes are not in the data: {missing[:10]}")
+    return genes
+
+
+def highly_variable_genes(expression, genes, count: int) -> list[str]:
+    """
+    The `count` most variable genes of log1p expression `(cells, genes)`, CSR or a dask array of CSR blocks, in the data's
+    order (scanpy, "seurat").
+    """
+    # A checkpoint's user never chooses genes: scanpy is not needed to load this file.
+    try:
+        import scanpy as sc
+    except ImportError as error:
+        raise ImportError("choosing highly variable genes needs scanpy: pip install scanpy") from error
+    joined = ad.AnnData(expression, var=pd.DataFrame(index=genes))
+    # numba, which scanpy computes with, resets the number of threads that torch shares with it.
+    threads = torch.get_num_threads()
+    sc.pp.highly_variable_genes(joined, n_top_genes=count)
+    torch.set_num_threads(threads)
+    return [str(g) for g, chosen in zip(genes, joined.var["highly_variable"]) if chosen]

@@ -1,0 +1,50 @@
+"""What the families that model raw counts share."""
+
+from typing import Literal
+
+from .configuration_perturbation import NetworkConfig, strict_config
+
+
+@strict_config
+class CountsConfig(NetworkConfig):
+    r"""
+    What the families that model raw counts share: they read counts, and predict log1p expression like the others. The
+    fields of [`NetworkConfig`], and:
+
+    Args:
+        likelihood (`str`, *optional*, defaults to `"zinb"`):
+            Distribution of a count.
+
+            - `"nb"`: negative binomial, with one inverse dispersion for each gene
+            - `"zinb"`: the same, with additional zeros
+        prediction (`str`, *optional*, defaults to `"mean_log1p"`):
+            What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
+
+            - `"mean_log1p"`: the mean of its log1p expression, what the mean of observed cells estimates
+            - `"log1p_mean"`: log1p of its mean expression, as published. Above the former, most where counts are few:
+              figures of observed log1p cells are then far from its own
+        library_size (`float`, *optional*, defaults to 10,000):
+            Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
+    """
+
+    likelihood: Literal["nb", "zinb"] = "zinb"
+    prediction: Literal["mean_log1p", "log1p_mean"] = "mean_log1p"
+    library_size: float | int | None = 10_000
+
+    @property
+    def reads_counts(self) -> bool:
+        return True
+
+    def validate_counts(self):
+        if self.library_size is not None and not 0 < self.library_size < float("inf"):
+            raise ValueError(f"library_size must be a number above 0, or None, found {self.library_size}")
+        predicts_genes = self.output_dim == self.input_dim and self.gene_dim is None and self.nonnegative_output
+        if self.reads_counts and not predicts_genes:
+            raise ValueError(
+                "this model reads counts of genes and predicts log1p expression of the same genes: expected output_dim == "
+                f"input_dim, no gene_dim and nonnegative_output, found output_dim={self.output_dim}, input_dim="
+                f"{self.input_dim}, gene_dim={self.gene_dim}, nonnegative_output={self.nonnegative_output}; leave them out"
+            )
+
+
+__all__ = ["CountsConfig"]

@@ -1,0 +1,305 @@
+"""What a checkpoint needs to be trained further: rows and columns that follow a vocabulary, and where adapters go."""
+
+import copy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from .checkpoint_files import find_file, hub_arguments, read_json
+from .messages import closest
+
+
+# What the rows or columns of a tensor stand for: one of the lists of a vocabulary, or the features of a cell.
+GENES, PERTURBATIONS, CONTEXTS, BATCHES = "genes", "perturbations", "contexts", "batches"
+FEATURES, PERTURBATIONS_AND_CONTROL = "features", "perturbations and control"
+_SIZES = {PERTURBATIONS: "num_perturbations", CONTEXTS: "num_contexts", BATCHES: "num_batches"}
+
+
+@dataclass
+class NamesChange:
+    """Names of one kind: `kept`, `added` and `dropped`, each a `list[str]`."""
+
+    kept: list[str]
+    added: list[str]
+    dropped: list[str]
+
+
+@dataclass
+class VocabularyChange:
+    r"""
+    What [`FineTuningMixin.resize_vocabulary`] did; `print` shows it.
+
+    Args:
+        names (`dict[str, NamesChange]`): of `"genes"`, `"perturbations"`, `"contexts"` and `"batches"`.
+        tensors (`dict[str, tuple[torch.Size, torch.Size]]`): the tensors whose rows or columns were laid out anew, with
+            their shape before and after.
+        grown (`list[str]`): those of them that have rows or columns of added names.
+    """
+
+    names: dict[str, NamesChange] = field(default_factory=dict)
+    tensors: dict[str, tuple[torch.Size, torch.Size]] = field(default_factory=dict)
+    grown: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, change in self.names.items():
+            parts = [f"{len(change.kept)} kept"]
+            for what, names in (("added", change.added), ("dropped", change.dropped)):
+                shown = ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
+                parts.append(f"{len(names)} {what}" + (f" ({shown})" if names else ""))
+            lines.append(f"{kind}: {', '.join(parts)}")
+        return "\n".join(lines)
+
+
+class FineTuningMixin:
+    """Of every model: it meets other names than it was trained with, and says where low-rank adapters belong."""
+
+    # Parts whose linear layers adapters are put beside; where a part has attention, the names of its layers.
+    _adapted_parts: tuple[str, ...] = ()
+    _attention_layers: tuple[str, ...] = ()
+    _feed_forward_layers: tuple[str, ...] = ()
+    # The revision of its repository that it was loaded from; whether it was resized since.
+    _revision: str | None = None
+    _resized = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in [`CheckedPreTrainedModel`]."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if kwargs.get("output_loading_info") else loaded)._revision = kwargs.get("revision")
+        return loaded
+
+    def vocabulary_axes(self) -> dict[str, dict[int, str]]:
+        """
+        The tensors with a row or column for each name: name in the state dict to what its axes stand for, axis to
+        `"genes"`, `"perturbations"`, `"contexts"`, `"batches"`; `"perturbations and control"`, the control last; or
+        `"features"` of a cell: genes, or the dimensions of an embedding.
+        """
+        return {}
+
+    def parts_with_adapters(self) -> list[str]:
+        """Parts that are always trained whole beside adapters."""
+        return []
+
+    def resize_vocabulary(self, old, new) -> VocabularyChange:
+        r"""
+        Lay the weights out for another vocabulary, in place, before any training with it. What is known keeps its
+        weights, wherever it stands in the new one; what is added starts from the mean of all that was known.
+
+        Predictions of what was known do not change: of perturbations by id, contexts and batches to the bit. With other
+        genes, the kept genes are predicted to rounding as before where genes that were added or dropped are not
+        expressed (0) in the control cells. (Except where a family has the genes depend on one another: of models on counts
+        the shares of the kept genes keep their ratios, as all genes together share out a cell's total; tokens of genes that
+        attend to one another keep their embeddings alone.) Perturbations that a model takes as feature vectors have no row: nothing is
+        done for them. A context or batch that is in neither vocabulary (id -1) is given the mean of the known rows by
+        the families that take one; added rows leave it what it was, to rounding.
+
+        Args:
+            old ([`Vocabulary`]): names that the model was trained with, of its own processor.
+            new ([`Vocabulary`]): names that it is to have, in any order; see [`Vocabulary.merged`]. The processor is
+                given the same one: [`StateProcessor.with_vocabulary`].
+
+        Returns:
+            [`VocabularyChange`]: what was kept, added and dropped.
+
+        Raises:
+            ValueError: `old` is not the vocabulary of this model, nothing of a kind is left, or the change needs more
+                than rows and columns; the model is as it was then. Or the family is fitted in one pass.
+        """
+        lists = {kind: (list(getattr(old, kind)), list(getattr(new, kind))) for kind in (GENES, *_SIZES)}
+        config = self.config
+        sizes = self._resized_sizes(lists)
+        axes = self.vocabulary_axes()
+        # The features of a model on embeddings are dimensions, which have no names.
+        of_features = None if config.gene_dim is not None or not lists[GENES][0] else GENES
+        kinds_of_rows = {**lists, PERTURBATIONS_AND_CONTROL: tuple([*names, None] for names in lists[PERTURBATIONS])}
+        state, resized, grown = self.state_dict(), {}, []
+        for name, kinds in axes.items():
+            if name not in state:
+                raise ValueError(
+                    f"expected a plain {type(self).__name__} with a tensor {name!r}, found none; resize the vocabulary "
+                    "before an adapter is put on the model, or merge the adapter first"
+                )
+            for axis, kind in kinds.items():
+                kind = of_features if kind == FEATURES else kind
+                if kind is None or kinds_of_rows[kind][0] == kinds_of_rows[kind][1]:
+                    continue
+                before, after = kinds_of_rows[kind]
+                resized[name] = _laid_out(resized.get(name, state[name]), axis, before, after)
+                if not set(after) <= set(before) and name not in grown:
+                    grown.append(name)
+        config = copy.deepcopy(config)
+        sizes |= config.fields_of_vocabulary(new)
+        for name, size in sizes.items():
+            setattr(config, name, size)
+        config.validate()
+        self._check_resized({**state, **resized}, config)
+
+        for name, size in sizes.items():
+            setattr(self.config, name, size)
+        shapes = {name: (state[name].shape, tensor.shape) for name, tensor in resized.items()}
+        for name, tensor in resized.items():
+            self._replace_tensor(name, tensor)
+        self._resized = True
+        names = {}
+        for kind, (before, after) in lists.items():
+            known, wanted = set(before), set(after)
+            names[kind] = NamesChange(
+                [n for n in before if n in wanted],
+                [n for n in after if n not in known],
+                [n for n in before if n not in wanted],
+            )
+        return VocabularyChange(names, shapes, grown)
+
+    def _resized_sizes(self, lists: dict[str, tuple[list[str], list[str]]]) -> dict[str, int]:
+        """Fields of the config that follow the new names."""
+        config, sizes = self.config, {}
+        current = {kind: getattr(config, name) for kind, name in _SIZES.items()}
+        current[GENES] = config.input_dim if config.gene_dim is None else config.gene_dim
+        for kind, (before, after) in lists.items():
+            if current[kind] is None or (kind == GENES and config.gene_dim is None and not before and not after):
+                continue
+            if len(before) != current[kind]:
+                raise ValueError(
+                    f"expected the vocabulary that this model was trained with ({current[kind]} {kind}), found one of "
+                    f"{len(before)} {kind}; give that of its own processor first and the new one second"
+                )
+            if not after:
+                raise ValueError(f"expected {kind} in the new vocabulary, found none; keep some of {before[:5]}")
+            if kind != GENES:
+                sizes[_SIZES[kind]] = len(after)
+            elif config.gene_dim is not None:
+                sizes["gene_dim"] = len(after)
+            elif config.output_dim == config.input_dim:
+                sizes["input_dim"] = sizes["output_dim"] = len(after)
+            elif before != after:
+                raise ValueError(
+                    f"this model reads {config.input_dim} genes and predicts {config.output_dim} features: its genes "
+                    "cannot be changed; train one anew"
+                )
+        return sizes
+
+    def _check_resized(self, state: dict[str, torch.Tensor], config):
+        """
+        Raises:
+            ValueError: a model of the new config has other tensors than rows and columns account for.
+        """
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in type(self)(config).state_dict().items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        wrong = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+        if wrong:
+            shapes = [
+                f"{name} {tuple(found.get(name) or ())} instead of {tuple(expected.get(name) or ())}" for name in wrong
+            ]
+            raise ValueError(
+                f"{type(self).__name__} with this vocabulary differs in more than rows and columns of its names: "
+                f"{'; '.join(shapes[:3])}; train a model anew, or keep to the names that it has"
+            )
+
+    def _replace_tensor(self, name: str, tensor: torch.Tensor):
+        path, _, leaf = name.rpartition(".")
+        module = self.get_submodule(path)
+        old = getattr(module, leaf)
+        setattr(
+            module,
+            leaf,
+            nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor,
+        )
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Embedding):
+            module.num_embeddings = len(module.weight)
+
+    def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
+        """
+        As in [`PreTrainedModel`]. A model as its checkpoint has it is first resized to the vocabulary that lies beside the
+        adapter, so that an adapter with rows of new names loads by its name alone.
+        """
+        if peft_model_id is not None and self.name_or_path and not self._resized and not self._hf_peft_config_loaded:
+            load_config = kwargs.get("load_config")  # of a model that is being loaded
+            revision = self._revision if load_config is None else load_config.download_kwargs.get("revision")
+            of_adapter = _vocabulary_of(peft_model_id, kwargs.get("adapter_kwargs") or {})
+            own = _vocabulary_of(self.name_or_path, {"revision": revision})
+            if own is not None and of_adapter is not None and own != of_adapter:
+                self.resize_vocabulary(own, of_adapter)
+        return super().load_adapter(peft_model_id, *args, **kwargs)
+
+    def lora_targets(self, feed_forward: bool = False) -> list[str]:
+        """
+        Names of the linear layers that low-rank adapters (Hu et al. 2022, LoRA) are put beside: those of the backbone's
+        attention, or, of a family without attention, all linear layers of its encoders and heads.
+
+        Args:
+            feed_forward (`bool`): those of the backbone's feed-forward layers, too.
+
+        Raises:
+            ValueError: there are no feed-forward layers of a backbone, or nothing that an adapter could be put beside.
+        """
+        if feed_forward and not self._feed_forward_layers:
+            raise ValueError(
+                f"{self.config.model_type} has no backbone with feed-forward layers: all its linear layers have adapters; "
+                "leave lora_mlp out"
+            )
+        linear = [name for name, module in self.named_modules() if isinstance(module, nn.Linear)]
+        names = [name for name in linear if name.split(".")[0] in self._adapted_parts]
+        if self._attention_layers:
+            wanted = self._attention_layers + (self._feed_forward_layers if feed_forward else ())
+            names = [name for name in names if name.rpartition(".")[2] in wanted]
+        if not names:
+            raise ValueError(
+                f"{self.config.model_type} has no layers that low-rank adapters go beside; leave lora_rank out and train all "
+                "of it"
+            )
+        return names
+
+    def freeze_backbone(self):
+        """
+        Keep the backbone as it is; encoders and heads are trained. Loading makes every parameter a trainable one again.
+
+        Raises:
+            ValueError: the family has no backbone.
+        """
+        if not self._attention_layers:
+            raise ValueError(
+                f"{self.config.model_type} has no backbone that could be frozen; its parts are "
+                f"{[name for name, _ in self.named_children()]}"
+            )
+        for part in self._adapted_parts:
+            self.get_submodule(part).requires_grad_(False)
+
+    def submodules(self, names: list[str]) -> list[str]:
+        """
+        These names, which a person gave, of parts of the model.
+
+        Raises:
+            ValueError: there is no such part; the nearest name is said.
+        """
+        known = {name for name, module in self.named_modules() if name and any(True for _ in module.parameters())}
+        for name in names:
+            if name not in known:
+                top = sorted(n for n in known if "." not in n)
+                raise ValueError(f"this model has no part {name!r}; {closest(name, top)}")
+        return list(names)
+
+
+def _vocabulary_of(name: str, hub: dict) -> SimpleNamespace | None:
+    """The lists in a checkpoint's or adapter's `vocabulary.json`; None where it has none."""
+    path = find_file(name, "vocabulary.json", hub_arguments(hub))
+    return None if path is None else SimpleNamespace(**read_json(path))
+
+
+def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> torch.Tensor:
+    """Rows (`axis` 0) or columns (1) of the names `before` to those of `after`; an added one is the mean of all before."""
+    place = {name: i for i, name in enumerate(before)}
+    source = torch.tensor([place.get(name, -1) for name in after], device=tensor.device)
+    laid_out = tensor.index_select(axis, source.clamp(min=0))
+    shape = [1] * tensor.dim()
+    shape[axis] = len(after)
+    mean = tensor.mean(dim=axis, keepdim=True)
+    return torch.where((source < 0).view(shape), mean, laid_out)
+
+
+__all__ = ["FineTuningMixin", "NamesChange", "VocabularyChange"]

@@ -1,0 +1,178 @@
+"""The files of a processor, which must agree with one another and with the model's config."""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import fields
+
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract_commit_hash
+
+from .checkpoint_files import LARGEST_SIZE, find_file, read_json
+from .configuration_perturbation import PerturbationConfig
+from .messages import closest
+from .vocabulary import (
+    PERTURBATION_FEATURES_FILE,
+    VOCABULARY_FILE,
+    PerturbationFeatures,
+    Vocabulary,
+)
+
+
+def _is_name(value) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def _is_place(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"X|(layers|obsm)/.+", value, re.DOTALL) is not None
+
+
+def _is_number_of_counts(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+# What a processor's settings may be: a test and its name. Those that the second table adds may be left out.
+_SETTINGS: dict[str, tuple[Callable, str]] = {
+    "perturbation_key": (_is_name, "the name of a column"),
+    "control": (_is_name, "a label"),
+    "context_key": (_is_name, "the name of a column"),
+    "batch_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
+    "input": (_is_place, "'X', 'layers/NAME' or 'obsm/NAME'"),
+    "gene_input": (lambda value: value is None or _is_place(value), "'X', 'layers/NAME' or null"),
+    "values": (lambda value: value in ("log1p", "counts", "embedding"), "'log1p', 'counts' or 'embedding'"),
+    "normalize": (lambda value: value in ("log1p_cp10k", "none"), "'log1p_cp10k' or 'none'"),
+    "target_sum": (lambda value: value is None or _is_number_of_counts(value), "a number above 0, or null"),
+    "combination_separator": (lambda value: value is None or _is_name(value), "a text, or null"),
+    "feature_dim": (_is_count, "a number of features"),
+    "set_size": (_is_count, "a number of cells"),
+}
+_OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
+    "predicts": (lambda value: value in (None, "log1p"), "'log1p' or null"),
+    "perturbation_dim": (_is_count, "the width of a vector"),
+}
+# What transformers writes beside them.
+_OF_LIBRARY = ("auto_map", "processor_class")
+
+
+def check_settings(settings: dict, path: str | os.PathLike):
+    """
+    Whether the content of `processor_config.json` is what a processor writes.
+
+    Raises:
+        ValueError: a setting is missing, unknown, or of another type or value.
+    """
+    known = {**_SETTINGS, **_OPTIONAL_SETTINGS}
+    for name in settings:
+        if name not in known and name not in _OF_LIBRARY:
+            raise ValueError(f"{path}: unknown setting {name!r}; {closest(name, known)}")
+    missing = [name for name in _SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"{path}: expected the settings {sorted(_SETTINGS)}, found none of {missing}; copy it again")
+    for name, (fits, expected) in known.items():
+        if name in settings and not fits(settings[name]):
+            raise ValueError(
+                f"{path}: {name}: expected {expected}, found {settings[name]!r}; correct it, or copy it again"
+            )
+    if settings["target_sum"] is None and settings.get("predicts") is None:
+        raise ValueError(f"{path}: target_sum: expected a number above 0, found null; correct it, or copy it again")
+
+
+def check_agreement(settings: dict, vocabulary, features, config: dict | None, path: str | os.PathLike):
+    """
+    Whether the names and settings of a processor are those of the model beside it.
+
+    Args:
+        settings (`dict`), vocabulary ([`Vocabulary`]), features ([`PerturbationFeatures`], *optional*): the processor's.
+        config (`dict`, *optional*): content of the model's `config.json`; None for a processor without a model.
+        path: the checkpoint, for errors.
+
+    Raises:
+        ValueError: a number of genes, perturbations, contexts or batches, or a width, is not the one of another file.
+    """
+
+    def check(of: str, expected, what: str, found):
+        if expected != found:
+            raise ValueError(
+                f"{path}: {of} says {expected}, found {found} {what}; the files belong to different "
+                "checkpoints: save or copy model and processor together"
+            )
+
+    genes, batches = len(vocabulary.genes), len(vocabulary.batches)
+    if settings["values"] != "embedding":
+        check("feature_dim in processor_config.json", settings["feature_dim"], "genes in vocabulary.json", genes)
+    if features is not None:
+        width = settings["perturbation_dim"]
+        check("perturbation_dim in processor_config.json", width, "numbers in each perturbation's vector", features.dim)
+    if config is None:
+        return
+    default = {field.name: field.default for field in fields(PerturbationConfig)}
+    names = (
+        "input_dim",
+        "output_dim",
+        "num_perturbations",
+        "perturbation_dim",
+        "num_contexts",
+        "num_batches",
+        "gene_dim",
+    )
+    asked = {name: config.get(name, default[name]) for name in names}
+    found = {
+        "input_dim": ("features (feature_dim) in processor_config.json", settings["feature_dim"]),
+        "num_perturbations": ("perturbations in vocabulary.json", len(vocabulary.perturbations)),
+        "perturbation_dim": ("numbers in each perturbation's vector", None if features is None else features.dim),
+        "num_contexts": ("contexts in vocabulary.json", len(vocabulary.contexts)),
+        "num_batches": ("batches in vocabulary.json", batches),
+        "gene_dim": ("genes in vocabulary.json", genes),
+    }
+    if settings["values"] != "embedding":
+        found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
+        asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
+    # Where a processor has vectors, its model takes those; where it reads expression beside an embedding, it decodes it.
+    needed = {"perturbation_dim": features is not None, "gene_dim": settings["gene_input"] is not None}
+    for name, (what, number) in found.items():
+        if asked[name] is not None or needed.get(name, False):
+            check(f"{name} in {CONFIG_NAME}", asked[name], what, number)
+    # The positions of perturbed genes, where a family has them.
+    genes_at = dict(enumerate(vocabulary.genes))
+    for name, position in zip(vocabulary.perturbations, config.get("perturbed_genes") or []):
+        check(
+            f"perturbed_genes in {CONFIG_NAME}", name, f"at gene {position} of vocabulary.json", genes_at.get(position)
+        )
+
+
+def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str | None]:
+    """
+    The vocabulary and perturbation features of a checkpoint, all of its files checked.
+
+    Args:
+        name: folder, or repository on the Hub.
+        hub (`dict`): [`hub_arguments`].
+
+    Returns:
+        The arguments `vocabulary` and, where there are any, `perturbation_features` of the processor; and the commit of a
+        repository on the Hub, from which all else should be read.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged, or does not agree with another one, the model's config included.
+    """
+    vocabulary = cached_file(name, VOCABULARY_FILE, **hub)
+    if (commit := extract_commit_hash(vocabulary, None)) is not None:
+        # All files of one commit, though a branch may move meanwhile.
+        hub = {**hub, "revision": commit}
+    tables = {"vocabulary": Vocabulary.from_file(vocabulary)}
+    path = cached_file(name, PROCESSOR_NAME, **hub)
+    settings = read_json(path)
+    check_settings(settings, path)
+    if "perturbation_dim" in settings:
+        features = cached_file(name, PERTURBATION_FEATURES_FILE, **hub)
+        tables["perturbation_features"] = PerturbationFeatures.from_file(features)
+    # A processor may stand alone; beside a model it must be the model's.
+    config = find_file(name, CONFIG_NAME, hub)
+    config = None if config is None else read_json(config)
+    check_agreement(settings, tables["vocabulary"], tables.get("perturbation_features"), config, name)
+    return tables, commit

@@ -1,0 +1,340 @@
+"""Names to numbers: the vocabularies of a model, and perturbations as ids or as feature vectors."""
+
+import difflib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from .checkpoint_files import read_json
+from .messages import closest, some
+
+
+VOCABULARY_FILE = "vocabulary.json"
+PERTURBATION_FEATURES_FILE = "perturbation_features.safetensors"
+# The layout of that file: a matrix, and its rows' names as a JSON list in the metadata.
+FEATURES_TENSOR, NAMES_METADATA = "features", "names"
+
+
+@dataclass
+class Vocabulary:
+    """The names behind a model's numbers, in order. Saved as `vocabulary.json` beside the weights.
+
+    Args:
+        genes (`list[str]`): features of a cell in the model's order; for an embedding, the genes of the gene decoder.
+        perturbations (`list[str]`): single perturbations seen in training. The control is no perturbation and is not
+            among them, except in converted checkpoints that gave it a row of its own.
+        contexts (`list[str]`): cell types or lines seen in training.
+        batches (`list[str]`): experimental batches seen in training.
+    """
+
+    genes: list[str] = field(default_factory=list)
+    perturbations: list[str] = field(default_factory=list)
+    contexts: list[str] = field(default_factory=list)
+    batches: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name, values in asdict(self).items():
+            if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+                raise ValueError(f"vocabulary {name!r}: expected a list of names, found {type(values).__name__}")
+            duplicates = pd.Index(values)[pd.Index(values).duplicated()].unique().tolist()
+            if duplicates:
+                raise ValueError(f"vocabulary {name!r} has duplicates: {duplicates[:10]}; every name must be unique")
+
+    def merged(self, other: "Vocabulary") -> "Vocabulary":
+        """
+        These names in their order, then the perturbations, contexts and batches of another vocabulary that are not among
+        them: every id keeps its meaning. The genes are the other's where it names any.
+        """
+        merged = {kind: list(dict.fromkeys(known + getattr(other, kind))) for kind, known in asdict(self).items()}
+        return Vocabulary(**{**merged, "genes": list(other.genes or self.genes)})
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
+        """
+        Raises:
+            ValueError: the file is no whole JSON file, or not the four lists of unique names.
+        """
+        content = read_json(path)
+        if set(content) != set(cls.__dataclass_fields__):
+            raise ValueError(
+                f"{path}: expected the lists {sorted(cls.__dataclass_fields__)}, found {some(content)}; copy the checkpoint "
+                "again"
+            )
+        try:
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike):
+        """Write the file, whole or not at all."""
+        partial = f"{path}.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, ensure_ascii=False, indent=0)
+        os.replace(partial, path)
+
+
+class PerturbationFeatures:
+    r"""
+    A vector for each perturbation (a protein embedding, a chemical fingerprint, ..), by name. It does not change.
+
+    Saved as `perturbation_features.safetensors`: the tensor `features` (N, P), and in the metadata, under `names`, a
+    JSON list of the N names.
+
+    Args:
+        names (sequence of `str`): unique names of the perturbations.
+        vectors (array of shape `(len(names), P)`): finite numbers, one row a name; kept as float32.
+
+    Raises:
+        ValueError: a name is blank or stands twice, or the vectors are not one row of finite numbers a name.
+    """
+
+    def __init__(self, names, vectors):
+        names, vectors = list(names), np.asarray(vectors)
+        if vectors.dtype.kind not in "biuf":
+            raise ValueError(f"perturbation features: expected numbers, found values of type {vectors.dtype}")
+        if vectors.ndim != 2 or len(vectors) != len(names) or vectors.size == 0:
+            raise ValueError(
+                f"perturbation features: expected one vector for each of {len(names)} names, found an array of shape "
+                f"{vectors.shape}"
+            )
+        unnamed = [name for name in names if not isinstance(name, str) or not name.strip()]
+        if unnamed:
+            raise ValueError(
+                f"perturbation features: expected a name for each vector, found {unnamed[0]!r} ({len(unnamed)} such "
+                "names)"
+            )
+        duplicates = pd.Index(names)[pd.Index(names).duplicated()].unique()
+        if len(duplicates):
+            raise ValueError(f"perturbation features: names stand twice: {some(duplicates)}; keep one vector of each")
+        with np.errstate(over="ignore"):
+            vectors = np.array(vectors, dtype=np.float32)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            value = vectors[bad[0]][~np.isfinite(vectors[bad[0]])][0]
+            raise ValueError(
+                f"perturbation features: expected finite numbers (float32), found {value} in the vector of "
+                f"{names[bad[0]]!r} ({len(bad)} such vectors); mend or leave out those rows"
+            )
+        vectors.flags.writeable = False
+        self.names, self.vectors = names, vectors
+        self.index = {name: i for i, name in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __deepcopy__(self, memo) -> "PerturbationFeatures":
+        return self
+
+    @property
+    def dim(self) -> int:
+        """P, the width of a vector."""
+        return self.vectors.shape[1]
+
+    def check_control(self, control: str):
+        """ValueError where the control has a vector other than zeros."""
+        if control in self.index and self.vectors[self.index[control]].any():
+            raise ValueError(
+                f"perturbation features: the control {control!r} is no perturbation and stands for zeros, found another "
+                "vector; leave it out"
+            )
+
+    def check_covers(self, perturbations, where: str):
+        """ValueError that lists the single perturbations without a vector, and the nearest names that have one."""
+        wanted = sorted(set(perturbations))
+        missing = [name for name in wanted if name not in self.index]
+        if not missing:
+            return
+        # Gene symbols of other species differ in case alone.
+        folded = {name.casefold(): name for name in self.names}
+        near = {name: difflib.get_close_matches(name.casefold(), folded, n=1) for name in missing[:10]}
+        near = [f"{folded[found[0]]!r} for {name!r}" for name, found in near.items() if found]
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} perturbations {where} have no vector in the perturbation features "
+            f"({len(self)} names): {some(missing)}; "
+            + (f"nearest: {', '.join(near)}" if near else f"its names look like {some(self.names, 3)}")
+            + "; add their vectors, or leave out the cells"
+        )
+
+    def encode(self, parts: list[list[str]], doses: "list[float] | None" = None) -> np.ndarray:
+        """
+        Sums of vectors, `(len(parts), P)` float32: of the perturbations applied together, each times its dose (1 where
+        not given). No perturbation at all, the control, is zeros.
+
+        Raises:
+            KeyError: a perturbation has no vector; the nearest names are said.
+        """
+        encoded = np.zeros((len(parts), self.dim), dtype=np.float32)
+        for row, together in zip(encoded, parts):
+            for position, name in enumerate(together):
+                if name not in self.index:
+                    raise KeyError(
+                        f"perturbation {name!r} has no vector among this model's {len(self)} perturbation features (add "
+                        f"one with --perturbation-features); {closest(name, self.names)}"
+                    )
+                row += self.vectors[self.index[name]] * np.float32(1 if doses is None else doses[position])
+        return encoded
+
+    def extended(self, other: "PerturbationFeatures") -> "PerturbationFeatures":
+        """
+        These vectors and further ones.
+
+        Raises:
+            ValueError: the widths differ, or a name has another vector there.
+        """
+        if other.dim != self.dim:
+            raise ValueError(
+                f"perturbation features: expected vectors of {self.dim} numbers, as in training, found {other.dim}"
+            )
+        both = [name for name in other.names if name in self.index]
+        changed = [
+            name
+            for name in both
+            if not np.array_equal(self.vectors[self.index[name]], other.vectors[other.index[name]])
+        ]
+        if changed:
+            raise ValueError(
+                f"perturbation features: {len(changed)} names have another vector in this model: {some(changed)}; give "
+                "new vectors new names, or leave them out"
+            )
+        new = [i for i, name in enumerate(other.names) if name not in self.index]
+        return PerturbationFeatures(
+            self.names + [other.names[i] for i in new], np.concatenate([self.vectors, other.vectors[new]])
+        )
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "PerturbationFeatures":
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if NAMES_METADATA not in metadata or FEATURES_TENSOR not in file.keys():
+                    raise ValueError(
+                        f"{path}: expected the tensor {FEATURES_TENSOR!r} and {NAMES_METADATA!r} in the metadata, found "
+                        f"{some(file.keys())} and {some(metadata)}"
+                    )
+                names, vectors = json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
+        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        if not isinstance(names, list):
+            raise ValueError(f"{path}: {NAMES_METADATA!r}: expected a list of names, found {type(names).__name__}")
+        return cls(names, vectors)
+
+    def save(self, path: str | os.PathLike):
+        """Write the file, whole or not at all."""
+        partial = f"{path}.partial"
+        names = json.dumps(self.names, ensure_ascii=False)
+        save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
+        os.replace(partial, path)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor in numpy, which knows no bfloat16: floating-point numbers as float32."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """
+    Columns of obs under the names that `columns` gives them, as plain strings.
+
+    Raises:
+        KeyError: there is no such column; those that exist are listed.
+        ValueError: a label is empty or blank, or holds a NUL character.
+    """
+    frame = {}
+    for name, key in columns.items():
+        if key not in obs:
+            raise KeyError(
+                f"obs has no column {key!r} ({name}), found {some(obs.columns)}; "
+                f"{closest(key, obs.columns) if len(obs.columns) else 'add it'}"
+            )
+        column = obs[key]
+        if column.isna().any():
+            first = obs.index[column.isna().to_numpy()][0]
+            raise ValueError(f"obs[{key!r}] is empty in {int(column.isna().sum())} cells, first in {first!r}")
+        frame[name] = column.astype(str).to_numpy()
+        blank = np.isin(frame[name], [label for label in pd.unique(frame[name]) if not label.strip()])
+        if blank.any():
+            first = obs.index[blank][0]
+            raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
+        # Of a text with a NUL pandas and numpy see what stands before it, or all, here this and there that.
+        given = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+        cut = next((label for label in given if isinstance(label, str) and "\0" in label), None)
+        if cut is not None:
+            raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
+    return pd.DataFrame(frame, index=obs.index)
+
+
+def split_combination(name: str, known, control: str, separator: str | None) -> list[str]:
+    """The perturbations in a label that is not itself a `known` one: several for a combination, none for the control.
+
+    Raises:
+        ValueError: the separator has nothing on one of its sides.
+    """
+    if name in known:
+        return [name]
+    parts = name.split(separator) if separator else [name]
+    if not all(part.strip() for part in parts):
+        raise ValueError(
+            f"perturbation {name!r} has an empty part around {separator!r}; where the character belongs to a name, set "
+            "combination_separator=None"
+        )
+    return [part.strip() for part in parts if part.strip() != control]
+
+
+def control_rows(
+    labels: pd.DataFrame, control: str, perturbation_key: str, context: "str | list[str] | None"
+) -> dict[str, np.ndarray]:
+    """
+    Context to the row numbers of its control cells, of labels as [`read_labels`] gives them; of some contexts, or all.
+
+    Raises:
+        KeyError: a context is not in the data.
+        ValueError: a context has no control cells, or there is nothing to look for.
+    """
+    present = pd.unique(labels["context"])
+    wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
+    if not wanted:
+        raise ValueError(
+            "the data hold no cells, so no control cells" if context is None else "context: found an empty list"
+        )
+    unknown = [name for name in wanted if name not in present]
+    if unknown:
+        raise KeyError(f"context {unknown[0]!r} is not in the data; {closest(unknown[0], present)}")
+    is_control = (labels["perturbation"] == control).to_numpy()
+    groups = {}
+    for name in wanted:
+        rows = np.flatnonzero(is_control & (labels["context"] == name).to_numpy())
+        if len(rows) == 0:
+            raise ValueError(
+                f"context {name!r} has no control cells (obs[{perturbation_key!r}] == {control!r}); add "
+                "some, or leave the context out with context="
+            )
+        groups[name] = rows
+    return groups
+
+
+def encode_ids(parts: list[list[str]], known: dict[str, int]) -> np.ndarray:
+    """Ids of the perturbations applied together, `(len(parts), K)` int64, padded with -1; all -1 is the control.
+
+    Raises:
+        KeyError: a perturbation is not in the vocabulary; the nearest names are said.
+    """
+    encoded = []
+    for together in parts:
+        unknown = [name for name in together if name not in known]
+        if unknown:
+            raise KeyError(
+                f"perturbation {unknown[0]!r} is unknown to this model ({len(known)} are known); "
+                + closest(unknown[0], known)
+            )
+        encoded.append([known[name] for name in together])
+    width = max([1, *map(len, encoded)])
+    return np.array([ids + [-1] * (width - len(ids)) for ids in encoded], dtype=np.int64).reshape(-1, width)
+
+
+__all__ = ["PerturbationFeatures", "Vocabulary"]

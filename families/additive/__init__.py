@@ -1,0 +1,1 @@
+"""The control cell plus the sum of the single changes."""

@@ -1,0 +1,1 @@
+"""The mean perturbed cell of a context."""

@@ -1,0 +1,1 @@
+"""CPA: a compositional perturbation autoencoder."""

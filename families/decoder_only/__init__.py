@@ -1,0 +1,1 @@
+"""The ceiling of a gene decoder: it decodes the observed embeddings."""

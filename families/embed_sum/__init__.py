@@ -1,0 +1,1 @@
+"""The sum of a cell's and a perturbation's encoding, read by an MLP."""

@@ -1,0 +1,1 @@
+"""Ridge regression of the mean change on the perturbation."""

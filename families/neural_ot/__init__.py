@@ -1,0 +1,1 @@
+"""Neural optimal transport: a transformer over three tokens of one cell."""

@@ -1,0 +1,1 @@
+"""The control cell plus the mean change of its perturbation."""

@@ -1,0 +1,1 @@
+"""A transformer over the mean cell of a sentence."""

@@ -1,0 +1,1 @@
+"""scGPT: a transformer over the genes of a cell."""

@@ -1,0 +1,1 @@
+"""scVI: a conditional variational autoencoder on counts."""

@@ -1,0 +1,309 @@
+"""A training folder of the published research code turned into a checkpoint folder."""
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
+
+from pertstate._version import __version__
+from pertstate.base.configuration_perturbation import EncoderConfig
+from pertstate.base.messages import some
+from pertstate.base.vocabulary import Vocabulary
+from pertstate.configuration_state import StateConfig
+from pertstate.families import FAMILIES
+from pertstate.hub.card import (
+    CARDS,
+    TAGS,
+    TASK,
+    UNKNOWN_LICENSE,
+)
+from pertstate.hub.publish import whole_or_nothing
+from pertstate.legacy.folder import LegacyFolder, read_legacy_folder
+from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
+from pertstate.processing import StateProcessor
+
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = ("bidirectional", "causal", "none")
+_SEES = {
+    "bidirectional": "bidirectional: every cell of a sentence sees all cells, and their order is not seen",
+    "causal": "causal: a cell sees itself and the cells before it, so that predictions depend on the order of the cells",
+    "none": "none: each cell sees itself alone",
+}
+
+
+@dataclass
+class Converted:
+    """What [`convert`] made: the config, the processor, and in words where the attention mode comes from."""
+
+    config: EncoderConfig
+    processor: StateProcessor
+    attention: str
+
+
+def convert(
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    checkpoint: str | None = None,
+    attention: str | None = None,
+    genes: list[str] | None = None,
+) -> Converted:
+    r"""
+    Write a checkpoint folder that predicts what the research code's own model predicts.
+
+    Args:
+        folder: see [`~pertstate.hub.legacy_folder.read_legacy_folder`].
+        output: a folder that does not exist yet, or is empty. It is written whole or not at all.
+        checkpoint (`str`, *optional*): which file of `checkpoints/`.
+        attention (`str`, *optional*): which cells a cell saw in training, for the State transition model.
+
+            - `"bidirectional"`: all cells of its sentence, without positions
+            - `"causal"`: itself and those before it, with rotary positions (llama)
+            - `"none"`: itself alone
+
+            By default what the folder's flags say. Where the flag is absent that is causal, and a warning says so.
+        genes (`list[str]`, *optional*): names of the features in their order (with a gene decoder: of the genes that it
+            predicts), where the folder lacks them.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RefusedPickleError: a pickle names something else than data; nothing of it was run.
+        ValueError: names, sizes and weights do not fit together, or the model is none that can be converted.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; name a new one")
+    legacy = read_legacy_folder(folder, checkpoint)
+    source = _choose_attention(legacy, attention)
+    config = _config(legacy)
+    processor = _processor(legacy, config, genes)
+    model = _model(legacy, config)
+    about = _about_attention(config, source)
+    card = _card(legacy, config, processor, about, output.name)
+    with whole_or_nothing(output) as partial:
+        processor.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        model.save_pretrained(partial)
+    return Converted(config, processor, about)
+
+
+def _choose_attention(legacy: LegacyFolder, asked: str | None) -> str:
+    """Set the flags of the research code to what was asked for; returns in words where the choice comes from."""
+    options = legacy.options
+    if options["model_name"] != "state":
+        if asked is not None:
+            raise ValueError(
+                f"{legacy.path}: attention={asked!r} is a choice of the State transition model, found a model "
+                f"{options['model_name']!r}, which has no such modes; leave it out"
+            )
+        return ""
+    if asked not in (None, *ATTENTION):
+        raise ValueError(f"attention={asked!r}; expected one of {list(ATTENTION)}")
+    inner = options.get("transformer_backbone_kwargs") or {}
+    recorded = "bidirectional_attention" in inner or bool(options.get("mask_attn"))
+    if asked is None and recorded:
+        return "as the training recorded"
+    if asked is None:
+        logger.warning(
+            f"{legacy.path}: no flag says how cells attended (bidirectional_attention is absent), so causal is taken, with "
+            "rotary positions for llama, which the library versions of the time did; predictions then depend on the order "
+            "of cells. If the model was trained otherwise, say so with --attention bidirectional"
+        )
+        return "taken as no flag was recorded, which is what the library versions of the time did"
+    options["mask_attn"] = asked == "none"
+    options["transformer_backbone_kwargs"] = {**inner, "bidirectional_attention": asked == "bidirectional"}
+    return "chosen at the conversion" + ("" if recorded else "; no flag was recorded")
+
+
+def _about_attention(config: EncoderConfig, source: str) -> str:
+    if not isinstance(config, StateConfig):
+        return ""
+    positions = ", with rotary positions" if config.positions == "rope" else ""
+    return f"{_SEES[config.attention]}{positions} ({source})"
+
+
+def _config(legacy: LegacyFolder) -> EncoderConfig:
+    options = dict(legacy.options)
+    adapters = options.get("lora")
+    if isinstance(adapters, dict) and adapters.get("enable"):
+        raise ValueError(f"{legacy.path}: the model was trained with LoRA adapters; merge them into its weights first")
+    try:
+        config = config_from_legacy(options)
+    except StrictDataclassError as error:
+        raise ValueError(f"{legacy.path}: an option has another type: {' '.join(str(error).split())}") from error
+    if legacy.contexts:
+        config.num_contexts = len(legacy.contexts)
+    if not config.embeds_batches:
+        config.num_batches = len(legacy.batches) or None
+    elif not legacy.batches:
+        raise FileNotFoundError(
+            f"{legacy.path}: the model embeds batches; expected batch_onehot_map (.torch or .pkl), found none: copy it from "
+            "where the model was trained"
+        )
+    return config
+
+
+def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | None) -> StateProcessor:
+    embed_key = legacy.options.get("embed_key")
+    decodes = config.gene_dim is not None
+    on_expression = embed_key in (None, "X_hvg") and not decodes
+    expected = config.gene_dim if decodes else config.input_dim if on_expression else None
+    names = _genes(legacy, expected, genes)
+    settings = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": "embedding"}
+    if decodes:
+        if names is None:
+            raise ValueError(
+                f"{legacy.path}: the model decodes {expected} genes, whose names the folder does not hold; give them with "
+                "--genes FILE, one on a line in the order of the training"
+            )
+        settings["gene_input"] = "X"
+    elif names is not None:
+        settings = {"input": "X", "values": "counts" if legacy.data.get("int_counts") else "log1p"}
+    elif on_expression:
+        logger.warning(
+            f"{legacy.path}: the folder does not hold the names of the model's {expected} genes; cells are read from "
+            f"{settings['input']} in the order of the training. With --genes FILE they are read by name"
+        )
+    if not decodes and config.output_dim != config.input_dim:
+        raise ValueError(
+            f"{legacy.path}: the model reads {config.input_dim} features and predicts {config.output_dim} others, whose "
+            "names and units the folder does not hold; only models that predict what they read, or with a gene decoder, "
+            "can be converted"
+        )
+    batch_key = None
+    if config.embeds_batches:
+        batch_key = legacy.data.get("batch_col")
+        if not isinstance(batch_key, str):
+            raise ValueError(
+                f"{legacy.path}: the model embeds batches; expected the obs column as batch_col in data.kwargs, found none"
+            )
+    return StateProcessor(
+        Vocabulary(names or [], legacy.perturbations, legacy.contexts, legacy.batches),
+        perturbation_key=legacy.data["pert_col"],
+        control=legacy.data["control_pert"],
+        context_key=legacy.data["cell_type_key"],
+        batch_key=batch_key,
+        # That code knew labels as a whole.
+        combination_separator=None,
+        feature_dim=config.input_dim,
+        set_size=config.set_size,
+        **settings,
+    )
+
+
+def _genes(legacy: LegacyFolder, expected: int | None, given: list[str] | None) -> list[str] | None:
+    """The names of `expected` genes; None where there are none to name, or nobody knows them."""
+    if expected is None:
+        if given is not None:
+            raise ValueError(
+                f"{legacy.path}: the model reads and predicts an embedding and has no genes; leave them out"
+            )
+        return None
+    if given is not None:
+        if len(given) != expected:
+            raise ValueError(f"genes: expected the names of the model's {expected} genes, found {len(given)}")
+        return given
+    found = legacy.genes
+    if found is None or len(found) == expected:
+        return found
+    others = {legacy.options.get(name) for name in ("gene_dim", "hvg_dim")}
+    if len(found) not in others:
+        raise ValueError(
+            f"{legacy.path}: expected the names of {expected} genes, found {len(found)} gene_names; give them with --genes "
+            "FILE, one on a line in the order of the training"
+        )
+    logger.warning(f"{legacy.path}: its {len(found)} gene_names are not those of the model's {expected} features")
+    return None
+
+
+def _model(legacy: LegacyFolder, config: EncoderConfig):
+    """The model with its weights, every one of which is there, of the right shape, and finite."""
+    family = FAMILIES[config.model_type].model
+    weights = {name: tensor.load() for name, tensor in legacy.weights.items()}
+    try:
+        weights = state_dict_from_legacy(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{legacy.checkpoint}: {error}") from error
+    # Shapes alone: whatever sizes the options claim, nothing is allocated before they are those of the weights.
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in family(config).state_dict().items()}
+    except (RuntimeError, TypeError) as error:
+        # torch raises either for sizes that it cannot count.
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {why}") from error
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    other = [
+        f"{name} {found[name]} for {expected[name]}"
+        for name in expected
+        if found.get(name, expected[name]) != expected[name]
+    ]
+    if missing or unexpected or other:
+        said = {"missing": missing, "unexpected": unexpected, "of another shape": other}
+        raise ValueError(
+            f"{legacy.checkpoint}: the weights are not those of the options: "
+            + "; ".join(f"{what} {some(names)}" for what, names in said.items() if names)
+        )
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{legacy.checkpoint}: expected finite weights, found NaN or infinity in {some(broken)}")
+    model = family(config)
+    model.load_state_dict(weights, strict=True)
+    return model.eval()
+
+
+def as_text(value) -> str:
+    """A value that a file holds as plain text of one line of Markdown: nothing in it is markup."""
+    text = " ".join(str(value).split())
+    # Underscores within a word are no markup.
+    return re.sub(r"[^\w\s,;:.+/'()%=-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
+
+
+def _names(names: list[str], none: str) -> str:
+    if not names:
+        return none
+    return f"{len(names)}: " + as_text(", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
+
+
+def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor, attention: str, name: str) -> str:
+    vocabulary = processor.vocabulary
+    training = {key: value for key, value in legacy.training.items() if isinstance(value, str | int | float)}
+    values = {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values]
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=UNKNOWN_LICENSE, library_name="transformers", pipeline_tag=TASK, tags=TAGS, model_name=name
+        ),
+        template_path=str(CARDS / "converted.md"),
+        model_name=as_text(name),
+        model_type=config.model_type,
+        about=FAMILIES[config.model_type].card,
+        folder=as_text(legacy.path.resolve().name),
+        checkpoint=as_text(legacy.checkpoint.name),
+        sha256=legacy.sha256(),
+        progress=legacy.progress or "epoch and step not recorded",
+        attention=attention,
+        permutes=config.attention != "causal" if attention else True,
+        columns={
+            key: as_text(getattr(processor, key))
+            for key in ("perturbation_key", "control", "context_key", "batch_key", "input")
+            if getattr(processor, key) is not None
+        },
+        values=values,
+        genes=_names(vocabulary.genes, "not named"),
+        contexts=_names(vocabulary.contexts, "not recorded"),
+        batches=_names(vocabulary.batches, "not recorded"),
+        perturbations=_names(vocabulary.perturbations, "none"),
+        control_row=processor.control in vocabulary.perturbations,
+        training=[(as_text(key), as_text(str(value)[:200])) for key, value in training.items()],
+        version=__version__,
+        feature_dim=processor.feature_dim,
+        set_size=config.set_size,
+    )
+    return card.content

@@ -1,0 +1,26 @@
+"""The objective of the families that are fitted without gradients."""
+
+import torch
+
+from pertstate.base.configuration_fitted import FittedConfig
+from pertstate.base.modeling_perturbation import CELL_MASK, LABELS, PerturbationOutput
+from pertstate.losses.energy import EnergyLoss
+from pertstate.losses.objective import Objective
+
+
+class FittedObjective(Objective):
+    """
+    What an evaluation reports as the loss of a family that is fitted in one pass: nothing is trained by it. It is the
+    State model's default, so that the two compare.
+
+    - `energy`: energy distance between `predictions` and `labels`
+    - `loss`: the same
+    """
+
+    def __init__(self, config: FittedConfig):
+        super().__init__(config)
+        self.distance = EnergyLoss()
+
+    def forward(self, outputs: PerturbationOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        distances = self.distance(outputs.predictions, self.required(batch, LABELS), batch.get(CELL_MASK))
+        return {"energy": distances.mean(), "loss": distances.mean()}
