@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow lint types bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ test-slow: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.installed
+	mkdir -p build/typed && ln -sfn ../.. build/typed/pertstate
+	$(BIN)/mypy
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/train_step.py

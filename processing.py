@@ -28,8 +28,7 @@ from .base.cell_values import (
     totals_of,
 )
 from .base.checkpoint_files import hub_arguments
-from .base.messages import closest, some
-from .base.modeling_perturbation import (
+from .base.constants import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,
@@ -37,8 +36,11 @@ from .base.modeling_perturbation import (
     PERTURBATION_DOSES,
     PERTURBATION_FEATURES,
     PERTURBATION_IDS,
-    PerturbationOutput,
+    Normalize,
+    Values,
 )
+from .base.messages import closest, some
+from .base.modeling_perturbation import PerturbationOutput
 from .base.processor_files import read_processor_tables
 from .base.travelling import Travelling
 from .base.vocabulary import (
@@ -93,7 +95,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             - `"embedding"`: dimensions of an embedding
         normalize (`str`): what is done to the values that are read.
 
-            - `"log1p_cp10k"`: they are counts; scaled to `target_sum` counts a cell (summed over all genes of the
+            - `"counts_to_log1p"`: they are counts; scaled to `target_sum` counts a cell (summed over all genes of the
               data, not only the model's), then log1p
             - `"none"`: nothing
         target_sum (`float`, *optional*): counts per cell after scaling. None, of predictions alone: not scaled.
@@ -120,8 +122,8 @@ class StateProcessor(Travelling, ProcessorMixin):
         batch_key: str | None = None,
         input: str = "X",
         gene_input: str | None = None,
-        values: str = "log1p",
-        normalize: str = "none",
+        values: str = Values.LOG1P,
+        normalize: str = Normalize.NONE,
         target_sum: float | None = TARGET_SUM,
         combination_separator: str | None = "+",
         feature_dim: int | None = None,
@@ -164,7 +166,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         batch_key: str | None = None,
         input: str = "X",
         genes: int | list[str] | None = None,
-        normalize: str = "auto",
+        normalize: str = Normalize.AUTO,
         combination_separator: str | None = "+",
         gene_input: str | None = None,
         set_size: int = 128,
@@ -180,8 +182,8 @@ class StateProcessor(Travelling, ProcessorMixin):
             genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones (scanpy, flavour
                 "seurat", on the cells given), the ones listed, or all. With an embedding as `input`: those of the
                 gene decoder.
-            normalize (`str`): `"auto"` finds out whether the values are counts (then `"log1p_cp10k"`) or log1p
-                already (then `"none"`); `"log1p_cp10k"`; `"none"` keeps values as they are, counts included.
+            normalize (`str`): `"auto"` finds out whether the values are counts (then `"counts_to_log1p"`) or log1p
+                already (then `"none"`); `"counts_to_log1p"`; `"none"` keeps values as they are, counts included.
             target_sum (`float`, `"median"` or None): what counts are scaled to, a cell: 10,000, or the number given, or
                 the median total of the training cells that have counts, which is stored as a number. For counts alone.
             perturbation_features ([`PerturbationFeatures`], *optional*): vectors of at least the perturbations of the
@@ -197,8 +199,8 @@ class StateProcessor(Travelling, ProcessorMixin):
         adatas = list(adata) if isinstance(adata, (list, tuple)) else [adata]
         if not adatas:
             raise ValueError("expected training cells, found an empty list of AnnData")
-        if normalize not in ("auto", "log1p_cp10k", "none"):
-            raise ValueError(f"normalize={normalize!r}; {closest(normalize, ('auto', 'log1p_cp10k', 'none'))}")
+        if normalize not in Normalize.OPTIONS:
+            raise ValueError(f"normalize={normalize!r}; {closest(normalize, Normalize.OPTIONS)}")
         processor = cls(
             perturbation_key=perturbation_key,
             control=control,
@@ -242,10 +244,10 @@ class StateProcessor(Travelling, ProcessorMixin):
             raise ValueError(f"{input}: expected one width in all files, found {sorted(widths)}")
         if expression is not None:
             processor.normalize, values = resolve_normalisation(normalize, found, expression)
-        elif normalize == "log1p_cp10k":
-            raise ValueError(f"normalize='log1p_cp10k' is for counts; input={input!r} is an embedding: use 'none'")
-        processor.values = "embedding" if embedding else values
-        if embedding and expression is not None and values == "counts":
+        elif normalize == Normalize.COUNTS_TO_LOG1P:
+            raise ValueError(f"normalize='counts_to_log1p' is for counts; input={input!r} is an embedding: use 'none'")
+        processor.values = Values.EMBEDDING if embedding else values
+        if embedding and expression is not None and values == Values.COUNTS:
             raise ValueError(
                 f"the gene decoder predicts log1p expression, {gene_input} holds counts: use normalize='auto'"
             )
@@ -271,7 +273,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             settings: arguments of the class that differ, too.
         """
         kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
-        if self.values == "embedding":
+        if self.values == Values.EMBEDDING:
             kept["feature_dim"] = self.feature_dim
         return type(self)(vocabulary=vocabulary, **{**kept, **settings})
 
@@ -390,14 +392,14 @@ class StateProcessor(Travelling, ProcessorMixin):
             input (`str`, *optional*): read from here instead of the processor's `input`.
         """
         source = input or self.input
-        if self.values == "embedding":
+        if self.values == Values.EMBEDDING:
             matrix = take_rows(matrix_of(adata, source), rows)
             matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
             if matrix.shape[1] != self.feature_dim:
                 raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
             check_finite(matrix, adata, rows, source)
             return matrix
-        return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == "log1p")
+        return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == Values.LOG1P)
 
     def gene_features(self, adata: ad.AnnData, rows=slice(None)) -> np.ndarray:
         """The gene decoder's target, `(cells, genes)` float32 log1p expression, for a model on embeddings."""
@@ -410,7 +412,11 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def _expression(self, adata, source: str, rows, columns, as_log1p: bool):
         """Checked and normalised expression of some rows and columns, CSR or dense float32."""
-        expected = "counts" if self.normalize == "log1p_cp10k" or self.values == "counts" else "log1p"
+        expected = (
+            Values.COUNTS
+            if self.normalize == Normalize.COUNTS_TO_LOG1P or self.values == Values.COUNTS
+            else Values.LOG1P
+        )
         return read_expression(adata, source, rows, columns, expected, as_log1p, self.target_sum)
 
     # Units of the predictions
@@ -423,11 +429,11 @@ class StateProcessor(Travelling, ProcessorMixin):
             target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
         """
         self.check_counts()
-        self.predicts, self.target_sum = "log1p", target_sum
+        self.predicts, self.target_sum = Values.LOG1P, target_sum
 
     def check_counts(self):
         """ValueError where the model's features are not raw counts, which some families need."""
-        if self.values != "counts":
+        if self.values != Values.COUNTS:
             raise ValueError(
                 f"this model is trained on raw counts, found {self.values} (input={self.input!r}, normalize="
                 f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
@@ -553,7 +559,7 @@ class StateProcessor(Travelling, ProcessorMixin):
     def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
         """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
         uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
-        if self.values == "embedding":
+        if self.values == Values.EMBEDDING:
             obsm = {"control": controls}
             if genes is not None:
                 var = pd.DataFrame(index=self.vocabulary.genes)
@@ -565,8 +571,8 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def predicted_values(self, decoded: bool) -> str:
         """What a model predicts, or its gene decoder makes of it, in words."""
-        scaled = self.normalize == "log1p_cp10k" or self.predicts is not None
-        return describe_values("log1p" if decoded else self.predicts or self.values, scaled, self.target_sum)
+        scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
+        return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
         """What a predicted AnnData says of itself in `uns["pertstate"]`."""

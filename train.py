@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from pertstate.base.constants import Split, Values
+
 
 if __name__ == "__main__":
     # None of the thousands of objects that imports make is garbage; looking for some takes a sixth of the start-up.
@@ -176,7 +178,7 @@ def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrain
     for name in sizes:
         if name in fields:
             raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
-    if processor.values == "embedding":
+    if processor.values == Values.EMBEDDING:
         fields.setdefault("nonnegative_output", False)
     return family.from_preset(preset, **sizes, **fields) if preset else family(**sizes, **fields)
 
@@ -203,11 +205,11 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    present = set(cells.groups["split"].unique()) | ({"train"} if run.data.controls_only else set())
+    present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
     datasets = {}
-    for split in ("train", "val", "test"):
+    for split in (Split.TRAIN, Split.VAL, Split.TEST):
         if split in present:
-            training = split == "train"
+            training = split == Split.TRAIN
             datasets[split] = SentenceDataset(
                 cells,
                 processor,
@@ -277,7 +279,7 @@ def from_cells(
 ) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
     """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
     cells, processor, splits = load_data(run, pretrained)
-    args = training_arguments(run, has_validation=bool((cells.groups["split"] == "val").any()))
+    args = training_arguments(run, has_validation=bool((cells.groups["split"] == Split.VAL).any()))
 
     def datasets(config: PerturbationConfig) -> dict:
         made = sentences(cells, processor, run, args, config.set_size)
@@ -316,7 +318,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     datasets = make_datasets(config)
     logger.info(about)
     family = FAMILIES[config.model_type].model
-    if "val" not in datasets and not family.fitted:
+    if Split.VAL not in datasets and not family.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
     disable_progress_bar()  # that of writing files; training keeps its own
@@ -330,8 +332,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer = StateTrainer(
         model,
         args,
-        datasets["train"],
-        datasets.get("val"),
+        datasets[Split.TRAIN],
+        datasets.get(Split.VAL),
         processing_class=processor,
         card=render_card(run, config, processor, args=args, provenance=provenance) if args.should_save else None,
     )
@@ -339,8 +341,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
     trainer.train(resume_from_checkpoint=resume)
     metrics = {}
-    if "test" in datasets:
-        metrics = trainer.evaluate(datasets["test"], metric_key_prefix="test")
+    if Split.TEST in datasets:
+        metrics = trainer.evaluate(datasets[Split.TEST], metric_key_prefix=Split.TEST)
     if args.should_save:
         trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
         with whole_or_nothing(args.output_dir) as folder:

@@ -8,6 +8,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from .constants import Normalize, Values
 from .messages import closest, some
 
 
@@ -110,24 +111,24 @@ def kind_of_values(matrix) -> str:
     """`"counts"` (whole numbers), `"log1p"`, `"linear"` (larger than any log1p value) or `"zeros"`."""
     data = matrix.data if sp.issparse(matrix) else np.asarray(matrix)
     if data.size == 0 or not data.any():
-        return "zeros"
+        return Values.ZEROS
     if np.issubdtype(data.dtype, np.integer) or np.array_equal(data, np.rint(data)):
-        return "counts"
-    return "linear" if data.max() > _LARGEST_LOG1P else "log1p"
+        return Values.COUNTS
+    return Values.LINEAR if data.max() > _LARGEST_LOG1P else Values.LOG1P
 
 
 def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
     found = {
-        "counts": "whole numbers (counts)",
-        "log1p": "fractional values (log1p already?)",
-        "linear": "fractional values too large for log1p (normalised, not yet log1p?)",
+        Values.COUNTS: "whole numbers (counts)",
+        Values.LOG1P: "fractional values (log1p already?)",
+        Values.LINEAR: "fractional values too large for log1p (normalised, not yet log1p?)",
     }[kind]
-    if expected == "counts":
+    if expected == Values.COUNTS:
         return (
             f"{source}: expected counts, found {found}; this processor normalises by itself, so give it the raw counts "
             "(input='layers/counts' where they lie in a layer)"
         )
-    if kind == "counts":
+    if kind == Values.COUNTS:
         fix = f"sc.pp.normalize_total(adata, target_sum={target_sum:g}); sc.pp.log1p(adata)"
     else:
         fix = "sc.pp.log1p(adata)"
@@ -136,29 +137,31 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
 
 def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
     """(normalize, values) from what was asked for and the kinds of values that the files hold."""
-    kinds = found - {"zeros"}
+    kinds = found - {Values.ZEROS}
     if len(kinds) > 1:
         raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
-    kind = kinds.pop() if kinds else "log1p"
-    if kind == "linear":
-        raise ValueError(wrong_kind(source, "log1p", kind, TARGET_SUM))
-    if asked == "log1p_cp10k" and kind != "counts":
-        raise ValueError(wrong_kind(source, "counts", kind, TARGET_SUM))
-    if asked == "none":
-        return "none", kind
-    return ("log1p_cp10k", "log1p") if kind == "counts" else ("none", "log1p")
+    kind = kinds.pop() if kinds else Values.LOG1P
+    if kind == Values.LINEAR:
+        raise ValueError(wrong_kind(source, Values.LOG1P, kind, TARGET_SUM))
+    if asked == Normalize.COUNTS_TO_LOG1P and kind != Values.COUNTS:
+        raise ValueError(wrong_kind(source, Values.COUNTS, kind, TARGET_SUM))
+    if asked == Normalize.NONE:
+        return Normalize.NONE, kind
+    return (Normalize.COUNTS_TO_LOG1P, Values.LOG1P) if kind == Values.COUNTS else (Normalize.NONE, Values.LOG1P)
 
 
 def describe_reading(normalize: str, values: str, target_sum: float | None) -> str:
     """What a model reads, in words, from settings of its processor."""
-    if normalize == "log1p_cp10k":
+    if normalize == Normalize.COUNTS_TO_LOG1P:
         return f"counts, scaled to {target_sum:,g} per cell and log1p"
-    return {"log1p": "log1p expression", "counts": "counts, as they are", "embedding": "an embedding"}[values]
+    return {Values.LOG1P: "log1p expression", Values.COUNTS: "counts, as they are", Values.EMBEDDING: "an embedding"}[
+        values
+    ]
 
 
 def describe_values(values: str, scaled: bool, target_sum: float | None) -> str:
     """What values are, in words; of log1p expression made from counts, `scaled`, what they were scaled to."""
-    if values != "log1p":
+    if values != Values.LOG1P:
         return values
     if not scaled:
         return "log1p expression"
@@ -212,9 +215,9 @@ def read_expression(
     matrix = take_rows(matrix_of(adata, source), rows)
     check_finite(matrix, adata, rows, source, nonnegative=True)
     kind = kind_of_values(matrix)
-    if kind not in (expected, "zeros"):
+    if kind not in (expected, Values.ZEROS):
         raise ValueError(wrong_kind(source, expected, kind, target_sum))
-    if not (expected == "counts" and as_log1p):
+    if not (expected == Values.COUNTS and as_log1p):
         return matrix[:, columns].astype(np.float32)
     totals, matrix = cell_totals(matrix), matrix[:, columns]
     if not sp.issparse(matrix):
@@ -237,7 +240,7 @@ def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: 
     number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
     if asked != "median" and not (number and np.isfinite(asked) and asked > 0):
         raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
-    if normalize != "log1p_cp10k":
+    if normalize != Normalize.COUNTS_TO_LOG1P:
         raise ValueError(
             f"target_sum={asked!r} is what counts are scaled to, but {source} is used as it is; leave target_sum out, "
             "or read raw counts with normalize='auto'"

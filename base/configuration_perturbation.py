@@ -40,6 +40,9 @@ def strict_config(cls: type[_Config]) -> type[_Config]:
     are. What is wrong is a ValueError in one line, which names the nearest option.
     """
     cls = strict(cls)
+    # What all configs share is checked first: a family's own checks rest on it.
+    lineage = [base.__name__ for base in reversed(cls.__mro__)]
+    cls.__class_validators__.sort(key=lambda validator: lineage.index(validator.__qualname__.partition(".")[0]))
     set_field, validate = cls.__setattr__, cls.validate
 
     @wraps(set_field)

@@ -9,6 +9,17 @@ from transformers.utils import ModelOutput, logging
 
 from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_perturbation import PerturbationConfig
+from .constants import (
+    BATCH_IDS,
+    CELL_MASK,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+    PERTURBATION_DOSES,
+    PERTURBATION_FEATURES,
+    PERTURBATION_IDS,
+)
 from .messages import closest
 from .modeling_finetuning import (
     FEATURES,
@@ -29,17 +40,6 @@ from .modeling_layers import (
 
 
 logger = logging.get_logger(__name__)
-
-# The keys of a batch: B sentences of S cells, K perturbations applied together.
-CONTROL_CELLS = "control_cells"
-PERTURBATION_IDS = "perturbation_ids"
-PERTURBATION_DOSES = "perturbation_doses"
-PERTURBATION_FEATURES = "perturbation_features"
-CONTEXT_IDS = "context_ids"
-BATCH_IDS = "batch_ids"
-CELL_MASK = "cell_mask"
-LABELS = "labels"
-GENE_LABELS = "gene_labels"
 
 
 @dataclass

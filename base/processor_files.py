@@ -10,6 +10,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract
 
 from .checkpoint_files import LARGEST_SIZE, find_file, read_json
 from .configuration_perturbation import PerturbationConfig
+from .constants import Normalize, Values
 from .messages import closest
 from .vocabulary import (
     PERTURBATION_FEATURES_FILE,
@@ -43,15 +44,18 @@ _SETTINGS: dict[str, tuple[Callable, str]] = {
     "batch_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
     "input": (_is_place, "'X', 'layers/NAME' or 'obsm/NAME'"),
     "gene_input": (lambda value: value is None or _is_place(value), "'X', 'layers/NAME' or null"),
-    "values": (lambda value: value in ("log1p", "counts", "embedding"), "'log1p', 'counts' or 'embedding'"),
-    "normalize": (lambda value: value in ("log1p_cp10k", "none"), "'log1p_cp10k' or 'none'"),
+    "values": (
+        lambda value: value in (Values.LOG1P, Values.COUNTS, Values.EMBEDDING),
+        "'log1p', 'counts' or 'embedding'",
+    ),
+    "normalize": (lambda value: value in (Normalize.COUNTS_TO_LOG1P, Normalize.NONE), "'counts_to_log1p' or 'none'"),
     "target_sum": (lambda value: value is None or _is_number_of_counts(value), "a number above 0, or null"),
     "combination_separator": (lambda value: value is None or _is_name(value), "a text, or null"),
     "feature_dim": (_is_count, "a number of features"),
     "set_size": (_is_count, "a number of cells"),
 }
 _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
-    "predicts": (lambda value: value in (None, "log1p"), "'log1p' or null"),
+    "predicts": (lambda value: value in (None, Values.LOG1P), "'log1p' or null"),
     "perturbation_dim": (_is_count, "the width of a vector"),
 }
 # What transformers writes beside them.
@@ -102,7 +106,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
             )
 
     genes, batches = len(vocabulary.genes), len(vocabulary.batches)
-    if settings["values"] != "embedding":
+    if settings["values"] != Values.EMBEDDING:
         check("feature_dim in processor_config.json", settings["feature_dim"], "genes in vocabulary.json", genes)
     if features is not None:
         width = settings["perturbation_dim"]
@@ -128,7 +132,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         "num_batches": ("batches in vocabulary.json", batches),
         "gene_dim": ("genes in vocabulary.json", genes),
     }
-    if settings["values"] != "embedding":
+    if settings["values"] != Values.EMBEDDING:
         found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
         asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
     # Where a processor has vectors, its model takes those; where it reads expression beside an embedding, it decodes it.

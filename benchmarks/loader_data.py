@@ -86,7 +86,7 @@ def _write(path: Path, cell_type, perturbation, genes: int, density: float, dens
         for start in range(0, len(obs), ROWS_AT_ONCE):
             rows = slice(start, min(start + ROWS_AT_ONCE, len(obs)))
             block = _counts(marks[rows], genes, stride, generator)
-            log1p = _log1p_cp10k(block)
+            log1p = _counts_to_log1p(block)
             for group, part in ((counts, block), (values, log1p)):
                 group["data"][indptr[rows.start] : indptr[rows.stop]] = part.data
                 group["indices"][indptr[rows.start] : indptr[rows.stop]] = part.indices
@@ -114,7 +114,7 @@ def _counts(marks: np.ndarray, genes: int, stride: int, generator: np.random.Gen
     return sp.csr_matrix((data, indices.astype(np.int32), indptr), shape=(len(marks), genes))
 
 
-def _log1p_cp10k(counts: sp.csr_matrix) -> sp.csr_matrix:
+def _counts_to_log1p(counts: sp.csr_matrix) -> sp.csr_matrix:
     totals = np.asarray(counts.sum(axis=1)).ravel()
     scale = np.repeat((TARGET_SUM / totals).astype(np.float32), np.diff(counts.indptr))
     return sp.csr_matrix((np.log1p(counts.data * scale), counts.indices, counts.indptr), shape=counts.shape)

@@ -110,7 +110,7 @@ def _pertstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
     """The batches that training would see, control sentences left out: only perturbed cells are counted."""
     from torch.utils.data import DataLoader
 
-    from pertstate.base.modeling_perturbation import CONTROL_CELLS, LABELS
+    from pertstate.base.constants import CONTROL_CELLS, LABELS
     from pertstate.data import SentenceCollator, SentenceDataset
 
     dataset = SentenceDataset(cells, processor, "train", set_size=job.set_size, seed=SEED, control_sentences=False)

@@ -58,7 +58,7 @@ def read(folder: Path) -> dict:
     from datasets import load_dataset
     from torch.utils.data import DataLoader
 
-    from pertstate.base.modeling_perturbation import CELL_MASK, LABELS
+    from pertstate.base.constants import CELL_MASK, LABELS
     from pertstate.data.sentences import SentenceCollator
     from pertstate.data.stream_reading import CellStream, StreamColumns
     from pertstate.data.stream_survey import survey_stream

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from pertstate.base.constants import Split
 from pertstate.base.messages import closest
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import AnnDataFile, expand_paths, read_labels
@@ -171,8 +172,8 @@ class DataArguments:
             if isinstance(self.datasets, dict) and sorted(self.datasets) != stored:
                 raise ValueError(f"data: datasets names {sorted(self.datasets)}, the store was made of {stored}")
             datasets = {name: [] for name in stored}
-        held = {"test": self.test_perturbations, "val": self.val_perturbations}
-        contexts = {**dict.fromkeys(self.val_contexts, "val"), **dict.fromkeys(self.test_contexts, "test")}
+        held = {Split.TEST: self.test_perturbations, Split.VAL: self.val_perturbations}
+        contexts = {**dict.fromkeys(self.val_contexts, Split.VAL), **dict.fromkeys(self.test_contexts, Split.TEST)}
         if not contexts and not any(held.values()):
             return Splits(datasets, set(datasets))
         present = self._present(datasets) if groups is None else self._present_in(groups)
@@ -201,8 +202,11 @@ class DataArguments:
         """The [`Splits`] that the section describes, of the datasets of a stream, whose labels nobody knows yet."""
         if self.splits is not None:
             return Splits.from_toml(self.splits, datasets)
-        contexts = {**dict.fromkeys(self.val_contexts, "val"), **dict.fromkeys(self.test_contexts, "test")}
-        names = {**dict.fromkeys(self.val_perturbations, "val"), **dict.fromkeys(self.test_perturbations, "test")}
+        contexts = {**dict.fromkeys(self.val_contexts, Split.VAL), **dict.fromkeys(self.test_contexts, Split.TEST)}
+        names = {
+            **dict.fromkeys(self.val_perturbations, Split.VAL),
+            **dict.fromkeys(self.test_perturbations, Split.TEST),
+        }
         return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
 
     def _present(self, datasets: dict[str, list[Path]]) -> dict[tuple[str, str], set[str]]:

@@ -7,6 +7,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from pertstate.base.constants import Split
 from pertstate.base.messages import closest
 from pertstate.data.reading import naming, read_h5ad
 from pertstate.data.splits import Splits
@@ -94,12 +95,14 @@ def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.Data
         present[tuple(pair)].append(name)
     assigned = splits.assign(present)
     keys = zip(groups["dataset"], groups["context"], groups["perturbation"])
-    return groups.assign(split=["control" if key[2] == control else (assigned[key] or "unused") for key in keys])
+    return groups.assign(
+        split=[Split.CONTROL if key[2] == control else (assigned[key] or Split.UNUSED) for key in keys]
+    )
 
 
 def controls_alone(groups: pd.DataFrame) -> pd.DataFrame:
     """The table of groups of a run that trains on control cells alone: no perturbed cells are for training."""
-    return groups.assign(split=groups["split"].where(groups["split"] != "train", "unused"))
+    return groups.assign(split=groups["split"].where(groups["split"] != Split.TRAIN, Split.UNUSED))
 
 
 def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False) -> np.ndarray:
@@ -111,13 +114,13 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
         ValueError: nothing is for training.
     """
     if controls_only:
-        return (groups["split"] == "control").to_numpy()
-    if not (groups["split"] == "train").any():
+        return (groups["split"] == Split.CONTROL).to_numpy()
+    if not (groups["split"] == Split.TRAIN).any():
         found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
         raise ValueError(f"the splits leave no cell for training; found {found}")
     zero_shot = [splits.split_of_context(d, c) is not None for d, c in zip(groups["dataset"], groups["context"])]
-    controls = (groups["split"] == "control") & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
-    return ((groups["split"] == "train") | controls).to_numpy()
+    controls = (groups["split"] == Split.CONTROL) & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
+    return ((groups["split"] == Split.TRAIN) | controls).to_numpy()
 
 
 def keep_contexts(labels: pd.DataFrame, contexts: list[str] | None) -> np.ndarray:
@@ -255,7 +258,7 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
                 "combination_separator to null if they differ"
             )
     known, features = set(processor.vocabulary.perturbations), processor.perturbation_features
-    for split in ("val", "test"):
+    for split in (Split.VAL, Split.TEST):
         names = pd.unique(groups.loc[groups["split"] == split, "perturbation"])
         if features is not None:
             singles = {part for name in names for part in processor.split_combination(name)}

@@ -7,8 +7,8 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm.auto import tqdm
 
+from pertstate.base.constants import PERTURBATION_FEATURES, PERTURBATION_IDS
 from pertstate.base.modeling_fitted import TrainingMeans
-from pertstate.base.modeling_perturbation import PERTURBATION_FEATURES, PERTURBATION_IDS
 from pertstate.processing import StateProcessor
 
 

@@ -16,6 +16,7 @@ from pertstate.base.cell_values import (
     matrix_of,
     take_rows,
 )
+from pertstate.base.constants import Values
 from pertstate.base.messages import closest, some
 from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
 from pertstate.data.manifest import STORE_FILE
@@ -93,7 +94,7 @@ def _describe_store(path: Path) -> str:
         f"{path}: cell store of {manifest.cells:,} cells in {len(manifest.shards)} files, {size / 1e6:,.1f} MB",
         "holds: " + " and ".join(holds),
     ]
-    if manifest.expression == "counts":
+    if manifest.expression == Values.COUNTS:
         lines.append(
             f"a model sees: counts scaled to {manifest.target_sum:,g} per cell, log1p (or counts: normalize none)"
         )
@@ -166,12 +167,12 @@ def _look(matrix, input: str) -> tuple[str, list[str]]:
             f"{input} is scaled; use counts or log1p expression (another layer?)"
         ]
     kind = kind_of_values(matrix)
-    if kind == "zeros":
+    if kind == Values.ZEROS:
         return "nothing but zeros in the first cells", []
-    if kind == "counts":
+    if kind == Values.COUNTS:
         totals = np.asarray(matrix.sum(axis=1)).ravel()
         return f"counts, {np.median(totals):,.0f} per cell (median); scaled to 10,000 and log1p in training", []
-    if kind == "linear":
+    if kind == Values.LINEAR:
         return "normalised, not log1p", [f"{input} is normalised but not log1p: run sc.pp.log1p(adata)"]
     linear = matrix.copy()
     if sp.issparse(linear):

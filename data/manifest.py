@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pertstate._version import __version__
+from pertstate.base.constants import Normalize, Values
 from pertstate.data.cells import GROUP_KEYS, with_rows
 
 
@@ -119,11 +120,11 @@ class Manifest:
             "reading": isinstance(self.reading, dict)
             and set(self.reading) == set(READING)
             and all(type(value) is str or value is None and key in _OPTIONAL for key, value in self.reading.items()),
-            "expression": self.expression in (None, "counts", "log1p"),
+            "expression": self.expression in (None, Values.COUNTS, Values.LOG1P),
             "layout": self.layout in ("sparse", "dense"),
-            "dtype": self.dtype in (_COUNTS if self.expression == "counts" else ("float32", "float16")),
+            "dtype": self.dtype in (_COUNTS if self.expression == Values.COUNTS else ("float32", "float16")),
             "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
-            "normalize": self.normalize in ("none", "log1p_cp10k"),
+            "normalize": self.normalize in (Normalize.NONE, Normalize.COUNTS_TO_LOG1P),
             "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
             "vocabularies": isinstance(self.vocabularies, dict)
             and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}

@@ -31,6 +31,7 @@ from pertstate.base.cell_values import (
     shared_genes,
     take_rows,
 )
+from pertstate.base.constants import Normalize, Split, Values
 from pertstate.base.messages import closest, some
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on, with_rows
@@ -264,7 +265,7 @@ def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple
         with AnnDataFile(source.path) as data, naming(source.path):
             found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
     normalize, values = resolve_normalisation(asked, found, expression)
-    return normalize, "counts" if normalize == "log1p_cp10k" else values
+    return normalize, Values.COUNTS if normalize == Normalize.COUNTS_TO_LOG1P else values
 
 
 def _totals(sources: list[Source], recipe: Recipe, wanted: np.ndarray, progress: Callable) -> np.ndarray:
@@ -403,7 +404,7 @@ def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, layout: _
     obs = obs.iloc[block.rows[order] - first]
     if block.expression is not None:
         part = block.expression[order]
-        values = part.data.astype(np.uint32 if layout.recipe.kind == "counts" else np.float32)
+        values = part.data.astype(np.uint32 if layout.recipe.kind == Values.COUNTS else np.float32)
         if layout.options.layout == "dense":
             dense = sp.csr_matrix((values, part.indices, part.indptr), shape=part.shape).toarray()
             columns[EXPRESSION] = pa.FixedSizeListArray.from_arrays(pa.array(dense.ravel()), part.shape[1])
@@ -444,7 +445,7 @@ def _write_shards(layout: _Layout, folder: Path, runs: list[_Run], num_proc: int
 
 
 def _value_type(layout: _Layout, largest: float) -> pa.DataType:
-    if layout.recipe.kind == "counts":
+    if layout.recipe.kind == Values.COUNTS:
         if layout.options.dtype != "auto":
             raise ValueError(
                 f"prepare.dtype={layout.options.dtype!r}: counts are stored exactly, as whole numbers; use 'auto'"
@@ -551,7 +552,7 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
-        "_split": "train",
+        "_split": Split.TRAIN,
     }
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 

@@ -8,15 +8,8 @@ import pandas as pd
 import torch
 from torch.utils.data import Dataset
 
+from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.messages import closest
-from pertstate.base.modeling_perturbation import (
-    BATCH_IDS,
-    CELL_MASK,
-    CONTEXT_IDS,
-    CONTROL_CELLS,
-    GENE_LABELS,
-    LABELS,
-)
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
 from pertstate.processing import StateProcessor
@@ -118,15 +111,15 @@ class SentenceDataset(Dataset):
             )
         self.cells, self.processor = cells, processor
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
-        self.repeat = small_groups == "repeat" and split == "train"
+        self.repeat = small_groups == "repeat" and split == Split.TRAIN
         self.groups, self.num_without_batch_controls = _make_groups(
             cells.groups,
             processor.control,
             split,
             control_matching,
-            control_sentences and split == "train",
+            control_sentences and split == Split.TRAIN,
             heldout_controls,
-            controls_only and split == "train",
+            controls_only and split == Split.TRAIN,
         )
         if self.num_without_batch_controls:
             logger.warning(
@@ -143,8 +136,8 @@ class SentenceDataset(Dataset):
             encoded = processor.encode_batches(names.unique())
             self._batch_of_group = names.map(dict(zip(names.unique(), encoded))).to_numpy()
             self._first_of_group = cells.groups["start"].to_numpy()
-        self._equal = sentences_per_group == "equal" and split == "train"
-        self._cap = sentence_cap if split == "train" else None
+        self._equal = sentences_per_group == "equal" and split == Split.TRAIN
+        self._cap = sentence_cap if split == Split.TRAIN else None
         self._row_type = np.min_scalar_type(int(cells.groups["stop"].max()))
         self.multiple_of = multiple_of
         # Shared with the processes of a loader, which may live on between epochs.
@@ -191,7 +184,7 @@ class SentenceDataset(Dataset):
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
         """Counts and sums of the training cells and of their controls, each cell once; see [`GroupSums.of_cells`]."""
         groups = self.cells.groups
-        groups = groups[groups["split"].isin(["train", "control"])]
+        groups = groups[groups["split"].isin([Split.TRAIN, Split.CONTROL])]
         return GroupSums.of_cells(self.cells.features, groups, self.processor.control, part, parts, progress)
 
     def __len__(self) -> int:
@@ -323,7 +316,7 @@ def _make_groups(
         found = part.groupby(keys, sort=True, observed=True).agg(start=("start", "min"), stop=("stop", "max"))
         return {key: range(*span) for key, span in zip(found.index, found.to_numpy())}
 
-    of_controls = table[table["split"] == "control"]
+    of_controls = table[table["split"] == Split.CONTROL]
     pools = spans(of_controls, ["dataset", "context"])
     of_batches = spans(of_controls, ["dataset", "context", "batch"]) if control_matching == "batch" else {}
     groups, lonely, fallen_back = [], [], 0

@@ -18,6 +18,7 @@ from pertstate.base.cell_values import (
     take_rows,
     wrong_kind,
 )
+from pertstate.base.constants import Values
 from pertstate.data.cells import GROUP_KEYS
 from pertstate.data.matrices import RowReader
 from pertstate.data.reading import AnnDataFile, naming, read_labels
@@ -181,15 +182,15 @@ class SourceReader:
             matrix = sp.csr_matrix(take_rows(self._expression, rows))
             matrix = matrix if keep.all() else matrix[keep]
             check_finite(matrix, self.data, taken, name, nonnegative=True)
-            if kind_of_values(matrix) not in (kind, "zeros"):
+            if kind_of_values(matrix) not in (kind, Values.ZEROS):
                 error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
-            if kind == "counts" and matrix.nnz and matrix.data.max() > LARGEST_COUNT:
+            if kind == Values.COUNTS and matrix.nnz and matrix.data.max() > LARGEST_COUNT:
                 raise ValueError(
                     f"{name} holds a count of {matrix.data.max()} in cells {rows.start} to {rows.stop - 1}; expected "
                     f"at most {LARGEST_COUNT:,} (2^32 - 1)"
                 )
-            if kind == "counts":
+            if kind == Values.COUNTS:
                 totals = cell_totals(matrix)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()

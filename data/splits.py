@@ -5,11 +5,12 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pertstate.base.constants import Split
 from pertstate.base.messages import closest
 from pertstate.data.reading import expand_paths
 
 
-SPLITS = ("train", "val", "test")
+SPLITS = (Split.TRAIN, Split.VAL, Split.TEST)
 
 
 @dataclass
@@ -50,19 +51,19 @@ class Splits:
         if not self.training:
             raise ValueError(f"[training] names no dataset; expected some of {sorted(self.datasets)}")
         for key, split in self.zeroshot.items():
-            if split not in ("val", "test"):
+            if split not in (Split.VAL, Split.TEST):
                 raise ValueError(f"[zeroshot] {'.'.join(key)!r} = {split!r}: expected 'val' or 'test'")
             if key in self.fewshot:
                 raise ValueError(f"{'.'.join(key)!r} stands in [zeroshot] and [fewshot]: leave it in one of them")
         for key, held in self.fewshot.items():
             for split, names in held.items():
-                if split not in ("val", "test"):
+                if split not in (Split.VAL, Split.TEST):
                     raise ValueError(f"[fewshot.{'.'.join(key)!r}] has {split!r}: expected 'val' and 'test'")
                 if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                     raise ValueError(
                         f"[fewshot.{'.'.join(key)!r}] {split} = {names!r}: expected a list of perturbation names"
                     )
-            both = set(held.get("val", [])) & set(held.get("test", []))
+            both = set(held.get(Split.VAL, [])) & set(held.get(Split.TEST, []))
             if both:
                 raise ValueError(
                     f"[fewshot.{'.'.join(key)!r}]: {sorted(both)} are in val and test; a pair has one split"
@@ -102,7 +103,7 @@ class Splits:
         else:
             datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
         for name, value in content.get("training", {}).items():
-            if value != "train":
+            if value != Split.TRAIN:
                 raise ValueError(f"{path}: [training] {name} = {value!r}: expected 'train'")
 
         def pair(key: str) -> tuple[str, str]:
@@ -173,7 +174,7 @@ class Splits:
         for split, names in self.fewshot.get((dataset, context), {}).items():
             if perturbation in names:
                 return split
-        return self.perturbations.get(perturbation, "train" if dataset in self.training else None)
+        return self.perturbations.get(perturbation, Split.TRAIN if dataset in self.training else None)
 
     def split_of_context(self, dataset: str, context: str) -> str | None:
         """The split that a context is held out for as a whole, where it is."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from pertstate.base.cell_values import listed_genes, normalize_counts, resolve_target_sum
+from pertstate.base.constants import Normalize, Values
 from pertstate.base.messages import some
 from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.cells import (
@@ -272,7 +273,7 @@ def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
     """ValueError where the columns are not those of the manifest, or their lists reach beyond their values."""
     expected = {BARCODE: pa.string()}
     numbers = pa.from_numpy_dtype(manifest.dtype)
-    if manifest.expression == "counts":
+    if manifest.expression == Values.COUNTS:
         expected[TOTAL] = pa.float64()
     if manifest.embedding_dim is not None:
         half = manifest.dtype == "float16"
@@ -312,9 +313,9 @@ class StoredRows:
 
     def __init__(self, store: CellStore, processor: StateProcessor, source: str = "features"):
         self.store = store
-        self.embedded = processor.values == "embedding" and source == "features"
-        as_log1p = source == "genes" or processor.values == "log1p"
-        self.scaled, self.target_sum = as_log1p and store.manifest.expression == "counts", processor.target_sum
+        self.embedded = processor.values == Values.EMBEDDING and source == "features"
+        as_log1p = source == "genes" or processor.values == Values.LOG1P
+        self.scaled, self.target_sum = as_log1p and store.manifest.expression == Values.COUNTS, processor.target_sum
         width = processor.feature_dim if source == "features" else len(processor.vocabulary.genes)
         self.shape = (len(store), width)
         self._columns = None
@@ -366,7 +367,7 @@ def load_store(
     contexts: list[str] | None = None,
     hvg_on_all: bool = False,
     genes: int | list[str] | None = None,
-    normalize: str = "auto",
+    normalize: str = Normalize.AUTO,
     target_sum: "float | str | None" = None,
     perturbation_features: PerturbationFeatures | None = None,
     set_size: int = 128,
@@ -428,16 +429,16 @@ def _check_processor(store: CellStore, processor: StateProcessor):
         ValueError: the store does not hold what the processor reads.
     """
     manifest = store.manifest
-    if processor.values == "embedding" and manifest.embedding_dim != processor.feature_dim:
+    if processor.values == Values.EMBEDDING and manifest.embedding_dim != processor.feature_dim:
         found = "none" if manifest.embedding_dim is None else f"one of {manifest.embedding_dim}"
         raise ValueError(
             f"{store.path}: the checkpoint reads an embedding of {processor.feature_dim} dimensions, the store holds {found}"
         )
     if processor.vocabulary.genes:
-        raw = processor.normalize == "log1p_cp10k" or processor.values == "counts"
-        if manifest.expression != ("counts" if raw else "log1p"):
+        raw = processor.normalize == Normalize.COUNTS_TO_LOG1P or processor.values == Values.COUNTS
+        if manifest.expression != (Values.COUNTS if raw else Values.LOG1P):
             raise ValueError(
-                f"{store.path}: the checkpoint reads {'counts' if raw else 'log1p expression'}, the store holds "
+                f"{store.path}: the checkpoint reads {Values.COUNTS if raw else 'log1p expression'}, the store holds "
                 f"{manifest.expression or 'an embedding alone'}; prepare one from where the other is (input: X or layers/NAME)"
             )
         listed_genes(processor.vocabulary.genes, pd.Index(manifest.genes))
@@ -449,7 +450,7 @@ def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], val
     reading = {name: manifest.reading[name] for name in READING}
     reader = StateProcessor(**reading, perturbation_features=settings["perturbation_features"])
     vocabulary = training_names(trained, reader, genes)
-    if manifest.embedding_dim is not None and values == "counts":
+    if manifest.embedding_dim is not None and values == Values.COUNTS:
         raise ValueError(
             f"the gene decoder predicts log1p expression, {manifest.reading['gene_input']} holds counts: use normalize='auto'"
         )
@@ -457,23 +458,23 @@ def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], val
         vocabulary,
         **reading,
         **settings,
-        values="embedding" if manifest.embedding_dim is not None else values,
+        values=Values.EMBEDDING if manifest.embedding_dim is not None else values,
         feature_dim=manifest.embedding_dim if manifest.embedding_dim is not None else len(genes),
     )
 
 
 def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
     """(normalize, values) of the store's expression for what was asked."""
-    if asked not in ("auto", "log1p_cp10k", "none"):
-        raise ValueError(f"normalize={asked!r}; expected 'auto', 'log1p_cp10k' or 'none'")
-    asked = manifest.normalize if asked == "auto" else asked
-    if asked == "none":
-        return "none", manifest.expression or "embedding"
-    if manifest.expression != "counts":
+    if asked not in Normalize.OPTIONS:
+        raise ValueError(f"normalize={asked!r}; expected 'auto', 'counts_to_log1p' or 'none'")
+    asked = manifest.normalize if asked == Normalize.AUTO else asked
+    if asked == Normalize.NONE:
+        return Normalize.NONE, manifest.expression or Values.EMBEDDING
+    if manifest.expression != Values.COUNTS:
         raise ValueError(
-            f"normalize='log1p_cp10k' is for counts; the store holds {manifest.expression or 'an embedding'}"
+            f"normalize='counts_to_log1p' is for counts; the store holds {manifest.expression or 'an embedding'}"
         )
-    return "log1p_cp10k", "log1p"
+    return Normalize.COUNTS_TO_LOG1P, Values.LOG1P
 
 
 def _totals(store: CellStore, groups: pd.DataFrame) -> np.ndarray:
@@ -488,7 +489,7 @@ def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, target_sum: flo
         raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
     if not isinstance(genes, (int, np.integer)):
         return listed_genes(genes, pd.Index(known))
-    scaled = store.manifest.expression == "counts"
+    scaled = store.manifest.expression == Values.COUNTS
 
     def read(start: int, stop: int) -> sp.csr_matrix:
         rows = np.arange(start, stop)

@@ -21,6 +21,7 @@ from pertstate.base.cell_values import (
     normalize_counts,
     wrong_kind,
 )
+from pertstate.base.constants import Normalize, Values
 from pertstate.base.messages import closest, some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
@@ -453,7 +454,7 @@ class CellReader:
     def __init__(self, source: CellStream, processor: StateProcessor, batch_names: list[str] | None = None):
         self.source, self.processor, self.batch_names = source, processor, batch_names
         columns = source.columns
-        embedding = processor.values == "embedding"
+        embedding = processor.values == Values.EMBEDDING
         if embedding and columns.embedding is None:
             raise ValueError(f"the processor reads {processor.input!r}; name the column with embedding=")
         if (not embedding or processor.gene_input is not None) and source.genes is None:
@@ -476,7 +477,7 @@ class CellReader:
     def read(self, block: CellBlock, rows: np.ndarray) -> CellRows:
         """Some cells of a block, checked, in the model's units."""
         processor, genes = self.processor, None
-        if processor.values == "embedding":
+        if processor.values == Values.EMBEDDING:
             features = block.embedding(rows)
             if len(rows) and features.shape[1] != processor.feature_dim:
                 raise ValueError(
@@ -486,22 +487,26 @@ class CellReader:
             if processor.gene_input is not None:
                 genes = self._expression(block, rows, as_log1p=True)
         else:
-            features = self._expression(block, rows, as_log1p=processor.values == "log1p")
+            features = self._expression(block, rows, as_log1p=processor.values == Values.LOG1P)
         batches = None if self.batch_names is None else block.batches(rows, self.batch_names)
         return CellRows(features, genes, batches)
 
     def _expression(self, block: CellBlock, rows: np.ndarray, as_log1p: bool) -> sp.csr_matrix:
         processor, columns = self.processor, self.source.columns
         matrix = block.expression(rows)
-        expected = "counts" if processor.normalize == "log1p_cp10k" or processor.values == "counts" else "log1p"
+        expected = (
+            Values.COUNTS
+            if processor.normalize == Normalize.COUNTS_TO_LOG1P or processor.values == Values.COUNTS
+            else Values.LOG1P
+        )
         kind = kind_of_values(matrix)
-        if kind not in (expected, "zeros"):
+        if kind not in (expected, Values.ZEROS):
             where = f"column {columns.gene_values!r} near {block.where(rows[0])}"
             raise ValueError(wrong_kind(where, expected, kind, processor.target_sum))
         # The library is that of the whole cell, so it is summed before genes are left out.
         sums = cell_totals(matrix)
         totals = sums
-        if columns.total is not None and expected == "counts":
+        if columns.total is not None and expected == Values.COUNTS:
             totals = block.totals(rows)
             # Sums of counts are exact; a total that was itself stored in single precision is not.
             wrong = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
@@ -516,7 +521,7 @@ class CellReader:
         before = np.concatenate([[0], np.cumsum(kept)])
         data = matrix.data[kept].astype(np.float32)
         indptr = before[matrix.indptr]
-        if expected == "counts" and as_log1p:
+        if expected == Values.COUNTS and as_log1p:
             data = normalize_counts(data, totals, processor.target_sum, np.diff(indptr))
         return sp.csr_matrix((data, places[kept], indptr), shape=(len(rows), len(processor.vocabulary.genes)))
 

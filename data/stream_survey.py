@@ -9,6 +9,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from pertstate.base.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum
+from pertstate.base.constants import Normalize, Split, Values
 from pertstate.base.messages import closest, some
 from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
@@ -57,13 +58,13 @@ class StreamSurvey:
     def split_of(self, dataset: str, context: str, perturbation: str) -> str | None:
         """`"control"`, `"train"`, `"val"`, `"test"` or None (not used)."""
         if perturbation == self.processor.control:
-            return "control"
+            return Split.CONTROL
         return _split_of(self.splits, dataset, context, perturbation)
 
     @property
     def trained(self) -> set[tuple[str, str]]:
         """The (dataset, context) pairs with training cells."""
-        return {key[:2] for key in self.counts if self.split_of(*key) == "train"}
+        return {key[:2] for key in self.counts if self.split_of(*key) == Split.TRAIN}
 
     def to_cells(self, *wanted: str) -> Cells | None:
         """
@@ -86,7 +87,7 @@ class StreamSurvey:
         for (dataset, context), batches in self.control_rows.items():
             for part in batches.values():
                 control_rows.append(part)
-                labels += [(dataset, context, control, "control")] * len(part)
+                labels += [(dataset, context, control, Split.CONTROL)] * len(part)
         cells = CellRows.join([self.sampled.take(rows), self.controls.take(np.concatenate(control_rows))])
         obs = pd.DataFrame(labels, columns=["dataset", "context", "perturbation", "split"])
         if cells.batches is not None:
@@ -145,7 +146,7 @@ def survey_stream(
     genes: list[str] | None = None,
     input: str = "X",
     gene_input: str | None = None,
-    normalize: str = "auto",
+    normalize: str = Normalize.AUTO,
     combination_separator: str | None = "+",
     set_size: int = 128,
     target_sum: float | None = None,
@@ -198,8 +199,8 @@ def survey_stream(
         raise ValueError(f"control_matching={control_matching!r}; {closest(control_matching, ('context', 'batch'))}")
     if control_matching == "batch" and source.columns.batch is None:
         raise ValueError("control_matching='batch' needs the column with each cell's batch; name it with batch=")
-    if normalize not in ("auto", "log1p_cp10k", "none"):
-        raise ValueError(f"normalize={normalize!r}; {closest(normalize, ('auto', 'log1p_cp10k', 'none'))}")
+    if normalize not in Normalize.OPTIONS:
+        raise ValueError(f"normalize={normalize!r}; {closest(normalize, Normalize.OPTIONS)}")
     if fill_cells is not None and fill_cells < 1:
         raise ValueError(f"fill_cells={fill_cells}: expected at least 1 row, or None for all")
     template = processor
@@ -224,7 +225,7 @@ def survey_stream(
     controls = Reservoirs(reservoir_cells, generator)
     samples = {
         split: Reservoirs(capacity, generator)
-        for split, capacity in (("train", baseline_cells), ("val", eval_cells), ("test", eval_cells))
+        for split, capacity in ((Split.TRAIN, baseline_cells), (Split.VAL, eval_cells), (Split.TEST, eval_cells))
         if capacity
     }
     counts: Counter[CellKey] = Counter()
@@ -309,7 +310,7 @@ def check_controls(lonely: list[tuple[str, str]]):
 
 
 def _split_of(splits: Splits | None, dataset: str, context: str, perturbation: str) -> str | None:
-    return "train" if splits is None else splits.split_of(dataset, context, perturbation)
+    return Split.TRAIN if splits is None else splits.split_of(dataset, context, perturbation)
 
 
 def _check_dataset(splits: Splits | None, key: CellKey, where: str):
@@ -353,22 +354,24 @@ def _settle(
     """A processor that knows what the values are, and whether these cells really said so (they may be all 0)."""
     settings = {name: getattr(template, name) for name in PROCESSOR_SETTINGS}
     embedding, decoder = template.input.startswith("obsm/"), template.gene_input is not None
-    settled, values = True, "embedding"
+    settled, values = True, Values.EMBEDDING
     if not embedding or decoder:
         kind = kind_of_values(block.expression(rows))
-        settled = kind != "zeros"
+        settled = kind != Values.ZEROS
         settings["normalize"], values = resolve_normalisation(
             normalize, {kind}, f"column {source.columns.gene_values!r}"
         )
-    elif normalize == "log1p_cp10k":
-        raise ValueError(f"normalize='log1p_cp10k' is for counts; input={template.input!r} is an embedding: use 'none'")
-    if embedding and values == "counts":
+    elif normalize == Normalize.COUNTS_TO_LOG1P:
+        raise ValueError(
+            f"normalize='counts_to_log1p' is for counts; input={template.input!r} is an embedding: use 'none'"
+        )
+    if embedding and values == Values.COUNTS:
         raise ValueError("the gene decoder predicts log1p expression, the stream holds counts: use normalize='auto'")
     if target_sum is not None:
         settings["target_sum"] = resolve_target_sum(target_sum, settings["normalize"], "the stream", _no_median)
     if embedding and source.columns.embedding is None:
         raise ValueError(f"input={template.input!r} is an embedding; name its column with embedding=")
-    settings["values"] = "embedding" if embedding else values
+    settings["values"] = Values.EMBEDDING if embedding else values
     settings["feature_dim"] = block.embedding(rows).shape[1] if embedding else len(template.vocabulary.genes)
     settings["perturbation_features"] = template.perturbation_features
     return StateProcessor(vocabulary=template.vocabulary, **settings), settled
@@ -387,7 +390,7 @@ def _fit(values: StateProcessor, counts: "Counter[CellKey]", splits: Splits | No
         if key.perturbation == values.control:
             training = splits is None or (key.dataset in splits.training and splits.split_of_context(*key[:2]) is None)
         else:
-            training = _split_of(splits, *key[:3]) == "train"
+            training = _split_of(splits, *key[:3]) == Split.TRAIN
         if training:
             names.update(values.split_combination(key.perturbation))
             contexts.add(key.context)

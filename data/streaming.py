@@ -14,14 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from pertstate.base.modeling_perturbation import (
-    BATCH_IDS,
-    CONTEXT_IDS,
-    CONTROL_CELLS,
-    GENE_LABELS,
-    LABELS,
-    PERTURBATION_IDS,
-)
+from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS, Split
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
@@ -148,7 +141,7 @@ class SentenceStream(IterableDataset):
         self.survey, self.processor = survey, survey.processor
         self._reader = CellReader(self.source, survey.processor)
         self._trained = survey.trained
-        names = {name for *key, name in survey.counts if survey.split_of(*key, name) == "train"}
+        names = {name for *key, name in survey.counts if survey.split_of(*key, name) == Split.TRAIN}
         # One width for all sentences, so that they stack.
         self._width = max([1, *(len(self.processor.split_combination(name)) for name in names)])
         self._control_batches = None
@@ -164,7 +157,7 @@ class SentenceStream(IterableDataset):
     @property
     def cells(self) -> Cells:
         """The sampled training and control cells in memory, which the baselines of an evaluation are learned from."""
-        cells = self.survey.to_cells("train")
+        cells = self.survey.to_cells(Split.TRAIN)
         if cells is None:
             raise ValueError("the survey sampled no training cells to learn baselines from; give it baseline_cells=")
         return cells
@@ -239,7 +232,9 @@ class SentenceStream(IterableDataset):
         if not self.source.uses(key.context):
             return False
         split = self.survey.split_of(*key[:3])
-        return split == "train" or (split == "control" and key.dataset in {dataset for dataset, _ in self._trained})
+        return split == Split.TRAIN or (
+            split == Split.CONTROL and key.dataset in {dataset for dataset, _ in self._trained}
+        )
 
     # Iteration
 
@@ -362,8 +357,8 @@ class SentenceStream(IterableDataset):
         if not self.source.uses(key.context):
             return False
         split = self.survey.split_of(*key[:3])
-        if split != "control":
-            return split == "train"
+        if split != Split.CONTROL:
+            return split == Split.TRAIN
         if not self.control_sentences:
             return False
         return key[:2] in self._trained or (

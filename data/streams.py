@@ -5,6 +5,7 @@ from pathlib import Path
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi, HfFileSystem
 
+from pertstate.base.constants import Values
 from pertstate.base.hub_errors import on_the_hub
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import (
@@ -108,7 +109,7 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
         batch="batch" if "batch" in manifest.groups else None,
         gene_ids=GENE_IDS if sparse else None,
         gene_values=GENE_VALUES if sparse else None,
-        total=TOTAL if manifest.expression == "counts" else None,
+        total=TOTAL if manifest.expression == Values.COUNTS else None,
         embedding=EMBEDDING if manifest.embedding_dim is not None else None,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from pertstate.base.constants import Values
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
@@ -86,7 +87,7 @@ def evaluate(
             AsPredicted(_Rows(processor, training, rows[order]), processor),
             groups,
             processor.control,
-            clip=processor.values != "embedding",
+            clip=processor.values != Values.EMBEDDING,
         )
         unseen = sorted({p for _, p in common if p not in changes.changes})
         if unseen:
@@ -187,15 +188,15 @@ def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProce
         settings = {**json.loads(str(recorded)), **settings}
     if settings.get("gene_input") is not None:
         # A gene decoder's expression is in X; the real expression is where the decoder's target was.
-        settings |= {"input": settings["gene_input"], "gene_input": None, "values": "log1p"}
+        settings |= {"input": settings["gene_input"], "gene_input": None, "values": Values.LOG1P}
     settings["batch_key"] = None
-    if settings.get("values") == "embedding":
+    if settings.get("values") == Values.EMBEDDING:
         settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
     else:
         settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
     # Predictions are taken as they are: a model's counts are not whole numbers, and its expression may be negative.
     labels = {name: settings[name] for name in ("perturbation_key", "context_key", "control") if name in settings}
-    as_they_are = StateProcessor(values="embedding", feature_dim=len(guess.var_names), **labels)
+    as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **labels)
     return as_they_are, StateProcessor(**settings)
 
 

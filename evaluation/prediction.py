@@ -17,15 +17,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
 from pertstate.base.modeling_layers import UnseenWarning
-from pertstate.base.modeling_perturbation import (
-    BATCH_IDS,
-    CELL_MASK,
-    CONTEXT_IDS,
-    CONTROL_CELLS,
-    LABELS,
-    UnseenPerturbationError,
-)
+from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.data.reading import AnnDataFile
 from pertstate.processing import StateProcessor
 
@@ -339,7 +333,7 @@ class _Writer:
     """Fills the matrices of an output file, block by block."""
 
     def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int):
-        on_embedding = processor.values == "embedding"
+        on_embedding = processor.values == Values.EMBEDDING
         self.processor = processor
         self.decoded = config.gene_dim is not None
         self.main = self._dataset(file, "X", (total, config.gene_dim if self.decoded else config.output_dim))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
 
 from pertstate._version import __version__
 from pertstate.base.configuration_perturbation import EncoderConfig
+from pertstate.base.constants import Values
 from pertstate.base.messages import some
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
@@ -135,8 +135,8 @@ def _config(legacy: LegacyFolder) -> EncoderConfig:
         raise ValueError(f"{legacy.path}: the model was trained with LoRA adapters; merge them into its weights first")
     try:
         config = config_from_legacy(options)
-    except StrictDataclassError as error:
-        raise ValueError(f"{legacy.path}: an option has another type: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{legacy.path}: its options make no config: {error}") from error
     if legacy.contexts:
         config.num_contexts = len(legacy.contexts)
     if not config.embeds_batches:
@@ -155,7 +155,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
     on_expression = embed_key in (None, "X_hvg") and not decodes
     expected = config.gene_dim if decodes else config.input_dim if on_expression else None
     names = _genes(legacy, expected, genes)
-    settings = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": "embedding"}
+    settings = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": Values.EMBEDDING}
     if decodes:
         if names is None:
             raise ValueError(
@@ -164,7 +164,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
             )
         settings["gene_input"] = "X"
     elif names is not None:
-        settings = {"input": "X", "values": "counts" if legacy.data.get("int_counts") else "log1p"}
+        settings = {"input": "X", "values": Values.COUNTS if legacy.data.get("int_counts") else Values.LOG1P}
     elif on_expression:
         logger.warning(
             f"{legacy.path}: the folder does not hold the names of the model's {expected} genes; cells are read from "
@@ -275,7 +275,9 @@ def _names(names: list[str], none: str) -> str:
 def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor, attention: str, name: str) -> str:
     vocabulary = processor.vocabulary
     training = {key: value for key, value in legacy.training.items() if isinstance(value, str | int | float)}
-    values = {"log1p": "log1p expression", "counts": "raw counts", "embedding": "an embedding"}[processor.values]
+    values = {Values.LOG1P: "log1p expression", Values.COUNTS: "raw counts", Values.EMBEDDING: "an embedding"}[
+        processor.values
+    ]
     card = ModelCard.from_template(
         ModelCardData(
             license=UNKNOWN_LICENSE, library_name="transformers", pipeline_tag=TASK, tags=TAGS, model_name=name

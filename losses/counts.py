@@ -2,9 +2,9 @@
 
 import torch
 
+from pertstate.base.constants import CELL_MASK, CONTROL_CELLS, LABELS
 from pertstate.base.count_distributions import negative_binomial_log_prob, zero_inflated_negative_binomial_log_prob
 from pertstate.base.modeling_counts import CountsOutput
-from pertstate.base.modeling_perturbation import CELL_MASK, CONTROL_CELLS, LABELS
 from pertstate.losses.objective import Objective
 
 

@@ -4,12 +4,8 @@ import torch
 from torch import nn
 
 from pertstate.base.configuration_perturbation import SetTransformerConfig
-from pertstate.base.modeling_perturbation import (
-    CELL_MASK,
-    GENE_LABELS,
-    LABELS,
-    PerturbationOutput,
-)
+from pertstate.base.constants import CELL_MASK, GENE_LABELS, LABELS
+from pertstate.base.modeling_perturbation import PerturbationOutput
 from pertstate.losses.energy import EnergyLoss
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective

@@ -3,7 +3,8 @@
 import torch
 
 from pertstate.base.configuration_fitted import FittedConfig
-from pertstate.base.modeling_perturbation import CELL_MASK, LABELS, PerturbationOutput
+from pertstate.base.constants import CELL_MASK, LABELS
+from pertstate.base.modeling_perturbation import PerturbationOutput
 from pertstate.losses.energy import EnergyLoss
 from pertstate.losses.objective import Objective
 

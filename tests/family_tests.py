@@ -241,7 +241,7 @@ class FamilyTests:
         names = {path.name for path in folder.iterdir()}
         code = (
             "checkpoint_files",
-            "configuration_state",
+            "configuration_perturbation",
             "modeling_perturbation",
             "processing",
             "processor_files",

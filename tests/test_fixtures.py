@@ -22,7 +22,7 @@ def assert_as_written(found: dict[str, torch.Tensor], folder: Path):
     torch.testing.assert_close({name: found[name] for name in expected}, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::pertstate.modeling_layers.UnseenWarning")
+@pytest.mark.filterwarnings("ignore::pertstate.base.modeling_layers.UnseenWarning")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_checkpoint_of_an_earlier_version_predicts_as_it_did(name):
     folder = FIXTURES / name

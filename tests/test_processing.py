@@ -74,8 +74,8 @@ def test_fit_learns_names_in_order():
 @pytest.mark.parametrize(
     "make, asked, normalize, values",
     [
-        (counts_screen, "auto", "log1p_cp10k", "log1p"),
-        (counts_screen, "log1p_cp10k", "log1p_cp10k", "log1p"),
+        (counts_screen, "auto", "counts_to_log1p", "log1p"),
+        (counts_screen, "counts_to_log1p", "counts_to_log1p", "log1p"),
         (counts_screen, "none", "none", "counts"),
         (log1p_screen, "auto", "none", "log1p"),
         (log1p_screen, "none", "none", "log1p"),
@@ -255,7 +255,7 @@ def test_an_embedding_is_read_as_it_is(form):
     np.testing.assert_array_equal(processor.features(adata, np.array([3, 17])), expected[[3, 17]])
 
 
-@pytest.mark.parametrize("gene_input, normalize", [("X", "none"), ("layers/counts", "log1p_cp10k")])
+@pytest.mark.parametrize("gene_input, normalize", [("X", "none"), ("layers/counts", "counts_to_log1p")])
 def test_the_gene_decoder_reads_expression_beside_an_embedding(gene_input, normalize):
     adata = embedded()
     processor = StateProcessor.fit(adata, input="obsm/X_emb", gene_input=gene_input, genes=["gene4", "gene0"])
@@ -506,7 +506,7 @@ def test_decode_gives_named_cells(tmp_path):
     assert note["X"] == "log1p expression (10000 counts per cell)"
     assert note["checkpoint"] == "lab/model"
     assert note["controls"] == "T cell: 10 control cells; B cell: 10 control cells"
-    assert json.loads(note["processor"])["normalize"] == "log1p_cp10k"
+    assert json.loads(note["processor"])["normalize"] == "counts_to_log1p"
 
     decoded.write_h5ad(tmp_path / "decoded.h5ad")
     again = ad.read_h5ad(tmp_path / "decoded.h5ad")
@@ -605,7 +605,7 @@ def test_a_saved_processor_is_readable_files(tmp_path):
     vocabulary = json.loads((tmp_path / "vocabulary.json").read_text(encoding="utf-8"))
     assert vocabulary["genes"] == processor.vocabulary.genes
     settings = json.loads((tmp_path / "processor_config.json").read_text(encoding="utf-8"))
-    assert settings["set_size"] == 7 and settings["normalize"] == "log1p_cp10k"
+    assert settings["set_size"] == 7 and settings["normalize"] == "counts_to_log1p"
     assert "vocabulary" not in settings
 
 
@@ -705,7 +705,7 @@ def test_log1p_where_counts_are_expected():
     ):
         processor(log1p_screen(), "A")
     with pytest.raises(ValueError, match="X: expected counts, found fractional values"):
-        StateProcessor.fit(log1p_screen(), normalize="log1p_cp10k")
+        StateProcessor.fit(log1p_screen(), normalize="counts_to_log1p")
 
 
 def test_normalised_but_not_log1p():
@@ -880,12 +880,14 @@ def test_gene_choices_that_cannot_be():
 
 def test_options_that_contradict_one_another():
     adata = embedded()
-    with pytest.raises(ValueError, match="normalize='log1p'; did you mean 'log1p_cp10k'"):
+    with pytest.raises(ValueError, match="normalize='log1p'; did you mean 'counts_to_log1p'"):
         StateProcessor.fit(adata, normalize="log1p")
     with pytest.raises(ValueError, match="gene_input='X' feeds the gene decoder .* leave gene_input out"):
         StateProcessor.fit(adata, gene_input="X")
-    with pytest.raises(ValueError, match="normalize='log1p_cp10k' is for counts; input='obsm/X_emb' is an embedding"):
-        StateProcessor.fit(adata, input="obsm/X_emb", normalize="log1p_cp10k")
+    with pytest.raises(
+        ValueError, match="normalize='counts_to_log1p' is for counts; input='obsm/X_emb' is an embedding"
+    ):
+        StateProcessor.fit(adata, input="obsm/X_emb", normalize="counts_to_log1p")
     with pytest.raises(ValueError, match="the gene decoder predicts log1p expression, layers/counts holds counts"):
         StateProcessor.fit(adata, input="obsm/X_emb", gene_input="layers/counts", normalize="none")
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import cached_file, extract_commit_hash
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.constants import Normalize, Values
 from pertstate.base.modeling_finetuning import VocabularyChange
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.vocabulary import Vocabulary
@@ -118,7 +119,7 @@ class Pretrained:
     def _check_data(self, data: DataArguments, given: frozenset[str]):
         own = self.processor
         wrong = {}
-        if data.normalize not in ("auto", own.normalize):
+        if data.normalize not in (Normalize.AUTO, own.normalize):
             wrong["normalize"] = own.normalize
         if data.target_sum not in (None, own.target_sum):
             wrong["target_sum"] = own.target_sum
@@ -128,7 +129,7 @@ class Pretrained:
             wrong["genes_file" if data.genes is None else "genes"] = "none, only dimensions of an embedding"
         if data.hvg_on_all:
             wrong["hvg_on_all"] = False
-        if data.input.startswith("obsm/") != (own.values == "embedding"):
+        if data.input.startswith("obsm/") != (own.values == Values.EMBEDDING):
             wrong["input"] = f"{own.input!r}, {own.values} values"
         if (data.gene_input is None) != (own.gene_input is None):
             wrong["gene_input"] = own.gene_input

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.constants import Normalize, Split
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.stream_survey import StreamSurvey, survey_stream
 from pertstate.data.streaming import SentenceStream, read_stream_state
@@ -41,14 +42,14 @@ def from_stream(
         options |= {
             name: manifest.reading[name] for name in ("control", "input", "gene_input", "combination_separator")
         }
-        if options["normalize"] == "auto":
+        if options["normalize"] == Normalize.AUTO:
             options["normalize"] = manifest.normalize
-        if options["target_sum"] is None and options["normalize"] == "log1p_cp10k":
+        if options["target_sum"] is None and options["normalize"] == Normalize.COUNTS_TO_LOG1P:
             options["target_sum"] = manifest.target_sum
     splits = data.splits_of_stream(datasets_of(stream))
     held_out = {*splits.zeroshot.values(), *splits.contexts.values(), *splits.perturbations.values()}
     held_out |= {split for of in splits.fewshot.values() for split, names in of.items() if names}
-    args = training_arguments(run, has_validation="val" in held_out)
+    args = training_arguments(run, has_validation=Split.VAL in held_out)
     seed = args.seed if args.data_seed is None else args.data_seed
     source = open_stream(stream, data.contexts)
     if resume is not None:
@@ -78,7 +79,7 @@ def from_stream(
                     "batch_encoder or batch_token cannot place them: leave those options out"
                 )
         made = {
-            "train": SentenceStream(
+            Split.TRAIN: SentenceStream(
                 source,
                 survey,
                 config.set_size,
@@ -92,7 +93,7 @@ def from_stream(
                 endless=True,
             )
         }
-        for split in ("val", "test"):
+        for split in (Split.VAL, Split.TEST):
             cells = survey.to_cells(split)
             if cells is not None:
                 made[split] = SentenceDataset(
@@ -113,7 +114,7 @@ def _describe(survey: StreamSurvey, path: Path) -> str:
     """What the run trains on, in a few lines."""
     sizes: dict[str, int] = {}
     for key, count in survey.counts.items():
-        split = survey.split_of(*key) or "unused"
+        split = survey.split_of(*key) or Split.UNUSED
         sizes[split] = sizes.get(split, 0) + count
     vocabulary = survey.processor.vocabulary
     return "\n".join(

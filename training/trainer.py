@@ -21,13 +21,8 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
+from pertstate.base.constants import CELL_MASK, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.hub_errors import on_the_hub
-from pertstate.base.modeling_perturbation import (
-    CELL_MASK,
-    CONTROL_CELLS,
-    GENE_LABELS,
-    LABELS,
-)
 from pertstate.data.cells import Cells
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.streaming import SentenceStream, read_stream_state
@@ -308,7 +303,7 @@ class StateTrainer(Trainer):
             cells = self.train_dataset.cells
             self._mean_changes = MeanChanges.fit(
                 self._scored_values(cells, self.train_dataset.processor),
-                cells.groups[cells.groups["split"].isin(["train", "control"])],
+                cells.groups[cells.groups["split"].isin([Split.TRAIN, Split.CONTROL])],
                 self.train_dataset.processor.control,
                 clip=self.model.config.nonnegative_output or self.model.is_ceiling,
             )

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from pertstate.base.modeling_perturbation import (
+from pertstate.base.constants import (
     BATCH_IDS,
     CELL_MASK,
     CONTEXT_IDS,

@@ -2,7 +2,8 @@
 
 import torch
 
-from pertstate.base.modeling_perturbation import CELL_MASK, GENE_LABELS, PerturbationOutput
+from pertstate.base.constants import CELL_MASK, GENE_LABELS
+from pertstate.base.modeling_perturbation import PerturbationOutput
 from pertstate.families.decoder_only.configuration_decoder_only import DecoderOnlyConfig
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective

@@ -2,12 +2,8 @@
 
 import torch
 
-from pertstate.base.modeling_perturbation import (
-    CELL_MASK,
-    GENE_LABELS,
-    LABELS,
-    PerturbationOutput,
-)
+from pertstate.base.constants import CELL_MASK, GENE_LABELS, LABELS
+from pertstate.base.modeling_perturbation import PerturbationOutput
 from pertstate.families.embed_sum.configuration_embed_sum import EmbedSumConfig
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective

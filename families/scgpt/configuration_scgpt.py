@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 from ...base.configuration_perturbation import NetworkConfig, strict_config
+from ...base.constants import Values
 
 
 @strict_config
@@ -105,7 +106,7 @@ class ScGPTConfig(NetworkConfig):
         Raises:
             ValueError: the cells are embeddings, or a perturbation is no gene of the model; all such are listed.
         """
-        if processor.values == "embedding":
+        if processor.values == Values.EMBEDDING:
             raise ValueError(
                 f"{cls.model_type} reads the expression of genes, a token each, found input={processor.input!r}, an "
                 "embedding: set data.input to X or layers/NAME"

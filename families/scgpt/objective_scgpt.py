@@ -2,7 +2,7 @@
 
 import torch
 
-from pertstate.base.modeling_perturbation import CELL_MASK, LABELS
+from pertstate.base.constants import CELL_MASK, LABELS
 from pertstate.families.scgpt.modeling_scgpt import ScGPTOutput
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective

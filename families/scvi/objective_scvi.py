@@ -2,7 +2,7 @@
 
 import torch
 
-from pertstate.base.modeling_perturbation import CELL_MASK
+from pertstate.base.constants import CELL_MASK
 from pertstate.families.scvi.modeling_scvi import SCVIOutput
 from pertstate.losses.counts import count_log_likelihood
 from pertstate.losses.objective import Objective

@@ -2,7 +2,7 @@
 
 import torch
 
-from pertstate.base.modeling_perturbation import BATCH_IDS, CELL_MASK, CONTROL_CELLS
+from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTROL_CELLS
 from pertstate.configuration_state import StateConfig
 from pertstate.losses.distributional import DistributionalObjective
 

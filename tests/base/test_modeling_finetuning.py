@@ -292,8 +292,8 @@ def test_what_cannot_be_resized_says_so_and_changes_nothing():
 
 def test_families_that_are_fitted_say_that_they_are():
     for name, family in FAMILIES.items():
-        if family.fitted:
-            model = family(family.config_class(**SIZES))
+        if family.model.fitted:
+            model = family.model(family.config(**SIZES))
             with pytest.raises(ValueError, match=f"{name} is fitted in one pass: .*; fit it anew on all the data"):
                 model.resize_vocabulary(OLD, OLD)
 

@@ -490,7 +490,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, file, content):
         ({"gene_input": "layers/"}, "gene_input: expected 'X', 'layers/NAME' or null, found 'layers/'"),
         ({"values": "tpm"}, "values: expected 'log1p', 'counts' or 'embedding', found 'tpm'"),
         ({"values": ["log1p"]}, r"values: expected .*, found \['log1p'\]"),
-        ({"normalize": "auto"}, "normalize: expected 'log1p_cp10k' or 'none', found 'auto'"),
+        ({"normalize": "auto"}, "normalize: expected 'counts_to_log1p' or 'none', found 'auto'"),
         ({"target_sum": float("nan")}, "target_sum: expected a number above 0, or null, found nan"),
         ({"target_sum": "median"}, "target_sum: expected a number above 0, or null, found 'median'"),
         ({"target_sum": None}, "target_sum: expected a number above 0, found null"),

@@ -37,7 +37,7 @@ from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FITTED = [name for name, family in FAMILIES.items() if family.model.fitted]
 
 

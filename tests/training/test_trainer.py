@@ -158,7 +158,10 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "cell_values.py",
         "checkpoint_files.py",
         "config.json",
+        "configuration_perturbation.py",
         "configuration_state.py",
+        "constants.py",
+        "messages.py",
         "model.safetensors",
         "modeling_finetuning.py",
         "modeling_layers.py",
@@ -168,6 +171,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "processor_config.json",
         "processor_files.py",
         "training_args.json",
+        "travelling.py",
         "vocabulary.json",
         "vocabulary.py",
     ]

@@ -149,7 +149,7 @@ def test_sentences_hold_each_training_cell_once_with_controls_of_its_context(tmp
     processor, cell = looked.processor, known(looked.processor)
     assert (processor.values, processor.normalize, processor.batch_key) == (
         "log1p",
-        "log1p_cp10k",
+        "counts_to_log1p",
         source.columns.batch,
     )
     obs = screen().obs
@@ -755,7 +755,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no control cells among 630 rows.*say which label marks"):
         survey(source, control="DMSO")
     with pytest.raises(ValueError, match="expected counts, found fractional"):
-        survey(store(tmp_path / "log", store_table(log_screen(), pa.float32())), normalize="log1p_cp10k")
+        survey(store(tmp_path / "log", store_table(log_screen(), pa.float32())), normalize="counts_to_log1p")
     with pytest.raises(ValueError, match="'type_7' of 'stream', which is not there"):
         survey(source, holding_out(["type_7"]))
     with pytest.raises(ValueError, match="is of dataset 'stream', which the splits do not name"):

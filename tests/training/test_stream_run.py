@@ -19,7 +19,7 @@ from pertstate.data.stores import write_parquet
 from pertstate.data.streaming import read_stream_state
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RUN = """
 data: {{val_contexts: [type_1], test_contexts: [type_3], test_perturbations: [pert_0+pert_1], control_matching: batch}}
 stream: {{path: {folder}/parquet, eval_cells: 16, block_size: 64, buffer_cells: 256, shuffle_sentences: 8}}
@@ -184,7 +184,7 @@ training: {{output_dir: {tmp_path}/run, max_steps: 3, disable_tqdm: true, use_cp
     from pertstate import StateProcessor
 
     processor = StateProcessor.from_pretrained(tmp_path / "run")
-    assert processor.vocabulary.genes == adata.var_names[:40].tolist() and processor.normalize == "log1p_cp10k"
+    assert processor.vocabulary.genes == adata.var_names[:40].tolist() and processor.normalize == "counts_to_log1p"
     assert (processor.perturbation_key, processor.control, processor.context_key) == ("drug", "DMSO_TF", "cell_line_id")
 
 

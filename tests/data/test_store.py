@@ -109,7 +109,7 @@ def test_a_store_holds_every_cell_once(folder, whole, tmp_path, num_proc, option
     assert_holds(store, whole)
     assert (store.manifest.expression, store.manifest.normalize, store.manifest.target_sum) == (
         "counts",
-        "log1p_cp10k",
+        "counts_to_log1p",
         1e4,
     )
     assert store.manifest.dtype == str(np.min_scalar_type(int(whole.X.max())))
@@ -255,7 +255,7 @@ def test_the_target_sum_may_be_the_median_of_training_cells(folder, whole, tmp_p
     plain = prepare(arguments(folder), tmp_path / "plain", quiet=True)
     for opened, asked in ((store, None), (plain, "median")):
         _, processor = load_store(opened, data.resolve_splits(opened.groups), target_sum=asked)
-        assert processor.target_sum == median and processor.normalize == "log1p_cp10k"
+        assert processor.target_sum == median and processor.normalize == "counts_to_log1p"
     with pytest.raises(
         ValueError, match="target_sum='median' is what counts are scaled to, but layers/log1p is used as"
     ):
@@ -266,10 +266,10 @@ def test_a_run_normalises_as_the_store_says_unless_it_says_else(folder, store, t
     raw = prepare(arguments(folder, normalize="none"), tmp_path / "raw", quiet=True)
     splits = arguments(folder).resolve_splits()
     for opened, asked, values in (
-        (store, "auto", ("log1p_cp10k", "log1p")),
+        (store, "auto", ("counts_to_log1p", "log1p")),
         (store, "none", ("none", "counts")),
         (raw, "auto", ("none", "counts")),
-        (raw, "log1p_cp10k", ("log1p_cp10k", "log1p")),
+        (raw, "counts_to_log1p", ("counts_to_log1p", "log1p")),
     ):
         cells, processor = load_store(opened, splits, normalize=asked)
         assert (processor.normalize, processor.values) == values

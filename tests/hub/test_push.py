@@ -175,7 +175,7 @@ def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, 
         written = tmp_path / "adapter" / name
         written.write_text(written.read_text().replace(str(folder), "ada/base"))
     push_checkpoint(tmp_path / "adapter", "ada/adapter")
-    files, of_model = set(hub.read("ada/adapter")), {"modeling_state.py"}
+    files, of_model = set(hub.read("ada/adapter")), {"modeling_state.py", "configuration_state.py"}
     assert files == whole(folder) - {"config.json", "model.safetensors", *of_model} | {ADAPTER_KEY, ADAPTER_WEIGHTS}
     truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
     with pytest.raises(ValueError, match="adapter_model.safetensors: its weights are not a whole safetensors file"):
@@ -430,7 +430,7 @@ def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, t
         examples.append(tmp_path / f"example_{i}.py")
         examples[-1].write_text(lines.replace("COMMIT", commit))
     # And the lines of the README.
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     [lines] = [t.content for t in MarkdownIt().parse(readme) if t.type == "fence" and '"user/screen"' in t.content]
     lines = lines.replace("COMMIT", commits[1]).replace("user/screen", "lab/model").replace("STAT2", "pert_0")
     examples.append(tmp_path / "example_2.py")

@@ -44,7 +44,7 @@ def test_a_run_starts_from_the_weights_of_the_checkpoint(folder, caplog):
     assert new.vocabulary.perturbations == [*old.vocabulary.perturbations, "pert_3"]
     assert new.vocabulary.contexts == ["type_0", "type_1", "type_2", "type_3", "type_4"]
     assert new.vocabulary.genes == old.vocabulary.genes
-    assert (new.batch_key, new.normalize, new.set_size) == ("batch", "log1p_cp10k", 8)
+    assert (new.batch_key, new.normalize, new.set_size) == ("batch", "counts_to_log1p", 8)
     model, base = (AutoModel.from_pretrained(folder / name) for name in ("still", "base"))
     expected = predictions(base, old, folder / "second.h5ad")
     assert torch.equal(predictions(model, new, folder / "second.h5ad"), expected)
@@ -118,7 +118,7 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("model", "residual", "none", "model.residual='none' contradicts .* What may differ: set_size, hidden_dropout"),
         ("model", "hiden_size", 64, "unknown field 'hiden_size' in section 'model'; did you mean 'hidden_size'"),
         ("model", "feature_chunks", 99, "feature_chunks=99 exceeds output_dim=40"),
-        ("data", "normalize", "none", "data.normalize='none' contradicts the checkpoint .*, which has log1p_cp10k"),
+        ("data", "normalize", "none", "data.normalize='none' contradicts the checkpoint .*, which has counts_to_log1p"),
         ("data", "target_sum", 1e6, "data.target_sum=1000000.0 contradicts .* has 10000.0"),
         (
             "data",
@@ -280,7 +280,7 @@ def test_fine_tuning_on_a_new_cell_type_beats_training_from_scratch(tmp_path):
 
 def test_the_documented_lines_run(tmp_path, monkeypatch):
     """The files and code of docs/fine_tuning.md, after a demonstration that took two steps."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     blocks = re.findall(r"```(\w*)\n(.*?)```", (root / "docs" / "fine_tuning.md").read_text(), flags=re.DOTALL)
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -438,7 +438,7 @@ BROKEN = {
     ),
     "option of another kind": (
         changed("content", "hyper_parameters", "dropout", to="high"),
-        "an option has another type",
+        r"hidden_dropout: expected float \| int, found 'high' \(str\)",
     ),
     "adapters": (changed("config", "model", "kwargs", "lora", to={"enable": True}), "trained with LoRA adapters"),
     "absurd depth": (

@@ -23,7 +23,7 @@ from pertstate.data import SentenceDataset, Splits, load_cells
 from pertstate.training import StateTrainer, StateTrainingArguments, objective_for
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COUNTS = {"input": "layers/counts", "normalize": "none"}
 # All phases of the schedule in a few steps.
 SCHEDULE = {"adversary_warmup_steps": 2, "adversary_ramp_steps": 2}
