@@ -1,9 +1,9 @@
 """The families of models. Each is a folder here, and a line of the list below; nothing of a family loads before it is used."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -62,7 +62,8 @@ class Family:
     @property
     def card(self) -> str:
         """What the model card says of the family: Markdown."""
-        return (Path(__file__).parent / self.name / "card.md").read_text(encoding="utf-8").strip()
+        with open(os.path.join(os.path.dirname(__file__), self.name, "card.md"), encoding="utf-8") as file:
+            return file.read().strip()
 
     def _load(self, name: str):
         return getattr(import_module(self.places[name]), name)
