@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.configuration_state import StateConfig
 from pertstate.data.cells import Cells, load_cells
@@ -29,7 +30,7 @@ from pertstate.data.splits import Splits
 from pertstate.data.store import load_store
 from pertstate.data.stores import open_store
 from pertstate.families import FAMILIES
-from pertstate.hub.card import is_repository, render_card
+from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_or_nothing
 from pertstate.legacy.scgpt import load_published, published_fields

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .checkpoint_files import read_json
+from .files import whole_file
 from .messages import closest, some
 
 
@@ -73,10 +74,8 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
-        partial = f"{path}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump(asdict(self), file, ensure_ascii=False, indent=0)
-        os.replace(partial, path)
 
 
 class PerturbationFeatures:
@@ -226,10 +225,9 @@ class PerturbationFeatures:
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
-        partial = f"{path}.partial"
         names = json.dumps(self.names, ensure_ascii=False)
-        save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from pertstate._version import __version__
 from pertstate.base.constants import Normalize, Values
+from pertstate.base.files import whole_file
 from pertstate.data.cells import GROUP_KEYS, with_rows
 
 
@@ -152,10 +153,9 @@ class Manifest:
         return known and follow and min(lengths, default=0) > 0 and all(a < b for a, b in zip(codes, codes[1:]))
 
     def write(self, path: Path):
-        """Write the JSON beside and rename it."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self._text, encoding="utf-8")
-        os.replace(partial, path)
+        """Write the JSON file, whole or not at all."""
+        with whole_file(path) as partial:
+            partial.write_text(self._text, encoding="utf-8")
 
     @property
     def _text(self) -> str:

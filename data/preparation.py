@@ -32,6 +32,7 @@ from pertstate.base.cell_values import (
     take_rows,
 )
 from pertstate.base.constants import Normalize, Split, Values
+from pertstate.base.files import partial_of
 from pertstate.base.messages import closest, some
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on, with_rows
@@ -113,7 +114,7 @@ def _building(output: Path) -> Iterator[Path]:
         raise FileExistsError(f"{output} exists; remove it, or write the store elsewhere")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    partial_folder = output.with_name(output.name + ".partial")
+    partial_folder = partial_of(output)
     partial_folder.mkdir(exist_ok=True)
     lock = FileLock(partial_folder / ".lock")
     try:

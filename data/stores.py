@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
 
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.data.manifest import STORE_FILE, Manifest, sha256_of
 from pertstate.data.store import CellStore
 
@@ -78,7 +79,7 @@ def open_store(name: str | os.PathLike) -> CellStore:
             ) from error
     else:
         with on_the_hub(str(name), MAY_LACK):
-            cells = load_dataset(str(name).partition("@")[0], revision=commit, split="train")
+            cells = load_dataset(split_revision(name)[0], revision=commit, split="train")
     return CellStore.of_files(path, manifest, [Path(file["filename"]) for file in cells.cache_files])
 
 
@@ -89,19 +90,13 @@ def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
     Raises:
         FileNotFoundError, ValueError, PermissionError, OSError: see [`open_store`].
     """
-    if not on_hub(name):
+    repository, revision = split_revision(name)
+    if not is_repository(repository):
         return Manifest.from_file(Path(name) / STORE_FILE), None
-    repository, _, revision = str(name).partition("@")
     with on_the_hub(str(name), MAY_LACK):
-        commit = HfApi().dataset_info(repository, revision=revision or None).sha
+        commit = HfApi().dataset_info(repository, revision=revision).sha
         file = hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=commit)
     return Manifest.from_file(Path(file)), commit
-
-
-def on_hub(name: str | os.PathLike) -> bool:
-    """Whether a name means a data set on the Hub, `"user/name"`, and not a file or folder."""
-    path = Path(name)
-    return str(name).count("/") == 1 and not path.exists() and not path.parent.is_dir()
 
 
 def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):

@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, HfFileSystem
 
 from pertstate.base.constants import Values
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import (
     EMBEDDING,
@@ -17,7 +18,7 @@ from pertstate.data.manifest import (
     Manifest,
 )
 from pertstate.data.reading import expand_paths
-from pertstate.data.stores import MAY_LACK, on_hub
+from pertstate.data.stores import MAY_LACK
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 
 
@@ -32,7 +33,7 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
         FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
     """
     manifest = manifest_of(arguments)
-    files = _files(arguments, manifest) if not on_hub(arguments.path) else None
+    files = _files(arguments, manifest) if not is_repository(arguments.path) else None
     columns, genes = _columns(arguments, manifest), None
     if manifest is not None:
         genes = manifest.genes if columns.gene_ids is not None else None
@@ -70,7 +71,7 @@ def files_of_stream(arguments: StreamArguments) -> list[Path]:
 
 def manifest_of(arguments: StreamArguments) -> Manifest | None:
     """That of a cell store; None for other data."""
-    if not on_hub(arguments.path):
+    if not is_repository(arguments.path):
         path = Path(arguments.path) / STORE_FILE
         return Manifest.from_file(path) if path.is_file() else None
     with on_the_hub(arguments.path, MAY_LACK):

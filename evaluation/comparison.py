@@ -10,6 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from pertstate.base.constants import Values
+from pertstate.base.files import whole_file
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
@@ -146,16 +147,12 @@ def format_table(table: pd.DataFrame) -> str:
 def write_table(table: pd.DataFrame, output: str | os.PathLike):
     """Write `.csv` or `.json`, whole or not at all."""
     output = check_table_path(output)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with whole_file(output) as partial:
         if output.suffix == ".csv":
             table.to_csv(partial, index=False)
         else:
             records = json.loads(table.to_json(orient="records"))
             partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_table_path(output: str | os.PathLike) -> Path:

@@ -38,10 +38,15 @@ def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
     return float(total / (len(x) * len(y)))
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
+def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
     """
     Energy distance (Székely & Rizzo 2013) of two sets of cells, `mean|x-y| - mean|x-x'|/2 - mean|y-y'|/2`, diagonals
-    included, in the units of the cells. `within_y` is `mean|y-y'|` where it is known already.
+    included, in the units of the cells. It reports: float64, any number of cells, no gradient. Training minimises
+    [`pertstate.losses.energy_distance`], the same quantity for pairs of weighted sets in their own precision.
+
+    Args:
+        x, y (`np.ndarray` of shape `(cells, features)`): the two sets.
+        within_y (`float`, *optional*): `mean|y-y'|`, where it is known already.
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
     return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
@@ -110,7 +115,7 @@ def score(predicted: np.ndarray, real: np.ndarray, controls_mean: np.ndarray, wi
     return {
         "pearson": pearson_of_change(predicted_mean, real_mean, controls_mean),
         "mae": float(np.abs(predicted_mean - real_mean).mean()),
-        "energy": energy_distance(predicted, real, within_real),
+        "energy": energy_between(predicted, real, within_real),
     }
 
 

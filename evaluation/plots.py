@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pertstate.base.files import whole_file
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.comparison import readers_of
 from pertstate.evaluation.metrics import pearson_of_change
@@ -57,10 +58,5 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         axis.title.set_fontsize(9)
     figure.supxlabel("observed mean change")
     figure.supylabel("predicted mean change")
-    output = Path(output)
-    partial = output.with_name(f".partial-{output.name}")
-    try:
-        figure.savefig(partial, dpi=130)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=130, format=Path(output).suffix[1:])

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
+from pertstate.base.files import whole_file
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.data.reading import AnnDataFile
@@ -123,7 +124,7 @@ def predict(
         if model.is_ceiling:
             uns |= {"controls": "none", "ceiling": CEILING}
         unseen: dict[tuple[str, str], None] = {}
-        with _whole_file(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
+        with _whole_hdf5(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
             stack.enter_context(counted_elsewhere())
             _write_frame(file, processor, labels, arms, model.config, uns)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
@@ -248,20 +249,15 @@ def _block(processor, data, labels, context, block, missing_genes, input, device
 
 
 @contextmanager
-def _whole_file(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file that becomes `output` when the block ends well, else is gone; and a check for errors of the disk."""
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with open(partial, "w+b", buffering=0) as raw:
-            disk = _Disk(raw, output)
-            try:
-                with h5py.File(disk, "w") as file:
-                    yield file, disk.check
-            finally:
-                disk.check()
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+def _whole_hdf5(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file as of [`whole_file`], and a function that raises the disk's error where a write has failed."""
+    with whole_file(output) as partial, open(partial, "w+b", buffering=0) as raw:
+        disk = _Disk(raw, output)
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file, disk.check
+        finally:
+            disk.check()
 
 
 class _Disk:

@@ -13,6 +13,7 @@ from pertstate.base.checkpoint_files import (
     hub_arguments,
     read_json,
 )
+from pertstate.base.hub_names import is_repository
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.hub.publish import ADAPTER_KEY
 from pertstate.processing import StateProcessor
@@ -21,11 +22,9 @@ from pertstate.processing import StateProcessor
 def check_name(name: str, asked_by: str):
     """
     Raises:
-        FileNotFoundError: what should be a folder is none. A misspelt path is said at once: asking the Hub for it takes
-            minutes where there is no network.
+        FileNotFoundError: the name is neither a folder nor that of a repository on the Hub, see [`is_repository`].
     """
-    path = Path(name)
-    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
+    if not Path(name).is_dir() and not is_repository(name):
         raise FileNotFoundError(f"{asked_by} {name}: no such checkpoint folder (looked from {Path.cwd()})")
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import Manifest, files_of, sha256_of
 from pertstate.data.splits import Splits
-from pertstate.data.stores import MAY_LACK, on_hub, read_manifest
+from pertstate.data.stores import MAY_LACK, read_manifest
 from pertstate.data.streams import dataset_name, files_of_stream, manifest_of
 
 
@@ -76,7 +77,7 @@ class Provenance:
 
 def _of_store(name: str) -> tuple[list[str], list[Source]]:
     manifest, commit = read_manifest(name)
-    return manifest.vocabularies["dataset"], _with_its_files(name.partition("@")[0], manifest, commit)
+    return manifest.vocabularies["dataset"], _with_its_files(split_revision(name)[0], manifest, commit)
 
 
 def _with_its_files(name: str, manifest: Manifest, commit: str | None) -> list[Source]:
@@ -90,7 +91,7 @@ def _with_its_files(name: str, manifest: Manifest, commit: str | None) -> list[S
 
 def _of_stream(stream: StreamArguments) -> tuple[list[str], list[Source]]:
     manifest, commit = manifest_of(stream), None
-    if on_hub(stream.path):
+    if is_repository(stream.path):
         with on_the_hub(stream.path, MAY_LACK):
             commit = HfApi().dataset_info(stream.path, revision=stream.revision).sha
     if manifest is not None:

@@ -11,10 +11,11 @@ from pertstate._version import __version__
 from pertstate.base.checkpoint_files import read_header, read_json, stored_tensors
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 from pertstate.families import FAMILIES
-from pertstate.hub.card import is_repository, render_card, with_repository
+from pertstate.hub.card import render_card, with_repository
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import yaml
 
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.base.messages import closest
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
-from pertstate.data.stores import on_hub
 
 
 # Fields that hold paths of the machine that runs.
@@ -150,7 +150,7 @@ def _default(field: dataclasses.Field):
 
 def _last_part(field: str, value):
     """Of a path, or of each path of a mapping; what is no path, or a name on the Hub, stays as it is."""
-    if field not in _PATHS or (field in _HUB_NAMES and value is not None and on_hub(value)):
+    if field not in _PATHS or (field in _HUB_NAMES and value is not None and is_repository(split_revision(value)[0])):
         return value
     if isinstance(value, dict):
         return {name: Path(path).name for name, path in value.items()}
