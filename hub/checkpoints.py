@@ -6,7 +6,6 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file
 
-import pertstate  # noqa: F401 - registers the models with the Auto classes
 from pertstate.base.checkpoint_files import (
     check_adapter,
     find_file,
