@@ -35,7 +35,6 @@ from .modeling_layers import (
     SetAttention,
     SetTransformerLayer,
     UnseenMeanEmbedding,
-    UnseenWarning,
 )
 
 
@@ -338,5 +337,4 @@ __all__ = [
     "PerturbationPreTrainedModel",
     "SetTransformerPreTrainedModel",
     "UnseenPerturbationError",
-    "UnseenWarning",
 ]

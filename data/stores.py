@@ -18,7 +18,7 @@ from pertstate.data.store import CellStore
 
 
 CELLS_OF_ROW_GROUP = 4096
-# What may be missing on the Hub, for errors.
+# What may be missing on the Hub, in the words of errors.
 MAY_LACK = f"data set, revision or {STORE_FILE}"
 
 _CARD = """---
@@ -51,12 +51,12 @@ normalisation.
 
 def open_store(name: str | os.PathLike) -> CellStore:
     """
-    A cell store: a folder that `pertstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on the
-    Hub, `"user/name"` or `"user/name@revision"`. Parquet is turned into Arrow once, in the cache of `datasets`.
+    Open a cell store: a folder that `pertstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on
+    the Hub, `"user/name"` or `"user/name@revision"`. Parquet is turned into Arrow once, in the cache of `datasets`.
 
     Raises:
         FileNotFoundError, ValueError: there is no store, or it is not whole.
-        PermissionError, OSError: see [`pertstate.hub.errors.on_the_hub`].
+        PermissionError, OSError: see [`on_the_hub`].
     """
     path = Path(name)
     manifest, commit = read_manifest(name)
@@ -85,7 +85,7 @@ def open_store(name: str | os.PathLike) -> CellStore:
 
 def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
     """
-    What a store says of itself, and for one on the Hub the commit that its name means now.
+    The manifest of a store and, if the store is on the Hub, the commit that its name stands for now.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError, OSError: see [`open_store`].
@@ -101,11 +101,11 @@ def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
 
 def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):
     """
-    A store as a folder that can be pushed to the Hub: `data/*.parquet`, `store.json` (without the folders that the files
-    were in) and a card. `datasets.load_dataset(folder)` reads it, streaming or not.
+    Write a store as a folder that can be pushed to the Hub: `data/*.parquet`, `store.json` (without the folders that the
+    files were in) and a card. `datasets.load_dataset(folder)` reads it, with streaming or without.
 
     Args:
-        folder: to write; it must not exist.
+        folder: the folder to write; it must not exist.
         name (`str`): of the data set on the Hub, for the card.
     """
     folder = Path(folder)
@@ -153,14 +153,14 @@ def push_store(
     Push a store to a data set repository on the Hub, in one commit.
 
     Args:
-        name (`str`): `"user/name"`; made where it does not exist.
+        name (`str`): `"user/name"`; the repository is made if it does not exist.
         private (`bool`, *optional*), revision (`str`, *optional*), token (`str`, *optional*): as in `huggingface_hub`.
 
     Returns:
         `str`: the commit, to pin as `"user/name@commit"`.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: the Hub refuses; what was there stays as it was.
+        FileNotFoundError, PermissionError, OSError: the Hub refuses; the repository stays as it was.
     """
     api = HfApi(token=token)
     with on_the_hub(name, MAY_LACK), tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,12 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
     One panel per (context, perturbation): each gene's predicted against its observed mean change from control.
 
     Args:
-        predicted, real: files as of [`evaluate`].
-        output: picture to write, whole or not at all; its ending says the format.
-        most (`int`): panels at most, those with the strongest observed change.
+        predicted, real: files, see [`evaluate`].
+        output: the picture to write, whole or not at all. The ending of its name is the format.
+        most (`int`): the largest number of panels; those with the strongest observed change are shown.
+
+    Raises:
+        ValueError: the files have no group in common, or the format is unknown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder so that it is whole or is no checkpoint at all."""
+"""Writing a checkpoint folder so that it holds a whole checkpoint or none."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ def _key_of(folder: str | os.PathLike, ending: str = "") -> str:
 
 
 def hide(folder: str | os.PathLike):
-    """Make a folder that is still being written not loadable as a checkpoint."""
+    """Make a folder not loadable as a checkpoint while it is still being written."""
     key = _key_of(folder)
     os.replace(Path(folder, key), partial_of(Path(folder, key)))
 
@@ -33,10 +33,10 @@ def reveal(folder: str | os.PathLike):
 @contextmanager
 def whole_or_nothing(target: str | os.PathLike) -> Iterator[Path]:
     """
-    A scratch folder inside `target`; what is written to it moves into `target` when the block ends without error.
+    A scratch folder inside `target`. What is written to it moves into `target` when the block ends without error.
 
     A full disk or a kill at any moment leaves in `target` the old checkpoint, or the new one, or a folder that does
-    not load; never a mixture of old and new, or a part.
+    not load. It never leaves a part, or a mixture of old and new.
     """
     target = Path(target)
     scratch = target / PARTIAL

@@ -382,7 +382,7 @@ def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
         )
     assert done["unseen"] == 2 and done["perturbations"] == 2
     [message] = [record.message for record in caplog.records if "training cells" in record.message]
-    assert message.startswith("2 of 4 groups (context / perturbation) are of a perturbation or context without")
+    assert message.startswith("2 of 4 groups (context / perturbation) have a perturbation or a context without")
     assert "['type_0 / pert_0+pert_2', 'type_3 / pert_0+pert_2']" in message
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     out = ad.read_h5ad(tmp_path / "out.h5ad")
