@@ -83,7 +83,7 @@ class AnnDataFile:
         self.path = _existing(path)
         # Of h5py or of zarr, which answer alike.
         self._file: Any
-        self._groups: type
+        self._groups: Any
         self._obs: Any
         with ExitStack() as on_error, self._reading():
             if self.path.is_dir():

@@ -10,9 +10,6 @@ from pertstate.base.messages import closest
 from pertstate.data.reading import expand_paths
 
 
-SPLITS = (Split.TRAIN, Split.VAL, Split.TEST)
-
-
 @dataclass
 class Splits:
     """
@@ -38,7 +35,7 @@ class Splits:
     contexts: dict[str, str] = field(default_factory=dict)
     perturbations: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         named: dict[str, set[str]] = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
         named["fewshot"] = {d for d, _ in self.fewshot}
         for section, names in named.items():
@@ -59,12 +56,12 @@ class Splits:
             if key in self.fewshot:
                 raise ValueError(f"{'.'.join(key)!r} stands in [zeroshot] and [fewshot]: leave it in one of them")
         for key, held in self.fewshot.items():
-            for split, names in held.items():
+            for split, listed in held.items():
                 if split not in (Split.VAL, Split.TEST):
                     raise ValueError(f"[fewshot.{'.'.join(key)!r}] has {split!r}: expected 'val' and 'test'")
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
                     raise ValueError(
-                        f"[fewshot.{'.'.join(key)!r}] {split} = {names!r}: expected a list of perturbation names"
+                        f"[fewshot.{'.'.join(key)!r}] {split} = {listed!r}: expected a list of perturbation names"
                     )
             both = set(held.get(Split.VAL, [])) & set(held.get(Split.TEST, []))
             if both:

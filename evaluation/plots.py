@@ -21,10 +21,14 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         most (`int`): the largest number of panels; those with the strongest observed change are shown.
 
     Raises:
+        ImportError: matplotlib is not installed.
         ValueError: the files have no group in common, or the format is unknown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'pertstate[eval]'") from error
 
     panels = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth:

@@ -65,7 +65,7 @@ def load_adapter(
         ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model.
     """
     if not is_peft_available():
-        raise ImportError(f"{name} may be an adapter, which needs peft: pip install 'pertstate[lora]'")
+        raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
     from peft import PeftModel
 
     own = find_adapter_config_file(name, revision=revision)

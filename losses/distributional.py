@@ -1,5 +1,7 @@
 """A distance between the predicted and the observed cells of a sentence, and of the genes decoded from them."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -26,17 +28,16 @@ class DistributionalObjective(Objective):
 
     def __init__(self, config: SetTransformerConfig):
         super().__init__(config)
-        distances = {
-            "energy": {"energy": (1.0, EnergyLoss())},
-            "sinkhorn": {"sinkhorn": (1.0, SinkhornLoss(config.blur))},
-            "combined": {
-                "energy": (config.energy_weight, EnergyLoss()),
-                "sinkhorn": (config.sinkhorn_weight, SinkhornLoss(config.blur)),
-            },
-            "mse": {"mse": (1.0, MSELoss())},
-        }[config.loss]
-        self.distances = nn.ModuleDict({name: module for name, (_, module) in distances.items()})
-        self.weights = {name: weight for name, (weight, _) in distances.items()}
+        weights_of: dict[str, dict[str, float]] = {
+            "energy": {"energy": 1.0},
+            "sinkhorn": {"sinkhorn": 1.0},
+            "combined": {"energy": config.energy_weight, "sinkhorn": config.sinkhorn_weight},
+            "mse": {"mse": 1.0},
+        }
+        self.weights = weights_of[config.loss]
+        # Only those that are asked for are made: one needs a further package.
+        kinds = {"energy": EnergyLoss, "sinkhorn": partial(SinkhornLoss, config.blur), "mse": MSELoss}
+        self.distances = nn.ModuleDict({name: kinds[name]() for name in self.weights})
         if config.gene_dim is not None:
             self.weights["decoder"] = config.decoder_weight
 

@@ -154,7 +154,7 @@ def test_private_repositories_and_branches(hub, screen, folder, tmp_path, capsys
     capsys.readouterr()
     for revision, message in (
         (main, f"revision='{main}' is a commit, which does not change; name a branch"),
-        ("v1", "revision='v1' is a tag of lab/model, which stays where it is; name a branch"),
+        ("v1", "revision='v1' is a tag of lab/model, which does not move; name a branch"),
     ):
         assert push(other, "lab/model", "--revision", revision) == 1
         assert capsys.readouterr().err.startswith(f"pertstate push: error: {message}")
