@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -39,7 +40,7 @@ from .base.constants import (
     Normalize,
     Values,
 )
-from .base.messages import closest, some
+from .base.messages import closest, given, some
 from .base.modeling_perturbation import PerturbationOutput
 from .base.processor_files import read_processor_tables
 from .base.travelling import Travelling
@@ -266,7 +267,7 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def with_vocabulary(self, vocabulary: Vocabulary, **settings) -> "StateProcessor":
         """
-        One like this with other names, for a model that was resized to them ([`FineTuningMixin.resize_vocabulary`]).
+        One like this with other names, for a model that was resized to them ([`FineTunablePreTrainedModel.resize_vocabulary`]).
 
         Args:
             vocabulary ([`Vocabulary`]): its names.
@@ -299,12 +300,34 @@ class StateProcessor(Travelling, ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "StateProcessor":
-        """As in [`ProcessorMixin`]. Raises what [`read_processor_tables`] does, when a file is missing or damaged."""
-        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs,
+    ) -> "StateProcessor":
+        """
+        As in [`ProcessorMixin`].
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file is damaged, or does not agree with another one; see [`read_processor_tables`].
+        """
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+        }
+        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments({**kwargs, **hub}))
         if commit is not None:
-            kwargs["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs)
+            hub["revision"] = commit
+        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs, **hub)
 
     # Labels
 
@@ -515,10 +538,10 @@ class StateProcessor(Travelling, ProcessorMixin):
                     frame["control_barcode"] = adata.obs_names[rows].to_numpy()
                     obs.append(pd.DataFrame(frame))
         tensors = {key: torch.from_numpy(np.stack(value)) for key, value in batch.items()}
-        sentences = CellSentences(tensors)
-        sentences.obs = pd.concat(obs, ignore_index=True)
-        sentences.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
-        return sentences
+        made = CellSentences(tensors)
+        made.obs = pd.concat(obs, ignore_index=True)
+        made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
+        return made
 
     def control_groups(self, labels: pd.DataFrame, context: str | list[str] | None = None) -> dict[str, np.ndarray]:
         """Context to the row numbers of its control cells. ValueError for a context without any."""
@@ -546,7 +569,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             context, batch and barcode of the control cell; `uns["pertstate"]` says what X holds.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
-        predictions = outputs.predictions.detach().float().cpu().numpy()
+        predictions = given("predictions", outputs.predictions).detach().float().cpu().numpy()
         if predictions.shape[:2] != mask.shape or mask.sum() != len(sentences.obs):
             raise ValueError(f"outputs of shape {predictions.shape} do not belong to sentences of shape {mask.shape}")
         controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
@@ -586,8 +609,20 @@ class StateProcessor(Travelling, ProcessorMixin):
 
 
 # What a processor remembers beside its vocabulary and the width of its features.
-PROCESSOR_SETTINGS = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "values")
-PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size", "predicts")
+PROCESSOR_SETTINGS = (
+    "perturbation_key",
+    "control",
+    "context_key",
+    "batch_key",
+    "input",
+    "gene_input",
+    "values",
+    "normalize",
+    "target_sum",
+    "combination_separator",
+    "set_size",
+    "predicts",
+)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 import torch
 
 from .constants import Normalize, Values
-from .messages import closest, some
+from .messages import closest, given, some
 
 
 # Counts a cell is scaled to unless something else is asked for.
@@ -117,7 +117,8 @@ def kind_of_values(matrix) -> str:
     return Values.LINEAR if data.max() > _LARGEST_LOG1P else Values.LOG1P
 
 
-def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
+def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) -> str:
+    """What an error says of values of another kind than expected."""
     found = {
         Values.COUNTS: "whole numbers (counts)",
         Values.LOG1P: "fractional values (log1p already?)",
@@ -129,7 +130,7 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
             "(input='layers/counts' where they lie in a layer)"
         )
     if kind == Values.COUNTS:
-        fix = f"sc.pp.normalize_total(adata, target_sum={target_sum:g}); sc.pp.log1p(adata)"
+        fix = f"sc.pp.normalize_total(adata, target_sum={given('target_sum', target_sum):g}); sc.pp.log1p(adata)"
     else:
         fix = "sc.pp.log1p(adata)"
     return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
@@ -199,7 +200,7 @@ def normalize_counts(
 
 
 def read_expression(
-    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float
+    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float | None
 ) -> "sp.csr_matrix | np.ndarray":
     """
     Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
@@ -208,9 +209,11 @@ def read_expression(
         source (`str`): `"X"` or `"layers/NAME"`.
         expected (`str`): `"counts"` or `"log1p"`, the values that are there.
         as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
+        target_sum (`float` or None): what counts are scaled to; not needed where none are.
 
     Raises:
-        KeyError, ValueError: nothing is there, or other values than expected.
+        KeyError: nothing is there.
+        ValueError: the values are of another kind than `expected`.
     """
     matrix = take_rows(matrix_of(adata, source), rows)
     check_finite(matrix, adata, rows, source, nonnegative=True)
@@ -219,7 +222,7 @@ def read_expression(
         raise ValueError(wrong_kind(source, expected, kind, target_sum))
     if not (expected == Values.COUNTS and as_log1p):
         return matrix[:, columns].astype(np.float32)
-    totals, matrix = cell_totals(matrix), matrix[:, columns]
+    totals, matrix, target_sum = cell_totals(matrix), matrix[:, columns], given("target_sum", target_sum)
     if not sp.issparse(matrix):
         return normalize_counts(matrix, totals, target_sum)
     matrix.data = normalize_counts(matrix.data, totals, target_sum, stored=np.diff(matrix.indptr))
@@ -237,8 +240,8 @@ def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: 
     Raises:
         ValueError: it is neither a number above 0 nor `"median"`, or the values are not counts that are scaled.
     """
-    number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
-    if asked != "median" and not (number and np.isfinite(asked) and asked > 0):
+    number = isinstance(asked, int | float | np.number) and not isinstance(asked, bool)
+    if asked != "median" and not (number and np.isfinite(asked) and float(asked) > 0):
         raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
     if normalize != Normalize.COUNTS_TO_LOG1P:
         raise ValueError(

@@ -120,7 +120,7 @@ def stored_tensors(name: str | os.PathLike, hub: dict, variant: str | None = Non
             f"{name}: expected weights in {single} or {index}, {found}; pickles (pytorch_model.bin, .pt, .ckpt ..) can run "
             "code and are never read: save the weights as safetensors where you trust them"
         )
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, listed in _read_index(path).items():
         if (shard := find_file(name, file, hub)) is None:
             raise ValueError(f"{path} names {file!r}, which is not there; copy the checkpoint again")

@@ -17,6 +17,7 @@ class CountsConfig(NetworkConfig):
 
             - `"nb"`: negative binomial, with one inverse dispersion for each gene
             - `"zinb"`: the same, with additional zeros
+            - `"gauss"`: not a distribution of counts; for the families that also read log1p expression or embeddings
         prediction (`str`, *optional*, defaults to `"mean_log1p"`):
             What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
 
@@ -27,7 +28,7 @@ class CountsConfig(NetworkConfig):
             Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
     """
 
-    likelihood: Literal["nb", "zinb"] = "zinb"
+    likelihood: Literal["gauss", "nb", "zinb"] = "zinb"
     prediction: Literal["mean_log1p", "log1p_mean"] = "mean_log1p"
     library_size: float | int | None = 10_000
 

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from functools import wraps
-from typing import ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -31,16 +31,17 @@ _LIBRARY_KEYWORDS = frozenset(
 )
 
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
-def strict_config(cls: type[_Config]) -> type[_Config]:
+def strict_config(config_class: type[_Config]) -> type[_Config]:
     """
-    [`strict`] for a config: types and `Literal` options are checked wherever a field is set, `validate_..` methods once all
-    are. What is wrong is a ValueError in one line, which names the nearest option.
+    [`strict`] for a config. The type of a field, or its `Literal` options, is checked whenever the field is set; the
+    `validate_..` methods run once all fields are set. An error is a ValueError of one line, which names the nearest option.
     """
-    cls = strict(cls)
-    # What all configs share is checked first: a family's own checks rest on it.
+    # `strict` adds attributes that a checker cannot see.
+    cls: Any = strict(config_class)
+    # What all configs share is checked first: a family's own checks rely on it.
     lineage = [base.__name__ for base in reversed(cls.__mro__)]
     cls.__class_validators__.sort(key=lambda validator: lineage.index(validator.__qualname__.partition(".")[0]))
     set_field, validate = cls.__setattr__, cls.validate
@@ -116,14 +117,26 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
     training_defaults: ClassVar[dict] = {}
 
     input_dim: int = 2000
-    output_dim: int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills it in.
+        output_dim: int = 2000
+    else:
+        output_dim: int | None = None
     num_perturbations: int | None = None
     perturbation_dim: int | None = None
     num_contexts: int | None = None
     num_batches: int | None = None
     gene_dim: int | None = None
     set_size: int = 128
-    nonnegative_output: bool | None = None
+    if TYPE_CHECKING:
+        nonnegative_output: bool = True
+    else:
+        nonnegative_output: bool | None = None
+
+    if TYPE_CHECKING:
+
+        def validate(self) -> None:
+            """Run all checks again, as `strict` does when the config is made. Raises ValueError."""
 
     def __post_init__(self, **kwargs):
         own = [f.name for f in fields(self)]
@@ -189,8 +202,36 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         return {}
 
     @property
+    def perturbation_width(self) -> int:
+        """
+        Width of a perturbation as the model takes it: `num_perturbations`, or `perturbation_dim` of a model on features.
+
+        Raises:
+            ValueError: neither is set.
+        """
+        width = self.num_perturbations or self.perturbation_dim
+        if width is None:
+            raise ValueError(
+                f"{type(self).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
+                "to build a model, found neither"
+            )
+        return width
+
+    def required_size(self, name: str) -> int:
+        """
+        The value of a field that may be None, where it must be set.
+
+        Raises:
+            ValueError: it is None.
+        """
+        size = getattr(self, name)
+        if size is None:
+            raise ValueError(f"{type(self).__name__} needs {name} to build this model, found None; set it")
+        return size
+
+    @property
     def embeds_batches(self) -> bool:
-        """Whether the model has weights for each experimental batch, and so takes those of the training cells alone."""
+        """Whether the model has weights for each experimental batch, and so knows only the batches of its training cells."""
         return False
 
     @property
@@ -291,7 +332,7 @@ class GeneDecoderConfig(PerturbationConfig):
                     raise ValueError(
                         f"{option}={getattr(self, option)!r} is an option of the gene decoder: set gene_dim"
                     )
-        elif not all(width >= 1 for width in self.decoder_hidden_sizes):
+        elif not all(width >= 1 for width in self.decoder_hidden_sizes or []):
             raise ValueError(f"decoder_hidden_sizes must all be at least 1, found {self.decoder_hidden_sizes}")
 
 
@@ -378,15 +419,16 @@ class SetTransformerConfig(EncoderConfig):
         "shuffle_feature_chunks",
         "detach_decoder",
     )
-    # What tokens see of one another, and that they have no order; the State model has options for legacy checkpoints.
-    attention: ClassVar[str] = "bidirectional"
-    positions: ClassVar[str] = "none"
-
     backbone: Literal["llama", "gpt2"] = "llama"
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills them in.
+        head_dim: int = 84
+        intermediate_size: int = 2688
+    else:
+        head_dim: int | None = None
+        intermediate_size: int | None = None
     attention_dropout: float | int = 0.0
     loss: Literal["energy", "sinkhorn", "combined", "mse"] = "energy"
     blur: float | int = 0.05
@@ -407,6 +449,16 @@ class SetTransformerConfig(EncoderConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
+
+    @property
+    def attention(self) -> str:
+        """Every token sees all tokens. The State model makes this an option, to run checkpoints trained otherwise."""
+        return "bidirectional"
+
+    @property
+    def positions(self) -> str:
+        """Tokens have no order. The State model makes this an option, to run checkpoints trained otherwise."""
+        return "none"
 
     def validate_set_transformer(self):
         self._check_at_least(

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .checkpoint_files import find_file, hub_arguments, read_json
+from .checkpoint_files import CheckedPreTrainedModel, find_file, hub_arguments, read_json
+from .configuration_perturbation import PerturbationConfig
 from .messages import closest
 
 
@@ -29,7 +30,7 @@ class NamesChange:
 @dataclass
 class VocabularyChange:
     r"""
-    What [`FineTuningMixin.resize_vocabulary`] did; `print` shows it.
+    What [`FineTunablePreTrainedModel.resize_vocabulary`] did; `print` shows it.
 
     Args:
         names (`dict[str, NamesChange]`): of `"genes"`, `"perturbations"`, `"contexts"` and `"batches"`.
@@ -53,9 +54,10 @@ class VocabularyChange:
         return "\n".join(lines)
 
 
-class FineTuningMixin:
-    """Of every model: it meets other names than it was trained with, and says where low-rank adapters belong."""
+class FineTunablePreTrainedModel(CheckedPreTrainedModel):
+    """What every model has to be trained further: on other names than it knows, with low-rank adapters, or in part."""
 
+    config: PerturbationConfig
     # Parts whose linear layers adapters are put beside; where a part has attention, the names of its layers.
     _adapted_parts: tuple[str, ...] = ()
     _attention_layers: tuple[str, ...] = ()
@@ -115,15 +117,16 @@ class FineTuningMixin:
         # The features of a model on embeddings are dimensions, which have no names.
         of_features = None if config.gene_dim is not None or not lists[GENES][0] else GENES
         kinds_of_rows = {**lists, PERTURBATIONS_AND_CONTROL: tuple([*names, None] for names in lists[PERTURBATIONS])}
-        state, resized, grown = self.state_dict(), {}, []
+        state, grown = self.state_dict(), []
+        resized: dict[str, torch.Tensor] = {}
         for name, kinds in axes.items():
             if name not in state:
                 raise ValueError(
                     f"expected a plain {type(self).__name__} with a tensor {name!r}, found none; resize the vocabulary "
                     "before an adapter is put on the model, or merge the adapter first"
                 )
-            for axis, kind in kinds.items():
-                kind = of_features if kind == FEATURES else kind
+            for axis, of_axis in kinds.items():
+                kind = of_features if of_axis == FEATURES else of_axis
                 if kind is None or kinds_of_rows[kind][0] == kinds_of_rows[kind][1]:
                     continue
                 before, after = kinds_of_rows[kind]
@@ -302,4 +305,4 @@ def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> tor
     return torch.where((source < 0).view(shape), mean, laid_out)
 
 
-__all__ = ["FineTuningMixin", "NamesChange", "VocabularyChange"]
+__all__ = ["FineTunablePreTrainedModel", "NamesChange", "VocabularyChange"]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_fitted import FittedConfig
+from .messages import given
 from .modeling_layers import UnseenWarning
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
@@ -51,9 +53,12 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
     sentence is marked in `unseen` of the output, and an [`UnseenWarning`] counts such sentences.
     """
 
+    config: FittedConfig
     fitted = True
     supports_gradient_checkpointing = False
     _forward_options = frozenset()
+    # Which perturbations or contexts were in training, (N,) bool, of a family that looks there.
+    seen: torch.Tensor
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -92,22 +97,22 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
                 f"{means.changes.shape}; compute them from the training data of this model's processor"
             )
         by_ids = config.num_perturbations is not None
-        given, other = (ids, features) if by_ids else (features, ids)
-        if given is None or other is not None:
+        wanted, other = (ids, features) if by_ids else (features, ids)
+        if wanted is None or other is not None:
             raise ValueError(
                 f"expected {'perturbation_ids' if by_ids else 'perturbation_features'} alone, as the model's config has "
                 f"{'num_perturbations' if by_ids else 'perturbation_dim'}; found "
                 + (
                     "both"
-                    if other is not None and given is not None
+                    if other is not None and wanted is not None
                     else "the other"
                     if other is not None
                     else "neither"
                 )
             )
-        if by_ids and not (ids.max(initial=-1) < config.num_perturbations and (ids >= 0).any(axis=1).all()):
+        if ids is not None and not (ids.max(initial=-1) < config.perturbation_width and (ids >= 0).any(axis=1).all()):
             raise ValueError(
-                f"perturbation_ids: expected at least one of 0 to {config.num_perturbations - 1} in each entry, and -1 to "
+                f"perturbation_ids: expected at least one of 0 to {config.perturbation_width - 1} in each entry, and -1 to "
                 f"pad, found {ids.min()} to {ids.max()}"
             )
         contexts = means.context_ids
@@ -115,7 +120,7 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
             raise ValueError(
                 f"context_ids: expected 0 to {config.num_contexts - 1}, found {contexts.min()} to {contexts.max()}"
             )
-        if not by_ids and features.shape[1] != config.perturbation_dim:
+        if features is not None and features.shape[1] != config.perturbation_dim:
             raise ValueError(
                 f"perturbation_features: expected shape (num_entries, {config.perturbation_dim}), found {features.shape}"
             )
@@ -149,7 +154,7 @@ def is_control(perturbation_ids: torch.Tensor | None, perturbation_features: tor
     """(B, K) ids, or (B, P) or (B, S, P) features, to (B, 1) or (B, S) bool: where nothing is perturbed."""
     if perturbation_ids is not None:
         return (perturbation_ids < 0).all(dim=-1, keepdim=True)
-    return (per_cell(perturbation_features) == 0).all(dim=-1)
+    return (per_cell(given("perturbation_features", perturbation_features)) == 0).all(dim=-1)
 
 
 def per_cell(features: torch.Tensor) -> torch.Tensor:
@@ -167,7 +172,7 @@ def ids_and_doses(
     Ids descend, so that those that are padded with -1 stand last; their dose is 0.
     """
     if perturbation_ids is None:
-        doses = per_cell(perturbation_features)
+        doses = per_cell(given("perturbation_features", perturbation_features))
         width = max(1, int((doses != 0).sum(dim=-1).max()))
         ids = doses.abs().topk(width, dim=-1).indices
         doses = doses.gather(-1, ids)

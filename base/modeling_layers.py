@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .configuration_perturbation import PerturbationConfig
+from .configuration_perturbation import PerturbationConfig, SetTransformerConfig
+from .messages import given
 
 
 logger = logging.get_logger(__name__)
@@ -132,6 +133,8 @@ class PerturbationEmbedding(nn.Module):
     `bias` it gives 0.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, num_features: int, hidden_size: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
@@ -152,10 +155,11 @@ class PerturbationEmbedding(nn.Module):
             hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
             hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
         else:
-            weights = (perturbation_ids >= 0).to(self.weight.dtype)
+            ids = given("perturbation_ids", perturbation_ids)
+            weights = (ids >= 0).to(self.weight.dtype)
             if perturbation_doses is not None:
                 weights = weights * perturbation_doses.to(self.weight.dtype)
-            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
+            rows = nn.functional.embedding(ids.clamp(min=0), self.rows())
             hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
         return hidden if self.bias is None else hidden + self.bias
 
@@ -253,7 +257,7 @@ class _GatedSiLU(torch.autograd.Function):
 class GatedFeedForward(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU), without biases."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -266,7 +270,7 @@ class GatedFeedForward(nn.Module):
 class FeedForward(nn.Module):
     """`down(gelu(up(x)))`, the tanh form of GELU, with biases."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -275,7 +279,7 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
 
-def make_norm(config: PerturbationConfig) -> nn.Module:
+def make_norm(config: SetTransformerConfig) -> nn.Module:
     if config.backbone == "llama":
         return nn.RMSNorm(config.hidden_size, eps=1e-6)
     return nn.LayerNorm(config.hidden_size, eps=1e-5)
@@ -284,7 +288,7 @@ def make_norm(config: PerturbationConfig) -> nn.Module:
 class SetTransformerLayer(GradientCheckpointingLayer):
     """One pre-norm block: attention, then the feed-forward layer, each added to its input."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = SetAttention(config, bias=config.backbone == "gpt2")
@@ -307,7 +311,7 @@ class SetTransformer(nn.Module):
 
     rope_theta = 10000.0
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(SetTransformerLayer(config) for _ in range(config.num_hidden_layers))

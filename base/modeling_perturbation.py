@@ -7,7 +7,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_perturbation import PerturbationConfig
 from .constants import (
     BATCH_IDS,
@@ -25,7 +24,7 @@ from .modeling_finetuning import (
     FEATURES,
     GENES,
     PERTURBATIONS,
-    FineTuningMixin,
+    FineTunablePreTrainedModel,
 )
 from .modeling_layers import (
     MLP,
@@ -89,7 +88,7 @@ class UnseenPerturbationError(ValueError):
         super().__init__(f"{who}: {reason}")
 
 
-class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
+class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     r"""
     Loading, saving, initialisation and input checks of every perturbation model.
 
@@ -133,12 +132,9 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
 
     def __init__(self, config: PerturbationConfig):
         super().__init__(config)
-        if config.num_perturbations is None and config.perturbation_dim is None:
-            raise ValueError(
-                f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
-                "to build a model, found neither"
-            )
-        # By which a pushed model is found on the Hub.
+        # Raises where the config says neither how many perturbations there are nor how wide their features are.
+        _ = config.perturbation_width
+        # The tags by which a pushed model is found on the Hub.
         self.add_model_tags(["single-cell", "perturbation", "pertstate", "biology"])
 
     def _init_weights(self, module: nn.Module):
@@ -162,8 +158,9 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
         """
         return None
 
-    def sample_counts(self, **batch) -> torch.Tensor:
-        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+    def sample_counts(self, *args, **kwargs) -> torch.Tensor:
+        """
+        Counts `(batch_size, set_size, genes)` drawn from the distribution of counts, of a family that has one.
 
         Raises:
             ValueError: the family has no distribution of counts.
@@ -186,8 +183,8 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
             UnseenPerturbationError: some cannot.
         """
 
-    def _check_batches(self, batch_ids: torch.Tensor | None):
-        """For a model that embeds batches: they are given and known."""
+    def _check_batches(self, batch_ids: torch.Tensor | None) -> torch.Tensor:
+        """The same ids, for a model that embeds batches. ValueError unless they are given and known."""
         if batch_ids is None:
             raise ValueError("batch_encoder=True needs batch_ids, found None")
         # In training, every batch is known; looking would wait for the device at each step.
@@ -196,6 +193,7 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
                 "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for it: "
                 "give the cells the name of a known batch, or use a model without batch_encoder"
             )
+        return batch_ids
 
     def _check_inputs(
         self, control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, options
@@ -253,7 +251,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
 
     # One step in this many trains a detached gene decoder on the true latents instead of the predicted ones.
     true_latents_every = 10
-    _adapted_parts = ("perturbation_encoder", "cell_encoder", "output_head")
+    _adapted_parts: tuple[str, ...] = ("perturbation_encoder", "cell_encoder", "output_head")
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         head = f"output_head.layers.{self.config.num_decoder_layers - 1}"
@@ -275,7 +273,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
         config = self.config
         hidden, act, dropout = config.hidden_size, config.hidden_act, config.hidden_dropout
         self.perturbation_encoder = PerturbationEncoder(
-            config.num_perturbations or config.perturbation_dim, hidden, config.num_encoder_layers, act, dropout
+            config.perturbation_width, hidden, config.num_encoder_layers, act, dropout
         )
         self.cell_encoder = MLP(config.input_dim, hidden, hidden, cell_layers, act, dropout)
 
@@ -295,7 +293,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
         if config.gene_dim is not None:
             self.gene_decoder = GeneDecoder(
                 config.output_dim,
-                config.decoder_hidden_sizes,
+                config.decoder_hidden_sizes or [],
                 config.gene_dim,
                 config.decoder_dropout,
                 config.residual_decoder,

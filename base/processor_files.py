@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract_commit_hash
 
@@ -148,6 +149,14 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         )
 
 
+def _needed_file(name: str | os.PathLike, file: str, hub: dict) -> str:
+    """The path of a file of the checkpoint. OSError where it has none."""
+    path = cached_file(name, file, **hub)
+    if path is None:
+        raise FileNotFoundError(f"{name} has no file {file}; copy the checkpoint again")
+    return path
+
+
 def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str | None]:
     """
     The vocabulary and perturbation features of a checkpoint, all of its files checked.
@@ -164,19 +173,19 @@ def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str
         OSError: a file is missing.
         ValueError: a file is damaged, or does not agree with another one, the model's config included.
     """
-    vocabulary = cached_file(name, VOCABULARY_FILE, **hub)
+    vocabulary = _needed_file(name, VOCABULARY_FILE, hub)
     if (commit := extract_commit_hash(vocabulary, None)) is not None:
         # All files of one commit, though a branch may move meanwhile.
         hub = {**hub, "revision": commit}
-    tables = {"vocabulary": Vocabulary.from_file(vocabulary)}
-    path = cached_file(name, PROCESSOR_NAME, **hub)
+    tables: dict[str, Any] = {"vocabulary": Vocabulary.from_file(vocabulary)}
+    path = _needed_file(name, PROCESSOR_NAME, hub)
     settings = read_json(path)
     check_settings(settings, path)
     if "perturbation_dim" in settings:
-        features = cached_file(name, PERTURBATION_FEATURES_FILE, **hub)
+        features = _needed_file(name, PERTURBATION_FEATURES_FILE, hub)
         tables["perturbation_features"] = PerturbationFeatures.from_file(features)
     # A processor may stand alone; beside a model it must be the model's.
-    config = find_file(name, CONFIG_NAME, hub)
-    config = None if config is None else read_json(config)
+    of_model = find_file(name, CONFIG_NAME, hub)
+    config = None if of_model is None else read_json(of_model)
     check_agreement(settings, tables["vocabulary"], tables.get("perturbation_features"), config, name)
     return tables, commit

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -155,7 +156,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
     on_expression = embed_key in (None, "X_hvg") and not decodes
     expected = config.gene_dim if decodes else config.input_dim if on_expression else None
     names = _genes(legacy, expected, genes)
-    settings = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": Values.EMBEDDING}
+    settings: dict[str, Any] = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": Values.EMBEDDING}
     if decodes:
         if names is None:
             raise ValueError(

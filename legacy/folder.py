@@ -6,7 +6,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 from pertstate.base.messages import some
@@ -19,11 +21,29 @@ _ENDINGS = (".pt", ".torch", ".pkl")
 # The first of these is taken where a folder has several checkpoints.
 _PREFERRED = ("final.ckpt", "last.ckpt")
 _LARGEST_CONFIG = 10_000_000
-_SIZES = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim", "hidden_dim", "cell_set_len")
-_SIZES += ("n_encoder_layers", "n_decoder_layers")
-# Options that change what the weights compute: where they stand twice, they must agree.
-_COMPARED = (*_SIZES, "predict_residual", "use_basal_projection", "batch_encoder", "mask_attn", "embed_key")
-_COMPARED += ("output_space", "transformer_backbone_key")
+_SIZES = (
+    "input_dim",
+    "output_dim",
+    "pert_dim",
+    "batch_dim",
+    "gene_dim",
+    "hvg_dim",
+    "hidden_dim",
+    "cell_set_len",
+    "n_encoder_layers",
+    "n_decoder_layers",
+)
+# Options that change what the weights compute. Where two files have one, they must agree.
+_COMPARED = (
+    *_SIZES,
+    "predict_residual",
+    "use_basal_projection",
+    "batch_encoder",
+    "mask_attn",
+    "embed_key",
+    "output_space",
+    "transformer_backbone_key",
+)
 
 
 @dataclass
@@ -185,7 +205,8 @@ def _is_int(value) -> bool:
 
 def _merge(sources: dict[Path, dict]) -> dict:
     """Options of several files, the last file's winning; those that weights depend on must agree."""
-    merged, where = {}, {}
+    merged: dict[str, Any] = {}
+    where: dict[str, Path] = {}
     for path, options in sources.items():
         for name, value in options.items():
             if name in _SIZES and value is not None and not (_is_int(value) and value > 0):
@@ -318,9 +339,9 @@ def _place(vector, width: int) -> int | None:
     values = vector.load()
     if isinstance(values, list):
         return None
-    nonzero = values.reshape(-1).nonzero()
-    nonzero = nonzero.flatten() if isinstance(vector, StoredTensor) else nonzero[0]
-    return int(nonzero[0]) if len(nonzero) == 1 and values.reshape(-1)[nonzero[0]] == 1 else None
+    flat = values.reshape(-1)
+    nonzero = flat.nonzero().flatten() if isinstance(flat, torch.Tensor) else flat.nonzero()[0]
+    return int(nonzero[0]) if len(nonzero) == 1 and flat[nonzero[0]] == 1 else None
 
 
 def _name(value, path: Path) -> str:

@@ -20,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ class Storage(_Data):
     __slots__ = ("dtype", "numel", "read", "_buffer")
 
     def __init__(self, dtype: torch.dtype, numel: int, read: Callable[[], bytes]):
-        self.dtype, self.numel, self.read, self._buffer = dtype, numel, read, None
+        self.dtype, self.numel, self.read = dtype, numel, read
+        self._buffer: bytearray | None = None
 
     @property
     def buffer(self) -> bytearray:
@@ -123,14 +125,15 @@ class StoredArray(_Data):
 
     __slots__ = ("shape", "values")
 
-    def __init__(self):
-        self.shape, self.values = (0,), []
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = (0,)
+        self.values: np.ndarray | list = []
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
-    def fill(self, data: "bytes | list", dtype: "_DType", shape: tuple[int, ...], order: str):
+    def fill(self, data: "bytes | bytearray | list", dtype: "_DType", shape: tuple[int, ...], order: str):
         """The content: bytes of numbers or text, or a list of objects."""
         if not isinstance(dtype, _DType) or type(shape) is not tuple or not all(_is_size(n) for n in shape):
             raise pickle.UnpicklingError("an array's layout is none")
@@ -141,7 +144,7 @@ class StoredArray(_Data):
             self.values = data
         else:
             kind = dtype.numpy()
-            if type(data) not in (bytes, bytearray) or len(data) != numel * kind.itemsize:
+            if not isinstance(data, bytes | bytearray) or len(data) != numel * kind.itemsize:
                 raise pickle.UnpicklingError(f"an array of shape {shape} does not hold its bytes")
             if kind.kind == "U":
                 # numpy trips over what is no character only when the text is used.
@@ -288,7 +291,7 @@ class _Unpickler(pickle.Unpickler):
             elements; a plain pickle has none.
     """
 
-    def __init__(self, file: io.BufferedIOBase, storage: Callable | None = None):
+    def __init__(self, file: BinaryIO, storage: Callable | None = None):
         super().__init__(file)
         self._storage = storage
         self._left = _ENTRIES_PER_BYTE * _check_program(file)
@@ -317,21 +320,21 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("it grows far beyond its size")
 
 
-def _check_program(file: io.BufferedIOBase) -> int:
+def _check_program(file: BinaryIO) -> int:
     """The length in bytes of the pickle that begins here, whose opcodes are read and not run."""
     start = file.tell()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
             raise RefusedPickleError(f"the opcode {opcode.name}")
         # The unpickler makes room for all numbers up to a memo's.
-        if count > _LARGEST_PROGRAM or (opcode.name.endswith("PUT") and argument > _LARGEST_PROGRAM):
+        if count > _LARGEST_PROGRAM or (opcode.name.endswith("PUT") and int(argument or 0) > _LARGEST_PROGRAM):
             raise pickle.UnpicklingError(f"it has more than {_LARGEST_PROGRAM:,} steps")
     length = file.tell() - start
     file.seek(start)
     return length
 
 
-def _read_old_torch(file: io.BufferedIOBase):
+def _read_old_torch(file: BinaryIO):
     """What torch.save wrote before it wrote zip archives: five pickles, then the bytes of each storage."""
     if file.read(len(_OLD_TORCH)) != _OLD_TORCH or _Unpickler(file).load() != _OLD_TORCH_PROTOCOL:
         raise pickle.UnpicklingError("it is no file of torch.save")
@@ -359,7 +362,7 @@ def _read_old_torch(file: io.BufferedIOBase):
     return content
 
 
-def _read_at(file: io.BufferedIOBase, position: int, size: int) -> bytes:
+def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
     file.seek(position)
     return file.read(size)
 

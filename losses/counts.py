@@ -4,6 +4,7 @@ import torch
 
 from pertstate.base.constants import CELL_MASK, CONTROL_CELLS, LABELS
 from pertstate.base.count_distributions import negative_binomial_log_prob, zero_inflated_negative_binomial_log_prob
+from pertstate.base.messages import given
 from pertstate.base.modeling_counts import CountsOutput
 from pertstate.losses.objective import Objective
 
@@ -29,7 +30,7 @@ def count_log_likelihood(outputs: CountsOutput, batch: dict[str, torch.Tensor]) 
             "min_counts=1), on the model's genes)"
         )
     with torch.autocast(device_type=counts.device.type, enabled=False):
-        parameters = (outputs.mean, outputs.inverse_dispersion)
+        parameters = given("mean", outputs.mean), given("inverse_dispersion", outputs.inverse_dispersion)
         if outputs.dropout_logits is None:
             return negative_binomial_log_prob(counts.float(), *parameters).sum(dim=-1)
         return zero_inflated_negative_binomial_log_prob(counts.float(), *parameters, outputs.dropout_logits).sum(dim=-1)

@@ -22,6 +22,10 @@ class Objective(nn.Module):
         config ([`PerturbationConfig`]): of the model; it holds the loss options.
     """
 
+    config: PerturbationConfig
+    step: int
+    epoch: float | None
+
     def __init__(self, config: PerturbationConfig):
         super().__init__()
         self.config = config

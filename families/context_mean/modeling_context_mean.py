@@ -1,6 +1,7 @@
 """The mean perturbed cell of a context, whatever the perturbation."""
 
 import torch
+from torch import nn
 
 from ...base.modeling_fitted import FittedPreTrainedModel, TrainingMeans, is_control
 from ...base.modeling_perturbation import PerturbationOutput
@@ -17,7 +18,10 @@ class ContextMeanForPerturbation(FittedPreTrainedModel):
         config ([`ContextMeanConfig`]): sizes; `num_contexts` is required.
     """
 
+    config: ContextMeanConfig
     config_class = ContextMeanConfig
+    perturbed_means: nn.Parameter
+    control_means: nn.Parameter
 
     def __init__(self, config: ContextMeanConfig):
         super().__init__(config)

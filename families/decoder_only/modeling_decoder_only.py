@@ -15,6 +15,7 @@ class DecoderOnlyForPerturbation(EncoderPreTrainedModel):
         config ([`DecoderOnlyConfig`]): of the decoder.
     """
 
+    config: DecoderOnlyConfig
     config_class = DecoderOnlyConfig
     is_ceiling = True
     _adapted_parts = ("gene_decoder",)

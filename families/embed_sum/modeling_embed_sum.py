@@ -19,6 +19,7 @@ class EmbedSumForPerturbation(EncoderPreTrainedModel):
         config ([`EmbedSumConfig`]): sizes.
     """
 
+    config: EmbedSumConfig
     config_class = EmbedSumConfig
 
     def __init__(self, config: EmbedSumConfig):

@@ -1,6 +1,6 @@
 """Configuration of the gene-token transformer."""
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...base.configuration_perturbation import NetworkConfig, strict_config
 from ...base.constants import Values
@@ -80,8 +80,13 @@ class ScGPTConfig(NetworkConfig):
     perturbed_genes: list[int] | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    intermediate_size: int | None = None
-    attention_dropout: float | int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills them in.
+        intermediate_size: int = 512
+        attention_dropout: float | int = 0.2
+    else:
+        intermediate_size: int | None = None
+        attention_dropout: float | int | None = None
     genes_per_step: int = 1536
     genes_per_chunk: int | None = None
     tokens_per_pass: int = 65536

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
+from ...base.messages import given
 from ...base.modeling_finetuning import GENES, PERTURBATIONS
 from ...base.modeling_layers import MaskedBatchNorm, PerturbationEmbedding, SetAttention
 from ...base.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
@@ -65,7 +66,7 @@ class DrugEncoder(PerturbationEmbedding):
     """
 
     def __init__(self, config: ScGPTConfig):
-        super().__init__(config.num_perturbations or config.perturbation_dim, config.hidden_size, bias=False)
+        super().__init__(config.perturbation_width, config.hidden_size, bias=False)
         self.norm = nn.LayerNorm(config.hidden_size) if config.perturbation_dim is None else nn.Identity()
 
     def rows(self) -> torch.Tensor:
@@ -125,6 +126,7 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     ```
     """
 
+    config: ScGPTConfig
     config_class = ScGPTConfig
     _no_split_modules = ["GeneTransformerLayer"]
     _supports_sdpa = True
@@ -269,8 +271,9 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     def _predict_all(self, cells, flags, drugs, **kwargs) -> torch.Tensor:
         """Expression (n, G) of all genes, as `genes_per_chunk` and `tokens_per_pass` say."""
         config = self.config
-        in_groups = config.genes_per_chunk is not None and config.genes_per_chunk < config.input_dim
-        rows_per_pass = max(1, config.tokens_per_pass // (config.genes_per_chunk if in_groups else config.input_dim))
+        together = min(config.genes_per_chunk or config.input_dim, config.input_dim)
+        in_groups = together < config.input_dim
+        rows_per_pass = max(1, config.tokens_per_pass // together)
         recorded = kwargs.get("output_hidden_states", config.output_hidden_states)
         if recorded or kwargs.get("output_attentions", config.output_attentions):
             if in_groups:
@@ -301,7 +304,8 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
             rows = (pattern_of == number).nonzero().squeeze(1)
             perturbed, others = genes[pattern], genes[~pattern]
             of_rows = None if drugs is None else drugs[rows]
-            for group in others.split(max(1, self.config.genes_per_chunk - len(perturbed))):
+            size = given("genes_per_chunk", self.config.genes_per_chunk) - len(perturbed)
+            for group in others.split(max(1, size)):
                 together = torch.cat([perturbed, group])
                 part = self._predict(values[rows][:, together], together, flags[rows][:, together], of_rows, **kwargs)
                 predicted[rows[:, None], together] = part.to(predicted.dtype)

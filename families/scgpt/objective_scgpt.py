@@ -3,6 +3,7 @@
 import torch
 
 from pertstate.base.constants import CELL_MASK, LABELS
+from pertstate.families.scgpt.configuration_scgpt import ScGPTConfig
 from pertstate.families.scgpt.modeling_scgpt import ScGPTOutput
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective
@@ -16,7 +17,7 @@ class ScGPTObjective(Objective):
     - `loss`: that error, in squared units of the expression. There are no further terms.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ScGPTConfig):
         super().__init__(config)
         self.error = MSELoss()
 

@@ -1,6 +1,6 @@
 """Configuration of the conditional variational autoencoder on counts."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ...base.configuration_counts import CountsConfig
 from ...base.configuration_perturbation import strict_config
@@ -46,6 +46,7 @@ class SCVIConfig(CountsConfig):
 
     hidden_size: int = 512
     hidden_act: str = "relu"
+    likelihood: Literal["nb", "zinb"] = "zinb"
     latent_dim: int = 84
     num_encoder_layers: int = 2
     num_decoder_layers: int = 2
