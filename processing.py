@@ -113,6 +113,7 @@ class StateProcessor(Travelling, ProcessorMixin):
     """
 
     loaded_by = "AutoProcessor"
+    _written_first = (".py", VOCABULARY_FILE, PERTURBATION_FEATURES_FILE)
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class Travelling(PushToHubMixin):
 
     # The Auto class that loads it. `auto_map` in the JSON file names this class.
     loaded_by: ClassVar[str]
+    # Names, or endings of names, of the files that are written before transformers writes its own.
+    _written_first: ClassVar[tuple[str, ...]] = (".py",)
 
     @classmethod
     def register_for_auto_class(cls, auto_class=None):
@@ -77,11 +79,11 @@ class Travelling(PushToHubMixin):
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         """
-        When each file was last written. A push leaves out the files that are as old as before the save; the code is
-        written before that look, so it is not listed here and always pushed.
+        When each file was last written, as transformers sees it before it writes its own: it pushes what has changed since.
+        What we write before that is not listed, and so is always pushed.
         """
         stamps = super()._get_files_timestamps(working_dir)
-        return {name: stamp for name, stamp in stamps.items() if not name.endswith(".py")}
+        return {name: stamp for name, stamp in stamps.items() if not name.endswith(self._written_first)}
 
 
 __all__ = ["Travelling", "flattened", "travelling_files"]
