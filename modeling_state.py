@@ -79,7 +79,7 @@ class StateForPerturbation(StatePreTrainedModel):
                 init.normal_(module.batch_token, std=self.config.initializer_range)
             if self.config.confidence_token:
                 init.normal_(module.confidence_token, std=self.config.initializer_range)
-        # Not where the whole model is initialised: transformers passes over a custom module without parameters of its own.
+        # Not in the branch above: transformers does not initialise a custom top module without parameters of its own.
         if module is self.output_head.layers[-1] and self.config.residual == "output":
             init.zeros_(module.weight)
 

@@ -73,8 +73,8 @@ class StateProcessor(Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
-    Made by [`StateProcessor.fit`] on training data, or by `from_pretrained` from a checkpoint; the arguments below
-    are what it remembers.
+    [`StateProcessor.fit`] makes one from training data, `from_pretrained` from a checkpoint. The arguments below are what
+    a checkpoint stores of it.
 
     Args:
         vocabulary ([`Vocabulary`]): names of genes, perturbations, contexts and batches.
@@ -99,13 +99,14 @@ class StateProcessor(Travelling, ProcessorMixin):
             - `"counts_to_log1p"`: they are counts; scaled to `target_sum` counts a cell (summed over all genes of the
               data, not only the model's), then log1p
             - `"none"`: nothing
-        target_sum (`float`, *optional*): counts per cell after scaling. None, of predictions alone: not scaled.
-        predicts (`str`, *optional*): what a model on counts predicts where that is not counts, see
+        target_sum (`float`, *optional*): total counts of a cell after scaling. None: not scaled, which predictions alone
+            can be.
+        predicts (`str`, *optional*): what a model on counts predicts, if not counts; see
             [`StateProcessor.predict_log1p`].
 
             - `"log1p"`: log1p expression, scaled to `target_sum` counts a cell over the model's genes
-        combination_separator (`str`, *optional*): joins the names of perturbations applied together; None where
-            there are no combinations (or names contain the character).
+        combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
+            are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
         set_size (`int`): cells of a sentence.
         perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
@@ -184,10 +185,14 @@ class StateProcessor(Travelling, ProcessorMixin):
             genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones (scanpy, flavour
                 "seurat", on the cells given), the ones listed, or all. With an embedding as `input`: those of the
                 gene decoder.
-            normalize (`str`): `"auto"` finds out whether the values are counts (then `"counts_to_log1p"`) or log1p
-                already (then `"none"`); `"counts_to_log1p"`; `"none"` keeps values as they are, counts included.
-            target_sum (`float`, `"median"` or None): what counts are scaled to, a cell: 10,000, or the number given, or
-                the median total of the training cells that have counts, which is stored as a number. For counts alone.
+            normalize (`str`): what is done to the values that are read.
+
+                - `"auto"`: `"counts_to_log1p"` where the values are counts, `"none"` where they are log1p already
+                - `"counts_to_log1p"`: scale counts to `target_sum` a cell, then log1p
+                - `"none"`: keep the values as they are, counts included
+            target_sum (`float`, `"median"` or None): total counts that each cell is scaled to: 10,000 where None; the
+                number given; or the median total of the training cells that have counts, which is stored as a number.
+                Only for counts.
             perturbation_features ([`PerturbationFeatures`], *optional*): vectors of at least the perturbations of the
                 training cells. The model takes them instead of ids.
 
@@ -268,11 +273,12 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def with_vocabulary(self, vocabulary: Vocabulary, **settings) -> "StateProcessor":
         """
-        One like this with other names, for a model that was resized to them ([`FineTunablePreTrainedModel.resize_vocabulary`]).
+        The same processor with other names, for a model that was resized to them
+        ([`FineTunablePreTrainedModel.resize_vocabulary`]).
 
         Args:
-            vocabulary ([`Vocabulary`]): its names.
-            settings: arguments of the class that differ, too.
+            vocabulary ([`Vocabulary`]): the other names.
+            settings: further arguments of the class that change.
         """
         kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
         if self.values == Values.EMBEDDING:
@@ -287,7 +293,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         output.pop("perturbation_features")
         if self.predicts is None:
             output.pop("predicts")
-        # What tells a checkpoint that lacks its perturbation features from one that has none.
+        # So that a checkpoint whose perturbation features are missing differs from one that never had any.
         if self.perturbation_features is not None:
             output["perturbation_dim"] = self.perturbation_features.dim
         return output
@@ -361,7 +367,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             the sum of the vectors of a combination, each times its dose; the control is zeros.
 
         Raises:
-            KeyError: a perturbation is not in the vocabulary, or has no vector; the nearest names are said.
+            KeyError: a perturbation is not in the vocabulary, or has no vector; the error names the nearest ones.
             ValueError: the number of doses is not that of the perturbations applied together.
         """
         parts = [self.split_combination(str(name)) for name in names]
@@ -377,7 +383,7 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def add_perturbation_features(self, names, vectors):
         """
-        Vectors of further perturbations, for a model on perturbation features, which then predicts those too.
+        Add vectors of further perturbations. A model on perturbation features then predicts these too.
 
         Args:
             names (sequence of `str`), vectors (array of shape `(len(names), perturbation_dim)`): see
@@ -447,10 +453,11 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def predict_log1p(self, target_sum: float | None):
         """
-        From now on, predictions of a model on counts are log1p expression, and real cells are compared with them so.
+        Record that a model on counts predicts log1p expression. Real cells are converted alike before they are compared.
 
         Args:
-            target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
+            target_sum (`float`, *optional*): total counts of a cell, over the model's genes, that expression is scaled to.
+                None: it is not scaled.
         """
         self.check_counts()
         self.predicts, self.target_sum = Values.LOG1P, target_sum
@@ -498,8 +505,8 @@ class StateProcessor(Travelling, ProcessorMixin):
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
             `perturbation_features` (B, P), `context_ids` (B,), `cell_mask` (B, S), and where they apply
-            `perturbation_doses` (B, K) and `batch_ids` (B, S). Every control cell stands in one sentence per
-            perturbation; sentences of a context have sizes that differ by one at most.
+            `perturbation_doses` (B, K) and `batch_ids` (B, S). Each control cell is in one sentence per perturbation.
+            The sizes of a context's sentences differ by one at most.
 
         Raises:
             KeyError: an unknown perturbation or context, a missing gene, column or entry.
@@ -549,7 +556,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         return control_rows(labels, self.control, self.perturbation_key, context)
 
     def cut(self, rows: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
-        """Row numbers in sentences of at most `set_size`, of nearly equal sizes."""
+        """Row numbers cut into sentences of at most `set_size` cells, of nearly equal sizes."""
         if seed is not None:
             rows = np.random.default_rng(seed).permutation(rows)
         return np.array_split(rows, -(-len(rows) // self.set_size))
@@ -594,7 +601,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
 
     def predicted_values(self, decoded: bool) -> str:
-        """What a model predicts, or its gene decoder makes of it, in words."""
+        """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""
         scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
         return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
@@ -604,7 +611,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             "X": self.predicted_values(decoded),
             "checkpoint": checkpoint or "not recorded",
             "controls": controls_note,
-            # How to read real cells so that they compare with these.
+            # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }
 

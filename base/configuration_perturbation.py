@@ -1,4 +1,4 @@
-"""The fields that perturbation models share: all of them, networks, gene decoders, encoders, set transformers."""
+"""Configs that families share: one of all models, and those of networks, gene decoders, encoders and set transformers."""
 
 from dataclasses import fields
 from functools import wraps
@@ -109,11 +109,11 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
     loaded_by = "AutoConfig"
     # Named configurations of the family, by field.
     presets: ClassVar[dict[str, dict]] = {}
-    # Fields that follow `hidden_size` and the heads where a preset's own are overridden.
+    # Fields of a preset that are computed anew when its `hidden_size` or number of heads is overridden.
     _derived: ClassVar[tuple[str, ...]] = ()
-    # Fields that say how a model is trained, or fed, and may differ where a checkpoint is trained further.
+    # Fields that say how a model is trained or fed. They may change when a checkpoint is trained further.
     training_fields: ClassVar[tuple[str, ...]] = ("set_size",)
-    # Training arguments that the family is trained with unless a run says else.
+    # The family's own defaults of training arguments; a run may set others.
     training_defaults: ClassVar[dict] = {}
 
     input_dim: int = 2000
@@ -146,7 +146,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         family = kwargs.get("model_type", self.model_type)
         if family != self.model_type:
             raise ValueError(
-                f"model_type={family!r}: expected {self.model_type!r}, which {type(self).__name__} is of; load the checkpoint "
+                f"model_type={family!r}: expected {self.model_type!r} for {type(self).__name__}; load the checkpoint "
                 "with AutoConfig or AutoModel, or correct its config.json"
             )
         if self.output_dim is None:
@@ -157,16 +157,17 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PerturbationConfig":
-        """One of the family's named configurations (`presets`), any field overridden.
+        """
+        One of the family's named configurations (`presets`), with the given fields in place of its own.
 
         Raises:
-            ValueError: the preset or a field is unknown (the nearest valid name is said), or fields contradict.
+            ValueError: the preset or a field is unknown (the error names the nearest one), or fields contradict.
         """
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; {closest(name, cls.presets)}")
         values = {**cls.presets[name], **overrides}
         if "hidden_size" in overrides or "num_attention_heads" in overrides:
-            # The preset's widths belong to its own hidden size; they follow the given one unless given too.
+            # The preset's other widths belong to its own hidden size. Unless they are given too, they follow the given one.
             for derived in cls._derived:
                 if derived not in overrides:
                     values.pop(derived, None)
@@ -174,7 +175,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
 
     @classmethod
     def sizes(cls, processor) -> dict:
-        """The fields that follow from the data: sizes of what a [`StateProcessor`] learned from the training cells."""
+        """The fields that follow from the data: the sizes of what a [`StateProcessor`] learned from the training cells."""
         vocabulary = processor.vocabulary
         sizes = {"input_dim": processor.feature_dim, "num_contexts": len(vocabulary.contexts)}
         if processor.perturbation_features is None:
@@ -188,13 +189,13 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         return sizes
 
     def fields_of_vocabulary(self, vocabulary) -> dict:
-        """Fields of a family that say where names stand in a [`Vocabulary`], for one that is to have these names."""
+        """The fields that hold positions in a [`Vocabulary`], for a model that is to have this one. Most families have none."""
         return {}
 
     @classmethod
     def fields_from_names(cls, processor, fields: dict) -> dict:
         """
-        Further fields that follow from the data, where they depend on `fields`, those that a run sets. None here.
+        Further fields that follow from the data and from `fields`, the ones that a run sets. Most families have none.
 
         Raises:
             ValueError: the family cannot learn from such data.
@@ -275,9 +276,10 @@ class NetworkConfig(PerturbationConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that new weights are drawn from.
         perturbation_initializer_range (`float`, *optional*, defaults to 1.0):
-            The same for the rows of perturbations: how loud a perturbation is beside the cell at the start. Large, a
-            model soon tells perturbations apart (few of them, many contexts); small, the effects of perturbations
-            that are applied together add up more nearly (combinations). Features are scaled by their width, too.
+            The same for the rows of perturbations: how large a perturbation is beside the cell at the start. With a large
+            value a model soon tells perturbations apart, which helps with few perturbations in many contexts. With a
+            small value the effects of perturbations applied together add up more closely, which helps with combinations.
+            For perturbation features it is divided by the square root of their width.
     """
 
     training_fields: ClassVar[tuple[str, ...]] = (*PerturbationConfig.training_fields, "hidden_dropout")
@@ -316,7 +318,7 @@ class GeneDecoderConfig(PerturbationConfig):
     decoder_dropout: float | int = 0.1
     residual_decoder: bool = False
 
-    # Options that only mean something where there is a gene decoder, and what they are without.
+    # Options of the gene decoder, and the value that each must have where there is none.
     _of_decoder: ClassVar[dict] = {"decoder_hidden_sizes": None, "residual_decoder": False}
 
     def __post_init__(self, **kwargs):

@@ -39,9 +39,9 @@ class MLP(nn.Module):
 
 class MaskedBatchNorm(nn.BatchNorm1d):
     """
-    Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient.
-    A frozen one (its weight takes no gradient) normalises in training as in evaluation, by running figures that stay as
-    they are: beside adapters it is a part of the model that they were put on.
+    Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`. Padded cells enter neither the statistics nor the
+    gradient. A frozen layer (its weight takes no gradient) normalises in training as in evaluation, by its running
+    statistics, and leaves them unchanged: it is part of the model that an adapter is trained beside.
     """
 
     def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,7 +79,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 class BatchNormMLP(nn.Module):
     """
     `num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`.
-    Normalisation takes a `bias` of the linear layers out again; without, Adam has no rounding errors to follow there.
+    Normalisation removes any `bias` of the linear layers. A bias would get a gradient of rounding errors, which Adam follows.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class UnseenMeanEmbedding(nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim (`int`): known ones, and the width of a row.
-        what (`str`): what is embedded, for the warning that says how many of the ids of an evaluation are -1.
+        what (`str`): what is embedded, for the warning that counts the ids -1 in an evaluation.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, what: str, **kwargs):
@@ -114,7 +114,7 @@ class UnseenMeanEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape to rows `(*, embedding_dim)`."""
         unseen = ids < 0
-        # Looking waits for the device, which training does not.
+        # The check waits for the device, so training does without it.
         if not self.training and not self._warned and unseen.any():
             logger.warning(
                 f"{int(unseen.sum())} of {unseen.numel()} {self.what} ids are -1, not seen in training: they are given the "
@@ -141,7 +141,7 @@ class PerturbationEmbedding(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
     def rows(self) -> torch.Tensor:
-        """What stands for each perturbation, (P, H)."""
+        """The row of each perturbation, (P, H)."""
         return self.weight
 
     def forward(
@@ -215,7 +215,7 @@ class SetAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, **kwargs):
         query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
         if self.config.attention == "none":
-            # A cell that sees itself alone gives its own value the whole weight.
+            # A cell that sees only itself gives its own value the whole weight.
             return self.o_proj(value), None
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (states.view(heads).transpose(1, 2) for states in (query, key, value))

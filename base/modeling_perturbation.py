@@ -56,7 +56,7 @@ class PerturbationOutput(ModelOutput):
         batch_logits (`torch.Tensor` of shape `(batch_size, num_batches)`, *optional*):
             Scores of each experimental batch, read off the batch token.
         unseen (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            True where a sentence's perturbation or context was not in training, of a family that cannot place it.
+            True for a sentence whose perturbation or context was not in training, if the family needs it to predict.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, learned tokens included.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -74,7 +74,7 @@ class PerturbationOutput(ModelOutput):
 
 class UnseenPerturbationError(ValueError):
     """
-    Perturbations that a model cannot predict, as they were not in training.
+    Perturbations that a model cannot predict because they were not in training.
 
     Args:
         ids (`list[int]`): their ids.
@@ -124,9 +124,9 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     supports_gradient_checkpointing = True
     # The loss is a mean over sentences: the Trainer must scale it under gradient accumulation.
     accepts_loss_kwargs = False
-    # The model is given the observed cells, and shows what is the best that could be reached with them.
+    # The model is given the observed cells: its score is the best that any prediction could reach.
     is_ceiling = False
-    # The weights are computed in one pass over the training cells, by `fit`, not stepped towards.
+    # `fit` computes the weights in one pass over the training cells; an optimiser takes no steps.
     fitted = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
 
@@ -140,8 +140,8 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, PerturbationEmbedding):
-            # Unit variance, so that the perturbation is as loud as the cell from the first step. Where it starts faint,
-            # a model learns what each context does on average before it learns to listen to the perturbation.
+            # Unit variance, so that the perturbation is as large as the cell from the first step. If it starts small, a
+            # model first learns what each context does on average, and only then what the perturbation does.
             std = self.config.perturbation_initializer_range
             if self.config.num_perturbations is None:
                 std *= module.weight.shape[0] ** -0.5
@@ -166,8 +166,8 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
             ValueError: the family has no distribution of counts.
         """
         raise ValueError(
-            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
-            "like state-scvi does"
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); use a "
+            "family that models counts"
         )
 
     def check_perturbations(
@@ -177,7 +177,7 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
         perturbation_features: torch.Tensor | None = None,
     ):
         """
-        Whether these can be predicted, which most families say of all.
+        Check that these can be predicted. Most families can predict any.
 
         Raises:
             UnseenPerturbationError: some cannot.
@@ -187,7 +187,7 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
         """The same ids, for a model that embeds batches. ValueError unless they are given and known."""
         if batch_ids is None:
             raise ValueError("batch_encoder=True needs batch_ids, found None")
-        # In training, every batch is known; looking would wait for the device at each step.
+        # In training every batch is known, and a check would wait for the device at each step.
         if not self.training and (batch_ids < 0).any():
             raise ValueError(
                 "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for it: "
@@ -198,7 +198,7 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     def _check_inputs(
         self, control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, options
     ):
-        """Shapes and combinations of a batch; each error says what was expected and what was found."""
+        """Check the shapes of a batch, and which inputs are combined. Each error says what was expected and what was found."""
         for name in options:
             if name not in self._forward_options:
                 known = [CONTROL_CELLS, PERTURBATION_IDS, PERTURBATION_DOSES, PERTURBATION_FEATURES, CONTEXT_IDS]

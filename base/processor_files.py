@@ -1,4 +1,4 @@
-"""The files of a processor, which must agree with one another and with the model's config."""
+"""Reading the files of a processor. They must agree with one another and with the model's config."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def _is_number_of_counts(value) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-# What a processor's settings may be: a test and its name. Those that the second table adds may be left out.
+# The check of each setting, and how errors describe what is expected. Settings of the second table may be absent.
 _SETTINGS: dict[str, tuple[Callable, str]] = {
     "perturbation_key": (_is_name, "the name of a column"),
     "control": (_is_name, "a label"),
@@ -65,7 +65,7 @@ _OF_LIBRARY = ("auto_map", "processor_class")
 
 def check_settings(settings: dict, path: str | os.PathLike):
     """
-    Whether the content of `processor_config.json` is what a processor writes.
+    Check that the content of `processor_config.json` is what a processor writes.
 
     Raises:
         ValueError: a setting is missing, unknown, or of another type or value.
@@ -88,7 +88,7 @@ def check_settings(settings: dict, path: str | os.PathLike):
 
 def check_agreement(settings: dict, vocabulary, features, config: dict | None, path: str | os.PathLike):
     """
-    Whether the names and settings of a processor are those of the model beside it.
+    Check that the names and settings of a processor belong to the model beside it.
 
     Args:
         settings (`dict`), vocabulary ([`Vocabulary`]), features ([`PerturbationFeatures`], *optional*): the processor's.
@@ -96,7 +96,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         path: the checkpoint, for errors.
 
     Raises:
-        ValueError: a number of genes, perturbations, contexts or batches, or a width, is not the one of another file.
+        ValueError: two files differ in a width, or in the number of genes, perturbations, contexts or batches.
     """
 
     def check(of: str, expected, what: str, found):
@@ -136,7 +136,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     if settings["values"] != Values.EMBEDDING:
         found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
         asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
-    # Where a processor has vectors, its model takes those; where it reads expression beside an embedding, it decodes it.
+    # A processor with vectors needs a model that takes them; one that reads expression beside an embedding, a gene decoder.
     needed = {"perturbation_dim": features is not None, "gene_dim": settings["gene_input"] is not None}
     for name, (what, number) in found.items():
         if asked[name] is not None or needed.get(name, False):
@@ -166,8 +166,8 @@ def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str
         hub (`dict`): [`hub_arguments`].
 
     Returns:
-        The arguments `vocabulary` and, where there are any, `perturbation_features` of the processor; and the commit of a
-        repository on the Hub, from which all else should be read.
+        The processor's arguments `vocabulary` and, if it has any, `perturbation_features`; and for a repository on the Hub
+        the commit, from which all other files should be read.
 
     Raises:
         OSError: a file is missing.

@@ -53,7 +53,7 @@ class LegacyFolder:
 
     Args:
         path (`Path`): the folder.
-        options (`dict`): of the model, under its own names, for [`~pertstate.hub.legacy.config_from_legacy`].
+        options (`dict`): of the model, under its own names, for [`~pertstate.legacy.config_from_legacy`].
         weights (`dict[str, StoredTensor]`): not yet read.
         perturbations, contexts, batches (`list[str]`): names by their place in the one-hot vectors. The perturbations
             hold the control where that code gave it a place. Contexts and batches are empty where they were not kept.
@@ -84,7 +84,7 @@ class LegacyFolder:
 def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -> LegacyFolder:
     """
     Read a training folder: `config.yaml`, `var_dims.pkl`, `pert_onehot_map`, `batch_onehot_map` and
-    `cell_type_onehot_map` (each as `.pt`, `.torch` or `.pkl`), `checkpoints/*.ckpt`. Nothing that a pickle names is run.
+    `cell_type_onehot_map` (each as `.pt`, `.torch` or `.pkl`), `checkpoints/*.ckpt`. No code that a pickle names is run.
 
     Args:
         path: the folder.
@@ -93,8 +93,8 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        RefusedPickleError: a pickle names something else than data.
-        ValueError: a file is not whole, a value is none of its kind, or two of them disagree.
+        RefusedPickleError: a pickle names something that is not data.
+        ValueError: a file is not whole, a value is of the wrong kind, or two files disagree.
     """
     path = Path(path)
     if not path.is_dir():
@@ -204,14 +204,14 @@ def _is_int(value) -> bool:
 
 
 def _merge(sources: dict[Path, dict]) -> dict:
-    """Options of several files, the last file's winning; those that weights depend on must agree."""
+    """Options of several files; the last file wins. Options that weights depend on must agree."""
     merged: dict[str, Any] = {}
     where: dict[str, Path] = {}
     for path, options in sources.items():
         for name, value in options.items():
             if name in _SIZES and value is not None and not (_is_int(value) and value > 0):
                 raise ValueError(f"{path}: expected a whole number above 0 as {name}, found {_short(value)}")
-            # A size that one file leaves open is said by another.
+            # Another file has the size that this one leaves open.
             if name in _SIZES and value is None:
                 continue
             if name in merged and name in _COMPARED and value != merged[name]:
@@ -265,7 +265,7 @@ def _weights(content: dict, path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_decoder(options: dict, weights: dict, path: Path):
-    """The options of a gene decoder stay where there is one: that code kept them for models without."""
+    """Keep the options of a gene decoder only where there is one: the research code kept them for models without."""
     if not any(name.startswith("gene_decoder.") for name in weights):
         options["decoder_cfg"] = None
         return
@@ -285,7 +285,7 @@ def _check_decoder(options: dict, weights: dict, path: Path):
 
 
 def _check_layers(options: dict, count: int, path: Path):
-    """No more layers than there are weights: a model is laid out before its weights are looked at."""
+    """ValueError for more layers than there are weights, before a model of so many layers is built."""
     inner = options.get("transformer_backbone_kwargs") or {}
     layers = {name: options[name] for name in ("n_encoder_layers", "n_decoder_layers") if name in options}
     layers |= {name: inner[name] for name in ("num_hidden_layers", "n_layer") if _is_int(inner.get(name))}

@@ -26,9 +26,9 @@ def config_from_legacy(options: dict) -> EncoderConfig:
     The config of a model trained by the published research code.
 
     Args:
-        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them. A
-            bidirectional flag that is absent means what that code did then: causal attention, with rotary positions
-            for llama. (The families beside "state" never attended causally, whatever the flag says.)
+        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them.
+            Without a bidirectional flag, the model attended causally, with rotary positions for llama. (Families other
+            than "state" never attended causally, whatever the flag says.)
 
     Raises:
         ValueError: the family, loss or backbone is not known, or a needed option is missing.
@@ -245,7 +245,7 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
 
     Raises:
         ValueError: a weight has a name that is not known (the names are listed) or a shape that none of its kind has, or
-            there are position embeddings, which ours have not.
+            there are position embeddings, which our models do not have.
     """
     converted: dict[str, torch.Tensor] = {}
     projections: dict[str, dict[str, torch.Tensor]] = {}

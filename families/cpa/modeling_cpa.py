@@ -29,8 +29,8 @@ _LEAST_VARIANCE = 1e-4
 @dataclass
 class CPAOutput(CountsOutput):
     r"""
-    What [`CPAForPerturbation`] returns: a [`CountsOutput`] (with `likelihood="gauss"` its `mean` is that of the normal
-    distribution, and `inverse_dispersion` is None), and in training what the adversaries make of the basal state.
+    What [`CPAForPerturbation`] returns: a [`CountsOutput`], and in training the scores of the adversaries. With
+    `likelihood="gauss"`, `mean` is that of the normal distribution and `inverse_dispersion` is None.
 
     Args:
         variance (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
@@ -38,7 +38,7 @@ class CPAOutput(CountsOutput):
         basal (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`):
             The encoded control cell, before any effect is added.
         adversary_input (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`, *optional*):
-            The same without its history: no gradient goes from the adversaries to the encoder by itself.
+            The same, detached: no gradient flows from the adversaries to the encoder by itself.
         adversary_logits (`dict[str, torch.Tensor]`, *optional*):
             Name of each adversary to scores `(batch_size, set_size, classes)`.
     """
@@ -75,7 +75,7 @@ class SigmoidDoser(nn.Module):
         init.zeros_(self.offset)
 
     def forward(self, doses: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Doses `(B, K)` of the perturbations `ids`, or `(.., P)` of all of them, to what the rows are multiplied by."""
+        """Doses `(B, K)` of the perturbations `ids`, or `(.., P)` of all perturbations, to the factors of their rows."""
         slope: torch.Tensor = nn.functional.softplus(self.slope)
         offset: torch.Tensor = self.offset
         if ids is not None:
@@ -84,7 +84,7 @@ class SigmoidDoser(nn.Module):
 
 
 class Adversary(nn.Module):
-    """A classifier of cells: hidden layers with batch normalisation, then scores `(B, S, classes)`."""
+    """A classifier of cells `(B, S, latent_dim)`: hidden layers with batch normalisation, then scores `(B, S, classes)`."""
 
     def __init__(self, config: CPAConfig, classes: int):
         super().__init__()
@@ -111,14 +111,14 @@ class CPAForPerturbation(CountsPreTrainedModel):
         z     = basal + sum_k doser_k(dose_k) E_perturbation[k] + E_context + E_batch
         y     ~ N(mean(decoder(z)), variance(decoder(z))), or negative binomial counts
 
-    Adversaries learn to tell perturbation, context and batch from `basal`, and the encoder learns to leave them nothing to
-    tell by, so that the embeddings carry these effects, and an unseen combination of them is their sum. They run in
-    training mode alone; the schedule is that of its objective.
+    Adversaries learn to tell perturbation, context and batch from `basal`, and the encoder learns to remove what they tell
+    them by. The embeddings then carry these effects, and an unseen combination is the sum of its parts. Adversaries run in
+    training mode alone, on the schedule of the objective.
 
-    Predictions are means, clamped at 0 where `nonnegative_output` says so; on counts, log1p expression as
-    `prediction` says. Contexts and batches are embedded where there are several, and must then be given; one that was not seen
-    in training (id -1) has the mean of the known ones' embeddings. Perturbation features take the place of the rows by a
-    linear map without bias; a dose scales them before they come in.
+    Predictions are means, clamped at 0 with `nonnegative_output`; on counts they are log1p expression, as `prediction` says.
+    Contexts and batches are embedded where there are several, and must then be given; one not seen in training (id -1) has
+    the mean of the known embeddings. Perturbation features go through a linear map without bias instead; scale them by the
+    dose before.
 
     Args:
         config ([`CPAConfig`]): sizes and options.
@@ -191,7 +191,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
         return axes
 
     def parts_with_adapters(self) -> list[str]:
-        # The adversaries follow what the encoder makes of other cells.
+        # The adversaries must keep up with the encoder, whose adapters change it.
         return [f"adversaries.{name}" for name in self.adversaries]
 
     def _init_weights(self, module: nn.Module):

@@ -21,7 +21,7 @@ from pertstate.losses.objective import Objective
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient by `inputs` is known already. Nothing else that it was computed from gets a gradient."""
+    """A value whose gradient by `inputs` is already known. Nothing else that it depends on gets a gradient."""
 
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -49,12 +49,13 @@ class CPAObjective(Objective):
       cells and latent dimensions
     - `adversarial_weight`: lambda, 0 for `adversary_warmup_steps`, then rising to the config's `adversarial_weight` in
       `adversary_ramp_steps`
-    - `loss`: what autoencoder and adversaries each minimise, in one sum,
+    - `loss`: what the autoencoder and the adversaries each minimise, in one sum:
 
           reconstruction - lambda * adversaries        by the autoencoder's parameters,
           adversaries + penalty_weight * penalty       by the adversaries' parameters,
 
-      each with no gradient for the other's. In evaluation, `reconstruction` alone, which compares across the schedule.
+      and neither has a gradient for the other's parameters. In evaluation it is `reconstruction` alone, which does not
+      depend on the schedule.
 
     Args:
         config ([`CPAConfig`]): likelihood, adversaries and schedule.

@@ -19,9 +19,9 @@ from .configuration_perturbation_mean import PerturbationMeanConfig
 class PerturbationMeanForPerturbation(FittedPreTrainedModel):
     r"""
     `x + delta_p`: each control cell plus the change of its perturbation, the unweighted mean over training contexts of
-    (mean perturbed cell - mean control cell). A combination that was measured has a change of its own; one that was
-    not, and any other perturbation without training cells, changes nothing and counts as unseen. Perturbations told by
-    features are known by their vector: those of equal vectors share the mean of their changes.
+    (mean perturbed cell - mean control cell). A measured combination has a change of its own. A perturbation or combination
+    without training cells changes nothing and counts as unseen. Perturbations given by features are recognised by their
+    vector: those with equal vectors share the mean of their changes.
 
     Args:
         config ([`PerturbationMeanConfig`]): sizes.

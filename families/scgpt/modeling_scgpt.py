@@ -23,11 +23,11 @@ class ScGPTOutput(PerturbationOutput):
 
     Args:
         predictions (`torch.Tensor` of shape `(batch_size, set_size, genes)`):
-            Predicted expression: in evaluation of all genes, in training of those of this step, as the head gives it (it
-            is clamped at 0 in evaluation alone, as a clamped gene would learn nothing). Padded cells are 0.
+            Predicted expression: of all genes in evaluation, of the genes of this step in training. It is clamped at 0 in
+            evaluation alone, as a clamped gene would not learn. Padded cells are 0.
         gene_indices (`torch.LongTensor` of shape `(genes,)`, *optional*):
-            In training the positions of the genes that were drawn for this step, in order. None where `predictions` are
-            of all genes.
+            In training, the positions of the genes that were drawn for this step, in order. None where `predictions`
+            hold all genes.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, `(real cells, genes, hidden_size)`.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -166,10 +166,10 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
         if module is self.gene_embedding:
             init.uniform_(module.weight, -0.1, 0.1)
         elif module is self.flag_embedding:
-            # Beside a gene and a value of unit variance, a faint flag would go unheard for long.
+            # Gene and value have unit variance; a much smaller flag would have no effect for long.
             init.normal_(module.weight, std=config.perturbation_initializer_range)
         elif module is self.value_encoder.linear1:
-            # Without biases every hidden unit has its kink at 0, and the LayerNorm takes away how large a value is.
+            # Without biases every hidden unit bends at 0, and the LayerNorm then removes the size of a value.
             init.uniform_(module.weight, -1.0, 1.0)
             init.uniform_(module.bias, -1.0, 1.0)
 

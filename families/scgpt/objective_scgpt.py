@@ -11,8 +11,8 @@ from pertstate.losses.objective import Objective
 
 class ScGPTObjective(Objective):
     """
-    Mean squared error between predicted cell i and observed cell i, over all genes that the model predicted: in a training
-    step those that it drew (Cui et al. 2024, perturbation response).
+    Mean squared error between predicted cell i and observed cell i, over the genes that the model predicted: in a training
+    step those that were drawn for it (Cui et al. 2024, perturbation response).
 
     - `loss`: that error, in squared units of the expression. There are no further terms.
     """

@@ -19,10 +19,10 @@ class SCVIConfig(CountsConfig):
             Hidden layers of encoder and decoder: linear, batch normalisation, activation, in the encoder dropout.
         context_embedding_dim (`int`, *optional*, defaults to 32), batch_embedding_dim (`int`, *optional*, defaults to 16),
         perturbation_embedding_dim (`int`, *optional*, defaults to 64):
-            Widths of what the decoder is told beside the latent state.
+            Widths of the embeddings that the decoder reads beside the latent state.
         kl_warmup_epochs (`float`, *optional*, defaults to 400), kl_warmup_steps (`int`, *optional*):
-            The KL divergence's weight rises from 0 to 1 in so many epochs, or optimiser steps; one of them is set. 0: it
-            is 1 throughout.
+            Epochs, or optimiser steps, in which the weight of the KL divergence rises from 0 to 1. Set one of them. 0: the
+            weight is 1 throughout.
 
     Example:
     ```python

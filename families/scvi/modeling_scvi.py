@@ -40,7 +40,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
 
     Predictions are log1p expression like those of the other families, though the model reads counts: the mean of
     `log1p(library_size y / sum of x)`, or log1p of its mean, as `prediction` says. In evaluation mode z is the posterior's
-    mean. In training it is drawn, and predictions, which the loss does not read, are log1p of the mean in any case: it
+    mean. In training it is drawn, and the predictions are always log1p of the mean: the loss does not read them, and this
     costs next to nothing. [`sample_counts`] draws counts.
 
     A context or batch that was not seen in training (id -1) has the mean of the known ones' embeddings.

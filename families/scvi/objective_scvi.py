@@ -17,8 +17,8 @@ class SCVIObjective(Objective):
     - `reconstruction`: negative log-likelihood of the counts of perturbed cell i, summed over genes, under the distribution
       that control cell i gives
     - `kl`: KL divergence of the control cell's posterior N(m, v) from N(0, 1), `sum(v + m^2 - 1 - log v) / 2`
-    - `kl_weight`: min(1, epoch / `kl_warmup_epochs`), or in steps; 1 in evaluation, so that losses of different times
-      compare
+    - `kl_weight`: min(1, epoch / `kl_warmup_epochs`), or the same in steps; 1 in evaluation, so that losses of different
+      times can be compared
     - `elbo`: `-(reconstruction + kl)`
     - `loss`: `reconstruction + kl_weight * kl`
 
@@ -26,8 +26,8 @@ class SCVIObjective(Objective):
         config ([`SCVIConfig`]): likelihood and warm-up.
 
     Raises:
-        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and nobody knows how
-            long one is.
+        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and the length of an
+            epoch is not known.
     """
 
     config: SCVIConfig
