@@ -62,7 +62,12 @@ class _AfterImport:
 
 
 def register():
-    """Tell the Auto classes of the families, as soon as there are any."""
-    register_post_import_hook(_register_configs, "transformers.models.auto.configuration_auto")
-    register_post_import_hook(_register_models, "transformers.models.auto.modeling_auto")
-    register_post_import_hook(_register_processor, "transformers.models.auto.processing_auto")
+    """Register with each Auto class: now if its module is imported, else as soon as it is."""
+    waiting = {
+        "transformers.models.auto.configuration_auto": _register_configs,
+        "transformers.models.auto.modeling_auto": _register_models,
+        "transformers.models.auto.processing_auto": _register_processor,
+    }
+    for name in [name for name in waiting if name in sys.modules]:
+        waiting.pop(name)(sys.modules[name])
+    sys.meta_path.insert(0, _AfterImport(waiting))

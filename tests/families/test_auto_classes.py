@@ -107,6 +107,18 @@ found["bert"] = type(AutoModel.from_config(BertConfig(
     hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8,
 ))).__name__
 """,
+    "a look at where a module is": """
+import importlib.util
+import pertstate
+import transformers
+# Others may look for a module without importing it.
+for name in ("configuration_auto", "modeling_auto", "processing_auto"):
+    spec = importlib.util.find_spec("transformers.models.auto." + name)
+    found[name] = spec.loader.get_source(spec.name) is not None
+from transformers import AutoModel
+for folder in some:
+    found[folder] = type(AutoModel.from_pretrained(folder)).__name__
+""",
     "a model of a config": """
 import pertstate
 from transformers import AutoModel
@@ -155,6 +167,12 @@ def test_a_processor_loads_from_a_folder_without_a_model(answers):
 
 def test_a_model_is_made_of_a_config(answers):
     assert answer(answers, "a model of a config") == {"model": "CPAForPerturbation", "mapping": [True, True]}
+
+
+def test_looking_for_a_module_does_not_use_up_the_telling(answers):
+    models = {str(FIXTURES / name): FAMILIES[name].model.__name__ for name in SOME}
+    modules = dict.fromkeys(("configuration_auto", "modeling_auto", "processing_auto"), True)
+    assert answer(answers, "a look at where a module is") == modules | models
 
 
 def test_models_of_others_are_left_as_they_are(answers):
