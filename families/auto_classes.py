@@ -1,12 +1,13 @@
 """
-What `AutoConfig`, `AutoModel` and `AutoProcessor` know of the families: with this package imported they load our checkpoints
-without `trust_remote_code`. They are told when they are imported themselves, before or after this package, so that it does
-not import them.
+Registers the families with `AutoConfig`, `AutoModel` and `AutoProcessor`, which then load our checkpoints without
+`trust_remote_code`. Each is told of the families when its own module is imported, be it before this package or after, so that
+this package need not import transformers.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from pertstate.families import FAMILIES
@@ -18,8 +19,8 @@ def _register_configs(module: ModuleType):
 
 
 def _register_models(module: ModuleType):
-    # By name, as transformers does with its own models, and not with AutoModel.register, which wants the classes: this runs
-    # while modules that they import are being imported.
+    # By name, as transformers registers its own models. AutoModel.register takes the classes, which cannot be imported yet:
+    # this may run while the modules that they need are still being imported.
     of_library = import_module("transformers.models.auto.configuration_auto")
     known = module.MODEL_MAPPING
     for family in FAMILIES.values():
@@ -36,29 +37,32 @@ def _register_processor(module: ModuleType):
 
 
 class _AfterImport:
-    """A finder of modules that finds none by itself: it has others find them, and is told when a module is whole."""
+    """A finder that lets the others find a module, and has a function called once that module is imported."""
 
     def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]):
         self.waiting = waiting
 
-    def find_spec(self, name: str, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
-        tell = self.waiting.pop(name)
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(spec for spec in found if spec is not None)
-        load = spec.loader.exec_module
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            load, tell = spec.loader.exec_module, self.waiting[name]
 
-        def load_and_tell(module: ModuleType):
-            load(module)
-            tell(module)
+            def load_and_tell(module: ModuleType):
+                load(module)
+                tell(module)
 
-        spec.loader.exec_module = load_and_tell
+            # The loader stays the library's own, so that its source is found where an error is shown.
+            spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
         return spec
 
 
 def register():
-    """Tell the Auto classes of the families, as soon as there are any."""
+    """Register with each Auto class: now if its module is imported, else as soon as it is."""
     waiting = {
         "transformers.models.auto.configuration_auto": _register_configs,
         "transformers.models.auto.modeling_auto": _register_models,

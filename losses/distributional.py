@@ -1,6 +1,6 @@
 """A distance between the predicted and the observed cells of a sentence, and of the genes decoded from them."""
 
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ class DistributionalObjective(Objective):
         config ([`SetTransformerConfig`]): loss options, see there.
     """
 
+    config: SetTransformerConfig
+
     def __init__(self, config: SetTransformerConfig):
         super().__init__(config)
         weights_of: dict[str, dict[str, float]] = {
@@ -49,7 +51,7 @@ class DistributionalObjective(Objective):
             decoded = self._distances(outputs.gene_predictions, self.required(batch, GENE_LABELS), mask)
             terms["decoder"] = self._total(decoded).mean()
         terms |= self._further_terms(outputs, batch, self._total(per_sentence))
-        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
+        terms["loss"] = self._total({name: terms[name] for name in self.weights})
         return terms
 
     def _further_terms(self, outputs, batch, distances: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,5 +73,5 @@ class DistributionalObjective(Objective):
             for name, distance in self.distances.items()
         }
 
-    def _total(self, distances: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum(self.weights[name] * value for name, value in distances.items())
+    def _total(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reduce(torch.add, (self.weights[name] * value for name, value in values.items()))

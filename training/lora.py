@@ -74,7 +74,7 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
 
 
 def freeze_backbone(model):
-    """Freeze it, and log what is left to train; errors as in [`FineTuningMixin.freeze_backbone`]."""
+    """Freeze it, and log what is left to train; errors as in [`FineTunablePreTrainedModel.freeze_backbone`]."""
     model.freeze_backbone()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"the backbone is frozen; {trained:,} of {model.num_parameters():,} parameters are trained")
