@@ -34,7 +34,7 @@ class CellRows:
         """Several, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        joined = []
+        joined: list = []
         for blocks in zip(*((part.features, part.genes, part.batches) for part in parts)):
             if blocks[0] is None:
                 joined.append(None)
@@ -52,13 +52,13 @@ class CellRows:
         """Plain arrays that hold the same, for [`CellRows.from_arrays`]."""
         arrays = {}
         for name, part in (("features", self.features), ("genes", self.genes)):
-            if sp.issparse(part):
+            if isinstance(part, np.ndarray):
+                arrays[f"{prefix}.{name}"] = part
+            elif part is not None:
                 arrays[f"{prefix}.{name}.data"] = part.data
                 arrays[f"{prefix}.{name}.indices"] = part.indices.astype(np.int32)
                 arrays[f"{prefix}.{name}.indptr"] = part.indptr.astype(np.int64)
                 arrays[f"{prefix}.{name}.shape"] = np.array(part.shape, dtype=np.int64)
-            elif part is not None:
-                arrays[f"{prefix}.{name}"] = part
         if self.batches is not None:
             arrays[f"{prefix}.batches"] = self.batches
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}

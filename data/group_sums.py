@@ -55,7 +55,8 @@ class GroupSums:
         summed = cls(control)
         spans: dict[GroupKey, list[tuple[int, int]]] = {}
         for *key, start, stop in groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
-            spans.setdefault(tuple(map(str, key)), []).append((start, stop))
+            dataset, context, perturbation = map(str, key)
+            spans.setdefault((dataset, context, perturbation), []).append((start, stop))
         mine = sorted(_paired(spans, control))[part::parts]
         total = sum(stop - start for key in mine for start, stop in spans[key])
         with tqdm(total=total, desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
@@ -78,11 +79,11 @@ class GroupSums:
 
     def add(self, key: GroupKey, cells: "np.ndarray | sp.csr_matrix"):
         """Some more cells of a group, `(cells, features)` float32."""
-        if sp.issparse(cells):
-            # Not its own sum, which adds up in float32.
-            total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
-        else:
+        if isinstance(cells, np.ndarray):
             total = cells.sum(axis=0, dtype=np.float64)
+        else:
+            # A sparse matrix would sum itself in float32.
+            total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
         self._add(key, cells.shape[0], total)
 
     def _add(self, key: GroupKey, count: int, total: np.ndarray):
@@ -106,10 +107,10 @@ class GroupSums:
         control cell), `(features,)` float64. Contexts without control cells teach nothing.
         """
         found: dict[str, list[np.ndarray]] = {}
-        for *pair, name in sorted(_paired(self.counts, self.control)):
+        for dataset, context, name in sorted(_paired(self.counts, self.control)):
             if name != self.control:
-                base = self._mean([(*pair, self.control)])
-                found.setdefault(name, []).append(self._mean([(*pair, name)]) - base)
+                base = self._mean([(dataset, context, self.control)])
+                found.setdefault(name, []).append(self._mean([(dataset, context, name)]) - base)
         return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
 
     def context_means(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +140,7 @@ class GroupSums:
         )
 
     def _mean(self, keys: list[GroupKey]) -> np.ndarray:
-        return sum(self.sums[key] for key in keys) / sum(self.counts[key] for key in keys)
+        return sum((self.sums[key] for key in keys), np.zeros(1)) / sum(self.counts[key] for key in keys)
 
 
 def _paired(keys, control: str) -> list[GroupKey]:

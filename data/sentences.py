@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.messages import closest
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 
 
@@ -30,7 +30,7 @@ class Group:
     controls: range
 
 
-class SentenceDataset(Dataset):
+class SentenceDataset(TrainingSentences):
     """
     Sentences of one split, drawn anew each epoch.
 
@@ -163,7 +163,7 @@ class SentenceDataset(Dataset):
         else:
             wanted = counts if self._cap is None else np.minimum(counts, self._cap)
         # Rows of all sentences one after another: arrays, so that the processes of a loader share them.
-        rows, sizes = [], []
+        rows, of_groups = [], []
         for group, count, number in zip(self.groups, counts, wanted):
             for first in range(0, number, count):
                 size = len(group.rows)
@@ -172,8 +172,8 @@ class SentenceDataset(Dataset):
                 of_sentence[: size % count] += 1
                 of_sentence = of_sentence[: number - first]
                 rows.append((drawn[: of_sentence.sum()] + group.rows.start).astype(self._row_type))
-                sizes.append(of_sentence)
-        self._rows, sizes = np.concatenate(rows), np.concatenate(sizes)
+                of_groups.append(of_sentence)
+        self._rows, sizes = np.concatenate(rows), np.concatenate(of_groups)
         stops = np.cumsum(sizes)
         order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
         order = order[: len(sizes) // self.multiple_of * self.multiple_of]
@@ -182,10 +182,17 @@ class SentenceDataset(Dataset):
         self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
 
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
-        """Counts and sums of the training cells and of their controls, each cell once; see [`GroupSums.of_cells`]."""
+        cells = self.training_cells()
+        return GroupSums.of_cells(cells.features, cells.groups, self.processor.control, part, parts, progress)
+
+    def training_cells(self) -> Cells:
         groups = self.cells.groups
-        groups = groups[groups["split"].isin([Split.TRAIN, Split.CONTROL])]
-        return GroupSums.of_cells(self.cells.features, groups, self.processor.control, part, parts, progress)
+        training = groups["split"].isin([Split.TRAIN, Split.CONTROL])
+        return Cells(self.cells.features, self.cells.genes, groups[training])
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self)
 
     def __len__(self) -> int:
         return len(self._group)
@@ -214,7 +221,7 @@ class SentenceDataset(Dataset):
         sizes = np.array([len(targets) for _, targets, _ in drawn])
         shape = (len(drawn), int(sizes.max()))
         mask = np.arange(shape[1]) < sizes[:, None]
-        targets, controls = ([rows[i] for rows in drawn] for i in (1, 2))
+        targets, controls = [rows for _, rows, _ in drawn], [rows for _, _, rows in drawn]
         batch = {
             CONTROL_CELLS: self._padded(self.cells.features, controls, shape),
             LABELS: self._padded(self.cells.features, targets, shape),

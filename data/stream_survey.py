@@ -15,7 +15,8 @@ from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups
 from pertstate.data.splits import Splits
-from pertstate.data.stream_reading import CellKey, CellReader, CellStream
+from pertstate.data.stream_blocks import CellKey, CellReader
+from pertstate.data.stream_reading import CellStream
 from pertstate.processing import PROCESSOR_SETTINGS, StateProcessor
 
 
@@ -78,7 +79,7 @@ class StreamSurvey:
             [`Cells`], or None where no cell of these splits was sampled.
         """
         groups = [(key, rows) for key, rows in self.sampled_rows.items() if self.split_of(*key) in wanted]
-        if not groups:
+        if not groups or self.sampled is None:
             return None
         rows = np.concatenate([rows for _, rows in groups])
         control = self.processor.control
@@ -233,7 +234,8 @@ def survey_stream(
     cells, complete = 0, True
     with tqdm(desc="first look", unit=" cells", unit_scale=True, disable=not progress) as bar:
         for block, _ in source.blocks(generator.permutation(source.num_shards)):
-            of_control, of_split = [], {split: [] for split in samples}
+            of_control: list[tuple] = []
+            of_split: dict[str, list[tuple]] = {split: [] for split in samples}
             for key, rows in block.groups():
                 contexts.add(key.context)
                 _check_dataset(splits, key, block.where(rows[0]))
@@ -249,12 +251,13 @@ def survey_stream(
             offers = [(controls, _together(of_control))]
             offers += [(samples[split], _together(groups)) for split, groups in of_split.items()]
             for reservoirs, groups in offers:
-                if groups and not settled:
+                if not groups:
+                    continue
+                if reader is None or not settled:
                     rows = np.concatenate([rows for *_, rows in groups])
                     values, settled = _settle(source, template, normalize, target_sum, block, rows)
                     reader = CellReader(source, values, batch_names if with_batches else None)
-                if groups:
-                    reservoirs.offer(groups, partial(reader.read, block))
+                reservoirs.offer(groups, partial(reader.read, block))
             cells += len(block)
             bar.update(len(block))
             if fill_cells is not None and cells >= fill_cells:
@@ -276,7 +279,7 @@ def survey_stream(
         cells=cells,
         complete=complete,
     )
-    if not controls.owners():
+    if reader is None or not controls.owners():
         found = sorted({key.perturbation for key in counts})
         raise ValueError(
             f"no control cells among {cells} rows: none has {source.columns.perturbation!r} == {template.control!r}, "

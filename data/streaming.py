@@ -1,37 +1,32 @@
 """Cell sentences straight from a stream: nothing on disk, bounded memory, and continuing where a run stopped."""
 
-import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS, Split
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
-from pertstate.data.stream_reading import (
-    START,
-    CellBlock,
-    CellKey,
-    CellReader,
-    CellStream,
-    Position,
-)
+from pertstate.data.stream_blocks import CellBlock, CellKey, CellReader
+from pertstate.data.stream_reading import START, CellStream, Position
+from pertstate.data.stream_state import read_stream_state, write_stream_state
 from pertstate.data.stream_survey import StreamSurvey, check_controls
+from pertstate.data.training_sentences import TrainingSentences
 
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
-
-STATE_NAME = "stream_state"
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,16 @@ class _Pass:
     ready: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
-class SentenceStream(IterableDataset):
+class StreamLoader(DataLoader):
+    """A loader that tells its stream of the epoch, as the Trainer tells the loader."""
+
+    dataset: "SentenceStream"
+
+    def set_epoch(self, epoch: int):
+        self.dataset.set_epoch(epoch)
+
+
+class SentenceStream(TrainingSentences, IterableDataset):
     """
     Sentences of the training cells of a stream, in the form of those of [`SentenceDataset`].
 
@@ -141,7 +145,7 @@ class SentenceStream(IterableDataset):
         self.survey, self.processor = survey, survey.processor
         self._reader = CellReader(self.source, survey.processor)
         self._trained = survey.trained
-        names = {name for *key, name in survey.counts if survey.split_of(*key, name) == Split.TRAIN}
+        names = {key[2] for key in survey.counts if survey.split_of(*key) == Split.TRAIN}
         # One width for all sentences, so that they stack.
         self._width = max([1, *(len(self.processor.split_combination(name)) for name in names)])
         self._control_batches = None
@@ -154,9 +158,7 @@ class SentenceStream(IterableDataset):
         """Of the pass that begins next, or (endless) that is under way."""
         return int(self._shared[0])
 
-    @property
-    def cells(self) -> Cells:
-        """The sampled training and control cells in memory, which the baselines of an evaluation are learned from."""
+    def training_cells(self) -> Cells:
         cells = self.survey.to_cells(Split.TRAIN)
         if cells is None:
             raise ValueError("the survey sampled no training cells to learn baselines from; give it baseline_cells=")
@@ -166,6 +168,31 @@ class SentenceStream(IterableDataset):
     def num_cells(self) -> int:
         """Cells that one pass over all parts trains on, of those that the first look saw."""
         return sum(count for key, count in self.survey.counts.items() if self._trains_on(CellKey(*key, batch=None)))
+
+    @property
+    def num_sentences(self) -> int:
+        """As many as if each training cell stood in a full sentence."""
+        if not self.survey.complete:
+            raise ValueError(
+                f"the length of an epoch of the stream is not known: the first look at it ended after "
+                f"{self.survey.cells} cells; leave stream.fill_cells out, or do without schedules in epochs "
+                "(lr_decay_epochs: null)"
+            )
+        return math.ceil(self.num_cells / self.set_size)
+
+    def epoch_of(self, args: "TrainingArguments", state: "TrainerState") -> float | None:
+        # The Trainer takes the whole of a training on a stream for one epoch.
+        return state.global_step / self.steps_per_epoch(args) if self.survey.complete else None
+
+    def loader(self, args: "TrainingArguments", collate: Callable) -> StreamLoader:
+        if args.dataloader_num_workers > 0:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers}: a stream is read by the process that trains, whose "
+                "checkpoints hold its state; leave it at 0"
+            )
+        # Not a loader of accelerate, which reads a batch ahead of the state that is saved, and deals out to the
+        # processes a stream that each of them reads its own part of.
+        return StreamLoader(self, args.train_batch_size, collate_fn=collate, pin_memory=args.dataloader_pin_memory)
 
     @property
     def progress(self) -> dict[str, int]:
@@ -200,20 +227,17 @@ class SentenceStream(IterableDataset):
         if self._pass is not None and self._pass.read and not self._pass.ready:
             self._pass = None  # it has ended; a state is now that of the next one
 
-    def group_sums(self, progress: bool = False) -> GroupSums:
+    def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
         """
-        Counts and sums of the training cells in this process' part of the stream, and of all control cells in it (not
-        of the sampled ones alone), each cell once. The part is read from its start, whatever has been iterated.
-
-        Args:
-            progress (`bool`): show a progress bar.
+        As [`TrainingSentences.group_sums`]: of all control cells, not of the sampled ones alone. The stream is read
+        from its start, whatever has been iterated.
 
         Raises:
             ValueError: a value or label is wrong, or a label was not seen in the survey.
         """
         summed, known = GroupSums(self.processor.control), set()
         with tqdm(desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
-            for block, _ in self.source.blocks(part=self.rank, parts=self.world_size):
+            for block, _ in self.source.blocks(part=part, parts=parts):
                 wanted = [(key, rows) for key, rows in block.groups() if self._teaches(key)]
                 for key, rows in wanted:
                     if key.perturbation not in known:
@@ -376,9 +400,9 @@ class SentenceStream(IterableDataset):
         if PERTURBATION_IDS in encoded:
             ids = encoded[PERTURBATION_IDS]
             encoded[PERTURBATION_IDS] = np.pad(ids, (0, self._width - len(ids)), constant_values=-1)
-        parts = self.survey.control_rows.get(key[:2])
-        if parts is None:
+        if key[:2] not in self.survey.control_rows:
             check_controls([key[:2]])
+        parts = self.survey.control_rows[key[:2]]
         of_batch = key.batch if self.survey.control_matching == "batch" else None
         fell_back = of_batch not in parts
         if fell_back:
@@ -404,7 +428,7 @@ class SentenceStream(IterableDataset):
 
     def _encode(self, perturbation: str, where: str) -> dict[str, np.ndarray]:
         try:
-            return {name: values[0] for name, values in self.processor.encode([perturbation]).items()}
+            return {name: np.asarray(values[0]) for name, values in self.processor.encode([perturbation]).items()}
         except KeyError as error:
             raise ValueError(
                 f"{where}: perturbation {perturbation!r} was not among the {self.survey.cells} rows of the first look; "
@@ -415,8 +439,8 @@ class SentenceStream(IterableDataset):
 
     def _settings(self) -> dict:
         """What must be the same for a state to mean the same."""
-        names = ("set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences")
-        names += ("rank", "world_size")
+        names = ["set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences"]
+        names += ["rank", "world_size"]
         return {name: getattr(self, name) for name in names} | {
             "block_size": self.source.block_size,
             "num_shards": self.source.num_shards,
@@ -494,46 +518,12 @@ class SentenceStream(IterableDataset):
         """Write `state_dict` to a folder: `stream_state.json` and `stream_state.safetensors` (one pair for each rank)."""
         write_stream_state(self.state_dict(), folder, self.rank, self.world_size)
 
+    def load_state(self, folder: str | os.PathLike) -> bool:
+        """
+        Continue with the state that [`SentenceStream.save_state`] wrote.
 
-def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, world_size: int = 1):
-    """Write a state so that the folder holds all of it, or the old one, or none that [`read_stream_state`] reads."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values, arrays = _state_paths(folder, rank, world_size)
-    partial = [path.with_name(path.name + ".partial") for path in (values, arrays)]
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, partial[1])
-        text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
-        partial[0].write_text(text, encoding="utf-8")
-        # Without the values there is no state: they go first and come last.
-        values.unlink(missing_ok=True)
-        os.replace(partial[1], arrays)
-        os.replace(partial[0], values)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-
-
-def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int = 1) -> dict:
-    """
-    A state for [`SentenceStream.load_state_dict`] and [`StreamSurvey.from_state`].
-
-    Raises:
-        FileNotFoundError: the folder holds no (whole) state of this rank.
-        ValueError: its files are not whole.
-    """
-    values, arrays = _state_paths(Path(folder), rank, world_size)
-    for path in (values, arrays):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; expected the state of rank {rank} of {world_size} in {folder}"
-            )
-    try:
-        return json.loads(values.read_text(encoding="utf-8")) | {"arrays": load_file(arrays)}
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the stream's state is not whole ({error}); take an earlier checkpoint") from error
-
-
-def _state_paths(folder: Path, rank: int, world_size: int) -> tuple[Path, Path]:
-    name = STATE_NAME if world_size == 1 else f"{STATE_NAME}-{rank + 1:05d}-of-{world_size:05d}"
-    return folder / f"{name}.json", folder / f"{name}.safetensors"
+        Raises:
+            FileNotFoundError, ValueError: see [`read_stream_state`] and [`SentenceStream.load_state_dict`].
+        """
+        self.load_state_dict(read_stream_state(folder, self.rank, self.world_size))
+        return True

@@ -28,7 +28,8 @@ from pertstate.data import (
 from pertstate.data.cell_pool import CellPool, CellRows, Reservoirs
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 from pertstate.data.stream_survey import StreamSurvey, survey_stream
-from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.data.stream_state import read_stream_state
+from pertstate.data.streaming import SentenceStream
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
@@ -772,7 +773,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rank=2: expected 0 to 1"):
         SentenceStream(source, looked, 8, rank=2, world_size=2)
     with pytest.raises(ValueError, match="give it baseline_cells="):
-        _ = SentenceStream(source, looked, 8).cells
+        _ = SentenceStream(source, looked, 8).training_cells()
 
 
 def log_screen() -> ad.AnnData:
