@@ -129,6 +129,8 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
     is_ceiling = False
     # The weights are computed in one pass over the training cells, by `fit`, not stepped towards.
     fitted = False
+    # A training can start from a folder of weights that others published in a form of their own.
+    reads_published = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
 
     def __init__(self, config: PerturbationConfig):

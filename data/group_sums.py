@@ -42,7 +42,7 @@ class GroupSums:
         block: int = 4096,
     ) -> "GroupSums":
         """
-        Read each cell of the groups that have controls, and these, once and block by block.
+        Read once, block by block, each cell of the groups that have controls, and each of these controls.
 
         Args:
             features (of shape `(cells, features)`): `features[start:stop]` gives an array.
@@ -98,13 +98,13 @@ class GroupSums:
 
     @property
     def num_cells(self) -> int:
-        """Cells of the perturbed groups that have controls, and these."""
+        """How many cells there are of perturbed groups that have controls, and of these controls."""
         return sum(self.counts[key] for key in _paired(self.counts, self.control))
 
     def changes(self) -> dict[str, np.ndarray]:
         """
         Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean
-        control cell), `(features,)` float64. Contexts without control cells teach nothing.
+        control cell), `(features,)` float64. Contexts without control cells are left out.
         """
         found: dict[str, list[np.ndarray]] = {}
         for dataset, context, name in sorted(_paired(self.counts, self.control)):
@@ -124,7 +124,7 @@ class GroupSums:
         return {context: (self._mean(perturbed), self._mean(of)) for context, (perturbed, of) in of_context.items()}
 
     def means(self, processor: StateProcessor) -> TrainingMeans:
-        """What a model is fitted to, in the numbers that the processor gives names."""
+        """What a model is fitted to, with names as the numbers that the processor gives them."""
         changes = self.changes()
         encoded = processor.encode(list(changes))
         # A context that came up after the first look over a stream has no number.
@@ -144,7 +144,7 @@ class GroupSums:
 
 
 def _paired(keys, control: str) -> list[GroupKey]:
-    """Those of perturbed cells that have controls of their dataset and context, and these controls."""
+    """The keys of perturbed cells that have controls of their dataset and context, and those of the controls."""
     controls = {key[:2] for key in keys if key[2] == control}
     perturbed = {key[:2] for key in keys if key[2] != control}
     return [key for key in keys if key[:2] in controls & perturbed]

@@ -35,24 +35,24 @@ class SentenceDataset(TrainingSentences):
     Sentences of one split, drawn anew each epoch.
 
     A sentence is up to `set_size` perturbed cells of one [`Group`] and as many control cells of the same dataset and
-    context (and batch). In an epoch each perturbed cell stands in exactly one sentence (unless `sentences_per_group`
-    says else); controls are drawn without replacement within a sentence. The order and the draws depend on `seed` and
-    the epoch alone, and are the same whether the cells lie in memory or in a store.
+    context (and batch). In an epoch each perturbed cell stands in exactly one sentence, unless `sentences_per_group`
+    is another than `"proportional"`. Controls are drawn without replacement within a sentence. The order and the draws
+    depend on `seed` and the epoch alone, and are the same whether the cells lie in memory or in a store.
 
-    A loader asks for a whole batch at once, which is read in one go and comes out collated; the workers of a loader
-    share the memory map of a store.
+    A loader gets a whole batch at once: it is read in one go, and is collated already. The workers of a loader share the
+    memory map of a store.
 
     Args:
         cells ([`Cells`]): features and groups.
         processor ([`StateProcessor`]): encodes the labels.
         split (`str`): `"train"`, `"val"` or `"test"`.
         set_size (`int`): cells of a sentence.
-        seed (`int`): of the draws.
+        seed (`int`): seed of the draws.
         control_matching (`str`): which controls belong to a perturbed cell.
 
             - `"context"`: those of its dataset and context
             - `"batch"`: those of its dataset, context and batch; where there are none, those of its dataset and context
-              (the cells concerned are counted in `num_without_batch_controls`, and logged)
+              (`num_without_batch_controls` counts the cells that this concerns, and the log says how many)
         small_groups (`str`): what becomes of a group with fewer cells than `set_size`.
 
             - `"pad"`: a shorter sentence, padded with a mask in its batch
@@ -66,13 +66,14 @@ class SentenceDataset(TrainingSentences):
         sentences_per_group (`str`): how groups are weighted in a training epoch.
 
             - `"proportional"`: each cell stands in one sentence
-            - `"equal"`: every group gives as many sentences as the average group has: of a larger one some cells wait
-              for another epoch, those of a smaller one stand in several sentences
-            - `"capped"`: as `"proportional"`, but at most `sentence_cap` sentences; the other cells wait
-        sentence_cap (`int`, *optional*): most sentences of a group, with `"capped"`.
-        shuffle (`bool`): shuffle cells and sentences each epoch. Off, sentences stand group by group.
-        multiple_of (`int`): leave out the last few sentences of each epoch so that their number is a multiple of this
-            (the sentences of an optimiser step); the next epoch draws anew.
+            - `"equal"`: every group gives as many sentences as the average group has. Of a larger group, some cells wait
+              for another epoch; the cells of a smaller group stand in several sentences
+            - `"capped"`: as `"proportional"`, but at most `sentence_cap` sentences of a group; its other cells wait for
+              another epoch
+        sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
+        shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
+        multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
+            step). The few sentences that are too many are left out; the next epoch draws anew.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -267,8 +268,8 @@ class SentenceBatch(dict):
 
 class SentenceCollator:
     """
-    Sentences to one batch: cells padded to the longest sentence, with `cell_mask` where any is shorter. A batch that is
-    collated already ([`SentenceBatch`]) stays as it is.
+    Makes one batch of sentences: cells are padded to the longest sentence, and `cell_mask` is there where any is shorter.
+    A batch that is collated already ([`SentenceBatch`]) stays as it is.
 
     Example:
     ```python

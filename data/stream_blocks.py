@@ -57,7 +57,7 @@ class CellBlock:
         return f"shard {self.shard} of {self.source.num_shards} (from 0), row {self.first_row + int(row)}"
 
     def groups(self) -> list[tuple[CellKey, np.ndarray]]:
-        """Labels and the rows of this reader that carry them, in the order of the stream."""
+        """The labels of the cells, each with the rows of this reader that have them, in the order of the stream."""
         columns = self.source.columns
         code = np.zeros(len(self.mine), dtype=np.int64)
         names = {}
@@ -99,7 +99,7 @@ class CellBlock:
         return codes, names
 
     def batches(self, rows: np.ndarray, names: list[str]) -> np.ndarray:
-        """Place among `names` of the batch of each of some cells; names that are new are put at its end."""
+        """For each of some cells, the place of its batch among `names`; new names are added at the end."""
         codes, found = self._labels(self._column("batch"))
         places = {name: i for i, name in enumerate(names)}
         for name in (found[code] for code in np.unique(codes[rows])):
@@ -204,7 +204,7 @@ class CellBlock:
         )
 
     def _some_lists(self, column: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The entries of some lists, one after the other, and how many each has. No copy where all rows are asked for."""
+        """The entries of some lists, one after the other, and how many each list has. All rows come without a copy."""
         if column not in self._lists:
             self._lists[column] = self._list_column(column)
         offsets, values = self._lists[column]
@@ -246,7 +246,8 @@ class CellReader:
     Args:
         source ([`CellStream`]): the stream.
         processor ([`StateProcessor`]): what the model reads.
-        batch_names (`list[str]`, *optional*): also read the batch of each cell, as its place in this list, which grows.
+        batch_names (`list[str]`, *optional*): also read the batch of each cell, as its place in this list. New names are
+            added to the list.
 
     Raises:
         KeyError: genes of the model are not in the stream.

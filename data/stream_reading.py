@@ -20,7 +20,7 @@ _LARGEST_ID = 1 << 24  # the table from gene ids to genes has this many entries 
 
 
 class Position(NamedTuple):
-    """Where a reader stands: shards of its order that are behind it, rows of the one it is in, rows in all."""
+    """Where a reader stands: the shards behind it, in its order; rows of the shard that it is in; rows in all."""
 
     shard: int = 0
     row: int = 0
@@ -40,9 +40,10 @@ class StreamColumns:
         batch, dataset (`str`, *optional*): labels, where the stream has them.
         gene_ids (`str`, *optional*): list of the ids of the genes that the cell expresses.
         gene_values (`str`, *optional*): list of their values, counts or log1p expression, in the same order.
-        total (`str`, *optional*): counts of the whole cell, where genes were left out of the lists.
+        total (`str`, *optional*): counts of the whole cell, for a stream whose lists leave some genes out.
         embedding (`str`, *optional*): list of the dimensions of the cell's embedding, of one width in all cells.
-        marker (`float`, *optional*): value of the first entry of both lists, where it is no gene: it is dropped.
+        marker (`float`, *optional*): value of the first entry of each list of values, where that entry is no gene; the
+            entry is dropped from both lists.
 
     Example:
     ```python
@@ -130,18 +131,18 @@ class CellStream:
     """
     A stream of cells: a `datasets.IterableDataset` and what its columns mean.
 
-    Nothing is written to disk, and no more than a block of cells (and what `datasets` reads at once, which is one row
-    group of a parquet file, or `batch_size` rows where `load_dataset` is given it) is in memory. Give the stream as
-    `load_dataset(..., streaming=True)` returns it: sentences are shuffled later, and `shuffle` of the stream itself
-    would make continuing depend on its hidden buffer. `load_dataset(..., columns=columns.names)` keeps other columns
-    from being read, and `stream.reshard()` makes every row group a shard of its own.
+    Nothing is written to disk. In memory are a block of cells, and what `datasets` reads at once: one row group of a
+    parquet file, or the `batch_size` rows that `load_dataset` was given. Give the stream as `load_dataset(...,
+    streaming=True)` returns it: sentences are shuffled later, and a run on a stream that was shuffled could not be
+    continued, because the buffer of `shuffle` is hidden. With `load_dataset(..., columns=columns.names)` other columns
+    are not read, and `stream.reshard()` makes every row group a shard of its own.
 
     Args:
         stream (`datasets.IterableDataset`): rows are cells.
         columns ([`StreamColumns`]): what the columns are.
         genes (`list[str]` or `dict[int, str]`, *optional*): gene names, by position or by id; needed with `gene_ids`.
         name (`str`): the dataset of cells, where no column says it.
-        contexts (`list[str]`, *optional*): use the cells of these contexts alone.
+        contexts (`list[str]`, *optional*): use only the cells of these contexts.
         block_size (`int`): cells that are worked on at once.
 
     Raises:
@@ -202,13 +203,14 @@ class CellStream:
         self, order: np.ndarray | None = None, part: int = 0, parts: int = 1, start: Position = START
     ) -> Iterator[tuple[CellBlock, Position]]:
         """
-        Blocks of cells, each with the position behind it, from which reading goes on with the next one.
+        Blocks of cells, each with the position behind it, where reading goes on.
 
         Args:
             order (`np.ndarray`, *optional*): the shards in the order in which they are read.
-            part, parts (`int`): read this one of so many disjoint parts, that together are the whole stream: every
+            part, parts (`int`): read this one of so many disjoint parts, which together are the whole stream: every
                 `parts`-th shard, or where there are fewer shards than parts, every `parts`-th cell.
-            start ([`Position`]): go on from here. The shard that it is in is read from its start, those before it not.
+            start ([`Position`]): go on from here. The shard of this position is read from its start, the shards before
+                it are not read.
         """
         order = np.arange(self.num_shards) if order is None else np.asarray(order)
         by_shard = parts <= self.num_shards

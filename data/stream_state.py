@@ -13,9 +13,7 @@ STATE_NAME = "stream_state"
 
 
 def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, world_size: int = 1):
-    """
-    Write a state. If that is cut short, the folder holds the old state, or none that [`read_stream_state`] would read.
-    """
+    """Write a state. If that is cut short, the folder holds the old state, or none that [`read_stream_state`] reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values, arrays = _state_paths(folder, rank, world_size)

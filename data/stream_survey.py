@@ -26,20 +26,20 @@ Controls = dict[tuple[str, str], dict[str | None, np.ndarray]]
 @dataclass
 class StreamSurvey:
     """
-    What [`survey_stream`] learned of a stream. Its size depends on the numbers of contexts and groups and on the
-    capacities asked for, never on the number of cells.
+    What [`survey_stream`] learned of a stream. Its size depends on the numbers of contexts and groups, and on how many
+    cells of each are kept; it does not grow with the number of cells.
 
     Args:
         processor ([`StateProcessor`]): fitted on the training cells.
         splits ([`Splits`], *optional*): what is held out.
-        control_matching (`str`): `"context"` or `"batch"`: whether controls were sampled by batch.
+        control_matching (`str`): `"context"`, or `"batch"` where controls were sampled by batch.
         counts (`dict[tuple[str, str, str], int]`): cells of each (dataset, context, perturbation), control included.
         controls ([`CellRows`]): sample of the control cells.
         control_rows (`dict`): (dataset, context), then batch (None where controls match by context) to rows of
             `controls`.
         sampled ([`CellRows`], *optional*): sample of the cells of each perturbed group.
         sampled_rows (`dict[tuple[str, str, str], np.ndarray]`): (dataset, context, perturbation) to rows of `sampled`.
-        batch_names (`list[str]`): what the batches of `controls` and `sampled` are.
+        batch_names (`list[str]`): names of the batches of `controls` and `sampled`.
         cells (`int`): rows that were looked at.
         complete (`bool`): whether these were all rows of the stream.
     """
@@ -69,8 +69,8 @@ class StreamSurvey:
 
     def to_cells(self, *wanted: str) -> Cells | None:
         """
-        The sampled cells of some splits and all sampled control cells, in memory: what a [`SentenceDataset`] of those
-        splits is made from.
+        The sampled cells of some splits and all sampled control cells, in memory. A [`SentenceDataset`] of those splits
+        is made from them.
 
         Args:
             wanted (`str`): `"train"`, `"val"`, `"test"`.
@@ -119,7 +119,7 @@ class StreamSurvey:
 
     @classmethod
     def from_state(cls, state: dict, processor: StateProcessor, splits: Splits | None = None) -> "StreamSurvey":
-        """The survey inside a saved state of a [`SentenceStream`]: training goes on without another look."""
+        """The survey in a saved state of a [`SentenceStream`], with which training goes on without another look."""
         values, arrays = state["survey"], state["arrays"]
         control_rows: Controls = {}
         for (dataset, context, batch, _), rows in zip(values["controls"], _ranges(values["controls"])):
@@ -162,14 +162,14 @@ def survey_stream(
 ) -> StreamSurvey:
     r"""
     Read a stream once before training: labels and kind of values for the processor, a random sample of the control
-    cells of each context, and (where asked for) of each held-out group.
+    cells of each context, and (where asked for) a sample of each held-out group.
 
-    It is the same on every process, so that the model is: give it the whole stream, not the part of one process.
+    Every process takes it over the whole stream, not over its own part, so that all have the same processor and model.
 
     Args:
         source ([`CellStream`]): the stream.
-        splits ([`Splits`], *optional*): what is held out; its datasets need no files. All is trained on by default.
-        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further.
+        splits ([`Splits`], *optional*): what is held out; its datasets need no files. By default nothing is held out.
+        processor ([`StateProcessor`], *optional*): of a checkpoint that is trained further.
         control (`str`): the name of unperturbed cells.
         genes (`list[str]`, *optional*): the model's genes, all of the stream by default. Highly variable genes are
             chosen beforehand, on some files in memory.
@@ -184,11 +184,12 @@ def survey_stream(
             - `"batch"`: those of its dataset, context and batch; where none was sampled, those of the context
         reservoir_cells (`int`): control cells that are kept for each context. By batch, the batches of a context
             share them equally; batches times `set_size` leaves no sentence short.
-        fill_cells (`int`, *optional*): stop after about so many rows, whole blocks of shards in random order. Labels
-            that come up later are an error in training. The whole stream by default.
+        fill_cells (`int`, *optional*): stop after about so many rows (whole blocks; shards come in random order). A label
+            that first comes up later is then an error in training. By default the whole stream is read.
         eval_cells (`int`): cells that are kept of each held-out group, for [`StreamSurvey.to_cells`].
-        baseline_cells (`int`): the same for each training group; the baselines of an evaluation are learned from them.
-        seed (`int`): of the samples.
+        baseline_cells (`int`): cells that are kept of each training group; the baselines of an evaluation learn from
+            them.
+        seed (`int`): seed of the samples.
         progress (`bool`): show a progress bar.
 
     Raises:
@@ -354,7 +355,7 @@ def _genes_of_model(source: CellStream, genes, input: str, gene_input: str | Non
 def _settle(
     source: CellStream, template: StateProcessor, normalize: str, target_sum, block, rows: np.ndarray
 ) -> tuple[StateProcessor, bool]:
-    """A processor that knows what the values are, and whether these cells really said so (they may be all 0)."""
+    """A processor that knows what the values are, and whether these cells showed it (cells that are all 0 do not)."""
     settings = {name: getattr(template, name) for name in PROCESSOR_SETTINGS}
     embedding, decoder = template.input.startswith("obsm/"), template.gene_input is not None
     settled, values = True, Values.EMBEDDING

@@ -1,4 +1,4 @@
-"""Cell sentences straight from a stream: nothing on disk, bounded memory, and continuing where a run stopped."""
+"""Cell sentences straight from a stream, with nothing on disk and in bounded memory. A stopped run can be continued."""
 
 import logging
 import math
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# The tensors of one sentence, by the keys of a batch.
+Sentence = dict[str, "np.ndarray | np.int64"]
 
 
 @dataclass(frozen=True)
@@ -74,31 +77,33 @@ class SentenceStream(TrainingSentences, IterableDataset):
     Sentences of the training cells of a stream, in the form of those of [`SentenceDataset`].
 
     A sentence is up to `set_size` cells of one dataset, context and perturbation (and batch, where controls match by
-    batch), as they come, and as many control cells of the survey's sample, drawn without replacement. A group's cells
-    wait until they fill a sentence; what is left at the end of the stream makes shorter ones. In a pass each training
-    cell stands in exactly one sentence. A pass is the same for the same seed, epoch and part; the shards of the stream
-    are read in another order in each epoch.
+    batch), in the order of the stream, and as many control cells of the survey's sample, drawn without replacement. The
+    cells of a group wait until they fill a sentence; those that are left at the end of the stream make shorter
+    sentences. In a pass each training cell stands in exactly one sentence. A pass is the same for the same seed, epoch
+    and part; the shards of the stream are read in another order in each epoch.
 
-    Several processes (`rank`, `world_size`) and workers of a `DataLoader` read disjoint parts that together are the
-    whole stream: a share of the shards, or where there are fewer shards than parts, every n-th cell, for which each
-    of them reads everything (`stream.reshard()` makes more shards). Parts may have different numbers of sentences:
-    with several processes use `endless`, and give batches to the model as they are, without `accelerate` dealing
-    them out a second time.
+    Several processes (`rank`, `world_size`) and workers of a `DataLoader` read disjoint parts, which together are the
+    whole stream. A part is a share of the shards. Where there are fewer shards than parts, it is every n-th cell, and
+    each process reads everything (`stream.reshard()` makes more shards). Parts may have different numbers of sentences:
+    with several processes use `endless`, and give the batches to the model as they are; `accelerate` must not deal them
+    out a second time.
 
-    `state_dict` and `load_state_dict` continue a pass with the very next sentence, and read the shard that it is in
-    from its start, no other again. The state lives in the process that iterates, so this is for `num_workers=0`.
+    `state_dict` and `load_state_dict` continue a pass with the very next sentence. The shard that it is in is read again
+    from its start; shards before it are not. The state lives in the process that iterates, so this needs
+    `num_workers=0`.
 
     Args:
         source ([`CellStream`]): the stream.
         survey ([`StreamSurvey`]): the first look over it.
         set_size (`int`): cells of a sentence.
-        seed (`int`): of the order and the draws.
+        seed (`int`): seed of the order and of the draws.
         control_sentences (`bool`): also map control cells to control cells of their context.
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
-        buffer_cells (`int`): most cells that wait. Where a block would make it more, the fullest groups become
+        buffer_cells (`int`): at most so many cells wait. Where a block would bring more, the fullest groups become
             shorter sentences.
-        shuffle_sentences (`int`): sentences that wait, of which the next one is drawn at random, so that groups mix.
+        shuffle_sentences (`int`): so many sentences wait, and the next one is drawn from them at random, so that groups
+            mix.
         rank, world_size (`int`): read this one of so many disjoint parts.
         endless (`bool`): go on with the next epoch by itself.
 
@@ -155,7 +160,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     @property
     def epoch(self) -> int:
-        """Of the pass that begins next, or (endless) that is under way."""
+        """The epoch of the pass that begins next; of an endless stream, that of the pass under way."""
         return int(self._shared[0])
 
     def training_cells(self) -> Cells:
@@ -166,7 +171,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     @property
     def num_cells(self) -> int:
-        """Cells that one pass over all parts trains on, of those that the first look saw."""
+        """How many of the cells that the first look saw one pass over all parts trains on."""
         return sum(count for key, count in self.survey.counts.items() if self._trains_on(CellKey(*key, batch=None)))
 
     @property
@@ -211,7 +216,8 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     def set_epoch(self, epoch: int):
         """
-        The epoch of the pass that begins next. A loaded state is continued whatever is set here, if `endless`.
+        Set the epoch of the pass that begins next. An endless stream ignores it after a state was loaded, and goes on
+        with that.
 
         Raises:
             ValueError: a loaded state is in the middle of another epoch.
@@ -229,8 +235,8 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
         """
-        As [`TrainingSentences.group_sums`]: of all control cells, not of the sampled ones alone. The stream is read
-        from its start, whatever has been iterated.
+        As [`TrainingSentences.group_sums`], over all control cells and not only the sampled ones. The stream is read
+        from its start, wherever iteration stands.
 
         Raises:
             ValueError: a value or label is wrong, or a label was not seen in the survey.
@@ -252,7 +258,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
         return summed
 
     def _teaches(self, key: CellKey) -> bool:
-        """Whether a cell is perturbed and trained on, or a control of a data set that is."""
+        """Whether a cell is a training cell, or a control cell of a dataset that has training cells."""
         if not self.source.uses(key.context):
             return False
         split = self.survey.split_of(*key[:3])
@@ -262,7 +268,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     # Iteration
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Sentence]:
         worker = get_worker_info()
         part, parts = self.rank, self.world_size
         if worker is not None:
@@ -292,7 +298,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
     def _new_pass(self, epoch: int) -> _Pass:
         return _Pass(epoch, np.random.default_rng([self.seed, epoch, self.rank, self.world_size]))
 
-    def _sentences(self, run: _Pass, part: int, parts: int) -> Iterator[dict[str, np.ndarray]]:
+    def _sentences(self, run: _Pass, part: int, parts: int) -> Iterator[Sentence]:
         if parts != self.world_size and run.position == START:
             # Workers draw differently from one another.
             run.generator = np.random.default_rng([self.seed, run.epoch, part, parts])
@@ -339,7 +345,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
         del run.pending[number][:size]
         run.sizes[number] -= size
 
-    def _draw(self, run: _Pass) -> dict[str, np.ndarray]:
+    def _draw(self, run: _Pass) -> Sentence:
         """One of the sentences that wait, at random."""
         place = int(run.generator.integers(len(run.ready)))
         run.ready[place], run.ready[-1] = run.ready[-1], run.ready[place]
@@ -350,7 +356,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
         run.pool.remove(slots)
         run.sentences += 1
         run.fallbacks += group.fell_back
-        sentence = {
+        sentence: Sentence = {
             CONTROL_CELLS: self.survey.controls.dense(drawn)[0],
             LABELS: labels,
             **group.perturbation,
@@ -438,7 +444,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
     # State
 
     def _settings(self) -> dict:
-        """What must be the same for a state to mean the same."""
+        """The settings under which a state was taken, and must be loaded."""
         names = ["set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences"]
         names += ["rank", "world_size"]
         return {name: getattr(self, name) for name in names} | {
@@ -451,7 +457,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     def state_dict(self) -> dict:
         """
-        All that the rest of the pass depends on, the survey's samples included.
+        All that the rest of the pass depends on, with the survey's samples.
 
         Returns:
             `dict`: `settings`, `survey` and `pass` are values for JSON, `arrays` is a `dict[str, np.ndarray]`.
@@ -487,7 +493,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
         Continue where a state was taken: the next iteration gives the sentences that were still to come.
 
         Raises:
-            ValueError: the state was taken with another setting; it is named.
+            ValueError: a setting was another one when the state was taken; it is named.
         """
         own = self._settings()
         for name, value in own.items():

@@ -30,7 +30,7 @@ class LossTerms(TrainerCallback):
         self.accelerator = accelerator
         self._reset()
 
-    def _reset(self):
+    def _reset(self) -> None:
         self._terms: dict[str, torch.Tensor | float] = {}
         self._cells: torch.Tensor | int = 0
         self._batches, self._since = 0, time.perf_counter()

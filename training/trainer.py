@@ -3,6 +3,7 @@
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -20,6 +21,7 @@ from pertstate.evaluation.prediction import check_perturbations, counted_elsewhe
 from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
+from pertstate.losses.objective import Objective
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.fitting import fit_model
 from pertstate.training.loss_terms import LossTerms
@@ -62,6 +64,7 @@ class StateTrainer(Trainer):
     model: PerturbationPreTrainedModel
     args: StateTrainingArguments
     train_dataset: TrainingSentences
+    objective: Objective
 
     def __init__(
         self,
@@ -98,8 +101,6 @@ class StateTrainer(Trainer):
     # Training
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None) -> TrainOutput:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if self.model.fitted:
             if resume_from_checkpoint:
                 raise ValueError(
@@ -107,7 +108,9 @@ class StateTrainer(Trainer):
                     "pass, which is not continued; leave it out"
                 )
             return self.fit()
-        if isinstance(resume_from_checkpoint, str) and self.train_dataset.load_state(resume_from_checkpoint):
+        last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        if folder and self.train_dataset.load_state(folder):
             self.args.ignore_data_skip = True
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -148,8 +151,9 @@ class StateTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         # Counted in steps, so that it continues from a checkpoint where it was.
         steps = max(1, round(self.args.lr_decay_epochs * self.steps_per_epoch))
-        optimizer = self.optimizer if optimizer is None else optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, steps, self.args.lr_decay_factor)
+        optimizer = self.create_optimizer() if optimizer is None else optimizer
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, steps, self.args.lr_decay_factor)
+        self.lr_scheduler = schedule  # type: ignore[assignment]  # `Trainer` takes any schedule
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -168,12 +172,13 @@ class StateTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
         with self.terms.paused(), counted_elsewhere():
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
+            if isinstance(dataset, SentenceDataset) and not self.args.prediction_loss_only:
                 self.compute_metrics = GroupScores(dataset, self.mean_changes, self.model.is_ceiling)
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._unseen:

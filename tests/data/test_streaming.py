@@ -27,8 +27,8 @@ from pertstate.data import (
 )
 from pertstate.data.cell_pool import CellPool, CellRows, Reservoirs
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
-from pertstate.data.stream_survey import StreamSurvey, survey_stream
 from pertstate.data.stream_state import read_stream_state
+from pertstate.data.stream_survey import StreamSurvey, survey_stream
 from pertstate.data.streaming import SentenceStream
 from pertstate.training import StateTrainer, StateTrainingArguments
 
