@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
@@ -47,6 +49,15 @@ class TrainingPush(TrainerCallback):
                 self._private = None  # it is as it was asked for, and its owner may change it
             if card is not None:
                 ModelCard(card).validate()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """In this block the arguments tell `Trainer` not to push: it would make the repository by itself, with other errors."""
+        asked, self.args.push_to_hub = self.args.push_to_hub, False
+        try:
+            yield
+        finally:
+            self.args.push_to_hub = asked
 
     def push(
         self,

@@ -84,7 +84,8 @@ class StateTrainer(Trainer):
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.push]
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        with self.push.alone():
+            super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
         # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False

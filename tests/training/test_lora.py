@@ -241,7 +241,7 @@ def test_every_layer_but_adapters_and_named_parts_is_frozen(folder):
     model.norm = torch.nn.LayerNorm(64)
     args.train_fully = ["norm"]
     with pytest.raises(
-        ValueError, match="'backbone.layers.0.attention_norm' ends like one of .'norm'., and peft would"
+        ValueError, match="'backbone.layers.0.attention_norm' ends like one of .'norm'., so peft would"
     ):
         add_adapter(model, args, [], None)
     with pytest.raises(ValueError, match=".'dispersion'. got rows for new names, and belong to no layer"):

@@ -18,7 +18,9 @@ from transformers import AutoModel, AutoProcessor
 import pertstate.cli
 from pertstate import StateProcessor, train
 from pertstate.data import simulate_screen
+from pertstate.families import FAMILIES
 from pertstate.hub.checkpoints import load_whole
+from pertstate.training.pretrained import is_published
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,16 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         run(folder, "x", "first", {"controls_only": True}, {"preset": "tiny"})
     with pytest.raises(ValueError, match="model.pretrained_revision: is for a checkpoint that is trained further"):
         run(folder, "x", "first", {}, {"preset": "tiny", "pretrained_revision": "main"})
+
+
+def test_the_model_says_whether_it_reads_published_weights(folder, tmp_path):
+    assert [name for name, family in FAMILIES.items() if family.model.reads_published] == ["state-scgpt"]
+    for family in FAMILIES:
+        assert is_published({"model_type": family, "pretrained": str(tmp_path)}) == (family == "state-scgpt")
+    # A checkpoint of this package, a name on the Hub, or no family at all is none.
+    assert not is_published({"model_type": "state-scgpt", "pretrained": str(folder / "base")})
+    assert not is_published({"model_type": "state-scgpt", "pretrained": "ada/model"})
+    assert not is_published({"pretrained": str(tmp_path)})
 
 
 def test_flags_start_from_a_checkpoint(folder):
