@@ -92,9 +92,11 @@ class StateTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.objective = objective_for(model.config)
         self.terms = LossTerms(self.accelerator)
+        # First, so that the callbacks that print or report a log are given the terms.
         self.callback_handler.callbacks.insert(0, self.terms)
         # Not given to the base class, which looks for a tokenizer inside a processor.
         self.processor, self.card = processing_class, card
+        # Those that are saved: while a checkpoint is written, `args` are a copy.
         self._asked = args
         self._mean_changes: MeanChanges | None = None
         self._unseen = 0
@@ -179,8 +181,8 @@ class StateTrainer(Trainer):
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
-            if isinstance(dataset, SentenceDataset) and not self.args.prediction_loss_only:
-                self.compute_metrics = GroupScores(dataset, self.mean_changes, self.model.is_ceiling)
+                if not self.args.prediction_loss_only:
+                    self.compute_metrics = GroupScores(dataset, self.mean_changes, self.model.is_ceiling)
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._unseen:
             logger.warning(
