@@ -128,6 +128,7 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
 
     config: ScGPTConfig
     config_class = ScGPTConfig
+    reads_published = True
     _no_split_modules = ["GeneTransformerLayer"]
     _supports_sdpa = True
     _adapted_parts = ("layers",)

@@ -351,8 +351,8 @@ def test_validation_is_scored_once_and_unseen_sentences_are_counted(folder, tmp_
     with caplog.at_level(logging.WARNING):
         metrics = train.main([str(path)])
     assert [r.message for r in caplog.records if "training cells" in r.message] == [
-        "test: 12 of 12 sentences are of a perturbation or context without training cells; what is predicted of such ones "
-        "says the model's card"
+        "test: 12 of 12 sentences are of a perturbation or context without training cells; the model card says how "
+        "these are predicted"
     ]
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     assert capsys.readouterr().out.count("'eval_loss'") == 1

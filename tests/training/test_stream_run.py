@@ -16,7 +16,7 @@ import pertstate.train
 from pertstate.data import prepare, simulate_screen
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.stores import write_parquet
-from pertstate.data.streaming import read_stream_state
+from pertstate.data.stream_state import read_stream_state
 
 
 ROOT = Path(__file__).parents[2]
