@@ -72,6 +72,11 @@ class StateTrainingArguments(TrainingArguments):
     lora_mlp: bool = field(default=False, metadata={"help": "Adapters beside feed-forward layers, too."})
     train_fully: list[str] | None = field(default=None, metadata={"help": "Parts trained whole beside adapters."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
+    # The library's two with the values that it takes beside those of its own annotation.
+    resume_from_checkpoint: str | bool | None = field(
+        default=None, metadata={"help": "Continue from this checkpoint; true or last: from the newest of output_dir."}
+    )
+    fsdp: str | bool | None = field(default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata)
 
     def __post_init__(self):
         super().__post_init__()
