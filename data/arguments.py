@@ -27,23 +27,26 @@ class DataArguments:
     The `data` section.
 
     Args:
-        store (`str`, *optional*): folder that `pertstate prepare` wrote of these data, or name of a data set on the Hub
-            that holds one; read instead of the files, which need not be there then.
-        splits (`str`, *optional*): TOML file with `[datasets]`, `[training]`, `[zeroshot]`, `[fewshot]`. Or, for the
-            simple cases, the next five fields.
-        datasets (`dict[str, str]` or `str`, *optional*): name of each dataset to a file, folder or glob; or one of
-            these alone.
+        store (`str`, *optional*): cell store, made by `pertstate prepare` of these data: a folder, or the name of a data set
+            on the Hub. It is read instead of the files, which need not be there then.
+        splits (`str`, *optional*): TOML file with the tables datasets, training, zeroshot and fewshot. The next five fields
+            do the same for simple cases.
+        datasets (`dict[str, str]` or `str`, *optional*): the file, folder or glob of each dataset by its name, or one file,
+            folder or glob.
         test_contexts, val_contexts (`list[str]`): contexts held out whole, in every dataset that has them.
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
-        contexts (`list[str]`, *optional*): use these contexts of the files alone.
+        contexts (`list[str]`, *optional*): use only these contexts of the files.
         perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
             gene_input, target_sum: see [`StateProcessor.fit`].
-        perturbation_features (`str`, *optional*): file with a vector for each perturbation, see
-            [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
+        perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
+            unseen perturbations can be predicted. See [`read_perturbation_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
-        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
+        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too (only to repeat published figures).
         control_matching, small_groups, control_sentences, heldout_controls, controls_only, sentences_per_group,
             sentence_cap: see [`SentenceDataset`].
+
+    Raises:
+        ValueError: a value does not fit the type of its field, or fields contradict one another.
     """
 
     store: str | None = None
@@ -244,12 +247,15 @@ class StreamArguments:
     the rest (`control`, `contexts`, `genes`, what is held out), but no files.
 
     Args:
-        path (`str`, *optional*): parquet (a file, folder or glob), a cell store, or a data set on the Hub.
-        configuration, split, revision (`str`, *optional*): of a data set on the Hub.
-        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]; known for a cell store.
-        gene_names (`str`, *optional*): file that gives each gene id its name (`.csv` or `.parquet` with two columns, or
-            `.json`); known for a cell store.
-        gene_id_column, gene_name_column (`str`): those columns.
+        path (`str`, *optional*): what is streamed: parquet (a file, folder or glob), a cell store, or a data set on the Hub.
+        configuration (`str`, *optional*): configuration of a data set on the Hub.
+        split (`str`): split of a data set on the Hub.
+        revision (`str`, *optional*): commit, tag or branch of a data set on the Hub.
+        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]. Not needed for a cell store.
+        gene_names (`str`, *optional*): file that gives each gene id its name: `.csv` or `.parquet` with two columns, or
+            `.json`. Not needed for a cell store.
+        gene_id_column (`str`): column of the gene ids in `gene_names`.
+        gene_name_column (`str`): column of the names in `gene_names`.
         reservoir_cells, fill_cells, eval_cells, baseline_cells: see [`survey_stream`].
         buffer_cells, shuffle_sentences: see [`SentenceStream`].
         block_size (`int`): cells that are read at once.
@@ -299,14 +305,15 @@ class PrepareArguments:
             - `"float32"`, `"float16"`: of log1p expression and embeddings (float16 keeps three digits)
         obs_columns (`list[str]`, *optional*): columns of `obs` to keep beside the labels; by default those that every
             file has.
-        knockdown_filter (`bool`): leave ineffective knock-downs out. In each context, a perturbation whose name is a
-            gene of the data (each part of a combination) stays if the gene's mean expression is at most
-            `knockdown_residual` of that in the controls; of its cells those stay in which it is at most
-            `knockdown_cell_residual`; and then the perturbation if `knockdown_min_cells` cells are left. Expression is
-            normalised, not logarithmic. A perturbation that is no gene of the data, or whose gene the controls do not
-            express, cannot be judged: it stays, and is listed.
-        knockdown_residual, knockdown_cell_residual (`float`), knockdown_min_cells (`int`): see there.
-        shard_megabytes (`int`): size of the files of the store, about; as much memory is used several times over.
+        knockdown_filter (`bool`): leave out knock-downs that did not work, perturbations and single cells. It judges by the
+            expression of the perturbed gene (normalised, not logarithmic), in each context by itself; of a combination,
+            each gene must pass. A perturbation that is no gene of the data, or whose gene the controls do not express,
+            cannot be judged: it stays, and is listed.
+        knockdown_residual (`float`): keep a perturbation if its gene's mean expression is at most this part of that in the
+            controls.
+        knockdown_cell_residual (`float`): keep those of its cells in which the expression is at most this part.
+        knockdown_min_cells (`int`): keep it only if so many of its cells are left.
+        shard_megabytes (`int`): size of each file of the store, about. Making the store needs several times this memory.
     """
 
     layout: Literal["auto", "sparse", "dense"] = "auto"

@@ -354,7 +354,7 @@ def test_with_validation_data_the_best_step_is_kept(folder):
 def test_the_config_may_come_without_its_flag(folder):
     import pertstate.train
 
-    run = pertstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
+    run = pertstate.train.read_run([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
     assert run.training["learning_rate"] == 1e-5 and run.model["preset"] == "tiny"
 
 

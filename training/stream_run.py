@@ -38,7 +38,7 @@ def from_stream(
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
     options = data.survey_options()
     if manifest is not None:
-        data.check_store(manifest)
+        data.check_store(manifest, run.given)
         options |= {
             name: manifest.reading[name] for name in ("control", "input", "gene_input", "combination_separator")
         }
