@@ -1,7 +1,6 @@
 """`pertstate configs`."""
 
 import argparse
-import re
 from pathlib import Path
 
 
@@ -23,7 +22,9 @@ def run(args: argparse.Namespace):
             raise ValueError("--output writes one configuration: name it")
         width = max(map(len, paths))
         for name, path in paths.items():
-            print(f"{name:{width}}  {about(path.read_text(encoding='utf-8'))}")
+            # The first line of each says what it is.
+            title = path.read_text(encoding="utf-8").splitlines()[0]
+            print(f"{name:{width}}  {title.removeprefix('# ').removesuffix('.')}")
         return
     if args.name not in paths:
         raise ValueError(f"there is no configuration {args.name!r}; {closest(args.name, paths)}")
@@ -37,9 +38,3 @@ def run(args: argparse.Namespace):
     except FileExistsError as error:
         raise FileExistsError(f"{args.output} exists; name a file that does not") from error
     print(f"{args.output}: train with pertstate train {args.output}")
-
-
-def about(text: str) -> str:
-    """The first sentence of the comment that a configuration starts with."""
-    comment = " ".join(line[1:].strip() for line in text.partition("\ndata:")[0].splitlines())
-    return re.split(r"(?<=[\w)])\.\s", f"{comment} ", maxsplit=1)[0].removesuffix(" ")

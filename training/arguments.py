@@ -42,42 +42,59 @@ class StateTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps, by default 1000, or -1 where num_train_epochs is set."})
+    max_steps: int = field(
+        default=1000, metadata={"help": "Optimiser steps, by default 1000, or -1 where num_train_epochs is set."}
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sentences of a batch on each device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sentences of an evaluation batch."})
     # The dataset shuffles by itself, from its seed and the epoch alone.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of sentences."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave out columns that the model does not read."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave out columns that the model does not read."}
+    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Keys of a batch that are targets."}
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Keep batches in pinned memory, by default where there is an accelerator."}
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "Keep batches in pinned memory, by default where there is an accelerator."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
     logging_steps: float = field(default=10, metadata={"help": "Steps from one log entry to the next."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Look for parameters that a step did not use."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters that a step did not use."}
+    )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Services to report to."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     lr_decay_epochs: float | None = field(
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "Factor of lr_decay_epochs."})
-    l2_weight_decay: bool = field(default=False, metadata={"help": "Make weight decay a part of the gradient, as in Adam."})
+    l2_weight_decay: bool = field(
+        default=False, metadata={"help": "Make weight decay a part of the gradient, as in Adam."}
+    )
     license: str | None = field(
         default=None,
         metadata={"help": "Licence of the weights, as the Hub names it (apache-2.0, cc-by-4.0, other ..)."},
     )
     data_license: str | None = field(default=None, metadata={"help": "Licence of the training data, in words."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank, and nothing else."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "What the adapters add is scaled by this over lora_rank (by default the same as lora_rank)."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train low-rank adapters of this rank, and nothing else."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "What the adapters add is scaled by this over lora_rank (by default the same as lora_rank)."},
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     lora_mlp: bool = field(default=False, metadata={"help": "Put adapters beside feed-forward layers, too."})
-    train_fully: list[str] | None = field(default=None, metadata={"help": "Parts of the model that are trained whole beside the adapters."})
+    train_fully: list[str] | None = field(
+        default=None, metadata={"help": "Parts of the model that are trained whole beside the adapters."}
+    )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
     # The library's two with the values that it takes beside those of its own annotation.
     resume_from_checkpoint: str | bool | None = field(
-        default=None, metadata={"help": "Continue from this checkpoint, or from the newest in output_dir (true or last)."}
+        default=None,
+        metadata={"help": "Continue from this checkpoint, or from the newest in output_dir (true or last)."},
     )
     fsdp: str | bool | None = field(default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata)
 
@@ -127,9 +144,7 @@ class StateTrainingArguments(TrainingArguments):
         if self.lora_rank is None:
             idle = [name for name in options if getattr(self, name)]
             if idle:
-                raise ValueError(
-                    f"{', '.join(idle)}: no effect without lora_rank; set it, or leave them out"
-                )
+                raise ValueError(f"{', '.join(idle)}: no effect without lora_rank; set it, or leave them out")
             return
         if isinstance(self.train_fully, str):
             self.train_fully = [self.train_fully]

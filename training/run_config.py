@@ -186,9 +186,7 @@ def _section_of(name: str, known: dict[str, dict[str, Any]]) -> str:
     if not sections:
         raise ValueError(f"unknown flag --{name}; {_where(name, None, known)}")
     if len(sections) > 1:
-        raise ValueError(
-            f"--{name} is a field of {sections}: write --{sections[0]}.{name} or --{sections[1]}.{name}"
-        )
+        raise ValueError(f"--{name} is a field of {sections}: write --{sections[0]}.{name} or --{sections[1]}.{name}")
     return sections[0]
 
 

@@ -212,5 +212,3 @@ def _first_sentence(name: str, text: str) -> str:
     plain = re.sub(r"\[?`([^`]*)`\]?", r"\1", text)
     sentence = re.split(r"(?<=[\w)\"'])\.(?:\s|$)|;\s", plain, maxsplit=1)[0].strip().rstrip(":")
     return sentence[:1].upper() + sentence[1:]
-
-
