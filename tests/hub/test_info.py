@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pertstate import StateConfig, StateForPerturbation, StateProcessor
 from pertstate.cli import main
@@ -75,14 +76,13 @@ def test_a_checkpoint_that_lacks_files(model, processor, tmp_path, capsys):
 
 
 def test_an_adapter(model, processor, tmp_path, capsys):
-    peft = pytest.importorskip("peft")
     base, folder = tmp_path / "base", tmp_path / "adapter"
     model.save_pretrained(base)
     processor.save_pretrained(base)
     model.name_or_path = str(base)
     targets = model.lora_targets(False)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=["output_head"])
-    adapted = peft.get_peft_model(model, config)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, modules_to_save=["output_head"])
+    adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder)
     processor.save_pretrained(folder)
     text = said(capsys, folder)
