@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # The checkpoint: the whole folder or nothing.
     if args.should_save:
         trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
-        with whole_or_nothing(args.output_dir) as folder:
+        with whole_or_nothing(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()

@@ -91,12 +91,14 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Parts of the model that are trained whole beside the adapters."}
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
-    # The library's two with the values that it takes beside those of its own annotation.
-    resume_from_checkpoint: str | bool | None = field(
+    # The library takes true and false here, too, which its own annotations leave out.
+    resume_from_checkpoint: str | bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Continue from this checkpoint, or from the newest in output_dir (true or last)."},
     )
-    fsdp: str | bool | None = field(default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata)
+    fsdp: str | bool | None = field(  # type: ignore[assignment]
+        default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -265,7 +265,7 @@ def checkpoint_of(run: RunConfig) -> str | None:
     """The checkpoint that the run continues, if it asks for one and there is one."""
     asked = run.training.get("resume_from_checkpoint")
     if asked in (True, "True", "true", "last"):
-        folder = run.training.get("output_dir", StateTrainingArguments.output_dir)
+        folder = str(run.training.get("output_dir", StateTrainingArguments.output_dir))
         return get_last_checkpoint(folder) if os.path.isdir(folder) else None
     return asked or None
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -227,7 +227,7 @@ def _parse_word(word: str):
 class _Loader(yaml.SafeLoader):
     """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
 
 
 def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:

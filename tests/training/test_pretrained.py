@@ -129,7 +129,12 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("data", "hvg_on_all", True, "data.hvg_on_all=True contradicts"),
         ("data", "input", "obsm/X_pca", "data.input='obsm/X_pca' contradicts .* which has 'X', log1p values"),
         ("data", "test_contexts", ["type_3", "type_4"], "the splits leave no cell for training"),
-        ("stream", "path", "somewhere", "can be trained further on files or a store, but stream.path is set; make a store"),
+        (
+            "stream",
+            "path",
+            "somewhere",
+            "can be trained further on files or a store, but stream.path is set; make a store",
+        ),
         ("training", "train_fully", ["output_head"], "train_fully: no effect without lora_rank"),
         ("training", "lora_rank", 0, "lora_rank must be at least 1, found 0; null trains the model itself"),
         (
