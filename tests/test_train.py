@@ -1,4 +1,4 @@
-"""`accelerate launch train.py` as a user runs it: processes, kills, full disks, and the folder it leaves."""
+"""`pertstate train` and `accelerate launch train.py` as a user runs them: processes, kills, full disks, and the folder left."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -354,12 +353,37 @@ def test_with_validation_data_the_best_step_is_kept(folder):
 def test_the_config_may_come_without_its_flag(folder):
     import pertstate.train
 
-    run = pertstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
+    run = pertstate.train.read_run([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
     assert run.training["learning_rate"] == 1e-5 and run.model["preset"] == "tiny"
 
 
-def test_help_is_short_and_quick():
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: accelerate launch train.py [--config] CONFIG.yaml")
-    assert time.perf_counter() - start < 60
+def test_the_command_in_another_folder_learns_what_a_launch_does(folder, unbroken, tmp_path):
+    command = [
+        str(Path(sys.executable).with_name("pertstate")),
+        "train",
+        str(folder / "run.yaml"),
+        "--output_dir",
+        "run",
+    ]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = (load_file(run / "model.safetensors") for run in (unbroken, tmp_path / "run"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(tmp_path / "run") == losses(unbroken)
+
+
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--num_machines", "1"]
+LAUNCH += ["--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [[sys.executable, str(ROOT / "train.py")], [*LAUNCH, str(ROOT / "train.py")], [*LAUNCH, "-m", "pertstate.train"]],
+    ids=["script", "launched script", "launched module"],
+)
+def test_an_error_is_one_line_however_the_run_is_started(folder, start):
+    command = [*start, str(folder / "run.yaml"), "--test_contexts", "type_33"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    message = "pertstate train: error: data: held-out context 'type_33' is not in the data; did you mean 'type_3'"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

@@ -45,7 +45,7 @@ def from_stream(
     manifest = manifest_of(stream)
     check_fields(data, manifest)
     if manifest is not None:
-        data.check_store(manifest)
+        data.check_store(manifest, run.given)
     splits = data.splits_of_stream(datasets_of(stream))
     args = training_arguments(run, has_validation=holds_out(splits, Split.VAL))
     source = open_stream(stream, data.contexts)

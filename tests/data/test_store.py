@@ -533,7 +533,14 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
 def test_what_contradicts_the_store_is_said(store, folder, tmp_path):
     run = DataArguments(store=str(store.path), context_key="line")
     with pytest.raises(ValueError, match="data.context_key='line', but the store was prepared with 'cell_type'"):
-        run.check_store(store.manifest)
+        run.check_store(store.manifest, {"store", "context_key"})
+    # What the run does not set is the store's, whatever the default; what it sets counts at its default, too.
+    run.check_store(store.manifest, {"store"})
+    default = DataArguments(store=str(store.path), batch_key=None, control="control")
+    default.check_store(store.manifest, {"store", "control"})
+    assert store.manifest.reading["batch_key"] == "batch"
+    with pytest.raises(ValueError, match="data.batch_key=None, but the store was prepared with 'batch'; leave it out"):
+        default.check_store(store.manifest, {"store", "batch_key"})
     with pytest.raises(ValueError, match="datasets names \\['other'\\], the store was made of \\['screen'\\]"):
         DataArguments(store=str(store.path), datasets={"other": "gone.h5ad"}).resolve_splits(store.groups)
     splits = DataArguments(store=str(store.path)).resolve_splits(store.groups)
@@ -735,7 +742,9 @@ def test_info_of_a_store_a_file_and_a_checkpoint(store, folder, whole, tmp_path,
 
     said = info(store.path)
     assert f"cell store of {len(store):,} cells" in said and "sparse counts (uint8) of 80 genes" in said
-    assert "3 contexts x 5 perturbations" in said and said.splitlines()[-1].startswith("ready: accelerate launch")
+    assert "3 contexts x 5 perturbations" in said and said.splitlines()[-1].startswith(
+        "ready: pertstate train RUN.yaml"
+    )
     sizes = whole.obs.groupby(["cell_type", "perturbation"], observed=True).size()
     row = next(line.split() for line in said.splitlines() if line.startswith("type_2"))
     assert row[1] == str(sizes["type_2", "control"]) and row[-1] == str(sizes["type_2"].sum())
@@ -770,4 +779,7 @@ def test_info_says_what_is_missing(whole, tmp_path, capsys):
     assert main(["info", str(tmp_path / "gone.h5ad")]) == 1
     assert "gone.h5ad: no such file" in capsys.readouterr().err
     assert main(["info", str(tmp_path)]) == 1
-    assert "expected a cell store (store.json), a checkpoint (config.json) or a .zarr" in capsys.readouterr().err
+    message = (
+        "expected a cell store (store.json), a checkpoint (config.json or adapter_config.json) or a .zarr, found none"
+    )
+    assert message in capsys.readouterr().err

@@ -164,7 +164,7 @@ def test_what_cannot_be_merged_says_so(folder, adapter, tmp_path, capsys):
     assert "is no adapter: expected adapter_config.json" in refused(folder / "base", tmp_path / "out")
     assert "is the adapter's own folder" in refused(adapter, adapter)
     assert "no such checkpoint folder" in refused(tmp_path / "none", tmp_path / "out")
-    assert "is of --base; give both" in refused(adapter, tmp_path / "out", "--base-revision", "main")
+    assert "is a revision of --base; give both" in refused(adapter, tmp_path / "out", "--base-revision", "main")
     assert "is a file; name a folder" in refused(adapter, folder / "first.h5ad")
     pickled = tmp_path / "pickled"
     shutil.copytree(adapter, pickled)

@@ -136,8 +136,13 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("data", "hvg_on_all", True, "data.hvg_on_all=True contradicts"),
         ("data", "input", "obsm/X_pca", "data.input='obsm/X_pca' contradicts .* which has 'X', log1p values"),
         ("data", "test_contexts", ["type_3", "type_4"], "the splits leave no cell for training"),
-        ("stream", "path", "somewhere", "trained further on files or a store, found a stream; make a store of it"),
-        ("training", "train_fully", ["output_head"], "train_fully: without effect as there is no lora_rank"),
+        (
+            "stream",
+            "path",
+            "somewhere",
+            "can be trained further on files or a store, but stream.path is set; make a store",
+        ),
+        ("training", "train_fully", ["output_head"], "train_fully: no effect without lora_rank"),
         ("training", "lora_rank", 0, "lora_rank must be at least 1, found 0; null trains the model itself"),
         (
             "training",
@@ -181,11 +186,11 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         ("training.lora_rank", {"lora_rank": 4}),
         ("training.freeze_backbone", {"freeze_backbone": True}),
     ):
-        with pytest.raises(ValueError, match=f"{field}: is for a checkpoint that is trained further; name one that"):
+        with pytest.raises(ValueError, match=f"{field}: only for training a checkpoint further; name one that"):
             run(folder, "x", "first", {}, {"preset": "tiny"}, **options)
-    with pytest.raises(ValueError, match="data.controls_only: is for a checkpoint that is trained further"):
+    with pytest.raises(ValueError, match="data.controls_only: only for training a checkpoint further"):
         run(folder, "x", "first", {"controls_only": True}, {"preset": "tiny"})
-    with pytest.raises(ValueError, match="model.pretrained_revision: is for a checkpoint that is trained further"):
+    with pytest.raises(ValueError, match="model.pretrained_revision: only for training a checkpoint further"):
         run(folder, "x", "first", {}, {"preset": "tiny", "pretrained_revision": "main"})
 
 
