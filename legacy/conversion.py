@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = ("bidirectional", "causal", "none")
 _SEES = {
-    "bidirectional": "bidirectional: every cell of a sentence sees all cells, and their order is not seen",
-    "causal": "causal: a cell sees itself and the cells before it, so that predictions depend on the order of the cells",
+    "bidirectional": "bidirectional: every cell of a sentence sees all cells, and none sees their order",
+    "causal": "causal: a cell sees itself and the cells before it, so predictions depend on the order of the cells",
     "none": "none: each cell sees itself alone",
 }
 
@@ -58,7 +58,7 @@ def convert(
     Write a checkpoint folder that predicts what the research code's own model predicts.
 
     Args:
-        folder: see [`~pertstate.hub.legacy_folder.read_legacy_folder`].
+        folder: see [`~pertstate.legacy.folder.read_legacy_folder`].
         output: a folder that does not exist yet, or is empty. It is written whole or not at all.
         checkpoint (`str`, *optional*): which file of `checkpoints/`.
         attention (`str`, *optional*): which cells a cell saw in training, for the State transition model.
@@ -115,7 +115,7 @@ def _choose_attention(legacy: LegacyFolder, asked: str | None) -> str:
             "rotary positions for llama, which the library versions of the time did; predictions then depend on the order "
             "of cells. If the model was trained otherwise, say so with --attention bidirectional"
         )
-        return "taken as no flag was recorded, which is what the library versions of the time did"
+        return "taken because no flag was recorded; the library versions of the time did so"
     options["mask_attn"] = asked == "none"
     options["transformer_backbone_kwargs"] = {**inner, "bidirectional_attention": asked == "bidirectional"}
     return "chosen at the conversion" + ("" if recorded else "; no flag was recorded")
@@ -260,9 +260,9 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
 
 
 def as_text(value) -> str:
-    """A value that a file holds as plain text of one line of Markdown: nothing in it is markup."""
+    """A value from a file as plain text on one line of Markdown, in which nothing is markup."""
     text = " ".join(str(value).split())
-    # Underscores within a word are no markup.
+    # Underscores within a word are not markup.
     return re.sub(r"[^\w\s,;:.+/'()%=-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
 
 
