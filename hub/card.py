@@ -247,7 +247,7 @@ def _steps(config: PerturbationConfig, state) -> str:
     if FAMILIES[config.model_type].model.fitted:
         return "Fitted in one pass over the training cells, without gradient steps"
     if state is None:
-        return "The training had not ended when this card was written"
+        return "Still in training when this card was written"
     seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
     return f"Trained for {state.global_step} steps" + (f" in {seconds[-1]:,.0f} seconds" if seconds else "")
 
