@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint types bench
+.PHONY: demo test test-slow lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,10 @@ lint: .venv/.installed
 types: .venv/.installed
 	mkdir -p build/typed && ln -sfn ../.. build/typed/pertstate
 	$(BIN)/mypy
+
+docs: .venv/.installed
+	$(BIN)/python docs/build_site.py
+	$(BIN)/zensical build --strict --clean
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/train_step.py

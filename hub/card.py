@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md, from what the run and its data say of themselves."""
+"""The model card of a checkpoint: its README.md, written from the run and its data."""
 
 import importlib.metadata
 import os
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TAGS = ["single-cell", "perturbation", "pertstate", "biology"]
-# Numbers of each cell in, numbers of each cell out: the nearest of the tasks that the Hub knows.
+# A row of numbers for each cell goes in and comes out. Of the tasks that the Hub knows, this is the nearest.
 TASK = "tabular-regression"
 UNKNOWN_LICENSE = "unknown"
 SHOWN_NAMES = 20
-# How the Hub names a metric, and how a reader does.
+# What the Hub calls each metric, and what the card calls it.
 _METRICS = {
     "pearson": ("pearsonr", "Pearson of the mean change"),
     "mae": ("mae", "MAE of the mean"),
@@ -58,23 +58,26 @@ def render_card(
     provenance: Provenance | None = None,
 ) -> str:
     """
-    The text of a checkpoint's README.md. Names that come from data stand in it as text, whatever they hold.
+    The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold.
 
     Args:
-        run ([`RunConfig`], *optional*): the run; without it the card says that it is not recorded.
-        config ([`PerturbationConfig`]): of the model; the `card.md` of its family says what that computes.
-        processor ([`StateProcessor`]): names and normalisation.
-        metrics (`dict[str, float]`, *optional*): figures of the test split, keys `test_..`.
-        state (`TrainerState`, *optional*): for the steps that were taken.
-        args ([`StateTrainingArguments`], *optional*): for licences, hardware and the number of processes.
-        provenance ([`Provenance`], *optional*): the data of the run, by default looked at here.
+        run ([`RunConfig`], *optional*): the run. Without it the card says that the run is not recorded.
+        config ([`PerturbationConfig`]): the model's config. The card includes the `card.md` of its family.
+        processor ([`StateProcessor`]): gives names and normalisation.
+        metrics (`dict[str, float]`, *optional*): scores of the test split; its keys start with `test_`.
+        state (`TrainerState`, *optional*): gives the number of steps and the run time.
+        args ([`StateTrainingArguments`], *optional*): gives licences, hardware and the number of processes.
+        provenance ([`Provenance`], *optional*): where the run's data came from. By default it is read from `run` here.
+
+    Returns:
+        `str`: Markdown that begins with the metadata of the Hub as YAML.
     """
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
     name = os.path.basename(os.path.normpath(folder))
     family = FAMILIES[type(config).model_type]
-    # The weights that training started from: a folder, or a name on the Hub.
+    # The weights that training started from: a folder or a repository.
     base_model = None if run is None else run.model.get("pretrained")
     is_adapter = args is not None and args.lora_rank is not None
     license = UNKNOWN_LICENSE if args is None or args.license is None else args.license
@@ -120,36 +123,47 @@ def render_card(
         hardware=None if args is None else _hardware(args),
         versions=_versions(),
         pertstate_version=__version__,
+        homepage=homepage(),
         shown=SHOWN_NAMES,
     )
 
 
 def with_repository(card: str, name: str) -> str:
-    """The card, its example loading the repository `name` at a commit that the reader is to fill in."""
-    line = f'name, revision = {name!r}, "COMMIT"  # a commit hash of this repository, whose code you have looked at'
+    """The card with an example that loads the repository `name`, at a commit that the reader fills in."""
+    line = f'name, revision = {name!r}, "COMMIT"  # hash of a commit of this repository whose code you have read'
     return _REPOSITORY_LINE.sub(lambda _: line, card, count=1)
 
 
-# Text of data in Markdown
+def homepage() -> str | None:
+    """
+    The address of this project's page: `Homepage` under `[project.urls]` in the pyproject.toml of the installed build.
+    None if the build names no page, or if the package runs from a folder that was not installed.
+    """
+    build = next(iter(importlib.metadata.distributions(name="pertstate")), None)
+    urls = [] if build is None else build.metadata.get_all("Project-URL", [])
+    return next((url.partition(", ")[2] for url in urls if url.startswith("Homepage, ")), None)
+
+
+# Text from data in Markdown
 
 
 def as_code(text: str) -> str:
-    """Any text as a code span of Markdown: one line, in which nothing is markup."""
+    """Any text as one code span of Markdown, on one line."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    # A blank inside each end is taken away by readers, where there is one at both.
+    # Markdown drops a blank at the start and one at the end if both are there.
     pad = " " if not text or text[0] in "` " or text[-1] in "` " else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
 def as_names(names: list[str], shown: int = SHOWN_NAMES) -> str:
-    """The first names of a list as code, and how many more there are."""
+    """The first names of a list as code spans, and the number of names that are left out."""
     listed = ", ".join(map(as_code, names[:shown]))
     return listed + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def as_block(text: str, language: str) -> str:
-    """Any text as a fenced block that ends where the text does."""
+    """Any text as a fenced block; fences within the text do not end it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
@@ -170,14 +184,14 @@ def _template() -> jinja2.Template:
 # What the sections say
 
 
-def _held_out(run: "RunConfig", provenance: Provenance) -> list[str]:
-    """Lines of Markdown, one for each thing that the run holds out."""
+def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
+    """What the run holds out: lines of Markdown."""
     lines = [
         f"{name.replace('_', ' ')}: {as_names(getattr(run.data, name))}"
         for name in ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
         if getattr(run.data, name)
     ]
-    if provenance.splits is not None:
+    if provenance is not None and provenance.splits is not None:
         lines += [
             f"{split}: context {as_code(context)} of {as_code(dataset)}, whole"
             for (dataset, context), split in provenance.splits.zeroshot.items()
@@ -192,7 +206,7 @@ def _held_out(run: "RunConfig", provenance: Provenance) -> list[str]:
 
 
 def _results(metrics: dict) -> list[dict]:
-    """The figures of the model and of each baseline that has some: a figure is None where it is undefined."""
+    """The scores of the model and of each baseline that was scored. A score that is undefined is None."""
     rows = []
     for method in (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE):
         prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
@@ -202,12 +216,12 @@ def _results(metrics: dict) -> list[dict]:
 
 
 def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling: bool) -> list[EvalResult]:
-    """The same figures as the Hub shows them, the baselines' beside the model's."""
+    """The same scores as metadata that the Hub shows, those of the baselines included."""
     if not results:
         return []
     names = provenance.datasets if provenance else []
     on_the_hub = [source for source in provenance.sources if source.commit is not None] if provenance else []
-    # The Hub takes a name of its own, or something that looks like one.
+    # The Hub expects the name of a data set there, or characters that such a name may have.
     kind = on_the_hub[0].name if on_the_hub else re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(names)).strip("-") or "cells"
     of_model = " (a ceiling: decoded from the observed cells)" if is_ceiling else ""
     return [
@@ -229,12 +243,13 @@ def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling
 
 
 def _steps(config: PerturbationConfig, state) -> str:
+    """How long the model was trained, as the start of a sentence."""
     if FAMILIES[config.model_type].model.fitted:
         return "Fitted in one pass over the training cells, without gradient steps"
     if state is None:
-        return "An unfinished run's steps"
+        return "Still in training when this card was written"
     seconds = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
-    return f"{state.global_step} steps" + (f" in {seconds[-1]:,.0f} seconds" if seconds else "")
+    return f"Trained for {state.global_step} steps" + (f" in {seconds[-1]:,.0f} seconds" if seconds else "")
 
 
 def _hardware(args: "StateTrainingArguments") -> str:

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = ("bidirectional", "causal", "none")
 _SEES = {
-    "bidirectional": "bidirectional: every cell of a sentence sees all cells, and their order is not seen",
-    "causal": "causal: a cell sees itself and the cells before it, so that predictions depend on the order of the cells",
+    "bidirectional": "bidirectional: every cell of a sentence sees all cells, and none sees their order",
+    "causal": "causal: a cell sees itself and the cells before it, so predictions depend on the order of the cells",
     "none": "none: each cell sees itself alone",
 }
 
@@ -263,7 +263,7 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
 def as_text(value) -> str:
     """A value of a file as one line of plain text in Markdown: markup in it has no effect."""
     text = " ".join(str(value).split())
-    # Underscores within a word are no markup.
+    # Underscores within a word are not markup.
     return re.sub(r"[^\w\s,;:.+/'()%=-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
 
 

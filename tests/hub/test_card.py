@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from pertstate import StateForPerturbation, StateProcessor
+from pertstate._version import __version__
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.data import prepare
@@ -22,6 +23,7 @@ from pertstate.hub.card import (
     TAGS,
     as_block,
     as_code,
+    homepage,
     render_card,
     with_repository,
 )
@@ -140,7 +142,7 @@ def test_everything_that_was_known_is_said(screen, tmp_path, hub):
         "| model | 0.5123 | 0.0200 | 0.2500 |",
         "| no change | undefined | 0.0300 | 0.5000 |",
         "| perturbation mean | 0.4000 | 0.0250 | 0.3000 |",
-        "accelerate launch train.py --config run.yaml",
+        "```bash\npertstate train run.yaml\n```",
         "learning_rate: 0.0003",
         "1 x CPU",
         f"torch {torch.__version__}",
@@ -173,7 +175,7 @@ def test_what_is_not_known_is_said_to_be_unknown(tmp_path, hub):
     assert front_matter(card)["license"] == "unknown" and "datasets" not in front_matter(card)
     for text in (
         "weights: not stated",
-        "training data: not known",
+        "training data: not known; ask those who published the data",
         "is not recorded in this folder",
         "none is recorded in this folder",
         "How the model was trained is not recorded",
@@ -341,6 +343,50 @@ def test_hostile_names_everywhere_leave_the_card_what_it_is(tmp_path, hub):
     compile(example, "example", "exec")
     assert f"perturbation={HOSTILE[0]!r}" in example
     assert "name, revision = 'ada/model', \"COMMIT\"" in example
+
+
+# The project's page
+
+
+def build(site: Path, *urls: str):
+    """A build of this package in `site`, whose `[project.urls]` are these."""
+    folder = site / "pertstate-0.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: pertstate\nVersion: 0.0\n" + "".join(urls))
+
+
+def test_a_card_links_to_the_page_that_the_build_names(tmp_path, monkeypatch):
+    build(tmp_path, "Project-URL: Issues, https://x.org/issues\n", "Project-URL: Homepage, https://x.org/ours\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert homepage() == "https://x.org/ours"
+    processor = make_processor()
+    card = render_card(None, config_for(processor), processor)
+    links = [token.attrs["href"] for token in tokens_of(body(card)) if token.type == "link_open"]
+    assert links.count("https://x.org/ours") == 1
+    assert f"  version = {{{__version__}}},\n  url = {{https://x.org/ours}}\n}}\n" in card
+
+
+def test_a_card_links_to_no_page_where_the_build_names_none(tmp_path, monkeypatch):
+    build(tmp_path, "Project-URL: Issues, https://x.org/issues\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert homepage() is None
+    processor = make_processor()
+    card = render_card(None, config_for(processor), processor)
+    assert "\nA pertstate model of how cells respond" in card and "url" not in card and "http" not in card
+    assert f"  version = {{{__version__}}}\n}}\n" in card
+    monkeypatch.setattr("sys.path", [])
+    assert homepage() is None
+
+
+def test_a_run_of_several_processes_is_repeated_by_as_many(screen, tmp_path):
+    processor = make_processor()
+    run = make_run(tmp_path, datasets=str(screen))
+
+    class OfThree(StateTrainingArguments):
+        world_size = 3
+
+    card = render_card(run, config_for(processor), processor, args=OfThree(use_cpu=True))
+    assert "```bash\naccelerate launch --num_processes 3 -m pertstate.train run.yaml\n```" in card
 
 
 def test_base_models_on_disk_and_names_that_are_none_stay_out_of_the_metadata(screen, tmp_path):

@@ -429,9 +429,9 @@ def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, t
         assert '"COMMIT"' in lines and "revision=revision, trust_remote_code=True" in lines
         examples.append(tmp_path / f"example_{i}.py")
         examples[-1].write_text(lines.replace("COMMIT", commit))
-    # And the lines of the README.
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    [lines] = [t.content for t in MarkdownIt().parse(readme) if t.type == "fence" and '"user/screen"' in t.content]
+    # And the lines of the guide.
+    guide = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
+    [lines] = [t.content for t in MarkdownIt().parse(guide) if t.type == "fence" and '"user/screen"' in t.content]
     lines = lines.replace("COMMIT", commits[1]).replace("user/screen", "lab/model").replace("STAT2", "pert_0")
     examples.append(tmp_path / "example_2.py")
     examples[-1].write_text(lines)

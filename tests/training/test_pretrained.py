@@ -318,11 +318,11 @@ def test_the_documented_lines_run(tmp_path, monkeypatch):
         train.main([name, *short])
     commands = next(text for kind, text in blocks if kind == "bash").splitlines()
     assert [line.split("#")[0].split()[:3] for line in commands] == [
-        ["accelerate", "launch", "train.py"],
-        ["accelerate", "launch", "train.py"],
+        ["pertstate", "train", "further.yaml"],
+        ["pertstate", "train", "further.yaml"],
         ["pertstate", "merge", "demo/adapter"],
     ]
-    train.main([*commands[1].split("#")[0].split()[3:], *short])
+    train.main([*commands[1].split("#")[0].split()[2:], *short])
     assert pertstate.cli.main(commands[2].split("#")[0].split()[1:]) == 0
     printed, names = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
