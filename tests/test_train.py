@@ -12,6 +12,7 @@ import launches
 import numpy as np
 import pytest
 import torch
+from launches import environment
 from safetensors.torch import load_file
 
 import pertstate.cli
@@ -66,7 +67,7 @@ def train(folder, *flags, processes=1):
 def accelerate_launch(folder, *flags, processes=1):
     """The same by the command itself, in processes of its own."""
     done = subprocess.run(
-        command(folder, *flags, processes=processes), env=launches.environment(), capture_output=True, text=True
+        command(folder, *flags, processes=processes), env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -120,7 +121,7 @@ def test_processes_that_accelerate_did_not_start_are_missed(folder):
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     done = subprocess.run(
         [accelerate, "launch", *flags, str(ROOT / "train.py"), "--config", str(folder / "run.yaml")],
-        env=launches.environment(),
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -195,7 +196,7 @@ def test_killed_during_a_save_no_folder_is_a_part(folder):
         output = folder / f"kill_{kill_at}"
         done = launches.run(
             [script, launches.TRAIN, *flags, "--output_dir", output],
-            launches.environment(KILL_AT=str(kill_at), KILL_BELOW=str(output)),
+            environment(KILL_AT=str(kill_at), KILL_BELOW=str(output)),
         )
         finished = done.returncode == 0
         assert finished or done.returncode == 137, done.stderr[-2000:]

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import anndata as ad
 import launches
@@ -21,7 +20,6 @@ from pertstate.data import SentenceDataset, Splits, load_cells
 from pertstate.training import StateTrainer, StateTrainingArguments, objective_for
 
 
-ROOT = Path(__file__).parents[2]
 COUNTS = {"input": "layers/counts", "normalize": "none"}
 # All phases of the schedule in a few steps.
 SCHEDULE = {"adversary_warmup_steps": 2, "adversary_ramp_steps": 2}
