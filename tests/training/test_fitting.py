@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pandas as pd
 import pytest
@@ -303,11 +301,8 @@ def test_memory_store_and_stream_give_the_same_weights(folder, tmp_path, model_t
 
 @pytest.mark.parametrize("source", ["files", "stream"])
 def test_two_processes_fit_what_one_does(folder, tmp_path, source):
-    flags = ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--multi_gpu", "--main_process_port", "0"]
     path = run_yaml(folder, tmp_path / "two", "state-perturbation-mean", source)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launch, str(ROOT / "train.py"), str(path)], env=environment, capture_output=True, text=True)
+    done = launches.run_together([launches.TRAIN, path])
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         run(folder, tmp_path / "one", "state-perturbation-mean", source),

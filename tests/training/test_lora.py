@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pytest
 import torch
@@ -309,8 +308,7 @@ train.main([sys.argv[2]])
 from transformers import AutoModel
 assert AutoModel.from_pretrained("ada/adapter").config.num_perturbations == 4
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "out"), str(tmp_path / "run.yaml")]
-    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True)
+    done = launches.run(["-c", script, tmp_path / "out", tmp_path / "run.yaml"], {**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = weights(tmp_path / "out"), weights(merged)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
