@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Split, Values
+from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.configuration_state import StateConfig
@@ -22,7 +23,6 @@ from pertstate.data.store import load_store
 from pertstate.data.stores import open_store
 from pertstate.families import FAMILIES
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
-from pertstate.base.hub_names import is_repository
 from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
