@@ -1,6 +1,7 @@
 """The `pertstate` command. Nothing heavy is imported before a command runs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -61,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 def _reported(command: str, run: Callable[[], object]) -> int:
     try:
         run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has left, as `head` does. Python would complain once more when it writes the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ERRORS as error:
         # KeyError shows the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)

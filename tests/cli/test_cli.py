@@ -525,3 +525,10 @@ def test_what_evaluate_refuses(folder, tmp_path, capsys):
     other.write_h5ad(tmp_path / "nan.h5ad")
     evaluate(folder, tmp_path / "nan.h5ad", rc=1)
     assert f"X holds nan in cell '{other.obs_names[5]}', gene 'gene_2'" in error(capsys)
+
+
+def test_a_reader_that_leaves_is_not_told_of():
+    words = [sys.executable, "-m", "pertstate.cli", "configs", "demo"]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command.stdout.close()
+    assert (command.wait(), command.stderr.read()) == (1, "")
