@@ -74,7 +74,7 @@ def as_declared(name: str, kind, value):
     names = any(get_origin(one) is list or one in (list, str) for one in _alternatives(kind))
     raise ValueError(
         f"{name}: expected {type_name(kind)}, found {found!r}"
-        + ("; a name that reads as something else stands in quotes" if names else "")
+        + ("; put a name that looks like something else in quotes" if names else "")
     )
 
 

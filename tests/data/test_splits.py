@@ -352,7 +352,7 @@ def test_nothing_held_out(files):
         ({"datasets": None}, "found neither"),
         ({"datasets": None, "splits": "a.toml", "test_contexts": ["x"]}, "with a `splits` file, say there"),
         ({"hvg_on_all": "maybe"}, "data.hvg_on_all: expected bool, found 'maybe'"),
-        ({"test_contexts": False}, "data.test_contexts: expected list, found False; a name that reads as something"),
+        ({"test_contexts": False}, "data.test_contexts: expected list, found False; put a name that looks like"),
         ({"test_contexts": [["type_0"]]}, "data.test_contexts: expected list"),
         ({"control": None}, "data.control: expected str, found None"),
         ({"genes": 2.5}, "data.genes: expected int | list | None, found 2.5"),
