@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# One thread for each worker of the tests: they share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint types docs bench
+.PHONY: demo test test-slow test-all lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow
+
+test-all: .venv/.installed
+	$(PYTEST)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

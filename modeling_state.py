@@ -12,6 +12,7 @@ from .configuration_state import StateConfig
 
 
 class StatePreTrainedModel(SetTransformerPreTrainedModel):
+    config: StateConfig
     config_class = StateConfig
 
 
@@ -43,10 +44,10 @@ class StateForPerturbation(StatePreTrainedModel):
         hidden = config.hidden_size
         self._make_encoders(config.num_encoder_layers if config.basal_encoder == "mlp" else 1)
         if config.batch_encoder:
-            self.batch_embedding = nn.Embedding(config.num_batches, hidden)
+            self.batch_embedding = nn.Embedding(config.required_size("num_batches"), hidden)
         if config.batch_token:
             self.batch_token = nn.Parameter(torch.empty(1, 1, hidden))
-            self.batch_head = nn.Linear(hidden, config.num_batches)
+            self.batch_head = nn.Linear(hidden, config.required_size("num_batches"))
         if config.confidence_token:
             self.confidence_token = nn.Parameter(torch.empty(1, 1, hidden))
             self.confidence_head = ConfidenceHead(hidden, config.hidden_dropout)
@@ -78,7 +79,7 @@ class StateForPerturbation(StatePreTrainedModel):
                 init.normal_(module.batch_token, std=self.config.initializer_range)
             if self.config.confidence_token:
                 init.normal_(module.confidence_token, std=self.config.initializer_range)
-        # Not where the whole model is initialised: transformers passes over a custom module without parameters of its own.
+        # Not in the branch above: transformers does not initialise a custom top module without parameters of its own.
         if module is self.output_head.layers[-1] and self.config.residual == "output":
             init.zeros_(module.weight)
 
@@ -108,8 +109,7 @@ class StateForPerturbation(StatePreTrainedModel):
         encoded_cells = self.cell_encoder(control_cells)
         hidden = encoded_cells + self.perturbation_encoder(perturbation_ids, perturbation_doses, perturbation_features)
         if config.batch_encoder:
-            self._check_batches(batch_ids)
-            hidden = hidden + self.batch_embedding(batch_ids)
+            hidden = hidden + self.batch_embedding(self._check_batches(batch_ids))
 
         tokens, mask = [hidden], cell_mask
         if config.batch_token:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -39,7 +40,7 @@ from .base.constants import (
     Normalize,
     Values,
 )
-from .base.messages import closest, some
+from .base.messages import closest, given, some
 from .base.modeling_perturbation import PerturbationOutput
 from .base.processor_files import read_processor_tables
 from .base.travelling import Travelling
@@ -72,8 +73,8 @@ class StateProcessor(Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
-    Made by [`StateProcessor.fit`] on training data, or by `from_pretrained` from a checkpoint; the arguments below
-    are what it remembers.
+    [`StateProcessor.fit`] makes one from training data, `from_pretrained` from a checkpoint. The arguments below are what
+    a checkpoint stores of it.
 
     Args:
         vocabulary ([`Vocabulary`]): names of genes, perturbations, contexts and batches.
@@ -98,13 +99,14 @@ class StateProcessor(Travelling, ProcessorMixin):
             - `"counts_to_log1p"`: they are counts; scaled to `target_sum` counts a cell (summed over all genes of the
               data, not only the model's), then log1p
             - `"none"`: nothing
-        target_sum (`float`, *optional*): counts per cell after scaling. None, of predictions alone: not scaled.
-        predicts (`str`, *optional*): what a model on counts predicts where that is not counts, see
+        target_sum (`float`, *optional*): total counts of a cell after scaling. None: not scaled, which predictions alone
+            can be.
+        predicts (`str`, *optional*): what a model on counts predicts, if not counts; see
             [`StateProcessor.predict_log1p`].
 
             - `"log1p"`: log1p expression, scaled to `target_sum` counts a cell over the model's genes
-        combination_separator (`str`, *optional*): joins the names of perturbations applied together; None where
-            there are no combinations (or names contain the character).
+        combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
+            are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
         set_size (`int`): cells of a sentence.
         perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
@@ -112,6 +114,7 @@ class StateProcessor(Travelling, ProcessorMixin):
     """
 
     loaded_by = "AutoProcessor"
+    _written_first = (".py", VOCABULARY_FILE, PERTURBATION_FEATURES_FILE)
 
     def __init__(
         self,
@@ -182,10 +185,14 @@ class StateProcessor(Travelling, ProcessorMixin):
             genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones (scanpy, flavour
                 "seurat", on the cells given), the ones listed, or all. With an embedding as `input`: those of the
                 gene decoder.
-            normalize (`str`): `"auto"` finds out whether the values are counts (then `"counts_to_log1p"`) or log1p
-                already (then `"none"`); `"counts_to_log1p"`; `"none"` keeps values as they are, counts included.
-            target_sum (`float`, `"median"` or None): what counts are scaled to, a cell: 10,000, or the number given, or
-                the median total of the training cells that have counts, which is stored as a number. For counts alone.
+            normalize (`str`): what is done to the values that are read.
+
+                - `"auto"`: `"counts_to_log1p"` where the values are counts, `"none"` where they are log1p already
+                - `"counts_to_log1p"`: scale counts to `target_sum` a cell, then log1p
+                - `"none"`: keep the values as they are, counts included
+            target_sum (`float`, `"median"` or None): total counts that each cell is scaled to: 10,000 where None; the
+                number given; or the median total of the training cells that have counts, which is stored as a number.
+                Only for counts.
             perturbation_features ([`PerturbationFeatures`], *optional*): vectors of at least the perturbations of the
                 training cells. The model takes them instead of ids.
 
@@ -266,11 +273,12 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def with_vocabulary(self, vocabulary: Vocabulary, **settings) -> "StateProcessor":
         """
-        One like this with other names, for a model that was resized to them ([`FineTuningMixin.resize_vocabulary`]).
+        The same processor with other names, for a model that was resized to them
+        ([`FineTunablePreTrainedModel.resize_vocabulary`]).
 
         Args:
-            vocabulary ([`Vocabulary`]): its names.
-            settings: arguments of the class that differ, too.
+            vocabulary ([`Vocabulary`]): the other names.
+            settings: further arguments of the class that change.
         """
         kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
         if self.values == Values.EMBEDDING:
@@ -285,7 +293,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         output.pop("perturbation_features")
         if self.predicts is None:
             output.pop("predicts")
-        # What tells a checkpoint that lacks its perturbation features from one that has none.
+        # So that a checkpoint whose perturbation features are missing differs from one that never had any.
         if self.perturbation_features is not None:
             output["perturbation_dim"] = self.perturbation_features.dim
         return output
@@ -299,12 +307,34 @@ class StateProcessor(Travelling, ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "StateProcessor":
-        """As in [`ProcessorMixin`]. Raises what [`read_processor_tables`] does, when a file is missing or damaged."""
-        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        revision: str = "main",
+        **kwargs,
+    ) -> "StateProcessor":
+        """
+        As in [`ProcessorMixin`].
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file is damaged, or does not agree with another one; see [`read_processor_tables`].
+        """
+        hub: dict[str, Any] = {
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+            "revision": revision,
+        }
+        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments({**kwargs, **hub}))
         if commit is not None:
-            kwargs["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs)
+            hub["revision"] = commit
+        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs, **hub)
 
     # Labels
 
@@ -337,7 +367,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             the sum of the vectors of a combination, each times its dose; the control is zeros.
 
         Raises:
-            KeyError: a perturbation is not in the vocabulary, or has no vector; the nearest names are said.
+            KeyError: a perturbation is not in the vocabulary, or has no vector; the error names the nearest ones.
             ValueError: the number of doses is not that of the perturbations applied together.
         """
         parts = [self.split_combination(str(name)) for name in names]
@@ -353,7 +383,7 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def add_perturbation_features(self, names, vectors):
         """
-        Vectors of further perturbations, for a model on perturbation features, which then predicts those too.
+        Add vectors of further perturbations. A model on perturbation features then predicts these too.
 
         Args:
             names (sequence of `str`), vectors (array of shape `(len(names), perturbation_dim)`): see
@@ -423,10 +453,11 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def predict_log1p(self, target_sum: float | None):
         """
-        From now on, predictions of a model on counts are log1p expression, and real cells are compared with them so.
+        Record that a model on counts predicts log1p expression. Real cells are converted alike before they are compared.
 
         Args:
-            target_sum (`float`, *optional*): counts of a cell over the model's genes. None: each has its own total.
+            target_sum (`float`, *optional*): total counts of a cell, over the model's genes, that expression is scaled to.
+                None: it is not scaled.
         """
         self.check_counts()
         self.predicts, self.target_sum = Values.LOG1P, target_sum
@@ -474,8 +505,8 @@ class StateProcessor(Travelling, ProcessorMixin):
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
             `perturbation_features` (B, P), `context_ids` (B,), `cell_mask` (B, S), and where they apply
-            `perturbation_doses` (B, K) and `batch_ids` (B, S). Every control cell stands in one sentence per
-            perturbation; sentences of a context have sizes that differ by one at most.
+            `perturbation_doses` (B, K) and `batch_ids` (B, S). Each control cell is in one sentence per perturbation.
+            The sizes of a context's sentences differ by one at most.
 
         Raises:
             KeyError: an unknown perturbation or context, a missing gene, column or entry.
@@ -515,17 +546,17 @@ class StateProcessor(Travelling, ProcessorMixin):
                     frame["control_barcode"] = adata.obs_names[rows].to_numpy()
                     obs.append(pd.DataFrame(frame))
         tensors = {key: torch.from_numpy(np.stack(value)) for key, value in batch.items()}
-        sentences = CellSentences(tensors)
-        sentences.obs = pd.concat(obs, ignore_index=True)
-        sentences.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
-        return sentences
+        made = CellSentences(tensors)
+        made.obs = pd.concat(obs, ignore_index=True)
+        made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
+        return made
 
     def control_groups(self, labels: pd.DataFrame, context: str | list[str] | None = None) -> dict[str, np.ndarray]:
         """Context to the row numbers of its control cells. ValueError for a context without any."""
         return control_rows(labels, self.control, self.perturbation_key, context)
 
     def cut(self, rows: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
-        """Row numbers in sentences of at most `set_size`, of nearly equal sizes."""
+        """Row numbers cut into sentences of at most `set_size` cells, of nearly equal sizes."""
         if seed is not None:
             rows = np.random.default_rng(seed).permutation(rows)
         return np.array_split(rows, -(-len(rows) // self.set_size))
@@ -546,7 +577,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             context, batch and barcode of the control cell; `uns["pertstate"]` says what X holds.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
-        predictions = outputs.predictions.detach().float().cpu().numpy()
+        predictions = given("predictions", outputs.predictions).detach().float().cpu().numpy()
         if predictions.shape[:2] != mask.shape or mask.sum() != len(sentences.obs):
             raise ValueError(f"outputs of shape {predictions.shape} do not belong to sentences of shape {mask.shape}")
         controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
@@ -570,7 +601,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
 
     def predicted_values(self, decoded: bool) -> str:
-        """What a model predicts, or its gene decoder makes of it, in words."""
+        """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""
         scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
         return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
@@ -580,14 +611,26 @@ class StateProcessor(Travelling, ProcessorMixin):
             "X": self.predicted_values(decoded),
             "checkpoint": checkpoint or "not recorded",
             "controls": controls_note,
-            # How to read real cells so that they compare with these.
+            # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }
 
 
 # What a processor remembers beside its vocabulary and the width of its features.
-PROCESSOR_SETTINGS = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "values")
-PROCESSOR_SETTINGS += ("normalize", "target_sum", "combination_separator", "set_size", "predicts")
+PROCESSOR_SETTINGS = (
+    "perturbation_key",
+    "control",
+    "context_key",
+    "batch_key",
+    "input",
+    "gene_input",
+    "values",
+    "normalize",
+    "target_sum",
+    "combination_separator",
+    "set_size",
+    "predicts",
+)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

@@ -1,308 +1,69 @@
-"""Train a perturbation model: `accelerate launch train.py --config CONFIG.yaml [--any_field value]`."""
+"""
+Train a perturbation model: `pertstate train CONFIG.yaml [--any_field value ...]`.
 
-import dataclasses
-import gc
-import logging
-import os
+Many devices: `accelerate launch -m pertstate.train CONFIG.yaml ..`, or, in a clone, `accelerate launch train.py CONFIG.yaml ..`.
+"""
+
 import sys
-from collections.abc import Callable
-
-from pertstate.base.constants import Split, Values
 
 
 if __name__ == "__main__":
-    # None of the thousands of objects that imports make is garbage; looking for some takes a sixth of the start-up.
-    gc.disable()
+    # The command says what goes wrong in one line, and imports this module by its name.
+    from pertstate.cli import main as command
 
-import numpy as np
+    raise SystemExit(command(["train", *sys.argv[1:]]))
+
+import logging
+
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from pertstate.base.cell_values import describe_reading
-from pertstate.base.configuration_perturbation import PerturbationConfig
-from pertstate.base.messages import closest
-from pertstate.configuration_state import StateConfig
-from pertstate.data.cells import Cells, load_cells
-from pertstate.data.sentences import SentenceDataset
-from pertstate.data.splits import Splits
-from pertstate.data.store import load_store
-from pertstate.data.stores import open_store
+from pertstate.base.constants import Split
 from pertstate.families import FAMILIES
-from pertstate.hub.card import is_repository, render_card
+from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_or_nothing
-from pertstate.legacy.scgpt import load_published, published_fields
-from pertstate.processing import StateProcessor
-from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.lora import add_adapter, freeze_backbone
-from pertstate.training.pretrained import (
-    NAMING,
-    Pretrained,
-    config_of,
-    is_published,
+from pertstate.training.pretrained import Pretrained
+from pertstate.training.run import (
+    build_config,
+    check_further,
+    check_processes,
+    checkpoint_of,
+    from_cells,
+    further,
+    new_model,
+    read_run,
+    training_arguments,
 )
-from pertstate.training.run_config import RunConfig, load_run_config
+from pertstate.training.run_help import help_of_train
 from pertstate.training.stream_run import from_stream
 from pertstate.training.trainer import StateTrainer
 
 
 logger = logging.getLogger("pertstate.train")
 
-DEFAULT_FAMILY = StateConfig.model_type
-
-# Training arguments of a family that give way where a run decides the same thing by another one.
-_DECIDED_BY = {
-    "lr_decay_epochs": "lr_scheduler_type",
-    "lr_decay_factor": "lr_scheduler_type",
-    "l2_weight_decay": "optim",
-}
-
-USAGE = """usage: accelerate launch train.py [--config] CONFIG.yaml [--any_field value ...]
-
-The YAML has the sections data, model and training; a flag sets any of their fields and wins over the file
-(--learning_rate 3e-4, --test_contexts NK, --model.hidden_size 256). Fields: pertstate.training.run_config
-(data); `model_type`, `preset` and the fields of the family's config, or `pretrained`, a checkpoint to start from (for
-state-scgpt also a folder of published weights), and its `pretrained_revision` (model); StateTrainingArguments (training)."""
-
-
-def parse(argv: list[str]) -> RunConfig:
-    """The run that the command line describes."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE)
-        raise SystemExit(0 if argv else 2)
-    flags = list(argv)
-    if not flags[0].startswith("--"):
-        flags.insert(0, "--config")
-    positions = [i for i, word in enumerate(flags) if word == "--config" or word.startswith("--config=")]
-    if len(positions) != 1:
-        raise ValueError("expected --config CONFIG.yaml, once")
-    word = flags.pop(positions[0])
-    path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
-    training_fields = {f.name for f in dataclasses.fields(StateTrainingArguments) if f.init}
-    run = load_run_config(path, flags, model_fields, training_fields)
-    defaults = config_class(run.model).training_defaults
-    kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
-    run.training = {**kept, **run.training}
-    return run
-
-
-def config_class(model: dict) -> type[PerturbationConfig]:
-    """
-    The config of the family that a model section names, or of the checkpoint that it names; of the State transition model
-    where it names neither.
-    """
-    if model.get("pretrained") is not None and not is_published(model):
-        return type(config_of(model))
-    name = model.get("model_type", DEFAULT_FAMILY)
-    if name not in FAMILIES:
-        raise ValueError(f"model_type={name!r} is no family of models; {closest(name, FAMILIES)}")
-    return FAMILIES[name].config
-
-
-def model_fields(model: dict) -> set[str]:
-    """What a model section may hold beside `preset`."""
-    return {"model_type", *NAMING} | {f.name for f in dataclasses.fields(config_class(model))}
-
-
-def check_processes(world_size: int):
-    """`accelerate launch --num_processes N` starts one process on CPUs, without a word; say it here.
-
-    Raises:
-        ValueError: several processes were asked for and one is running.
-    """
-    by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_PORT" in os.environ
-    if by_accelerate and several and world_size == 1:
-        raise ValueError(
-            "accelerate was asked for several processes and started one, as it does on CPUs; run `accelerate launch "
-            "--multi_gpu --num_processes N train.py ... --use_cpu true` (N processes over gloo), or, where one process "
-            "is meant, leave --num_processes out and unset MASTER_PORT"
-        )
-
-
-def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, StateProcessor, Splits]:
-    """The cells of the run: in memory, or where they are in its store."""
-    data = run.data
-    store = None if data.store is None else open_store(data.store)
-    if store is not None:
-        data.check_store(store.manifest)
-    if pretrained is not None:
-        reading = None if store is None else store.manifest.reading
-        options = {"processor": pretrained.processor_for(data, run.given, reading), **data.further_options()}
-    elif store is not None:
-        options = data.store_options()
-    else:
-        options = {"contexts": data.contexts, "hvg_on_all": data.hvg_on_all, **data.processor_options()}
-    splits = data.resolve_splits(None if store is None else store.groups)
-    return *(load_cells(splits, **options) if store is None else load_store(store, splits, **options)), splits
-
-
-def check_further(run: RunConfig):
-    """
-    Raises:
-        ValueError: options of training a checkpoint further are set, and the run names none, or is on a stream.
-    """
-    if run.model.get("pretrained") is None or is_published(run.model):
-        asked = [f"training.{name}" for name in ("lora_rank", "freeze_backbone") if run.training.get(name)]
-        asked += ["data.controls_only"] if run.data.controls_only else []
-        asked += ["model.pretrained_revision"] if run.model.get("pretrained_revision") is not None else []
-        if asked:
-            raise ValueError(
-                f"{', '.join(asked)}: is for a checkpoint that is trained further; name one that this package wrote in "
-                "model.pretrained"
-            )
-    elif (
-        run.training.get("lora_rank") and run.training.get("push_to_hub") and not is_repository(run.model["pretrained"])
-    ):
-        raise ValueError(
-            f"push_to_hub: an adapter of {run.model['pretrained']!r} is of use to others where they can load that, found a "
-            "folder; push it and name the repository in model.pretrained, or leave push_to_hub out and push what pertstate "
-            "merge makes"
-        )
-    elif run.stream.path is not None:
-        raise ValueError(
-            f"model.pretrained={run.model['pretrained']!r} is trained further on files or a store, found a stream; make a "
-            "store of it (pertstate prepare) or leave stream.path out"
-        )
-
-
-def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrained | None) -> PerturbationConfig:
-    """The model's config: the YAML's fields, and the sizes that the data and any published weights give; or the checkpoint's."""
-    if pretrained is not None:
-        return pretrained.config_for(run.model)
-    fields = {name: value for name, value in run.model.items() if name not in ("model_type", *NAMING)}
-    preset, family = fields.pop("preset", None), config_class(run.model)
-    if is_published(run.model):
-        fields |= published_fields(run.model["pretrained"], {**family.presets.get(preset, {}), **fields})
-    sizes = {**family.sizes(processor), **family.fields_from_names(processor, fields)}
-    for name in sizes:
-        if name in fields:
-            raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
-    if processor.values == Values.EMBEDDING:
-        fields.setdefault("nonnegative_output", False)
-    return family.from_preset(preset, **sizes, **fields) if preset else family(**sizes, **fields)
-
-
-def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArguments:
-    """The training section; with validation data the best checkpoint by its loss is kept unless the section says else."""
-    fields = dict(run.training)
-    if has_validation:
-        fields.setdefault("eval_strategy", "steps")
-        if fields["eval_strategy"] != "no" and "save_strategy" not in fields:
-            fields.setdefault("load_best_model_at_end", True)
-            fields.setdefault("metric_for_best_model", "eval_loss")
-    elif fields.get("load_best_model_at_end") or fields.get("eval_strategy", "no") != "no":
-        raise ValueError(
-            "training: load_best_model_at_end and eval_strategy need validation data, found none; hold some out with "
-            "val_contexts, val_perturbations or a splits file (test data never choose a checkpoint)"
-        )
-    if "num_train_epochs" in fields:
-        fields.setdefault("max_steps", -1)
-    return StateTrainingArguments(**fields)
-
-
-def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set_size: int) -> dict:
-    """Datasets of the splits that have cells: `train`, `val`, `test`."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
-    datasets = {}
-    for split in (Split.TRAIN, Split.VAL, Split.TEST):
-        if split in present:
-            training = split == Split.TRAIN
-            datasets[split] = SentenceDataset(
-                cells,
-                processor,
-                split,
-                set_size,
-                seed=seed,
-                shuffle=training,
-                multiple_of=step if training else 1,
-                **run.data.sentence_options(),
-            )
-    return datasets
-
-
-def check_batches(config: PerturbationConfig, datasets: dict[str, SentenceDataset]):
-    """A model that embeds or classifies batches knows those of the training cells alone.
-
-    Raises:
-        ValueError: control or held-out cells that it would be given are of other batches; they are listed.
-    """
-    if not config.embeds_batches:
-        return
-    for split, dataset in datasets.items():
-        rows = np.concatenate([np.asarray(group.controls) for group in dataset.groups])
-        unknown = np.unique(dataset.cells.batch_names(rows[dataset.batch_ids(rows) < 0]))
-        if len(unknown):
-            raise ValueError(
-                f"the {split} split has control cells of batches without training cells: {unknown.tolist()[:10]}; a model "
-                "with batch_encoder or batch_token cannot place them: leave those options out, or (in training) set "
-                "heldout_controls=false"
-            )
-
-
-def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
-    """What the run trains on, in a few lines."""
-    sizes = cells.groups["stop"] - cells.groups["start"]
-    counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
-    vocabulary = processor.vocabulary
-    read = describe_reading(processor.normalize, processor.values, processor.target_sum)
-    lines = [
-        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
-        "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
-        f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
-        + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
-    ]
-    if processor.perturbation_features is not None:
-        features = processor.perturbation_features
-        lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
-    if splits.zeroshot:
-        held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
-        fitted = FAMILIES[config_class(run.model).model_type].model.fitted
-        used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
-        lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
-    return "\n".join(lines)
-
-
-def checkpoint_of(run: RunConfig) -> str | None:
-    """The checkpoint that the run continues, where it says so and there is one."""
-    asked = run.training.get("resume_from_checkpoint")
-    if asked in (True, "True", "true", "last"):
-        folder = run.training.get("output_dir", StateTrainingArguments.output_dir)
-        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    return asked or None
-
-
-def from_cells(
-    run: RunConfig, pretrained: Pretrained | None
-) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
-    """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
-    cells, processor, splits = load_data(run, pretrained)
-    args = training_arguments(run, has_validation=bool((cells.groups["split"] == Split.VAL).any()))
-
-    def datasets(config: PerturbationConfig) -> dict:
-        made = sentences(cells, processor, run, args, config.set_size)
-        check_batches(config, made)
-        return made
-
-    return args, processor, datasets, describe(cells, processor, splits, run)
-
-
-def further(
-    pretrained: Pretrained, config: PerturbationConfig, processor: StateProcessor, args: StateTrainingArguments
-):
-    """The checkpoint's model with the names of the data, and as much of it to be trained as the arguments say."""
-    model, change = pretrained.model_for(config, processor)
-    logger.info(f"starting from {pretrained.name}\n{change}")
-    if args.freeze_backbone:
-        freeze_backbone(model)
-    return model if args.lora_rank is None else add_adapter(model, args, change.grown, pretrained.revision)
-
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Run a training; returns the figures of the test split, where there is one."""
-    run = parse(sys.argv[1:] if argv is None else argv)
+    """
+    Run a training.
+
+    Args:
+        argv (`list[str]`, *optional*): the words after `pertstate train`; by default those of the process.
+
+    Returns:
+        The figures of the test split; empty where there is none.
+
+    Raises:
+        ValueError, KeyError, OSError, ImportError: the run cannot be; the message says what to do.
+        FloatingPointError: the training diverged.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or {"-h", "--help"} & {*argv}:
+        print(help_of_train(argv))
+        raise SystemExit(0 if argv else 2)
+
+    # What is asked for, and the data: a contradiction is found before anything is computed.
+    run = read_run(argv)
     check_further(run)
     resume, pretrained = checkpoint_of(run), Pretrained.of(run.model)
     if run.stream.path is None:
@@ -317,17 +78,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
     logger.info(about)
-    family = FAMILIES[config.model_type].model
-    if Split.VAL not in datasets and not family.fitted:
+    if Split.VAL not in datasets and not FAMILIES[config.model_type].model.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 
+    # The model. Every process starts from the same weights, whatever was drawn before.
     disable_progress_bar()  # that of writing files; training keeps its own
-    # Every process starts from the same weights, whatever was drawn before.
     set_seed(args.seed)
-    model = family(config) if pretrained is None else further(pretrained, config, processor, args)
+    model = new_model(run, config, processor) if pretrained is None else further(pretrained, config, processor, args)
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
-    if is_published(run.model):
-        logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
+
+    # Training, and the figures of the test split.
     provenance = Provenance.of_run(run) if args.should_save else None
     trainer = StateTrainer(
         model,
@@ -343,18 +103,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics = {}
     if Split.TEST in datasets:
         metrics = trainer.evaluate(datasets[Split.TEST], metric_key_prefix=Split.TEST)
+
+    # The checkpoint: the whole folder or nothing.
     if args.should_save:
         trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
-        with whole_or_nothing(args.output_dir) as folder:
+        with whole_or_nothing(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
     return metrics
-
-
-if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
-    main()

@@ -1,4 +1,4 @@
-"""Reading the values of cells: rows and genes, what kind of values they are, CP10K, errors that name cell and gene."""
+"""Reading the values of cells: rows, genes, the kind of values and their normalisation. Errors name cell and gene."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,10 @@ import scipy.sparse as sp
 import torch
 
 from .constants import Normalize, Values
-from .messages import closest, some
+from .messages import closest, given, some
 
 
-# Counts a cell is scaled to unless something else is asked for.
+# Total counts that a cell is scaled to by default.
 TARGET_SUM = 1e4
 # log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
 _LARGEST_LOG1P = 20.0
@@ -32,7 +32,7 @@ def check_matrix(matrix, name: str):
 
 
 def native_numbers(values: np.ndarray) -> np.ndarray:
-    """The values in a type that scipy knows: not half precision, nor the byte order of another machine."""
+    """The values in a type that scipy can use: no half precision, no foreign byte order."""
     if values.dtype == np.float16:
         return values.astype(np.float32)
     return values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -53,8 +53,8 @@ def take_rows(matrix, rows):
     check_matrix(taken, "the matrix")
     taken = sp.csr_matrix(taken)
     if not taken.has_canonical_format:
-        # An entry that stands in parts would be checked, and log1p-transformed, part by part. The sum of small whole
-        # numbers may not fit their type.
+        # One entry may be stored in several parts, which would be checked and log1p-transformed one by one. The sum of
+        # parts may not fit a small integer type.
         taken = taken.copy() if taken.dtype.kind == "f" else taken.astype(np.int64)
         taken.sum_duplicates()
     return taken
@@ -65,7 +65,7 @@ def matrix_of(adata: ad.AnnData, source: str):
     The matrix that `"X"`, `"layers/NAME"` or `"obsm/NAME"` names.
 
     Raises:
-        KeyError: there is none; what there is is listed.
+        KeyError: there is none; the error lists those that exist.
         ValueError: the name is none of these, or an embedding has no dimensions.
     """
     if source == "X":
@@ -117,7 +117,8 @@ def kind_of_values(matrix) -> str:
     return Values.LINEAR if data.max() > _LARGEST_LOG1P else Values.LOG1P
 
 
-def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
+def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) -> str:
+    """What an error says of values of another kind than expected."""
     found = {
         Values.COUNTS: "whole numbers (counts)",
         Values.LOG1P: "fractional values (log1p already?)",
@@ -129,14 +130,14 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float) -> str:
             "(input='layers/counts' where they lie in a layer)"
         )
     if kind == Values.COUNTS:
-        fix = f"sc.pp.normalize_total(adata, target_sum={target_sum:g}); sc.pp.log1p(adata)"
+        fix = f"sc.pp.normalize_total(adata, target_sum={given('target_sum', target_sum):g}); sc.pp.log1p(adata)"
     else:
         fix = "sc.pp.log1p(adata)"
     return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
 
 
 def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
-    """(normalize, values) from what was asked for and the kinds of values that the files hold."""
+    """The settings (normalize, values), from what was asked for and the kinds of values in the files."""
     kinds = found - {Values.ZEROS}
     if len(kinds) > 1:
         raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
@@ -160,7 +161,7 @@ def describe_reading(normalize: str, values: str, target_sum: float | None) -> s
 
 
 def describe_values(values: str, scaled: bool, target_sum: float | None) -> str:
-    """What values are, in words; of log1p expression made from counts, `scaled`, what they were scaled to."""
+    """What values are, in words. For log1p expression made from counts (`scaled`), also what they were scaled to."""
     if values != Values.LOG1P:
         return values
     if not scaled:
@@ -199,7 +200,7 @@ def normalize_counts(
 
 
 def read_expression(
-    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float
+    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float | None
 ) -> "sp.csr_matrix | np.ndarray":
     """
     Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
@@ -208,9 +209,11 @@ def read_expression(
         source (`str`): `"X"` or `"layers/NAME"`.
         expected (`str`): `"counts"` or `"log1p"`, the values that are there.
         as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
+        target_sum (`float` or None): what counts are scaled to; not needed where none are.
 
     Raises:
-        KeyError, ValueError: nothing is there, or other values than expected.
+        KeyError: nothing is there.
+        ValueError: the values are of another kind than `expected`.
     """
     matrix = take_rows(matrix_of(adata, source), rows)
     check_finite(matrix, adata, rows, source, nonnegative=True)
@@ -219,7 +222,7 @@ def read_expression(
         raise ValueError(wrong_kind(source, expected, kind, target_sum))
     if not (expected == Values.COUNTS and as_log1p):
         return matrix[:, columns].astype(np.float32)
-    totals, matrix = cell_totals(matrix), matrix[:, columns]
+    totals, matrix, target_sum = cell_totals(matrix), matrix[:, columns], given("target_sum", target_sum)
     if not sp.issparse(matrix):
         return normalize_counts(matrix, totals, target_sum)
     matrix.data = normalize_counts(matrix.data, totals, target_sum, stored=np.diff(matrix.indptr))
@@ -237,8 +240,8 @@ def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: 
     Raises:
         ValueError: it is neither a number above 0 nor `"median"`, or the values are not counts that are scaled.
     """
-    number = isinstance(asked, (int, float, np.number)) and not isinstance(asked, bool)
-    if asked != "median" and not (number and np.isfinite(asked) and asked > 0):
+    number = isinstance(asked, int | float | np.number) and not isinstance(asked, bool)
+    if asked != "median" and not (number and np.isfinite(asked) and float(asked) > 0):
         raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
     if normalize != Normalize.COUNTS_TO_LOG1P:
         raise ValueError(
@@ -266,7 +269,7 @@ def totals_of(adatas: list[ad.AnnData], source: str) -> np.ndarray:
 
 
 def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
-    """The genes that all data have, in the order of the first. ValueError where names stand twice or none is common."""
+    """The genes that all data have, in the order of the first. ValueError if a name occurs twice or none is common."""
     shared = adatas[0].var_names
     for data in adatas:
         if len(data.var_names) == 0:
@@ -288,7 +291,7 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
 
     Raises:
         KeyError: genes are missing and `missing_genes` is `"error"`, or all are.
-        ValueError: a gene stands twice in the data, or `missing_genes` is neither `"error"` nor `"zero"`.
+        ValueError: a gene occurs twice in the data, or `missing_genes` is neither `"error"` nor `"zero"`.
     """
     if missing_genes not in ("error", "zero"):
         raise ValueError(f"missing_genes={missing_genes!r}; expected 'error' or 'zero'")
@@ -315,7 +318,7 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
 
 
 def dense_genes(present, columns: np.ndarray) -> np.ndarray:
-    """Expression of the genes that the data have, `(cells, genes)` dense float32, 0 where `columns` is -1: they lack it."""
+    """Dense expression `(cells, genes)` float32 of all genes; 0 for those that the data lack, where `columns` is -1."""
     dense = present.toarray() if sp.issparse(present) else np.asarray(present)
     if dense.shape[1] == len(columns):
         return np.ascontiguousarray(dense, dtype=np.float32)
@@ -326,7 +329,7 @@ def dense_genes(present, columns: np.ndarray) -> np.ndarray:
 
 def choose_genes(adatas: list[ad.AnnData], genes: int | list[str] | None, read: Callable) -> list[str]:
     """
-    The genes of a model: so many highly variable ones, the ones listed, or all that the data share.
+    The genes of a model: a number of highly variable ones, the ones listed, or all that the data share.
 
     Args:
         read (`Callable`): log1p expression of some columns of an AnnData.

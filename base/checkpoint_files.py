@@ -1,4 +1,4 @@
-"""Finding and checking the files of a checkpoint before a model is made of them. One error for each fault."""
+"""Finding the files of a checkpoint, and checking them before a model is made. Each fault has an error of its own."""
 
 import copy
 import json
@@ -36,18 +36,18 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
-# What research code and torch itself write with pickle, and what pickles therefore look like.
+# Endings of the pickles that torch itself and research code write.
 _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".torch")
-# Names of files, never of places: no separator of any system, no drive, no dot at the start.
+# The name of a file, never a path: no separator of any system, no drive, no dot at the start.
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
-# Pieces that transformers would read instead of the checked files.
+# Pieces of a distributed checkpoint, which transformers would read instead of the checked files.
 _DISTRIBUTED_PIECE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Sizes up to this one can be multiplied with one another in 64 bits.
 LARGEST_SIZE = 2**30
 
 
 def hub_arguments(options: dict) -> dict:
-    """Those of the options of a `from_pretrained` that say where files are found."""
+    """The options of a `from_pretrained` that say where files are found."""
     return {name: options[name] for name in _HUB_ARGUMENTS if options.get(name) is not None}
 
 
@@ -78,8 +78,8 @@ def read_json(path: str | os.PathLike) -> dict:
 @dataclass
 class StoredTensor:
     """
-    A tensor as the header of its file describes it: nothing of it has been read. `kind` is that of its values: `"float"`,
-    `"int"` or `"bool"`; loading converts between types of one kind.
+    A tensor as the header of its file describes it; its values have not been read. `kind` is `"float"`, `"int"` or `"bool"`.
+    Loading converts between types of one kind.
     """
 
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ def stored_tensors(name: str | os.PathLike, hub: dict, variant: str | None = Non
             f"{name}: expected weights in {single} or {index}, {found}; pickles (pytorch_model.bin, .pt, .ckpt ..) can run "
             "code and are never read: save the weights as safetensors where you trust them"
         )
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for file, listed in _read_index(path).items():
         if (shard := find_file(name, file, hub)) is None:
             raise ValueError(f"{path} names {file!r}, which is not there; copy the checkpoint again")
@@ -192,7 +192,7 @@ def check_weights(
     ignore_mismatched_sizes: bool = False,
 ):
     """
-    Whether the stored tensors are those of the model that the config asks for. Nothing is allocated.
+    Check that the stored tensors are those of the model that the config asks for. No memory is allocated.
 
     Args:
         build (`Callable`): makes the model, called on the meta device.
@@ -238,7 +238,7 @@ def check_weights(
 
 
 def _check_sizes(config: PerturbationConfig, count: int, where: str):
-    """Sizes that could not be in the files, and would fill the memory with modules before shapes can be compared."""
+    """ValueError for sizes that the files cannot hold: modules of such sizes would fill the memory before any comparison."""
     for field in fields(config):
         value = getattr(config, field.name)
         numbers = value if isinstance(value, list) else [value]
@@ -262,7 +262,7 @@ def check_finite_weights(model: nn.Module, name: str | os.PathLike):
     for key, tensor in model.state_dict().items():
         if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
             continue
-        # Extremes pass NaN on, and need no memory beside the tensor.
+        # Minimum and maximum are NaN where any value is, and need no memory beside the tensor.
         if not math.isfinite(sum(map(float, torch.aminmax(tensor.detach())))):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
@@ -281,7 +281,7 @@ def check_adapter(name: str | os.PathLike, hub: dict):
 
 
 class CheckedPreTrainedModel(Travelling, PreTrainedModel):
-    """A [`PreTrainedModel`] that is made of safetensors files alone, once these are what its config asks for."""
+    """A [`PreTrainedModel`] that loads safetensors files alone, and checks first that they are what its config asks for."""
 
     loaded_by = "AutoModel"
 
@@ -309,7 +309,7 @@ class CheckedPreTrainedModel(Travelling, PreTrainedModel):
             stored = stored_tensors(pretrained_model_name_or_path, hub, kwargs.get("variant"))
             commit = extract_commit_hash(next(iter(stored.values())).file, None) if stored else None
             if commit is not None:
-                # What is loaded is what was checked, though a branch may move meanwhile.
+                # A branch may move meanwhile: load the very commit that was checked.
                 kwargs["revision"] = commit
         else:
             stored = described(state_dict)
@@ -328,7 +328,7 @@ class CheckedPreTrainedModel(Travelling, PreTrainedModel):
         """As in [`PreTrainedModel`], from safetensors alone. ValueError where the adapter's weights are a pickle."""
         if peft_model_id is not None:
             load_config = kwargs.get("load_config")
-            # Those of a model that is being loaded are of its own repository, where the adapter's do not say else.
+            # While a model is loaded, the options of its own repository apply, unless the adapter sets its own.
             options = {
                 **(kwargs if load_config is None else load_config.download_kwargs),
                 **(kwargs.get("adapter_kwargs") or {}),

@@ -8,8 +8,8 @@ from .configuration_perturbation import NetworkConfig, strict_config
 @strict_config
 class CountsConfig(NetworkConfig):
     r"""
-    What the families that model raw counts share: they read counts, and predict log1p expression like the others. The
-    fields of [`NetworkConfig`], and:
+    What the families that model raw counts share. They read counts and predict log1p expression, like the other families.
+    The fields of [`NetworkConfig`], and:
 
     Args:
         likelihood (`str`, *optional*, defaults to `"zinb"`):
@@ -17,17 +17,19 @@ class CountsConfig(NetworkConfig):
 
             - `"nb"`: negative binomial, with one inverse dispersion for each gene
             - `"zinb"`: the same, with additional zeros
+            - `"gauss"`: not a distribution of counts; for the families that also read log1p expression or embeddings
         prediction (`str`, *optional*, defaults to `"mean_log1p"`):
-            What `predictions` are, of the distribution of counts of a cell with as many counts as the control cell.
+            Which figure `predictions` are of the predicted distribution of counts. Its cells have as many counts as the
+            control cell.
 
-            - `"mean_log1p"`: the mean of its log1p expression, what the mean of observed cells estimates
-            - `"log1p_mean"`: log1p of its mean expression, as published. Above the former, most where counts are few:
-              figures of observed log1p cells are then far from its own
+            - `"mean_log1p"`: the mean of log1p expression, which the mean of observed cells estimates
+            - `"log1p_mean"`: log1p of mean expression, as published. It is the larger of the two, most of all where counts
+              are few, and then does not compare well with observed log1p cells
         library_size (`float`, *optional*, defaults to 10,000):
-            Counts of a cell, over the model's genes, that expression is scaled to before log1p. None: it is not scaled.
+            Total counts of a cell, over the model's genes, that expression is scaled to before log1p. None: not scaled.
     """
 
-    likelihood: Literal["nb", "zinb"] = "zinb"
+    likelihood: Literal["gauss", "nb", "zinb"] = "zinb"
     prediction: Literal["mean_log1p", "log1p_mean"] = "mean_log1p"
     library_size: float | int | None = 10_000
 

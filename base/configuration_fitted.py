@@ -1,4 +1,4 @@
-"""What the families share that are fitted in one pass over the training cells, without gradients."""
+"""The config of families whose weights are fitted in one pass over the training cells, without gradients."""
 
 from typing import ClassVar
 
@@ -8,8 +8,8 @@ from .configuration_perturbation import PerturbationConfig, strict_config
 @strict_config
 class FittedConfig(PerturbationConfig):
     r"""
-    What the families share that are fitted in one pass over the training cells, without gradients. The fields of
-    [`PerturbationConfig`]; they predict the features that they read, so there is no gene decoder.
+    The config of families whose weights are fitted in one pass over the training cells, without gradients. The fields of
+    [`PerturbationConfig`]. These families predict the features that they read, so they have no gene decoder.
     """
 
     presets: ClassVar[dict[str, dict]] = {"tiny": {"set_size": 32}, "published": {}}

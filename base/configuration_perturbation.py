@@ -1,8 +1,8 @@
-"""The fields that perturbation models share: all of them, networks, gene decoders, encoders, set transformers."""
+"""Configs that families share: one of all models, and those of networks, gene decoders, encoders and set transformers."""
 
 from dataclasses import fields
 from functools import wraps
-from typing import ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -31,16 +31,17 @@ _LIBRARY_KEYWORDS = frozenset(
 )
 
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
-def strict_config(cls: type[_Config]) -> type[_Config]:
+def strict_config(config_class: type[_Config]) -> type[_Config]:
     """
-    [`strict`] for a config: types and `Literal` options are checked wherever a field is set, `validate_..` methods once all
-    are. What is wrong is a ValueError in one line, which names the nearest option.
+    [`strict`] for a config. The type of a field, or its `Literal` options, is checked whenever the field is set; the
+    `validate_..` methods run once all fields are set. An error is a ValueError of one line, which names the nearest option.
     """
-    cls = strict(cls)
-    # What all configs share is checked first: a family's own checks rest on it.
+    # `strict` adds attributes that a checker cannot see.
+    cls: Any = strict(config_class)
+    # What all configs share is checked first: a family's own checks rely on it.
     lineage = [base.__name__ for base in reversed(cls.__mro__)]
     cls.__class_validators__.sort(key=lambda validator: lineage.index(validator.__qualname__.partition(".")[0]))
     set_field, validate = cls.__setattr__, cls.validate
@@ -108,22 +109,34 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
     loaded_by = "AutoConfig"
     # Named configurations of the family, by field.
     presets: ClassVar[dict[str, dict]] = {}
-    # Fields that follow `hidden_size` and the heads where a preset's own are overridden.
+    # Fields of a preset that are computed anew when its `hidden_size` or number of heads is overridden.
     _derived: ClassVar[tuple[str, ...]] = ()
-    # Fields that say how a model is trained, or fed, and may differ where a checkpoint is trained further.
+    # Fields that say how a model is trained or fed. They may change when a checkpoint is trained further.
     training_fields: ClassVar[tuple[str, ...]] = ("set_size",)
-    # Training arguments that the family is trained with unless a run says else.
+    # The family's own defaults of training arguments; a run may set others.
     training_defaults: ClassVar[dict] = {}
 
     input_dim: int = 2000
-    output_dim: int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills it in.
+        output_dim: int = 2000
+    else:
+        output_dim: int | None = None
     num_perturbations: int | None = None
     perturbation_dim: int | None = None
     num_contexts: int | None = None
     num_batches: int | None = None
     gene_dim: int | None = None
     set_size: int = 128
-    nonnegative_output: bool | None = None
+    if TYPE_CHECKING:
+        nonnegative_output: bool = True
+    else:
+        nonnegative_output: bool | None = None
+
+    if TYPE_CHECKING:
+
+        def validate(self) -> None:
+            """Run all checks again, as `strict` does when the config is made. Raises ValueError."""
 
     def __post_init__(self, **kwargs):
         own = [f.name for f in fields(self)]
@@ -133,7 +146,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         family = kwargs.get("model_type", self.model_type)
         if family != self.model_type:
             raise ValueError(
-                f"model_type={family!r}: expected {self.model_type!r}, which {type(self).__name__} is of; load the checkpoint "
+                f"model_type={family!r}: expected {self.model_type!r} for {type(self).__name__}; load the checkpoint "
                 "with AutoConfig or AutoModel, or correct its config.json"
             )
         if self.output_dim is None:
@@ -144,16 +157,17 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PerturbationConfig":
-        """One of the family's named configurations (`presets`), any field overridden.
+        """
+        One of the family's named configurations (`presets`), with the given fields in place of its own.
 
         Raises:
-            ValueError: the preset or a field is unknown (the nearest valid name is said), or fields contradict.
+            ValueError: the preset or a field is unknown (the error names the nearest one), or fields contradict.
         """
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; {closest(name, cls.presets)}")
         values = {**cls.presets[name], **overrides}
         if "hidden_size" in overrides or "num_attention_heads" in overrides:
-            # The preset's widths belong to its own hidden size; they follow the given one unless given too.
+            # The preset's other widths belong to its own hidden size. Unless they are given too, they follow the given one.
             for derived in cls._derived:
                 if derived not in overrides:
                     values.pop(derived, None)
@@ -161,7 +175,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
 
     @classmethod
     def sizes(cls, processor) -> dict:
-        """The fields that follow from the data: sizes of what a [`StateProcessor`] learned from the training cells."""
+        """The fields that follow from the data: the sizes of what a [`StateProcessor`] learned from the training cells."""
         vocabulary = processor.vocabulary
         sizes = {"input_dim": processor.feature_dim, "num_contexts": len(vocabulary.contexts)}
         if processor.perturbation_features is None:
@@ -175,13 +189,13 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         return sizes
 
     def fields_of_vocabulary(self, vocabulary) -> dict:
-        """Fields of a family that say where names stand in a [`Vocabulary`], for one that is to have these names."""
+        """The fields that hold positions in a [`Vocabulary`], for a model that is to have this one. Most families have none."""
         return {}
 
     @classmethod
     def fields_from_names(cls, processor, fields: dict) -> dict:
         """
-        Further fields that follow from the data, where they depend on `fields`, those that a run sets. None here.
+        Further fields that follow from the data and from `fields`, the ones that a run sets. Most families have none.
 
         Raises:
             ValueError: the family cannot learn from such data.
@@ -189,8 +203,36 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         return {}
 
     @property
+    def perturbation_width(self) -> int:
+        """
+        Width of a perturbation as the model takes it: `num_perturbations`, or `perturbation_dim` of a model on features.
+
+        Raises:
+            ValueError: neither is set.
+        """
+        width = self.num_perturbations or self.perturbation_dim
+        if width is None:
+            raise ValueError(
+                f"{type(self).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
+                "to build a model, found neither"
+            )
+        return width
+
+    def required_size(self, name: str) -> int:
+        """
+        The value of a field that may be None, where it must be set.
+
+        Raises:
+            ValueError: it is None.
+        """
+        size = getattr(self, name)
+        if size is None:
+            raise ValueError(f"{type(self).__name__} needs {name} to build this model, found None; set it")
+        return size
+
+    @property
     def embeds_batches(self) -> bool:
-        """Whether the model has weights for each experimental batch, and so takes those of the training cells alone."""
+        """Whether the model has weights for each experimental batch, and so knows only the batches of its training cells."""
         return False
 
     @property
@@ -234,9 +276,10 @@ class NetworkConfig(PerturbationConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the normal distribution that new weights are drawn from.
         perturbation_initializer_range (`float`, *optional*, defaults to 1.0):
-            The same for the rows of perturbations: how loud a perturbation is beside the cell at the start. Large, a
-            model soon tells perturbations apart (few of them, many contexts); small, the effects of perturbations
-            that are applied together add up more nearly (combinations). Features are scaled by their width, too.
+            The same for the rows of perturbations: how large a perturbation is beside the cell at the start. With a large
+            value a model soon tells perturbations apart, which helps with few perturbations in many contexts. With a
+            small value the effects of perturbations applied together add up more closely, which helps with combinations.
+            For perturbation features it is divided by the square root of their width.
     """
 
     training_fields: ClassVar[tuple[str, ...]] = (*PerturbationConfig.training_fields, "hidden_dropout")
@@ -275,7 +318,7 @@ class GeneDecoderConfig(PerturbationConfig):
     decoder_dropout: float | int = 0.1
     residual_decoder: bool = False
 
-    # Options that only mean something where there is a gene decoder, and what they are without.
+    # Options of the gene decoder, and the value that each must have where there is none.
     _of_decoder: ClassVar[dict] = {"decoder_hidden_sizes": None, "residual_decoder": False}
 
     def __post_init__(self, **kwargs):
@@ -291,7 +334,7 @@ class GeneDecoderConfig(PerturbationConfig):
                     raise ValueError(
                         f"{option}={getattr(self, option)!r} is an option of the gene decoder: set gene_dim"
                     )
-        elif not all(width >= 1 for width in self.decoder_hidden_sizes):
+        elif not all(width >= 1 for width in self.decoder_hidden_sizes or []):
             raise ValueError(f"decoder_hidden_sizes must all be at least 1, found {self.decoder_hidden_sizes}")
 
 
@@ -378,15 +421,16 @@ class SetTransformerConfig(EncoderConfig):
         "shuffle_feature_chunks",
         "detach_decoder",
     )
-    # What tokens see of one another, and that they have no order; the State model has options for legacy checkpoints.
-    attention: ClassVar[str] = "bidirectional"
-    positions: ClassVar[str] = "none"
-
     backbone: Literal["llama", "gpt2"] = "llama"
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
-    head_dim: int | None = None
-    intermediate_size: int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills them in.
+        head_dim: int = 84
+        intermediate_size: int = 2688
+    else:
+        head_dim: int | None = None
+        intermediate_size: int | None = None
     attention_dropout: float | int = 0.0
     loss: Literal["energy", "sinkhorn", "combined", "mse"] = "energy"
     blur: float | int = 0.05
@@ -407,6 +451,16 @@ class SetTransformerConfig(EncoderConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
+
+    @property
+    def attention(self) -> str:
+        """Every token sees all tokens. The State model makes this an option, to run checkpoints trained otherwise."""
+        return "bidirectional"
+
+    @property
+    def positions(self) -> str:
+        """Tokens have no order. The State model makes this an option, to run checkpoints trained otherwise."""
+        return "none"
 
     def validate_set_transformer(self):
         self._check_at_least(

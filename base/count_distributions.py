@@ -57,7 +57,7 @@ class _NegativeBinomial(torch.autograd.Function):
         change = torch.where(t.isinf(), k - mean, (t + k) * _log_ratio(k, mean, t))
         stirling = change - 0.5 * torch.log1p(k / t) - k + _stirling_rest(k + t) - _stirling_rest(t)
         log_prob = torch.where(large, stirling, log_prob) + torch.xlogy(k, mean) - torch.lgamma(k + 1)
-        # Without dispersion's inverse all mass lies at 0.
+        # At an inverse dispersion of 0 all mass lies at 0 counts.
         return torch.where(theta == 0, torch.where(k == 0, 0.0, -torch.inf), log_prob)
 
     @staticmethod

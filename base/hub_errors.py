@@ -1,4 +1,4 @@
-"""What the Hub and the network refuse, as one clear error."""
+"""One clear error for whatever the Hub or the network refuses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,15 +29,15 @@ _OF_STATUS = {
 @contextmanager
 def on_the_hub(name: str, what: str) -> Iterator[None]:
     """
-    One clear error for what the Hub refuses; none holds a token.
+    Turns what the Hub refuses in the block into one clear error. No message holds a token.
 
     Args:
-        name (`str`): of the repository, with its revision where one is meant.
-        what (`str`): what may be missing there, for the error: "model or revision".
+        name (`str`): of the repository, with its revision if it has one.
+        what (`str`): what may be missing there, in the words of the error: "model or revision".
 
     Raises:
-        FileNotFoundError: there is no such thing, in the cache where the Hub cannot be asked.
-        PermissionError: this token may not read (or write) it.
+        FileNotFoundError: the Hub has no such thing; or the Hub is not asked, and the cache has none.
+        PermissionError: the token may not read (or write) it.
         OSError: the Hub cannot be reached, is switched off (`HF_HUB_OFFLINE`), or has another problem.
     """
     try:
@@ -45,7 +45,7 @@ def on_the_hub(name: str, what: str) -> Iterator[None]:
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _explained(name, what, error) from error
     except RuntimeError as error:
-        # What stopped the upload of a large file is the cause of the client's own error.
+        # When the upload of a large file fails, the client raises an error of its own, whose cause says why.
         if not isinstance(error.__cause__, HTTPError):
             raise
         raise _explained(name, what, error.__cause__) from error
@@ -60,9 +60,9 @@ def _explained(name: str, what: str, error: Exception) -> OSError:
             "HF_HUB_OFFLINE, check the network and try again"
         )
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | EntryNotFoundError):
+        said = error.server_message if isinstance(error, HfHubHTTPError) else None
         return FileNotFoundError(
-            f"{name}: the Hub has no such {what}, or it is private and you are not logged in (hf auth login): "
-            f"{error.server_message or error}"
+            f"{name}: the Hub has no such {what}, or it is private and you are not logged in (hf auth login): {said or error}"
         )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code

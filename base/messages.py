@@ -1,6 +1,10 @@
-"""Names in messages: the nearest of them, or the first few."""
+"""What errors say: the nearest of some names, the first few of them, or that a value is missing."""
 
 import difflib
+from typing import TypeVar
+
+
+_Value = TypeVar("_Value")
 
 
 def closest(name: str, known) -> str:
@@ -17,3 +21,15 @@ def some(names, count: int = 10) -> str:
     """The first few of some names, and how many there are."""
     names = [str(name) for name in names]
     return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def given(name: str, value: _Value | None) -> _Value:
+    """
+    The value, where it must not be None.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if value is None:
+        raise ValueError(f"expected {name}, found None")
+    return value

@@ -1,11 +1,13 @@
 """What the families share that model raw counts, and predict log1p expression like the others."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_counts import CountsConfig
 from .count_distributions import (
     negative_binomial_mean_log1p,
     sample_negative_binomial,
@@ -40,8 +42,19 @@ class CountsOutput(PerturbationOutput):
     dropout_logits: torch.Tensor | None = None
 
 
+class CountsFields(TypedDict, total=False):
+    """The fields of a [`CountsOutput`] that the decoder of counts gives."""
+
+    predictions: torch.Tensor
+    mean: torch.Tensor
+    inverse_dispersion: torch.Tensor
+    dropout_logits: torch.Tensor | None
+
+
 class CountsPreTrainedModel(PerturbationPreTrainedModel):
-    """Families whose decoder ends in a distribution of counts; their config is a [`CountsConfig`]."""
+    """Families whose decoder ends in a distribution of counts."""
+
+    config: CountsConfig
 
     def _make_count_heads(self):
         config = self.config
@@ -51,7 +64,7 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
         self.log_inverse_dispersion = nn.Parameter(torch.empty(config.input_dim))
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
-        axes = {}
+        axes: dict[str, dict[int, str]] = {}
         if self.config.reads_counts:
             axes["log_inverse_dispersion"] = {0: GENES}
             for head in ("share_head", "dropout_head") if self.config.likelihood == "zinb" else ("share_head",):
@@ -68,10 +81,10 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
         if isinstance(module, CountsPreTrainedModel) and module.config.reads_counts:
             init.normal_(module.log_inverse_dispersion)
 
-    def _counts(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def _counts(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> CountsFields:
         """
-        The fields of a [`CountsOutput`], in float32, from a decoder's last hidden state (B, S, H) and the control cells'
-        counts (B, S, G). In training, predictions, which the loss does not read, are log1p of the mean in any case: it
+        The distribution of the counts, in float32, from a decoder's last hidden state (B, S, H) and the control cells'
+        counts (B, S, G). In training the predictions are always log1p of the mean: the loss does not read them, and this
         costs next to nothing.
         """
         config = self.config
@@ -94,12 +107,16 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
             raise ValueError("sample_counts needs evaluation mode, found training mode; call model.eval() first")
 
     @staticmethod
-    def _draw(distribution: dict[str, torch.Tensor | None], generator: torch.Generator | None) -> torch.Tensor:
-        """Counts (B, S, G) from the fields of a [`CountsOutput`]."""
-        mean, theta = distribution["mean"], distribution["inverse_dispersion"]
-        if distribution["dropout_logits"] is None:
-            return sample_negative_binomial(mean, theta, generator)
-        return sample_zero_inflated_negative_binomial(mean, theta, distribution["dropout_logits"], generator)
+    def _draw(
+        mean: torch.Tensor,
+        inverse_dispersion: torch.Tensor,
+        dropout_logits: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Counts (B, S, G) drawn from the distribution that these fields of a [`CountsOutput`] describe."""
+        if dropout_logits is None:
+            return sample_negative_binomial(mean, inverse_dispersion, generator)
+        return sample_zero_inflated_negative_binomial(mean, inverse_dispersion, dropout_logits, generator)
 
     @staticmethod
     def _given(name: str, ids: torch.Tensor | None) -> torch.Tensor:
@@ -108,4 +125,4 @@ class CountsPreTrainedModel(PerturbationPreTrainedModel):
         return ids
 
 
-__all__ = ["CountsOutput", "CountsPreTrainedModel"]
+__all__ = ["CountsFields", "CountsOutput", "CountsPreTrainedModel"]

@@ -1,4 +1,4 @@
-"""What a checkpoint needs to be trained further: rows and columns that follow a vocabulary, and where adapters go."""
+"""Training a checkpoint further: the rows and columns that follow a vocabulary, and the layers that take adapters."""
 
 import copy
 from dataclasses import dataclass, field
@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .checkpoint_files import find_file, hub_arguments, read_json
+from .checkpoint_files import CheckedPreTrainedModel, find_file, hub_arguments, read_json
+from .configuration_perturbation import PerturbationConfig
 from .messages import closest
 
 
@@ -29,7 +30,7 @@ class NamesChange:
 @dataclass
 class VocabularyChange:
     r"""
-    What [`FineTuningMixin.resize_vocabulary`] did; `print` shows it.
+    What [`FineTunablePreTrainedModel.resize_vocabulary`] did; `print` shows it.
 
     Args:
         names (`dict[str, NamesChange]`): of `"genes"`, `"perturbations"`, `"contexts"` and `"batches"`.
@@ -53,9 +54,10 @@ class VocabularyChange:
         return "\n".join(lines)
 
 
-class FineTuningMixin:
-    """Of every model: it meets other names than it was trained with, and says where low-rank adapters belong."""
+class FineTunablePreTrainedModel(CheckedPreTrainedModel):
+    """What every model has to be trained further: on other names than it knows, with low-rank adapters, or in part."""
 
+    config: PerturbationConfig
     # Parts whose linear layers adapters are put beside; where a part has attention, the names of its layers.
     _adapted_parts: tuple[str, ...] = ()
     _attention_layers: tuple[str, ...] = ()
@@ -73,40 +75,43 @@ class FineTuningMixin:
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         """
-        The tensors with a row or column for each name: name in the state dict to what its axes stand for, axis to
-        `"genes"`, `"perturbations"`, `"contexts"`, `"batches"`; `"perturbations and control"`, the control last; or
-        `"features"` of a cell: genes, or the dimensions of an embedding.
+        The tensors with a row or column for each name. Maps a tensor's name in the state dict to its axes, and the number
+        of an axis to what it stands for: `"genes"`, `"perturbations"`, `"contexts"` or `"batches"`; `"perturbations and
+        control"`, the control last; or `"features"` of a cell, which are genes or the dimensions of an embedding.
         """
         return {}
 
     def parts_with_adapters(self) -> list[str]:
-        """Parts that are always trained whole beside adapters."""
+        """Parts that are trained whole wherever adapters are trained."""
         return []
 
     def resize_vocabulary(self, old, new) -> VocabularyChange:
         r"""
-        Lay the weights out for another vocabulary, in place, before any training with it. What is known keeps its
-        weights, wherever it stands in the new one; what is added starts from the mean of all that was known.
+        Change the weights in place to fit another vocabulary, before training with it. A known name keeps its weights,
+        wherever it stands in the new vocabulary. An added name starts from the mean of all known names.
 
-        Predictions of what was known do not change: of perturbations by id, contexts and batches to the bit. With other
-        genes, the kept genes are predicted to rounding as before where genes that were added or dropped are not
-        expressed (0) in the control cells. (Except where a family has the genes depend on one another: of models on counts
-        the shares of the kept genes keep their ratios, as all genes together share out a cell's total; tokens of genes that
-        attend to one another keep their embeddings alone.) Perturbations that a model takes as feature vectors have no row: nothing is
-        done for them. A context or batch that is in neither vocabulary (id -1) is given the mean of the known rows by
-        the families that take one; added rows leave it what it was, to rounding.
+        Predictions for known names stay as they were.
+
+        - Perturbations by id, contexts and batches: equal to the bit.
+        - Genes: the kept genes are predicted as before, to rounding, if the genes that were added or dropped are not
+          expressed (0) in the control cells. In two kinds of family genes depend on one another, and less stays: in a
+          model on counts, where all genes share a cell's total, the ratios of the kept genes; where tokens of genes
+          attend to one another, their embeddings alone.
+        - Perturbations by feature vectors have no row: nothing changes.
+        - A context or batch in neither vocabulary (id -1) has the mean of the known rows, in the families that accept
+          one. Added rows leave this mean as it was, to rounding.
 
         Args:
-            old ([`Vocabulary`]): names that the model was trained with, of its own processor.
-            new ([`Vocabulary`]): names that it is to have, in any order; see [`Vocabulary.merged`]. The processor is
-                given the same one: [`StateProcessor.with_vocabulary`].
+            old ([`Vocabulary`]): the names that the model was trained with, from its own processor.
+            new ([`Vocabulary`]): the names that it is to have, in any order; see [`Vocabulary.merged`]. Give the
+                processor the same one with [`StateProcessor.with_vocabulary`].
 
         Returns:
             [`VocabularyChange`]: what was kept, added and dropped.
 
         Raises:
-            ValueError: `old` is not the vocabulary of this model, nothing of a kind is left, or the change needs more
-                than rows and columns; the model is as it was then. Or the family is fitted in one pass.
+            ValueError: `old` is not the vocabulary of this model, no name of a kind is left, the change needs more than
+                rows and columns, or the family is fitted in one pass. The model is then unchanged.
         """
         lists = {kind: (list(getattr(old, kind)), list(getattr(new, kind))) for kind in (GENES, *_SIZES)}
         config = self.config
@@ -115,15 +120,16 @@ class FineTuningMixin:
         # The features of a model on embeddings are dimensions, which have no names.
         of_features = None if config.gene_dim is not None or not lists[GENES][0] else GENES
         kinds_of_rows = {**lists, PERTURBATIONS_AND_CONTROL: tuple([*names, None] for names in lists[PERTURBATIONS])}
-        state, resized, grown = self.state_dict(), {}, []
+        state, grown = self.state_dict(), []
+        resized: dict[str, torch.Tensor] = {}
         for name, kinds in axes.items():
             if name not in state:
                 raise ValueError(
                     f"expected a plain {type(self).__name__} with a tensor {name!r}, found none; resize the vocabulary "
                     "before an adapter is put on the model, or merge the adapter first"
                 )
-            for axis, kind in kinds.items():
-                kind = of_features if kind == FEATURES else kind
+            for axis, of_axis in kinds.items():
+                kind = of_features if of_axis == FEATURES else of_axis
                 if kind is None or kinds_of_rows[kind][0] == kinds_of_rows[kind][1]:
                     continue
                 before, after = kinds_of_rows[kind]
@@ -154,7 +160,7 @@ class FineTuningMixin:
         return VocabularyChange(names, shapes, grown)
 
     def _resized_sizes(self, lists: dict[str, tuple[list[str], list[str]]]) -> dict[str, int]:
-        """Fields of the config that follow the new names."""
+        """The config's sizes for the new names."""
         config, sizes = self.config, {}
         current = {kind: getattr(config, name) for kind, name in _SIZES.items()}
         current[GENES] = config.input_dim if config.gene_dim is None else config.gene_dim
@@ -215,8 +221,8 @@ class FineTuningMixin:
 
     def load_adapter(self, peft_model_id: str | None = None, *args, **kwargs):
         """
-        As in [`PreTrainedModel`]. A model as its checkpoint has it is first resized to the vocabulary that lies beside the
-        adapter, so that an adapter with rows of new names loads by its name alone.
+        As in [`PreTrainedModel`]. A model that was not resized since it was loaded is first resized to the vocabulary
+        beside the adapter, if there is one. So an adapter with rows of new names loads by its name alone.
         """
         if peft_model_id is not None and self.name_or_path and not self._resized and not self._hf_peft_config_loaded:
             load_config = kwargs.get("load_config")  # of a model that is being loaded
@@ -230,13 +236,13 @@ class FineTuningMixin:
     def lora_targets(self, feed_forward: bool = False) -> list[str]:
         """
         Names of the linear layers that low-rank adapters (Hu et al. 2022, LoRA) are put beside: those of the backbone's
-        attention, or, of a family without attention, all linear layers of its encoders and heads.
+        attention, or all linear layers of encoders and heads in a family without attention.
 
         Args:
             feed_forward (`bool`): those of the backbone's feed-forward layers, too.
 
         Raises:
-            ValueError: there are no feed-forward layers of a backbone, or nothing that an adapter could be put beside.
+            ValueError: the family has no feed-forward layers of a backbone, or no layer that takes an adapter.
         """
         if feed_forward and not self._feed_forward_layers:
             raise ValueError(
@@ -257,7 +263,7 @@ class FineTuningMixin:
 
     def freeze_backbone(self):
         """
-        Keep the backbone as it is; encoders and heads are trained. Loading makes every parameter a trainable one again.
+        Freeze the backbone and leave encoders and heads trainable. Loading a checkpoint makes all parameters trainable again.
 
         Raises:
             ValueError: the family has no backbone.
@@ -272,10 +278,10 @@ class FineTuningMixin:
 
     def submodules(self, names: list[str]) -> list[str]:
         """
-        These names, which a person gave, of parts of the model.
+        The given names of parts of the model, once it is clear that all exist.
 
         Raises:
-            ValueError: there is no such part; the nearest name is said.
+            ValueError: there is no such part; the error names the nearest one.
         """
         known = {name for name, module in self.named_modules() if name and any(True for _ in module.parameters())}
         for name in names:
@@ -292,7 +298,7 @@ def _vocabulary_of(name: str, hub: dict) -> SimpleNamespace | None:
 
 
 def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> torch.Tensor:
-    """Rows (`axis` 0) or columns (1) of the names `before` to those of `after`; an added one is the mean of all before."""
+    """The rows (`axis` 0) or columns (1) in the order of `after` instead of `before`; an added one is the mean of all."""
     place = {name: i for i, name in enumerate(before)}
     source = torch.tensor([place.get(name, -1) for name in after], device=tensor.device)
     laid_out = tensor.index_select(axis, source.clamp(min=0))
@@ -302,4 +308,4 @@ def _laid_out(tensor: torch.Tensor, axis: int, before: list, after: list) -> tor
     return torch.where((source < 0).view(shape), mean, laid_out)
 
 
-__all__ = ["FineTuningMixin", "NamesChange", "VocabularyChange"]
+__all__ = ["FineTunablePreTrainedModel", "NamesChange", "VocabularyChange"]

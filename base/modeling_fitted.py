@@ -1,4 +1,4 @@
-"""What the families share that are fitted in one pass over the training cells, without gradients."""
+"""Models whose weights are fitted in one pass over the training cells, without gradients."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_fitted import FittedConfig
+from .messages import given
 from .modeling_layers import UnseenWarning
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
 
@@ -16,12 +18,12 @@ from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedMod
 @dataclass
 class TrainingMeans:
     r"""
-    What these families are fitted to: means over training cells, in float64, in the units of the cells.
+    What these models are fitted to: means over training cells, in float64, in the units of the cells.
 
     Args:
         changes (`np.ndarray` of shape `(num_entries, output_dim)`):
-            Change of each perturbation, or combination of several, that was measured: the unweighted mean over the
-            (dataset, context) pairs that have it of (mean perturbed cell - mean control cell).
+            Change of each measured perturbation or combination: (mean perturbed cell - mean control cell), as an
+            unweighted mean over the (dataset, context) pairs that have it.
         perturbation_ids (`np.ndarray` of shape `(num_entries, num_together)`, *optional*):
             The perturbations of each entry, padded with -1.
         perturbation_features (`np.ndarray` of shape `(num_entries, perturbation_dim)`, *optional*):
@@ -44,16 +46,19 @@ class TrainingMeans:
 
 class FittedPreTrainedModel(PerturbationPreTrainedModel):
     r"""
-    A family whose weights are computed, not stepped towards. A subclass has `fit(means: TrainingMeans)`, which sets
-    them; the Trainer calls it. They are frozen.
+    A family whose weights are computed by `fit(means: TrainingMeans)` of the subclass, which the Trainer calls, instead of
+    by an optimiser. The weights are frozen.
 
-    Where a sentence's perturbation or context was not in training, its prediction is what the family says of that, the
-    sentence is marked in `unseen` of the output, and an [`UnseenWarning`] counts such sentences.
+    Each family says what it predicts for a perturbation or context that was not in training. The output marks such
+    sentences in `unseen`, and an [`UnseenWarning`] counts them.
     """
 
+    config: FittedConfig
     fitted = True
     supports_gradient_checkpointing = False
     _forward_options = frozenset()
+    # Which perturbations or contexts were in training, (N,) bool, of a family that looks there.
+    seen: torch.Tensor
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -65,8 +70,8 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
 
     def resize_vocabulary(self, old, new):
         raise ValueError(
-            f"{self.config.model_type} is fitted in one pass: what it knows is means over training cells, not weights that "
-            "other names could start from; fit it anew on all the data, old and new"
+            f"{self.config.model_type} is fitted in one pass: it holds means over training cells, and no weights that other "
+            "names could start from; fit it anew on all the data, old and new"
         )
 
     def _add_table(self, name: str, *shape: int):
@@ -84,7 +89,7 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
                 init.zeros_(tensor)
 
     def _check_means(self, means: TrainingMeans):
-        """What is fitted to has the sizes of the config, and tells perturbations as the model does."""
+        """ValueError unless the means have the sizes of the config and name perturbations as the model does."""
         config, ids, features = self.config, means.perturbation_ids, means.perturbation_features
         if means.changes.ndim != 2 or means.changes.shape[1] != config.output_dim or not len(means.changes):
             raise ValueError(
@@ -92,22 +97,22 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
                 f"{means.changes.shape}; compute them from the training data of this model's processor"
             )
         by_ids = config.num_perturbations is not None
-        given, other = (ids, features) if by_ids else (features, ids)
-        if given is None or other is not None:
+        wanted, other = (ids, features) if by_ids else (features, ids)
+        if wanted is None or other is not None:
             raise ValueError(
                 f"expected {'perturbation_ids' if by_ids else 'perturbation_features'} alone, as the model's config has "
                 f"{'num_perturbations' if by_ids else 'perturbation_dim'}; found "
                 + (
                     "both"
-                    if other is not None and given is not None
+                    if other is not None and wanted is not None
                     else "the other"
                     if other is not None
                     else "neither"
                 )
             )
-        if by_ids and not (ids.max(initial=-1) < config.num_perturbations and (ids >= 0).any(axis=1).all()):
+        if ids is not None and not (ids.max(initial=-1) < config.perturbation_width and (ids >= 0).any(axis=1).all()):
             raise ValueError(
-                f"perturbation_ids: expected at least one of 0 to {config.num_perturbations - 1} in each entry, and -1 to "
+                f"perturbation_ids: expected at least one of 0 to {config.perturbation_width - 1} in each entry, and -1 to "
                 f"pad, found {ids.min()} to {ids.max()}"
             )
         contexts = means.context_ids
@@ -115,20 +120,20 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
             raise ValueError(
                 f"context_ids: expected 0 to {config.num_contexts - 1}, found {contexts.min()} to {contexts.max()}"
             )
-        if not by_ids and features.shape[1] != config.perturbation_dim:
+        if features is not None and features.shape[1] != config.perturbation_dim:
             raise ValueError(
                 f"perturbation_features: expected shape (num_entries, {config.perturbation_dim}), found {features.shape}"
             )
 
     def _set(self, **tables: np.ndarray):
-        """Put fitted values, of any shape, where the model's own are."""
+        """Replace tables of the model by fitted values, whatever their shape."""
         for name, values in tables.items():
             old = getattr(self, name)
             new = torch.as_tensor(np.ascontiguousarray(values)).to(old.device, old.dtype)
             setattr(self, name, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
 
     def _set_rows(self, ids: np.ndarray, **tables: np.ndarray):
-        """Put the fitted rows of these perturbations or contexts in the tables, and mark them as seen."""
+        """Replace tables by fitted rows for these perturbations or contexts, and mark them as seen. Other rows are 0."""
         for name, values in {**tables, "seen": np.ones(len(ids), dtype=bool)}.items():
             table = np.zeros(getattr(self, name).shape, dtype=values.dtype)
             table[ids] = values
@@ -137,7 +142,10 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
     def _outputs(
         self, predictions: torch.Tensor, unseen: torch.Tensor | None, consequence: str = ""
     ) -> PerturbationOutput:
-        """Predictions (B, S, D) in the config's units; (B,) sentences that were not seen in training, and what is done."""
+        """
+        Predictions (B, S, D) in the config's units. `unseen` (B,) marks sentences that were not in training; `consequence`
+        is the end of a warning that counts them.
+        """
         if self.config.nonnegative_output:
             predictions = nn.functional.relu(predictions)
         if unseen is not None and (count := int(unseen.sum())):
@@ -149,7 +157,7 @@ def is_control(perturbation_ids: torch.Tensor | None, perturbation_features: tor
     """(B, K) ids, or (B, P) or (B, S, P) features, to (B, 1) or (B, S) bool: where nothing is perturbed."""
     if perturbation_ids is not None:
         return (perturbation_ids < 0).all(dim=-1, keepdim=True)
-    return (per_cell(perturbation_features) == 0).all(dim=-1)
+    return (per_cell(given("perturbation_features", perturbation_features)) == 0).all(dim=-1)
 
 
 def per_cell(features: torch.Tensor) -> torch.Tensor:
@@ -167,7 +175,7 @@ def ids_and_doses(
     Ids descend, so that those that are padded with -1 stand last; their dose is 0.
     """
     if perturbation_ids is None:
-        doses = per_cell(perturbation_features)
+        doses = per_cell(given("perturbation_features", perturbation_features))
         width = max(1, int((doses != 0).sum(dim=-1).max()))
         ids = doses.abs().topk(width, dim=-1).indices
         doses = doses.gather(-1, ids)

@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from .configuration_perturbation import PerturbationConfig
+from .configuration_perturbation import PerturbationConfig, SetTransformerConfig
+from .messages import given
 
 
 logger = logging.get_logger(__name__)
@@ -38,9 +39,9 @@ class MLP(nn.Module):
 
 class MaskedBatchNorm(nn.BatchNorm1d):
     """
-    Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`; padded ones enter neither its statistics nor the gradient.
-    A frozen one (its weight takes no gradient) normalises in training as in evaluation, by running figures that stay as
-    they are: beside adapters it is a part of the model that they were put on.
+    Batch normalisation (Ioffe & Szegedy 2015) of cells `(B, S, H)`. Padded cells enter neither the statistics nor the
+    gradient. A frozen layer (its weight takes no gradient) normalises in training as in evaluation, by its running
+    statistics, and leaves them unchanged: it is part of the model that an adapter is trained beside.
     """
 
     def forward(self, cells: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,7 +79,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
 class BatchNormMLP(nn.Module):
     """
     `num_layers` x [Linear, [`MaskedBatchNorm`], activation, Dropout], all of width `hidden_dim`: `(B, S, D)` to `(B, S, H)`.
-    Normalisation takes a `bias` of the linear layers out again; without, Adam has no rounding errors to follow there.
+    Normalisation removes any `bias` of the linear layers. A bias would get a gradient of rounding errors, which Adam follows.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class UnseenMeanEmbedding(nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim (`int`): known ones, and the width of a row.
-        what (`str`): what is embedded, for the warning that says how many of the ids of an evaluation are -1.
+        what (`str`): what is embedded, for the warning that counts the ids -1 in an evaluation.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, what: str, **kwargs):
@@ -113,7 +114,7 @@ class UnseenMeanEmbedding(nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape to rows `(*, embedding_dim)`."""
         unseen = ids < 0
-        # Looking waits for the device, which training does not.
+        # The check waits for the device, so training does without it.
         if not self.training and not self._warned and unseen.any():
             logger.warning(
                 f"{int(unseen.sum())} of {unseen.numel()} {self.what} ids are -1, not seen in training: they are given the "
@@ -132,13 +133,15 @@ class PerturbationEmbedding(nn.Module):
     `bias` it gives 0.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, num_features: int, hidden_size: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_features, hidden_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
     def rows(self) -> torch.Tensor:
-        """What stands for each perturbation, (P, H)."""
+        """The row of each perturbation, (P, H)."""
         return self.weight
 
     def forward(
@@ -152,10 +155,11 @@ class PerturbationEmbedding(nn.Module):
             hidden = perturbation_features.to(self.weight.dtype) @ self.rows()
             hidden = hidden if hidden.dim() == 3 else hidden.unsqueeze(1)
         else:
-            weights = (perturbation_ids >= 0).to(self.weight.dtype)
+            ids = given("perturbation_ids", perturbation_ids)
+            weights = (ids >= 0).to(self.weight.dtype)
             if perturbation_doses is not None:
                 weights = weights * perturbation_doses.to(self.weight.dtype)
-            rows = nn.functional.embedding(perturbation_ids.clamp(min=0), self.rows())
+            rows = nn.functional.embedding(ids.clamp(min=0), self.rows())
             hidden = (weights.unsqueeze(-1) * rows).sum(dim=1, keepdim=True)
         return hidden if self.bias is None else hidden + self.bias
 
@@ -211,7 +215,7 @@ class SetAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, **kwargs):
         query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
         if self.config.attention == "none":
-            # A cell that sees itself alone gives its own value the whole weight.
+            # A cell that sees only itself gives its own value the whole weight.
             return self.o_proj(value), None
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (states.view(heads).transpose(1, 2) for states in (query, key, value))
@@ -253,7 +257,7 @@ class _GatedSiLU(torch.autograd.Function):
 class GatedFeedForward(nn.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020, SwiGLU), without biases."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -266,7 +270,7 @@ class GatedFeedForward(nn.Module):
 class FeedForward(nn.Module):
     """`down(gelu(up(x)))`, the tanh form of GELU, with biases."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -275,7 +279,7 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
 
-def make_norm(config: PerturbationConfig) -> nn.Module:
+def make_norm(config: SetTransformerConfig) -> nn.Module:
     if config.backbone == "llama":
         return nn.RMSNorm(config.hidden_size, eps=1e-6)
     return nn.LayerNorm(config.hidden_size, eps=1e-5)
@@ -284,7 +288,7 @@ def make_norm(config: PerturbationConfig) -> nn.Module:
 class SetTransformerLayer(GradientCheckpointingLayer):
     """One pre-norm block: attention, then the feed-forward layer, each added to its input."""
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = SetAttention(config, bias=config.backbone == "gpt2")
@@ -307,7 +311,7 @@ class SetTransformer(nn.Module):
 
     rope_theta = 10000.0
 
-    def __init__(self, config: PerturbationConfig):
+    def __init__(self, config: SetTransformerConfig):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(SetTransformerLayer(config) for _ in range(config.num_hidden_layers))

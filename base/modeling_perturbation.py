@@ -7,7 +7,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 
-from .checkpoint_files import CheckedPreTrainedModel
 from .configuration_perturbation import PerturbationConfig
 from .constants import (
     BATCH_IDS,
@@ -25,7 +24,7 @@ from .modeling_finetuning import (
     FEATURES,
     GENES,
     PERTURBATIONS,
-    FineTuningMixin,
+    FineTunablePreTrainedModel,
 )
 from .modeling_layers import (
     MLP,
@@ -35,7 +34,6 @@ from .modeling_layers import (
     SetAttention,
     SetTransformerLayer,
     UnseenMeanEmbedding,
-    UnseenWarning,
 )
 
 
@@ -57,7 +55,7 @@ class PerturbationOutput(ModelOutput):
         batch_logits (`torch.Tensor` of shape `(batch_size, num_batches)`, *optional*):
             Scores of each experimental batch, read off the batch token.
         unseen (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            True where a sentence's perturbation or context was not in training, of a family that cannot place it.
+            True for a sentence whose perturbation or context was not in training, if the family needs it to predict.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, learned tokens included.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -75,7 +73,7 @@ class PerturbationOutput(ModelOutput):
 
 class UnseenPerturbationError(ValueError):
     """
-    Perturbations that a model cannot predict, as they were not in training.
+    Perturbations that a model cannot predict because they were not in training.
 
     Args:
         ids (`list[int]`): their ids.
@@ -89,7 +87,7 @@ class UnseenPerturbationError(ValueError):
         super().__init__(f"{who}: {reason}")
 
 
-class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
+class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     r"""
     Loading, saving, initialisation and input checks of every perturbation model.
 
@@ -125,27 +123,26 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
     supports_gradient_checkpointing = True
     # The loss is a mean over sentences: the Trainer must scale it under gradient accumulation.
     accepts_loss_kwargs = False
-    # The model is given the observed cells, and shows what is the best that could be reached with them.
+    # The model is given the observed cells: its score is the best that any prediction could reach.
     is_ceiling = False
-    # The weights are computed in one pass over the training cells, by `fit`, not stepped towards.
+    # `fit` computes the weights in one pass over the training cells; an optimiser takes no steps.
     fitted = False
+    # A training can start from a folder of weights that others published in a form of their own.
+    reads_published = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
 
     def __init__(self, config: PerturbationConfig):
         super().__init__(config)
-        if config.num_perturbations is None and config.perturbation_dim is None:
-            raise ValueError(
-                f"{type(config).__name__} needs num_perturbations (perturbations by id) or perturbation_dim (by features) "
-                "to build a model, found neither"
-            )
-        # By which a pushed model is found on the Hub.
+        # Raises where the config says neither how many perturbations there are nor how wide their features are.
+        _ = config.perturbation_width
+        # The tags by which a pushed model is found on the Hub.
         self.add_model_tags(["single-cell", "perturbation", "pertstate", "biology"])
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, PerturbationEmbedding):
-            # Unit variance, so that the perturbation is as loud as the cell from the first step. Where it starts faint,
-            # a model learns what each context does on average before it learns to listen to the perturbation.
+            # Unit variance, so that the perturbation is as large as the cell from the first step. If it starts small, a
+            # model first learns what each context does on average, and only then what the perturbation does.
             std = self.config.perturbation_initializer_range
             if self.config.num_perturbations is None:
                 std *= module.weight.shape[0] ** -0.5
@@ -162,15 +159,16 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
         """
         return None
 
-    def sample_counts(self, **batch) -> torch.Tensor:
-        """Counts drawn from a model of the distribution of counts, `(batch_size, set_size, genes)`; others refuse.
+    def sample_counts(self, *args, **kwargs) -> torch.Tensor:
+        """
+        Counts `(batch_size, set_size, genes)` drawn from the distribution of counts, of a family that has one.
 
         Raises:
             ValueError: the family has no distribution of counts.
         """
         raise ValueError(
-            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); a model "
-            "like state-scvi does"
+            f"{self.config.model_type} predicts no distribution of counts, so none can be drawn (sample_counts); use a "
+            "family that models counts"
         )
 
     def check_perturbations(
@@ -180,27 +178,28 @@ class PerturbationPreTrainedModel(FineTuningMixin, CheckedPreTrainedModel):
         perturbation_features: torch.Tensor | None = None,
     ):
         """
-        Whether these can be predicted, which most families say of all.
+        Check that these can be predicted. Most families can predict any.
 
         Raises:
             UnseenPerturbationError: some cannot.
         """
 
-    def _check_batches(self, batch_ids: torch.Tensor | None):
-        """For a model that embeds batches: they are given and known."""
+    def _check_batches(self, batch_ids: torch.Tensor | None) -> torch.Tensor:
+        """The same ids, for a model that embeds batches. ValueError unless they are given and known."""
         if batch_ids is None:
             raise ValueError("batch_encoder=True needs batch_ids, found None")
-        # In training, every batch is known; looking would wait for the device at each step.
+        # In training every batch is known, and a check would wait for the device at each step.
         if not self.training and (batch_ids < 0).any():
             raise ValueError(
                 "batch_ids holds -1, a batch that was not seen in training; batch_encoder=True has no embedding for it: "
                 "give the cells the name of a known batch, or use a model without batch_encoder"
             )
+        return batch_ids
 
     def _check_inputs(
         self, control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, options
     ):
-        """Shapes and combinations of a batch; each error says what was expected and what was found."""
+        """Check the shapes of a batch, and which inputs are combined. Each error says what was expected and what was found."""
         for name in options:
             if name not in self._forward_options:
                 known = [CONTROL_CELLS, PERTURBATION_IDS, PERTURBATION_DOSES, PERTURBATION_FEATURES, CONTEXT_IDS]
@@ -253,7 +252,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
 
     # One step in this many trains a detached gene decoder on the true latents instead of the predicted ones.
     true_latents_every = 10
-    _adapted_parts = ("perturbation_encoder", "cell_encoder", "output_head")
+    _adapted_parts: tuple[str, ...] = ("perturbation_encoder", "cell_encoder", "output_head")
 
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         head = f"output_head.layers.{self.config.num_decoder_layers - 1}"
@@ -275,7 +274,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
         config = self.config
         hidden, act, dropout = config.hidden_size, config.hidden_act, config.hidden_dropout
         self.perturbation_encoder = PerturbationEncoder(
-            config.num_perturbations or config.perturbation_dim, hidden, config.num_encoder_layers, act, dropout
+            config.perturbation_width, hidden, config.num_encoder_layers, act, dropout
         )
         self.cell_encoder = MLP(config.input_dim, hidden, hidden, cell_layers, act, dropout)
 
@@ -295,7 +294,7 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
         if config.gene_dim is not None:
             self.gene_decoder = GeneDecoder(
                 config.output_dim,
-                config.decoder_hidden_sizes,
+                config.decoder_hidden_sizes or [],
                 config.gene_dim,
                 config.decoder_dropout,
                 config.residual_decoder,
@@ -338,5 +337,4 @@ __all__ = [
     "PerturbationPreTrainedModel",
     "SetTransformerPreTrainedModel",
     "UnseenPerturbationError",
-    "UnseenWarning",
 ]

@@ -1,10 +1,11 @@
-"""The files of a processor, which must agree with one another and with the model's config."""
+"""Reading the files of a processor. They must agree with one another and with the model's config."""
 
 import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract_commit_hash
 
@@ -36,7 +37,7 @@ def _is_number_of_counts(value) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
 
-# What a processor's settings may be: a test and its name. Those that the second table adds may be left out.
+# The check of each setting, and how errors describe what is expected. Settings of the second table may be absent.
 _SETTINGS: dict[str, tuple[Callable, str]] = {
     "perturbation_key": (_is_name, "the name of a column"),
     "control": (_is_name, "a label"),
@@ -64,7 +65,7 @@ _OF_LIBRARY = ("auto_map", "processor_class")
 
 def check_settings(settings: dict, path: str | os.PathLike):
     """
-    Whether the content of `processor_config.json` is what a processor writes.
+    Check that the content of `processor_config.json` is what a processor writes.
 
     Raises:
         ValueError: a setting is missing, unknown, or of another type or value.
@@ -87,7 +88,7 @@ def check_settings(settings: dict, path: str | os.PathLike):
 
 def check_agreement(settings: dict, vocabulary, features, config: dict | None, path: str | os.PathLike):
     """
-    Whether the names and settings of a processor are those of the model beside it.
+    Check that the names and settings of a processor belong to the model beside it.
 
     Args:
         settings (`dict`), vocabulary ([`Vocabulary`]), features ([`PerturbationFeatures`], *optional*): the processor's.
@@ -95,7 +96,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         path: the checkpoint, for errors.
 
     Raises:
-        ValueError: a number of genes, perturbations, contexts or batches, or a width, is not the one of another file.
+        ValueError: two files differ in a width, or in the number of genes, perturbations, contexts or batches.
     """
 
     def check(of: str, expected, what: str, found):
@@ -135,7 +136,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     if settings["values"] != Values.EMBEDDING:
         found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
         asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
-    # Where a processor has vectors, its model takes those; where it reads expression beside an embedding, it decodes it.
+    # A processor with vectors needs a model that takes them; one that reads expression beside an embedding, a gene decoder.
     needed = {"perturbation_dim": features is not None, "gene_dim": settings["gene_input"] is not None}
     for name, (what, number) in found.items():
         if asked[name] is not None or needed.get(name, False):
@@ -148,6 +149,14 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         )
 
 
+def _needed_file(name: str | os.PathLike, file: str, hub: dict) -> str:
+    """The path of a file of the checkpoint. OSError where it has none."""
+    path = cached_file(name, file, **hub)
+    if path is None:
+        raise FileNotFoundError(f"{name} has no file {file}; copy the checkpoint again")
+    return path
+
+
 def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str | None]:
     """
     The vocabulary and perturbation features of a checkpoint, all of its files checked.
@@ -157,26 +166,26 @@ def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str
         hub (`dict`): [`hub_arguments`].
 
     Returns:
-        The arguments `vocabulary` and, where there are any, `perturbation_features` of the processor; and the commit of a
-        repository on the Hub, from which all else should be read.
+        The processor's arguments `vocabulary` and, if it has any, `perturbation_features`; and for a repository on the Hub
+        the commit, from which all other files should be read.
 
     Raises:
         OSError: a file is missing.
         ValueError: a file is damaged, or does not agree with another one, the model's config included.
     """
-    vocabulary = cached_file(name, VOCABULARY_FILE, **hub)
+    vocabulary = _needed_file(name, VOCABULARY_FILE, hub)
     if (commit := extract_commit_hash(vocabulary, None)) is not None:
         # All files of one commit, though a branch may move meanwhile.
         hub = {**hub, "revision": commit}
-    tables = {"vocabulary": Vocabulary.from_file(vocabulary)}
-    path = cached_file(name, PROCESSOR_NAME, **hub)
+    tables: dict[str, Any] = {"vocabulary": Vocabulary.from_file(vocabulary)}
+    path = _needed_file(name, PROCESSOR_NAME, hub)
     settings = read_json(path)
     check_settings(settings, path)
     if "perturbation_dim" in settings:
-        features = cached_file(name, PERTURBATION_FEATURES_FILE, **hub)
+        features = _needed_file(name, PERTURBATION_FEATURES_FILE, hub)
         tables["perturbation_features"] = PerturbationFeatures.from_file(features)
     # A processor may stand alone; beside a model it must be the model's.
-    config = find_file(name, CONFIG_NAME, hub)
-    config = None if config is None else read_json(config)
+    of_model = find_file(name, CONFIG_NAME, hub)
+    config = None if of_model is None else read_json(of_model)
     check_agreement(settings, tables["vocabulary"], tables.get("perturbation_features"), config, name)
     return tables, commit

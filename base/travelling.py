@@ -1,10 +1,12 @@
-"""Code that travels with a checkpoint: the modules of a class, copied flat beside what it saves."""
+"""Code that travels with a checkpoint: a class copies its modules into the folder that it saves."""
 
 import os
 import re
 import sys
 from pathlib import Path
 from typing import ClassVar
+
+from transformers.utils import PushToHubMixin
 
 
 # `from ..base.modeling_layers import MLP`: the dots, the folders, and the module that is imported from.
@@ -13,10 +15,10 @@ _RELATIVE_IMPORT = re.compile(r"^([ \t]*from )(\.+)((?:\w+\.)*)(\w+)(?= import )
 
 def travelling_files(module: str) -> dict[str, Path]:
     """
-    The files that a module needs of its package, itself first, by their base names.
+    The files of this package that a module needs, by their base names. The module's own file comes first.
 
     Raises:
-        ValueError: two of them have one base name, so that they cannot lie in one folder.
+        ValueError: two of the files have the same base name, so they cannot lie in one folder.
     """
     files: dict[str, Path] = {}
     waiting = [Path(str(sys.modules[module].__file__))]
@@ -24,7 +26,7 @@ def travelling_files(module: str) -> dict[str, Path]:
         path = waiting.pop().resolve()
         known = files.setdefault(path.name, path)
         if known != path:
-            raise ValueError(f"{known} and {path} travel together and have one name; rename one of them")
+            raise ValueError(f"{known} and {path} travel together and have the same name; rename one of them")
         for _, dots, folders, name in _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8")):
             needed = path.parents[len(dots) - 1].joinpath(*folders.split("."), f"{name}.py")
             if needed.name not in files or files[needed.name] != needed.resolve():
@@ -33,25 +35,30 @@ def travelling_files(module: str) -> dict[str, Path]:
 
 
 def flattened(source: str) -> str:
-    """The source of a module, its relative imports those of modules in one folder."""
+    """The source of a module, with its relative imports rewritten for modules that all lie in one folder."""
     return _RELATIVE_IMPORT.sub(r"\1.\4", source)
 
 
-class Travelling:
+class Travelling(PushToHubMixin):
     """
-    Of a class whose code is saved beside what it saves, so that the folder loads where this package is absent. transformers
-    copies the files that lie beside the module of a class; ours lie in several folders, and are copied flat.
+    A class that saves its own code beside its files, so that the folder loads where this package is absent. transformers
+    would copy the modules that lie beside the module of the class. Ours lie in several folders, so we copy them flat.
     """
 
-    # The Auto class that loads it, which the `auto_map` of its JSON file names.
+    # The Auto class that loads it. `auto_map` in the JSON file names this class.
     loaded_by: ClassVar[str]
+    # Names, or endings of names, of the files that are written before transformers writes its own.
+    _written_first: ClassVar[tuple[str, ...]] = (".py",)
 
     @classmethod
     def register_for_auto_class(cls, auto_class=None):
-        """Transformers calls this of code that it loaded from a folder, to copy it by itself at the next save."""
+        """
+        Does nothing. transformers calls it for a class that it loaded from a folder's code, so that its own copying runs
+        at the next save; [`Travelling.save_pretrained`] copies the code already.
+        """
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As in transformers, with this class's code."""
+        """As in transformers, and the code of this class with it."""
         os.makedirs(save_directory, exist_ok=True)
         if kwargs.get("is_main_process", True):
             self._save_code(Path(save_directory))
@@ -67,13 +74,16 @@ class Travelling:
             (folder / name).write_text(flattened(path.read_text(encoding="utf-8")), encoding="utf-8")
 
     def _settings(self):
-        """What is written as JSON."""
+        """The object that is written as JSON: it holds `auto_map`."""
         return self
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
-        """Of the files that a push leaves out as they were there before it; the code was written just now."""
+        """
+        When each file was last written, as transformers sees it before it writes its own: it pushes what has changed since.
+        What we write before that is not listed, and so is always pushed.
+        """
         stamps = super()._get_files_timestamps(working_dir)
-        return {name: stamp for name, stamp in stamps.items() if not name.endswith(".py")}
+        return {name: stamp for name, stamp in stamps.items() if not name.endswith(self._written_first)}
 
 
 __all__ = ["Travelling", "flattened", "travelling_files"]

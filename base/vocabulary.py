@@ -1,4 +1,4 @@
-"""Names to numbers: the vocabularies of a model, and perturbations as ids or as feature vectors."""
+"""From names to numbers: the vocabularies of a model, and perturbations as ids or as feature vectors."""
 
 import difflib
 import json
@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .checkpoint_files import read_json
+from .files import whole_file
 from .messages import closest, some
 
 
 VOCABULARY_FILE = "vocabulary.json"
 PERTURBATION_FEATURES_FILE = "perturbation_features.safetensors"
-# The layout of that file: a matrix, and its rows' names as a JSON list in the metadata.
+# The layout of that file: a matrix, and the names of its rows as a JSON list in the metadata.
 FEATURES_TENSOR, NAMES_METADATA = "features", "names"
 
 
@@ -28,7 +29,7 @@ class Vocabulary:
     Args:
         genes (`list[str]`): features of a cell in the model's order; for an embedding, the genes of the gene decoder.
         perturbations (`list[str]`): single perturbations seen in training. The control is no perturbation and is not
-            among them, except in converted checkpoints that gave it a row of its own.
+            among them, but for converted checkpoints that gave it a row of its own.
         contexts (`list[str]`): cell types or lines seen in training.
         batches (`list[str]`): experimental batches seen in training.
     """
@@ -48,8 +49,8 @@ class Vocabulary:
 
     def merged(self, other: "Vocabulary") -> "Vocabulary":
         """
-        These names in their order, then the perturbations, contexts and batches of another vocabulary that are not among
-        them: every id keeps its meaning. The genes are the other's where it names any.
+        These names, then the perturbations, contexts and batches that only the other vocabulary has: every id keeps its
+        meaning. The genes are those of the other vocabulary, if it names any.
         """
         merged = {kind: list(dict.fromkeys(known + getattr(other, kind))) for kind, known in asdict(self).items()}
         return Vocabulary(**{**merged, "genes": list(other.genes or self.genes)})
@@ -58,7 +59,7 @@ class Vocabulary:
     def from_file(cls, path: str | os.PathLike) -> "Vocabulary":
         """
         Raises:
-            ValueError: the file is no whole JSON file, or not the four lists of unique names.
+            ValueError: the file is no whole JSON file, or does not hold four lists of unique names.
         """
         content = read_json(path)
         if set(content) != set(cls.__dataclass_fields__):
@@ -73,25 +74,23 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
-        partial = f"{path}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump(asdict(self), file, ensure_ascii=False, indent=0)
-        os.replace(partial, path)
 
 
 class PerturbationFeatures:
     r"""
-    A vector for each perturbation (a protein embedding, a chemical fingerprint, ..), by name. It does not change.
+    A vector for each perturbation (a protein embedding, a chemical fingerprint, ..), by name. The vectors never change.
 
-    Saved as `perturbation_features.safetensors`: the tensor `features` (N, P), and in the metadata, under `names`, a
-    JSON list of the N names.
+    Saved as `perturbation_features.safetensors`: the tensor `features` (N, P), and a JSON list of the N names in the
+    metadata, under `names`.
 
     Args:
         names (sequence of `str`): unique names of the perturbations.
-        vectors (array of shape `(len(names), P)`): finite numbers, one row a name; kept as float32.
+        vectors (array of shape `(len(names), P)`): finite numbers, one row for each name; kept as float32.
 
     Raises:
-        ValueError: a name is blank or stands twice, or the vectors are not one row of finite numbers a name.
+        ValueError: a name is blank or stands twice, or the vectors are not one row of finite numbers for each name.
     """
 
     def __init__(self, names, vectors):
@@ -137,23 +136,23 @@ class PerturbationFeatures:
         return self.vectors.shape[1]
 
     def check_control(self, control: str):
-        """ValueError where the control has a vector other than zeros."""
+        """ValueError if the control has a vector other than zeros."""
         if control in self.index and self.vectors[self.index[control]].any():
             raise ValueError(
-                f"perturbation features: the control {control!r} is no perturbation and stands for zeros, found another "
-                "vector; leave it out"
+                f"perturbation features: the control {control!r} is no perturbation: expected zeros or no vector, found "
+                "another one; leave it out"
             )
 
     def check_covers(self, perturbations, where: str):
-        """ValueError that lists the single perturbations without a vector, and the nearest names that have one."""
+        """ValueError if single perturbations have no vector; it lists them, and the nearest names that have one."""
         wanted = sorted(set(perturbations))
         missing = [name for name in wanted if name not in self.index]
         if not missing:
             return
-        # Gene symbols of other species differ in case alone.
+        # The gene symbols of two species often differ only in case.
         folded = {name.casefold(): name for name in self.names}
-        near = {name: difflib.get_close_matches(name.casefold(), folded, n=1) for name in missing[:10]}
-        near = [f"{folded[found[0]]!r} for {name!r}" for name, found in near.items() if found]
+        matches = {name: difflib.get_close_matches(name.casefold(), folded, n=1) for name in missing[:10]}
+        near = [f"{folded[found[0]]!r} for {name!r}" for name, found in matches.items() if found]
         raise ValueError(
             f"{len(missing)} of {len(wanted)} perturbations {where} have no vector in the perturbation features "
             f"({len(self)} names): {some(missing)}; "
@@ -163,11 +162,11 @@ class PerturbationFeatures:
 
     def encode(self, parts: list[list[str]], doses: "list[float] | None" = None) -> np.ndarray:
         """
-        Sums of vectors, `(len(parts), P)` float32: of the perturbations applied together, each times its dose (1 where
-        not given). No perturbation at all, the control, is zeros.
+        The sum of the vectors of the perturbations that are applied together, each times its dose (1 by default), for
+        each item of `parts`: `(len(parts), P)` float32. An item without perturbations, the control, gives zeros.
 
         Raises:
-            KeyError: a perturbation has no vector; the nearest names are said.
+            KeyError: a perturbation has no vector; the message names the nearest ones.
         """
         encoded = np.zeros((len(parts), self.dim), dtype=np.float32)
         for row, together in zip(encoded, parts):
@@ -226,14 +225,13 @@ class PerturbationFeatures:
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
-        partial = f"{path}.partial"
         names = json.dumps(self.names, ensure_ascii=False)
-        save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
-        os.replace(partial, path)
+        with whole_file(path) as partial:
+            save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor in numpy, which knows no bfloat16: floating-point numbers as float32."""
+    """A tensor as an array; floating-point numbers become float32, as numpy has no bfloat16."""
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
@@ -261,7 +259,7 @@ def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
         if blank.any():
             first = obs.index[blank][0]
             raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
-        # Of a text with a NUL pandas and numpy see what stands before it, or all, here this and there that.
+        # In some places pandas and numpy see the whole of a text with a NUL, in others only what stands before the NUL.
         given = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
         cut = next((label for label in given if isinstance(label, str) and "\0" in label), None)
         if cut is not None:
@@ -270,7 +268,7 @@ def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
 
 
 def split_combination(name: str, known, control: str, separator: str | None) -> list[str]:
-    """The perturbations in a label that is not itself a `known` one: several for a combination, none for the control.
+    """The perturbations in a label: itself if it is `known`, several for a combination, none for the control.
 
     Raises:
         ValueError: the separator has nothing on one of its sides.
@@ -290,11 +288,17 @@ def control_rows(
     labels: pd.DataFrame, control: str, perturbation_key: str, context: "str | list[str] | None"
 ) -> dict[str, np.ndarray]:
     """
-    Context to the row numbers of its control cells, of labels as [`read_labels`] gives them; of some contexts, or all.
+    The row numbers of the control cells of each context, or of the contexts that are named.
+
+    Args:
+        labels (`pandas.DataFrame`): as [`read_labels`] gives them.
+        control (`str`): the label of control cells.
+        perturbation_key (`str`): the column of obs, named in errors.
+        context (`str` or `list[str]`, *optional*): the contexts; all by default.
 
     Raises:
         KeyError: a context is not in the data.
-        ValueError: a context has no control cells, or there is nothing to look for.
+        ValueError: a context has no control cells, or there is no context.
     """
     present = pd.unique(labels["context"])
     wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
@@ -322,7 +326,7 @@ def encode_ids(parts: list[list[str]], known: dict[str, int]) -> np.ndarray:
     """Ids of the perturbations applied together, `(len(parts), K)` int64, padded with -1; all -1 is the control.
 
     Raises:
-        KeyError: a perturbation is not in the vocabulary; the nearest names are said.
+        KeyError: a perturbation is not in the vocabulary; the message names the nearest ones.
     """
     encoded = []
     for together in parts:

@@ -2,11 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 
-from pertstate.cli import convert, evaluate, info, merge, predict, prepare, push
+from pertstate._version import __version__
+from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, train
 
 
 COMMANDS = {
+    "train": train,
     "prepare": prepare,
     "info": info,
     "predict": predict,
@@ -14,32 +17,55 @@ COMMANDS = {
     "push": push,
     "convert": convert,
     "merge": merge,
+    "configs": configs,
 }
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
+# What is wrong with the input of a command. Any other error is a mistake of the program, and keeps its traceback.
+ERRORS = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; an error of input is one clear sentence on stderr and exit code 1."""
+    """
+    Run one command. An error of input is one line on stderr.
+
+    Args:
+        argv (`list[str]`, *optional*): the words after `pertstate`; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 1 after an error.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        # Its words are fields of the run, about which argparse knows nothing.
+        return _reported("train", lambda: train.run(argv[1:]))
     parser = argparse.ArgumentParser(
-        prog="pertstate",
-        description="Models of how cells respond to perturbations. Training: accelerate launch train.py --config CONFIG",
+        prog="pertstate", description="Models of how cells respond to perturbations.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"pertstate {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = subparsers.add_parser(name, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        own_help = name in TAKE_FLAGS  # with the fields
+        command = subparsers.add_parser(
+            name, help=module.HELP, description=module.HELP, allow_abbrev=False, add_help=not own_help
+        )
         module.add_arguments(command)
     args, flags = parser.parse_known_args(argv)
     if args.command in TAKE_FLAGS:
         args.flags = flags
     elif flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return _reported(args.command, lambda: COMMANDS[args.command].run(args))
+
+
+def _reported(command: str, run: Callable[[], object]) -> int:
     try:
-        COMMANDS[args.command].run(args)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+        run()
+    except ERRORS as error:
         # KeyError shows the repr of its message.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"pertstate {args.command}: error: {message}", file=sys.stderr)
+        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        line = " ".join(line.strip() for line in message.splitlines())
+        print(f"pertstate {command}: error: {line}", file=sys.stderr)
         return 1
     return 0
 

@@ -14,17 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--checkpoint",
         metavar="NAME.ckpt",
-        help="file of checkpoints/; by default final.ckpt, last.ckpt or the only one",
+        help="file in checkpoints/; by default final.ckpt, last.ckpt or the only one",
     )
     parser.add_argument(
         "--attention",
         choices=("bidirectional", "causal", "none"),
-        help="which cells a cell saw in training; by default what the folder recorded, causal where it did not",
+        help="which cells a cell saw in training; by default what the folder recorded, or causal if it recorded nothing",
     )
     parser.add_argument(
         "--genes",
         metavar="FILE",
-        help="names of the genes, one on a line in the order of the training, if they are absent",
+        help="names of the genes, one on a line in the order of the training, if the folder has none",
     )
 
 

@@ -4,17 +4,17 @@ import argparse
 import sys
 
 
-HELP = "Compare predicted with real cells, beside no change and the perturbation mean."
+HELP = "Score predicted cells against real ones, next to two baselines: no change and the perturbation mean."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--predicted", required=True, metavar="P.h5ad", help="what `pertstate predict` wrote")
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
-    parser.add_argument("--train", required=True, metavar="TRAIN.h5ad", help="cells that the baselines may learn from")
+    parser.add_argument("--train", required=True, metavar="TRAIN.h5ad", help="cells that the baselines learn from")
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
-    parser.add_argument("--perturbation-key", help="obs column, where the predicted file does not say")
-    parser.add_argument("--context-key", help="obs column, where the predicted file does not say")
-    parser.add_argument("--control", help="label of control cells, where the predicted file does not say")
+    parser.add_argument("--perturbation-key", help="obs column, if the predicted file does not record it")
+    parser.add_argument("--context-key", help="obs column, if the predicted file does not record it")
+    parser.add_argument("--control", help="label of control cells, if the predicted file does not record it")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -3,12 +3,14 @@
 import argparse
 
 
-HELP = "Say what a file, a cell store or a checkpoint holds, and what is missing before a model can be trained on it."
+HELP = "Say what a file, a cell store, a checkpoint or an adapter holds, and what is missing before it can be used."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "path", metavar="STORE|FILE.h5ad|CHECKPOINT", help="cell store, .h5ad, .zarr or checkpoint folder"
+        "path",
+        metavar="STORE|FILE.h5ad|CHECKPOINT",
+        help="cell store, .h5ad, .zarr, or folder of a checkpoint or an adapter",
     )
     for name, what in (
         ("--perturbation-key", "perturbation of each cell"),
@@ -24,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     from pertstate.data.info import describe
     from pertstate.data.stores import open_store
+    from pertstate.hub.info import describe_checkpoint, is_checkpoint
 
     if args.verify:
         open_store(args.path).verify()
     keys = {"perturbation_key": args.perturbation_key, "context_key": args.context_key, "batch_key": args.batch_key}
-    print(describe(args.path, control=args.control, input=args.input, **keys))
+    if is_checkpoint(args.path):
+        print(describe_checkpoint(args.path))
+    else:
+        print(describe(args.path, control=args.control, input=args.input, **keys))
     if args.verify:
         print("verified: every file is what was written")

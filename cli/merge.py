@@ -22,7 +22,7 @@ def run(args: argparse.Namespace):
     from pertstate.hub.merging import merge_adapter
 
     if args.base is None and args.base_revision is not None:
-        raise ValueError(f"--base-revision {args.base_revision} is of --base; give both, or neither")
+        raise ValueError(f"--base-revision {args.base_revision} is a revision of --base; give both, or neither")
     check_name(args.adapter, "ADAPTER")
     if args.base is not None:
         check_name(args.base, "--base")

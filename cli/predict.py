@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 HELP = "Predict perturbed cells from the control cells of an .h5ad."
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--perturbation",
         nargs="+",
         metavar="NAME",
-        help="what to predict, A+B for a combination; by default what the file's own cells have",
+        help="perturbations to predict, A+B for a combination; by default those of the file's own cells",
     )
     which.add_argument("--all", action="store_true", help="every single perturbation that the model was trained on")
     parser.add_argument(
@@ -32,24 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="N",
         help="at most N control cells of each context; by default all",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of cells and their grouping into sentences")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the draw of cells and of their grouping into sentences"
+    )
     parser.add_argument(
         "--sample-counts",
         type=int,
         metavar="SEED",
-        help="of a model on counts: cells drawn with this seed, with the noise of counts that real cells have",
+        help="for a model on counts: draw cells, with the noise that real counts have, from this seed",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sentences in one forward pass")
     parser.add_argument("--input", help="read cells from X, layers/NAME or obsm/NAME instead of the model's own choice")
     parser.add_argument(
-        "--missing-genes", choices=("error", "zero"), default="error", help="zero: read absent genes as unexpressed"
+        "--missing-genes",
+        choices=("error", "zero"),
+        default="error",
+        help="what to do if the file lacks genes of the model; zero reads them as not expressed",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator where there is one")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _load(name: str, revision: str, device: str | None, quiet: bool):
-    """Model and processor of a checkpoint folder or Hub repository, the model on its device, and what was loaded."""
+    """The model, on its device, and the processor of a checkpoint folder or Hub repository; and the name of what was loaded."""
     import torch
     import transformers
     from huggingface_hub.utils import disable_progress_bars
@@ -65,9 +71,10 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
         path = fetch_checkpoint(name, revision)
         loaded = f"{name}@{path.name}"
     transformers.utils.logging.disable_progress_bar()
+    model: Any  # the library's `to` is wrapped so that no argument fits its type
     model, processor = load_whole(str(path))
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
     try:
         return model.to(device), processor, loaded
     except (RuntimeError, AssertionError) as error:

@@ -8,17 +8,30 @@ HELP = (
 )
 
 
+class _HelpWithFields(argparse.Action):
+    """The help of the command, and the fields that may follow as flags: these are looked up only when asked for."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from pertstate.training.run_help import help_of_prepare
+
+        print(parser.format_help() + help_of_prepare(), end="")
+        parser.exit()
+
+
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--config",
         required=True,
         metavar="DATA.yaml",
-        help="run configuration: its section `data` says which files, `prepare` how the store is laid out; any field of "
-        "either may follow as a flag (--genes 2000, --knockdown_filter true)",
+        help="run configuration: its section `data` says which files are read, `prepare` how the store is laid out; any "
+        "field of either may follow as a flag (--genes 2000, --knockdown_filter true)",
     )
     parser.add_argument("--output", required=True, metavar="STORE", help="folder to write, whole or not at all")
-    parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="read so many files at a time")
+    parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="how many files are read at a time")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "-h", "--help", action=_HelpWithFields, nargs=0, help="show this help and the fields of both sections"
+    )
 
 
 def run(args: argparse.Namespace):

@@ -7,10 +7,10 @@ HELP = "Push a checkpoint folder to the Hub: code, config, weights, processor, v
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder, whole")
-    parser.add_argument("name", metavar="USER/NAME", help="repository on the Hub; made where it does not exist")
+    parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
+    parser.add_argument("name", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a private repository (refused for a public one)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it does not exist")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it does not exist")
     parser.add_argument("--message", help="message of the commit")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

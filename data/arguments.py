@@ -1,14 +1,16 @@
 """What a run says of its data: the sections `data`, `stream` and `prepare`."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest
+from pertstate.data.options import as_declared
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import AnnDataFile, expand_paths, read_labels
 from pertstate.data.splits import Splits
@@ -25,58 +27,60 @@ class DataArguments:
     The `data` section.
 
     Args:
-        store (`str`, *optional*): folder that `pertstate prepare` wrote of these data, or name of a data set on the Hub
-            that holds one; read instead of the files, which need not be there then.
-        splits (`str`, *optional*): TOML file with `[datasets]`, `[training]`, `[zeroshot]`, `[fewshot]`. Or, for the
-            simple cases, the next five fields.
-        datasets (`dict[str, str]` or `str`, *optional*): name of each dataset to a file, folder or glob; or one of
-            these alone.
+        store (`str`, *optional*): cell store, made by `pertstate prepare` of these data: a folder, or the name of a data set
+            on the Hub. It is read instead of the files, which need not be there then.
+        splits (`str`, *optional*): TOML file with the tables datasets, training, zeroshot and fewshot. The next five fields
+            do the same for simple cases.
+        datasets (`dict[str, str]` or `str`, *optional*): the file, folder or glob of each dataset by its name, or one file,
+            folder or glob.
         test_contexts, val_contexts (`list[str]`): contexts held out whole, in every dataset that has them.
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
-        contexts (`list[str]`, *optional*): use these contexts of the files alone.
+        contexts (`list[str]`, *optional*): use only these contexts of the files.
         perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
             gene_input, target_sum: see [`StateProcessor.fit`].
-        perturbation_features (`str`, *optional*): file with a vector for each perturbation, see
-            [`read_perturbation_features`]; used instead of ids, so that unseen perturbations can be predicted.
+        perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
+            unseen perturbations can be predicted. See [`read_perturbation_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
-        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too; only to repeat figures.
+        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too (only to repeat published figures).
         control_matching, small_groups, control_sentences, heldout_controls, controls_only, sentences_per_group,
             sentence_cap: see [`SentenceDataset`].
+
+    Raises:
+        ValueError: a value does not fit the type of its field, or fields contradict one another.
     """
 
     store: str | None = None
     splits: str | None = None
-    datasets: dict | str | None = None
-    test_contexts: list = field(default_factory=list)
-    val_contexts: list = field(default_factory=list)
-    test_perturbations: list = field(default_factory=list)
-    val_perturbations: list = field(default_factory=list)
-    contexts: list | None = None
+    datasets: dict[str, str] | str | None = None
+    test_contexts: list[str] = field(default_factory=list)
+    val_contexts: list[str] = field(default_factory=list)
+    test_perturbations: list[str] = field(default_factory=list)
+    val_perturbations: list[str] = field(default_factory=list)
+    contexts: list[str] | None = None
     perturbation_key: str = "perturbation"
     control: str = "control"
     context_key: str = "cell_type"
     batch_key: str | None = None
     input: str = "X"
-    genes: int | list | None = None
-    normalize: str = "auto"
+    genes: int | list[str] | None = None
+    normalize: Literal["auto", "counts_to_log1p", "none"] = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
-    target_sum: float | int | str | None = None
+    target_sum: float | Literal["median"] | None = None
     perturbation_features: str | None = None
     genes_file: str | None = None
     hvg_on_all: bool = False
-    control_matching: str = "context"
-    small_groups: str = "pad"
+    control_matching: Literal["context", "batch"] = "context"
+    small_groups: Literal["pad", "repeat"] = "pad"
     control_sentences: bool = True
     heldout_controls: bool = True
     controls_only: bool = False
-    sentences_per_group: str = "proportional"
+    sentences_per_group: Literal["proportional", "equal", "capped"] = "proportional"
     sentence_cap: int | None = None
 
     def __post_init__(self):
         simple = ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
-        for option in dataclasses.fields(self):
-            setattr(self, option.name, _checked(option, getattr(self, option.name)))
+        _check_types(self, "data")
         if self.splits is not None and self.datasets is not None:
             raise ValueError("data: set one of `splits` (a TOML file) and `datasets` (files), found both")
         if self.splits is not None and any(getattr(self, name) for name in simple):
@@ -121,17 +125,20 @@ class DataArguments:
             options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
         return options
 
-    def check_store(self, manifest: "Manifest"):
+    def check_store(self, manifest: "Manifest", given: Collection[str]):
         """
+        Args:
+            manifest ([`Manifest`]): of the store that is read instead of files.
+            given: names of the fields that the run sets.
+
         Raises:
-            ValueError: the section says how to read files, and the store was read in another way.
+            ValueError: the run sets a field that says how files are read, and the store was prepared with another value.
         """
-        for option in dataclasses.fields(self):
-            given = getattr(self, option.name)
-            if option.name in manifest.reading and given not in (option.default, manifest.reading[option.name]):
+        for name, prepared in manifest.reading.items():
+            if name in given and getattr(self, name) != prepared:
                 raise ValueError(
-                    f"data.{option.name}={given!r}, but the store was prepared with {manifest.reading[option.name]!r}; leave "
-                    "it out, or prepare the store anew"
+                    f"data.{name}={getattr(self, name)!r}, but the store was prepared with {prepared!r}; leave it out, or "
+                    "prepare the store anew"
                 )
 
     def survey_options(self) -> dict:
@@ -148,7 +155,9 @@ class DataArguments:
         return self._fit_options("genes", *names)
 
     def files(self) -> dict[str, list[Path]]:
-        """The files of each dataset that `datasets` names."""
+        """The files of each dataset that `datasets` names; none where it is not set."""
+        if self.datasets is None:
+            return {}
         named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
         return {name: expand_paths(pattern) for name, pattern in named.items()}
 
@@ -238,12 +247,15 @@ class StreamArguments:
     the rest (`control`, `contexts`, `genes`, what is held out), but no files.
 
     Args:
-        path (`str`, *optional*): parquet (a file, folder or glob), a cell store, or a data set on the Hub.
-        configuration, split, revision (`str`, *optional*): of a data set on the Hub.
-        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]; known for a cell store.
-        gene_names (`str`, *optional*): file that gives each gene id its name (`.csv` or `.parquet` with two columns, or
-            `.json`); known for a cell store.
-        gene_id_column, gene_name_column (`str`): those columns.
+        path (`str`, *optional*): what is streamed: parquet (a file, folder or glob), a cell store, or a data set on the Hub.
+        configuration (`str`, *optional*): configuration of a data set on the Hub.
+        split (`str`): split of a data set on the Hub.
+        revision (`str`, *optional*): commit, tag or branch of a data set on the Hub.
+        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]. Not needed for a cell store.
+        gene_names (`str`, *optional*): file that gives each gene id its name: `.csv` or `.parquet` with two columns, or
+            `.json`. Not needed for a cell store.
+        gene_id_column (`str`): column of the gene ids in `gene_names`.
+        gene_name_column (`str`): column of the names in `gene_names`.
         reservoir_cells, fill_cells, eval_cells, baseline_cells: see [`survey_stream`].
         buffer_cells, shuffle_sentences: see [`SentenceStream`].
         block_size (`int`): cells that are read at once.
@@ -253,7 +265,7 @@ class StreamArguments:
     configuration: str | None = None
     split: str = "train"
     revision: str | None = None
-    columns: dict | None = None
+    columns: dict[str, str] | None = None
     gene_names: str | None = None
     gene_id_column: str = "id"
     gene_name_column: str = "name"
@@ -266,8 +278,7 @@ class StreamArguments:
     block_size: int = 1024
 
     def __post_init__(self):
-        for option in dataclasses.fields(self):
-            setattr(self, option.name, _checked(option, getattr(self, option.name), "stream"))
+        _check_types(self, "stream")
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if self.path is None and changed:
             raise ValueError(f"stream: {changed} are set, but no path: name what is streamed")
@@ -294,31 +305,28 @@ class PrepareArguments:
             - `"float32"`, `"float16"`: of log1p expression and embeddings (float16 keeps three digits)
         obs_columns (`list[str]`, *optional*): columns of `obs` to keep beside the labels; by default those that every
             file has.
-        knockdown_filter (`bool`): leave ineffective knock-downs out. In each context, a perturbation whose name is a
-            gene of the data (each part of a combination) stays if the gene's mean expression is at most
-            `knockdown_residual` of that in the controls; of its cells those stay in which it is at most
-            `knockdown_cell_residual`; and then the perturbation if `knockdown_min_cells` cells are left. Expression is
-            normalised, not logarithmic. A perturbation that is no gene of the data, or whose gene the controls do not
-            express, cannot be judged: it stays, and is listed.
-        knockdown_residual, knockdown_cell_residual (`float`), knockdown_min_cells (`int`): see there.
-        shard_megabytes (`int`): size of the files of the store, about; as much memory is used several times over.
+        knockdown_filter (`bool`): leave out knock-downs that did not work, perturbations and single cells. It judges by the
+            expression of the perturbed gene (normalised, not logarithmic), in each context by itself; of a combination,
+            each gene must pass. A perturbation that is no gene of the data, or whose gene the controls do not express,
+            cannot be judged: it stays, and is listed.
+        knockdown_residual (`float`): keep a perturbation if its gene's mean expression is at most this part of that in the
+            controls.
+        knockdown_cell_residual (`float`): keep those of its cells in which the expression is at most this part.
+        knockdown_min_cells (`int`): keep it only if so many of its cells are left.
+        shard_megabytes (`int`): size of each file of the store, about. Making the store needs several times this memory.
     """
 
-    layout: str = "auto"
-    dtype: str = "auto"
-    obs_columns: list | None = None
+    layout: Literal["auto", "sparse", "dense"] = "auto"
+    dtype: Literal["auto", "float32", "float16"] = "auto"
+    obs_columns: list[str] | None = None
     knockdown_filter: bool = False
-    knockdown_residual: int | float = 0.3
-    knockdown_cell_residual: int | float = 0.5
+    knockdown_residual: float = 0.3
+    knockdown_cell_residual: float = 0.5
     knockdown_min_cells: int = 30
     shard_megabytes: int = 128
 
     def __post_init__(self):
-        for option in dataclasses.fields(self):
-            setattr(self, option.name, _checked(option, getattr(self, option.name), "prepare"))
-        for name, allowed in (("layout", ("auto", "sparse", "dense")), ("dtype", ("auto", "float32", "float16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"prepare.{name}={getattr(self, name)!r}; {closest(getattr(self, name), allowed)}")
+        _check_types(self, "prepare")
         for name in ("knockdown_residual", "knockdown_cell_residual", "knockdown_min_cells", "shard_megabytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"prepare.{name}: expected a number above 0, found {getattr(self, name)!r}")
@@ -334,24 +342,8 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def _checked(option: dataclasses.Field, value, section: str = "data"):
-    """The value of a field as its type says. A whole number where names are expected is a name, as in `control: 0`."""
-
-    def as_name(item):
-        return str(item) if isinstance(item, int) and not isinstance(item, bool) else item
-
-    takes_list, takes_text = isinstance([], option.type), isinstance("", option.type)
-    if isinstance(value, list):
-        value = [as_name(item) for item in value]
-    elif not isinstance(1, option.type):
-        value = as_name(value)
-    if takes_list and isinstance(value, str):
-        value = [value]
-    fits = isinstance(value, option.type) and (option.type is bool or not isinstance(value, bool))
-    if not fits or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
-        expected = option.type.__name__ if isinstance(option.type, type) else str(option.type)
-        raise ValueError(
-            f"{section}.{option.name}: expected {expected}, found {value!r}"
-            + ("; a name that reads as something else stands in quotes" if takes_list or takes_text else "")
-        )
-    return value
+def _check_types(section, name: str):
+    """Each field of a section as its type says."""
+    for option in dataclasses.fields(section):
+        value = getattr(section, option.name)
+        setattr(section, option.name, as_declared(f"{name}.{option.name}", option.type, value))

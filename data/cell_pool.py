@@ -1,4 +1,4 @@
-"""Cells that are kept for a while: rows in memory, a pool of them, and samples of bounded size."""
+"""Cells that are kept in memory for a while: some rows, a pool of rows, and samples of bounded size."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class CellRows:
         """Several, one after the other."""
         if len(parts) == 1:
             return parts[0]
-        joined = []
+        joined: list = []
         for blocks in zip(*((part.features, part.genes, part.batches) for part in parts)):
             if blocks[0] is None:
                 joined.append(None)
@@ -52,13 +52,13 @@ class CellRows:
         """Plain arrays that hold the same, for [`CellRows.from_arrays`]."""
         arrays = {}
         for name, part in (("features", self.features), ("genes", self.genes)):
-            if sp.issparse(part):
+            if isinstance(part, np.ndarray):
+                arrays[f"{prefix}.{name}"] = part
+            elif part is not None:
                 arrays[f"{prefix}.{name}.data"] = part.data
                 arrays[f"{prefix}.{name}.indices"] = part.indices.astype(np.int32)
                 arrays[f"{prefix}.{name}.indptr"] = part.indptr.astype(np.int64)
                 arrays[f"{prefix}.{name}.shape"] = np.array(part.shape, dtype=np.int64)
-            elif part is not None:
-                arrays[f"{prefix}.{name}"] = part
         if self.batches is not None:
             arrays[f"{prefix}.batches"] = self.batches
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -78,7 +78,7 @@ class CellRows:
 
 
 def _dense(parts: list[tuple], count: int) -> np.ndarray:
-    """Rows of several matrices, put in their places. Many small parts make scipy's own indexing slow."""
+    """Rows of several matrices, put in their places. Not with scipy's indexing, which is slow for many small parts."""
     out = np.zeros((count, parts[0][0].shape[1]), dtype=np.float32)
     places_of = np.arange(count)
     for matrix, rows, places in parts:
@@ -95,13 +95,13 @@ def _dense(parts: list[tuple], count: int) -> np.ndarray:
 
 class CellPool:
     """
-    Cells that come in blocks and leave in any order. A cell is known by its slot, which is given to another one after
-    the cell has left. At most about twice the cells that are kept are in memory.
+    Cells that come in blocks and leave in any order. A cell is known by its slot; when the cell has left, another one may
+    get the slot. Memory holds at most about twice the cells that are kept.
     """
 
     _slack, _most_chunks = 4096, 32
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._chunks: list[CellRows] = []
         self._starts = np.zeros(0, dtype=np.int64)  # first row of each chunk
         self._row = np.zeros(0, dtype=np.int64)  # row of each slot, -1 where it is free
@@ -182,12 +182,12 @@ class Reservoirs:
     """
     Uniform random samples of a stream of cells, of bounded size (algorithm R).
 
-    A cell belongs to an owner and a part of it. The samples of an owner's parts have one size, and together at most
-    `capacity` cells: where a new part turns up, those of the others are thinned at random, and stay uniform.
+    A cell belongs to an owner and to a part of that owner. The samples of an owner's parts have one size, and together at
+    most `capacity` cells. When a new part turns up, the samples of the others are thinned at random, and stay uniform.
 
     Args:
         capacity (`int`): cells that are kept for an owner.
-        generator (`np.random.Generator`): of the draws.
+        generator (`np.random.Generator`): draws the samples.
     """
 
     def __init__(self, capacity: int, generator: np.random.Generator):
@@ -203,7 +203,7 @@ class Reservoirs:
 
         Args:
             groups (list of (owner, part, rows)): each pair of owner and part once.
-            read (`Callable`): gives the cells of some rows; called for those that are kept.
+            read (`Callable`): gives the cells of some rows; it is called with the rows that are kept.
 
         Raises:
             ValueError: an owner has more parts than its capacity.

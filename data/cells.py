@@ -24,11 +24,11 @@ GROUP_KEYS = ("dataset", "context", "perturbation", "batch")
 @dataclass
 class Cells:
     """
-    Cells ready for training: features in the model's order, and the groups that they stand in.
+    Cells ready for training: features in the model's order, and the groups that the cells are in.
 
     Args:
         features (`np.ndarray` or [`StoredRows`], of shape `(cells, feature_dim)`): float32, in the model's units; in
-            memory, or read from a store where they are asked for.
+            memory, or read from a store when they are asked for.
         genes (`np.ndarray` or [`StoredRows`], of shape `(cells, genes)`, *optional*): target of the gene decoder, log1p
             expression.
         groups (`pandas.DataFrame`): one row for each dataset, context, perturbation (and batch, where there are
@@ -63,11 +63,14 @@ def expand_groups(groups: pd.DataFrame) -> pd.DataFrame:
 
 def sort_into_groups(labels: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
     """
-    The order that puts the cells of a group beside one another, those of a group in the order that they have; and the
-    table of the groups.
+    Sort cells by their groups.
 
     Args:
         labels (`pandas.DataFrame`): columns of `GROUP_KEYS`, the batch optional; one row for each cell.
+
+    Returns:
+        `(np.ndarray, pandas.DataFrame)`: the order that puts the cells of each group beside one another, in which cells
+        of one group keep their order; and the table of the groups.
     """
     by = [name for name in GROUP_KEYS if name in labels.columns]
     grouped = labels.reset_index(drop=True).groupby(by, observed=True, sort=True)
@@ -87,12 +90,14 @@ def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.Data
     """The table of groups with the split of each.
 
     Raises:
-        ValueError: the splits name what is not there.
+        ValueError: the splits name something that is not in the data.
     """
-    present = {tuple(pair): [] for pair in groups[["dataset", "context"]].drop_duplicates().to_numpy()}
+    present: dict[tuple[str, str], list[str]] = {
+        tuple(pair): [] for pair in groups[["dataset", "context"]].drop_duplicates().to_numpy()
+    }
     perturbed = groups[groups["perturbation"] != control]
     for *pair, name in perturbed[["dataset", "context", "perturbation"]].drop_duplicates().to_numpy():
-        present[tuple(pair)].append(name)
+        present[pair[0], pair[1]].append(name)
     assigned = splits.assign(present)
     keys = zip(groups["dataset"], groups["context"], groups["perturbation"])
     return groups.assign(
@@ -101,14 +106,14 @@ def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.Data
 
 
 def controls_alone(groups: pd.DataFrame) -> pd.DataFrame:
-    """The table of groups of a run that trains on control cells alone: no perturbed cells are for training."""
+    """The table of groups for a run that trains on control cells alone: perturbed training cells become unused."""
     return groups.assign(split=groups["split"].where(groups["split"] != Split.TRAIN, Split.UNUSED))
 
 
 def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False) -> np.ndarray:
     """
-    Which groups a processor may learn from: those for training, and the controls of contexts not held out whole; with
-    `controls_only` all controls.
+    Which groups a processor may learn from: those for training, and the controls of every context that is not held out
+    as a whole. With `controls_only`, all controls and nothing else.
 
     Raises:
         ValueError: nothing is for training.
@@ -124,7 +129,7 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
 
 
 def keep_contexts(labels: pd.DataFrame, contexts: list[str] | None) -> np.ndarray:
-    """Which rows of `labels` are of the contexts that a run uses.
+    """Which rows of `labels` belong to the contexts that a run uses.
 
     Raises:
         ValueError: one of them is not there.
@@ -151,11 +156,11 @@ def load_cells(
 
     Args:
         splits ([`Splits`]): datasets and what is held out of them.
-        contexts (`list[str]`, *optional*): use these contexts of the files alone.
-        hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too. Only to repeat figures
-            that were measured so.
-        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further. Names of
-            training cells that it does not know are added after its own.
+        contexts (`list[str]`, *optional*): use only these contexts of the files.
+        hvg_on_all (`bool`): choose highly variable genes on all cells, including held-out ones. Use it only to repeat
+            figures that were measured in this way.
+        processor ([`StateProcessor`], *optional*): that of a checkpoint which is trained further. Names of training
+            cells that it does not know are added after its own.
         controls_only (`bool`): only control cells are for training.
         processor_options: arguments of [`StateProcessor.fit`].
 
@@ -208,7 +213,7 @@ def load_cells(
 
 
 def training_names(groups: pd.DataFrame, reader: StateProcessor, genes: list[str]) -> Vocabulary:
-    """The names of groups that are trained on, sorted, with the genes given.
+    """The names of the groups that are trained on, sorted, and the given genes.
 
     Raises:
         ValueError: the reader has perturbation features, and a perturbation has no vector.
@@ -221,12 +226,12 @@ def training_names(groups: pd.DataFrame, reader: StateProcessor, genes: list[str
 
 
 def widened(processor: StateProcessor, groups: pd.DataFrame) -> StateProcessor:
-    """A checkpoint's processor that also knows the names of these groups, which it is trained further on."""
+    """A checkpoint's processor that also knows the names of these groups, on which its model is trained further."""
     return processor.with_vocabulary(processor.vocabulary.merged(training_names(groups, processor, [])))
 
 
 def label_reader(options: dict) -> StateProcessor:
-    """A processor that reads labels, and knows nothing else yet."""
+    """A processor that can read labels and knows nothing else yet."""
     names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator")
     return StateProcessor(**{name: options[name] for name in names if name in options})
 
@@ -242,12 +247,12 @@ def _fit(adatas: list[ad.AnnData], masks: list[np.ndarray], hvg_on_all: bool, op
 
 def check_names(groups: pd.DataFrame, processor: StateProcessor):
     """
-    Every perturbation has one name, and every held-out one can be expressed.
+    Check that every perturbation has one name, and that a model can be asked for each held-out one.
 
     Raises:
-        ValueError: `A+B` and `B+A` (or `A` and `A+control`), which are one perturbation, both stand in the data: they
-            could be in two splits. Or a held-out perturbation has no training cell in any context, or, with perturbation
-            features, no vector.
+        ValueError: one perturbation has two labels in the data, for example `A+B` and `B+A`, or `A` and `A+control`:
+            its cells could be in two splits. Or a held-out perturbation has no training cell in any context; or, with
+            perturbation features, it has no vector.
     """
     by_parts: dict[tuple[str, ...], str] = {}
     for name in pd.unique(groups["perturbation"]):

@@ -42,7 +42,7 @@ class GroupSums:
         block: int = 4096,
     ) -> "GroupSums":
         """
-        Read each cell of the groups that have controls, and these, once and block by block.
+        Read once, block by block, each cell of the groups that have controls, and each of these controls.
 
         Args:
             features (of shape `(cells, features)`): `features[start:stop]` gives an array.
@@ -55,7 +55,8 @@ class GroupSums:
         summed = cls(control)
         spans: dict[GroupKey, list[tuple[int, int]]] = {}
         for *key, start, stop in groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
-            spans.setdefault(tuple(map(str, key)), []).append((start, stop))
+            dataset, context, perturbation = map(str, key)
+            spans.setdefault((dataset, context, perturbation), []).append((start, stop))
         mine = sorted(_paired(spans, control))[part::parts]
         total = sum(stop - start for key in mine for start, stop in spans[key])
         with tqdm(total=total, desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
@@ -78,11 +79,11 @@ class GroupSums:
 
     def add(self, key: GroupKey, cells: "np.ndarray | sp.csr_matrix"):
         """Some more cells of a group, `(cells, features)` float32."""
-        if sp.issparse(cells):
-            # Not its own sum, which adds up in float32.
-            total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
-        else:
+        if isinstance(cells, np.ndarray):
             total = cells.sum(axis=0, dtype=np.float64)
+        else:
+            # A sparse matrix would sum itself in float32.
+            total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
         self._add(key, cells.shape[0], total)
 
     def _add(self, key: GroupKey, count: int, total: np.ndarray):
@@ -97,19 +98,19 @@ class GroupSums:
 
     @property
     def num_cells(self) -> int:
-        """Cells of the perturbed groups that have controls, and these."""
+        """How many cells there are of perturbed groups that have controls, and of these controls."""
         return sum(self.counts[key] for key in _paired(self.counts, self.control))
 
     def changes(self) -> dict[str, np.ndarray]:
         """
         Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean
-        control cell), `(features,)` float64. Contexts without control cells teach nothing.
+        control cell), `(features,)` float64. Contexts without control cells are left out.
         """
         found: dict[str, list[np.ndarray]] = {}
-        for *pair, name in sorted(_paired(self.counts, self.control)):
+        for dataset, context, name in sorted(_paired(self.counts, self.control)):
             if name != self.control:
-                base = self._mean([(*pair, self.control)])
-                found.setdefault(name, []).append(self._mean([(*pair, name)]) - base)
+                base = self._mean([(dataset, context, self.control)])
+                found.setdefault(name, []).append(self._mean([(dataset, context, name)]) - base)
         return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
 
     def context_means(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -123,7 +124,7 @@ class GroupSums:
         return {context: (self._mean(perturbed), self._mean(of)) for context, (perturbed, of) in of_context.items()}
 
     def means(self, processor: StateProcessor) -> TrainingMeans:
-        """What a model is fitted to, in the numbers that the processor gives names."""
+        """What a model is fitted to, with names as the numbers that the processor gives them."""
         changes = self.changes()
         encoded = processor.encode(list(changes))
         # A context that came up after the first look over a stream has no number.
@@ -139,11 +140,11 @@ class GroupSums:
         )
 
     def _mean(self, keys: list[GroupKey]) -> np.ndarray:
-        return sum(self.sums[key] for key in keys) / sum(self.counts[key] for key in keys)
+        return sum((self.sums[key] for key in keys), np.zeros(1)) / sum(self.counts[key] for key in keys)
 
 
 def _paired(keys, control: str) -> list[GroupKey]:
-    """Those of perturbed cells that have controls of their dataset and context, and these controls."""
+    """The keys of perturbed cells that have controls of their dataset and context, and those of the controls."""
     controls = {key[:2] for key in keys if key[2] == control}
     perturbed = {key[:2] for key in keys if key[2] != control}
     return [key for key in keys if key[:2] in controls & perturbed]

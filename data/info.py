@@ -1,4 +1,4 @@
-"""What a file, a cell store or a checkpoint holds, in words."""
+"""What a file or a cell store holds, in words."""
 
 import json
 import os
@@ -7,25 +7,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from safetensors import safe_open
-from transformers import AutoConfig
 
-from pertstate.base.cell_values import (
-    describe_reading,
-    kind_of_values,
-    matrix_of,
-    take_rows,
-)
+from pertstate.base.cell_values import kind_of_values, matrix_of, take_rows
 from pertstate.base.constants import Values
 from pertstate.base.messages import closest, some
-from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
 from pertstate.data.store import CellStore
 from pertstate.processing import StateProcessor
 
 
-# Where nothing is said, the names that screens in the public repositories use.
+# The names that public screens use, to guess from.
 _KEYS = {
     "perturbation_key": (
         "perturbation",
@@ -57,26 +49,25 @@ _LARGEST_TABLE = 12
 
 def describe(path: str | os.PathLike, input: str = "X", control: str | None = None, **keys: str | None) -> str:
     """
-    What a `.h5ad` or `.zarr` file, a cell store or a checkpoint folder holds, and what is missing before a model can be
-    trained on it.
+    What a `.h5ad` or `.zarr` file or a cell store holds, and what is missing before a model can be trained on it. (Of a
+    checkpoint: [`describe_checkpoint`].)
 
     Args:
         path: the file or folder.
         input (`str`): which matrix of a file, `"X"`, `"layers/NAME"` or `"obsm/NAME"`.
         control (`str`, *optional*): label of unperturbed cells; guessed by default.
-        keys: `perturbation_key`, `context_key`, `batch_key`: columns of a file's obs; guessed where None.
+        keys: `perturbation_key`, `context_key`, `batch_key`: columns of a file's obs; guessed if None.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: there is no such thing, or it cannot be read.
+        FileNotFoundError, ValueError, KeyError: the path does not exist or cannot be read, or a column does not exist.
     """
     path = Path(path)
     if path.is_dir() and (path / STORE_FILE).is_file():
         return _describe_store(path)
-    if path.is_dir() and (path / "config.json").is_file():
-        return _describe_checkpoint(path)
     if path.is_dir() and not is_zarr(path):
         raise ValueError(
-            f"{path}: expected a cell store ({STORE_FILE}), a checkpoint (config.json) or a .zarr, found neither"
+            f"{path}: expected a cell store ({STORE_FILE}), a checkpoint (config.json or adapter_config.json) or a .zarr, "
+            "found none of them"
         )
     return _describe_file(path, input, control, {name: keys.get(name) for name in _KEYS})
 
@@ -106,7 +97,7 @@ def _describe_store(path: Path) -> str:
     control = manifest.reading["control"]
     lines += ["", _table(store.groups.assign(cells=sizes), control), ""]
     problems = _problems_of_labels(store.groups.assign(cells=sizes), control)
-    lines += [*manifest.notes, *_verdict(problems, f"accelerate launch train.py --config RUN.yaml --store {path}")]
+    lines += [*manifest.notes, *verdict(problems, f"pertstate train RUN.yaml --store {path}")]
     return "\n".join(lines)
 
 
@@ -117,6 +108,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             if key is not None and key not in columns:
                 raise KeyError(f"obs has no column {key!r} ({name}), found {some(columns)}; {closest(key, columns)}")
             keys[name] = key or next((c for c in _KEYS[name] if c in columns), None)
+        perturbation_key, context_key = keys["perturbation_key"], keys["context_key"]
         matrix = matrix_of(data, input)
         lines = [
             f"{path}: {data.n_obs:,} cells x {matrix.shape[1]:,} " + ("dimensions" if "obsm" in input else "genes")
@@ -134,9 +126,10 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         for name in ("perturbation_key", "context_key"):
             if keys[name] is None:
                 problems.append(f"no column found for {name}; obs has {some(columns)}")
-        if keys["perturbation_key"] is None or keys["context_key"] is None:
-            return "\n".join([*lines, *_verdict(problems, "")])
-        labels = read_labels(data, StateProcessor(**keys)).assign(dataset=path.stem)
+        if perturbation_key is None or context_key is None:
+            return "\n".join([*lines, *verdict(problems, "")])
+        reader = StateProcessor(perturbation_key=perturbation_key, context_key=context_key, batch_key=keys["batch_key"])
+        labels = read_labels(data, reader).assign(dataset=path.stem)
     names = labels["perturbation"].unique()
     control = control or next((n for n in names if n.lower() in _CONTROLS), None)
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
@@ -149,7 +142,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items() if value is not None
     ]
     return "\n".join(
-        lines + ["data:", f"  datasets: {json.dumps(str(path))}", *yaml, "", *_verdict(problems, "train with these")]
+        lines + ["data:", f"  datasets: {json.dumps(str(path))}", *yaml, "", *verdict(problems, "train with these")]
     )
 
 
@@ -168,7 +161,7 @@ def _look(matrix, input: str) -> tuple[str, list[str]]:
         ]
     kind = kind_of_values(matrix)
     if kind == Values.ZEROS:
-        return "nothing but zeros in the first cells", []
+        return "only zeros in the first cells", []
     if kind == Values.COUNTS:
         totals = np.asarray(matrix.sum(axis=1)).ravel()
         return f"counts, {np.median(totals):,.0f} per cell (median); scaled to 10,000 and log1p in training", []
@@ -203,14 +196,17 @@ def _problems_of_labels(groups: pd.DataFrame, control: str | None) -> list[str]:
     pairs = groups[["dataset", "context"]].apply(tuple, axis=1)
     without = [" / ".join(pair) for pair in pairs[~is_control].unique() if pair not in set(pairs[is_control])]
     if without and is_control.any():
-        problems.append(f"{len(without)} contexts have no control cells: {some(without)}; leave them out with contexts")
+        problems.append(
+            f"{len(without)} contexts have no control cells: {some(without)}; list the other ones in data.contexts"
+        )
     return problems
 
 
-def _verdict(problems: list[str], ready: str) -> list[str]:
+def verdict(problems: list[str], ready: str, purpose: str = "a model can be trained on it") -> list[str]:
+    """The last lines of a description: what is in the way of a purpose, or the command that is ready to run."""
     if not problems:
         return [f"ready: {ready}"]
-    return ["before a model can be trained on it:", *(f"- {problem}" for problem in problems)]
+    return [f"before {purpose}:", *(f"- {problem}" for problem in problems)]
 
 
 def _table(groups: pd.DataFrame, control: str | None) -> str:
@@ -227,34 +223,3 @@ def _table(groups: pd.DataFrame, control: str | None) -> str:
     text = shown.iloc[: 2 * _LARGEST_TABLE].rename_axis(None).rename_axis(None, axis=1).to_string()
     more = len(shown) - 2 * _LARGEST_TABLE
     return "\n".join([title, text] + ([f"and {more} more contexts"] if more > 0 else []))
-
-
-def _describe_checkpoint(path: Path) -> str:
-    config = AutoConfig.from_pretrained(path)
-    lines = [f"{path}: checkpoint of {config.model_type}"]
-    problems = []
-    weights = path / "model.safetensors"
-    if weights.is_file():
-        with safe_open(weights, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]
-        lines[0] += f", {sum(int(np.prod(shape)) for shape in shapes):,} parameters"
-    else:
-        problems.append("model.safetensors is missing")
-    if not (path / VOCABULARY_FILE).is_file():
-        problems.append(f"{VOCABULARY_FILE} is missing: nobody knows which gene is which")
-        return "\n".join([*lines, *_verdict(problems, "")])
-    vocabulary = Vocabulary.from_file(path / VOCABULARY_FILE)
-    settings = StateProcessor.from_pretrained(path)
-    reads = describe_reading(settings.normalize, settings.values, settings.target_sum)
-    lines += [
-        f"reads: {reads} from {settings.input}, {settings.feature_dim:,} features; sentences of {settings.set_size} cells",
-        f"columns: perturbation {settings.perturbation_key!r} (control {settings.control!r}), context "
-        f"{settings.context_key!r}" + (f", batch {settings.batch_key!r}" if settings.batch_key else ""),
-        f"genes ({len(vocabulary.genes):,}): {some(vocabulary.genes, 5)}",
-        f"perturbations ({len(vocabulary.perturbations):,}): {some(vocabulary.perturbations, 5)}",
-        f"contexts ({len(vocabulary.contexts):,}): {some(vocabulary.contexts, 5)}",
-    ]
-    ready = f"pertstate predict --model {path} --adata CELLS.h5ad --output PREDICTED.h5ad"
-    return "\n".join([*lines, *_verdict(problems, ready)]).replace(
-        "before a model can be trained on it", "before it can be used"
-    )

@@ -1,4 +1,4 @@
-"""Knock-downs that did not work: the cells to leave out of a store."""
+"""Knock-downs that did not work: their cells are left out of a store."""
 
 from collections import defaultdict
 
@@ -21,14 +21,14 @@ def filter_knockdowns(
     progress,
 ) -> list[str]:
     """
-    Leave out (in `sources`) the cells of ineffective knock-downs, as [`PrepareArguments`] says.
+    Leave out the cells of ineffective knock-downs, as [`PrepareArguments`] describes; their codes in `sources` become -1.
 
     Args:
-        groups (`pandas.DataFrame`): the groups that the sources' codes number.
+        groups (`pandas.DataFrame`): the groups; the sources' codes are their numbers.
         recipe ([`Recipe`]): with all genes that the files share.
         reader ([`StateProcessor`]): splits combinations.
-        target_sum (`float`): counts are scaled to.
-        progress (`Callable[[int], None]`): is told how many cells were read.
+        target_sum (`float`): what the counts of a cell are scaled to.
+        progress (`Callable[[int], None]`): called with the number of cells that were just read.
 
     Returns:
         `list[str]`: what was left out, and which perturbations could not be judged.
@@ -45,7 +45,7 @@ def filter_knockdowns(
     columns = np.array(sorted({column for parts in judged.values() for column in parts}), dtype=np.int64)
     place = {column: i for i, column in enumerate(columns)}
     most = max([1, *map(len, judged.values())])
-    # For each group the places of its targets among `columns`; -1 pads.
+    # For each group, the places of its targets among `columns`; -1 pads.
     parts_of = np.full((len(groups), most), -1)
     for code, name in enumerate(names):
         of_name = [place[column] for column in judged.get(name, [])]
@@ -53,7 +53,7 @@ def filter_knockdowns(
     where = groups.groupby(["dataset", "context"], sort=False).ngroup().to_numpy()
     is_control = names == reader.control
 
-    # Of each context the mean of the controls, of each cell the expression of its own targets.
+    # The sum of the controls of each context, and the expression of its own targets in each cell.
     sums, counts = np.zeros((where.max() + 1, len(columns))), np.zeros(where.max() + 1)
     values = [np.full((len(source.codes), most), np.nan, dtype=np.float32) for source in sources]
     for source, of_source in zip(sources, values):
@@ -75,7 +75,7 @@ def filter_knockdowns(
     means = sums / np.maximum(counts, 1)[:, None]
     base = np.where(parts_of >= 0, np.take_along_axis(means[where], np.maximum(parts_of, 0), axis=1), np.nan)
 
-    # A perturbation of a context, over its batches.
+    # An arm is a perturbation in a context; its batches are taken together.
     arm = groups.groupby(["dataset", "context", "perturbation"], sort=False).ngroup().to_numpy()
     total, cells = np.zeros((arm.max() + 1, most)), np.zeros(arm.max() + 1)
     for source, of_source in zip(sources, values):
@@ -89,13 +89,14 @@ def filter_knockdowns(
     left_cells = np.zeros(len(cells), dtype=np.int64)
     stays = []
     for source, of_source in zip(sources, values):
-        code = source.codes
-        low = np.isnan(of_source) | (of_source <= options.knockdown_cell_residual * base[code])
-        stay = (code >= 0) & (~judge[code] | (weak[code] & low.all(axis=1)))
-        left_cells += np.bincount(arm[code[stay]], minlength=len(cells))
+        codes = source.codes
+        low = np.isnan(of_source) | (of_source <= options.knockdown_cell_residual * base[codes])
+        stay = (codes >= 0) & (~judge[codes] | (weak[codes] & low.all(axis=1)))
+        left_cells += np.bincount(arm[codes[stay]], minlength=len(cells))
         stays.append(stay)
     enough = ~judge | (left_cells[arm] >= options.knockdown_min_cells)
-    notes, lost = [], defaultdict(int)
+    notes: list[str] = []
+    lost: dict[int, int] = defaultdict(int)
     for source, stay in zip(sources, stays):
         stay &= enough[source.codes]
         gone = (source.codes >= 0) & ~stay

@@ -12,6 +12,7 @@ import pandas as pd
 
 from pertstate._version import __version__
 from pertstate.base.constants import Normalize, Values
+from pertstate.base.files import whole_file
 from pertstate.data.cells import GROUP_KEYS, with_rows
 
 
@@ -38,9 +39,9 @@ class Manifest:
         genes (`list[str]`): names of the genes, in the order of the gene ids.
         reading (`dict`): how the files were read: `perturbation_key`, `control`, `context_key`, `batch_key`, `input`,
             `gene_input` and `combination_separator`, see [`StateProcessor`].
-        expression (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`; None where there is none.
+        expression (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`; None if there is none.
         layout (`str`): `"sparse"` or `"dense"` expression.
-        dtype (`str`): type of the expression values, or of the embedding where there is no expression.
+        dtype (`str`): type of the expression values, or of the embedding if there is no expression.
         embedding_dim (`int`, *optional*): dimensions of the embedding.
         normalize (`str`), target_sum (`float`): what a model's processor does with the expression by default.
         vocabularies (`dict[str, list[str]]`): the names of `dataset`, `context`, `perturbation` and `batch`.
@@ -50,6 +51,7 @@ class Manifest:
         sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
         highly_variable (`int`, *optional*): how many highly variable genes were chosen.
         notes (`list[str]`): what was left out, and why.
+        format_version (`int`), pertstate_version (`str`): of the layout, and of the package that wrote the store.
     """
 
     cells: int
@@ -74,8 +76,8 @@ class Manifest:
     def from_file(cls, path: Path) -> "Manifest":
         """
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or of a later version.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, or of a later version.
         """
         if not path.is_file():
             raise FileNotFoundError(
@@ -90,7 +92,7 @@ class Manifest:
 
     @classmethod
     def from_text(cls, text: str, path: str | os.PathLike) -> "Manifest":
-        """The manifest in a text; `path` is for errors."""
+        """The manifest in a text; `path` is named in errors."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -139,7 +141,7 @@ class Manifest:
         return [name for name, fit in fits.items() if not fit]
 
     def _groups_fit(self) -> bool:
-        """Whether the groups are in order, each once, with codes of names that there are, one after another."""
+        """Whether the groups follow one another in order, each stands once, and all codes are those of known names."""
         keys, groups = [name for name in GROUP_KEYS if name in self.vocabularies], self.groups
         if not isinstance(groups, dict) or set(groups) != {*keys, "offset", "length"}:
             return False
@@ -152,10 +154,9 @@ class Manifest:
         return known and follow and min(lengths, default=0) > 0 and all(a < b for a, b in zip(codes, codes[1:]))
 
     def write(self, path: Path):
-        """Write the JSON beside and rename it."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self._text, encoding="utf-8")
-        os.replace(partial, path)
+        """Write the JSON file, whole or not at all."""
+        with whole_file(path) as partial:
+            partial.write_text(self._text, encoding="utf-8")
 
     @property
     def _text(self) -> str:
@@ -163,7 +164,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Of the file that [`Manifest.write`] writes, which holds the SHA-256 of every file of the store."""
+        """The SHA-256 of the file that [`Manifest.write`] writes. That file holds the SHA-256 of every file of the store."""
         return hashlib.sha256(self._text.encode()).hexdigest()
 
     def group_table(self) -> pd.DataFrame:
@@ -194,12 +195,13 @@ def _is_list(value, of: type) -> bool:
 
 def _is_shard(shard: dict) -> bool:
     file = shard.get("file")
-    # Knows the separators and drives of every system.
-    place = PureWindowsPath(file) if isinstance(file, str) else None
-    inside = place is not None and bool(place.name) and not place.anchor and ".." not in place.parts
+    if not isinstance(file, str) or "\0" in file:
+        return False
+    place = PureWindowsPath(file)  # knows the separators and drives of every system
     return (
-        inside
-        and "\0" not in file
+        bool(place.name)
+        and not place.anchor
+        and ".." not in place.parts
         and isinstance(shard.get("sha256"), str)
         and _is_count(shard.get("cells"), 1)
         and _is_count(shard.get("bytes"), 1)
@@ -207,12 +209,12 @@ def _is_shard(shard: dict) -> bool:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A file itself, or the files of a folder in order, as of a `.zarr`."""
+    """The file itself, or all files of a folder (a `.zarr`), in order."""
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """The SHA-256 of some files, one after another, read block by block."""
+    """One SHA-256 of some files, taken one after another; they are read block by block."""
     digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:

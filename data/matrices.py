@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -21,23 +22,25 @@ _COMPRESSED = ("csr_matrix", "csr", "csc_matrix", "csc")  # encodings, today's a
 
 class RowReader:
     """
-    Rows of a matrix on disk, as ndarray or CSR. Rows near one another are read in one go, with those between them,
-    but never more than `_block` rows at once.
+    Rows of a matrix on disk, as ndarray or CSR. Rows that are near one another are read in one go, together with those
+    between them, but never more than `_block` rows at once.
 
-    Dense and CSR matrices are read row by row. The rows of a CSC matrix do not stand together: one of more than
+    Dense and CSR matrices are read row by row. A CSC matrix does not hold its rows together: one of more than
     `_in_memory` bytes is first transposed into a temporary file.
 
     Args:
         node: dataset, array or group of the matrix.
         is_group (`bool`): whether it is a group (sparse, or a table).
         name (`str`): of the matrix in its file, for errors.
-        expected (`tuple`): shape that the rest of the file says it has; None where any will do.
-        reading (`Callable`): gives the context manager that turns errors of reading into one that names the file.
+        expected (`tuple`): the shape that it must have by the rest of the file; None for a size that may be any.
+        reading (`Callable`): makes the context manager that turns errors of reading into one that names the file.
     """
 
     _gap, _block, _in_memory = 64, 512, 1 << 27
 
-    def __init__(self, node, is_group: bool, name: str, expected: tuple, reading: Callable[[], AbstractContextManager]):
+    def __init__(
+        self, node: Any, is_group: bool, name: str, expected: tuple, reading: Callable[[], AbstractContextManager]
+    ):
         self._node, self._is_group, self._name, self._expected, self._reading = node, is_group, name, expected, reading
         self._temporary: tempfile.TemporaryDirectory | None = None
 
@@ -52,7 +55,7 @@ class RowReader:
         return matrix
 
     def check(self):
-        """ValueError where the arrays of a sparse matrix contradict one another; reads neither values nor indices."""
+        """ValueError if the arrays of a sparse matrix contradict one another. Neither values nor indices are read."""
         if self._is_group and self._encoding() in _COMPRESSED:
             with self._reading():
                 CSRMatrix(self._node, self._name, transposed=self._encoding().startswith("csc"))
@@ -101,7 +104,7 @@ class RowReader:
             return sp.vstack(parts, format="csr") if sp.issparse(parts[0]) else np.concatenate(parts)
 
     def blocks(self, values: int = 1 << 23, cells: int = 1 << 14) -> list[slice]:
-        """Consecutive rows that hold at most so many values and cells each, one row at least; all rows in order."""
+        """All rows in order, cut into blocks of at most this many values and cells, and of at least one row."""
         with self._reading():
             matrix = self._matrix
             if isinstance(matrix, (CSRMatrix, sp.csr_matrix)):
@@ -110,17 +113,17 @@ class RowReader:
             return [slice(i, min(i + step, matrix.shape[0])) for i in range(0, matrix.shape[0], step)]
 
     def close(self):
-        """Remove the temporary file, where there is one."""
+        """Remove the temporary file, if there is one."""
         if self._temporary is not None:
-            if "_matrix" in self.__dict__:  # else transposing failed
+            if "_matrix" in self.__dict__:  # it is not when transposing failed
                 self._matrix.close()
             self._temporary.cleanup()
 
 
 class CSRMatrix:
     """
-    A CSR matrix in a group of arrays `data`, `indices` and `indptr`, checked where a damaged file would give wrong
-    numbers. `transposed` reads a CSC matrix as the CSR matrix of its transpose.
+    A CSR matrix in a group of arrays `data`, `indices` and `indptr`. It is checked for damage that would give wrong
+    numbers. With `transposed`, a CSC matrix is read as the CSR matrix of its transpose.
 
     Raises:
         ValueError: the arrays contradict one another.
@@ -184,8 +187,8 @@ class CSRMatrix:
 
 def check_chunks(array, name: str):
     """
-    ValueError where chunks of an array are gone. They read as zeros or empty text, and zarr leaves chunks out that hold
-    nothing else: this is for arrays that never do.
+    ValueError if chunks of an array are missing. A missing chunk reads as zeros or empty text, and zarr does not write
+    chunks that hold nothing else. So this is for arrays that have no such chunks.
     """
     if not isinstance(array, h5py.Dataset):
         expected, found = array.nchunks, array.nchunks_initialized
@@ -199,7 +202,7 @@ def check_chunks(array, name: str):
 
 
 def split_rows(indptr: np.ndarray, values: int, cells: int) -> list[slice]:
-    """Consecutive rows of a CSR matrix with at most so many values and rows each, one row at least."""
+    """The rows of a CSR matrix, cut into blocks of at most this many values and rows, and of at least one row."""
     blocks, start, rows = [], 0, len(indptr) - 1
     while start < rows:
         stop = int(np.searchsorted(indptr, indptr[start] + values, side="right")) - 1
@@ -211,12 +214,13 @@ def split_rows(indptr: np.ndarray, values: int, cells: int) -> list[slice]:
 
 def rows_of_columns(columns: CSRMatrix, folder: Path, values: int = 1 << 22) -> CSRMatrix:
     """
-    The rows of a CSC matrix as a CSR matrix in a temporary file, with about `values` values in memory.
+    A CSC matrix turned into a CSR matrix in a temporary file, with about `values` values in memory.
 
-    The columns are read once and their entries dealt out to files by ranges of rows; each of these is then sorted.
+    The columns are read once. Their entries are dealt out to files, one for each range of rows; then each of these files
+    is sorted.
 
     Args:
-        columns ([`CSRMatrix`]): the transpose, as stored.
+        columns ([`CSRMatrix`]): the transpose, as it is stored.
         folder (`Path`): for the temporary files.
     """
     num_columns, num_rows = columns.shape

@@ -1,4 +1,4 @@
-"""Reading perturbation features (protein embeddings, chemical fingerprints, ..): a file with a vector for each name."""
+"""Reading perturbation features (protein embeddings, chemical fingerprints, ..) from a file with a vector for each name."""
 
 import csv
 import json
@@ -24,21 +24,21 @@ from pertstate.base.vocabulary import (
 
 def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
     """
-    The vectors of a file, by the name of their perturbation.
+    Read the vectors of perturbations from a file.
 
-    - `.safetensors`: a tensor (P,) for each name; or the tensor `features` (N, P) with a JSON list of the N names in the
-      metadata, under `names`, as a checkpoint holds them.
+    - `.safetensors`: a tensor (P,) for each name; or, as in a checkpoint, the tensor `features` (N, P) with a JSON list of
+      the N names in the metadata, under `names`.
     - `.npz`: an array (P,) for each name; or the two arrays `names` (N,) and `features` (N, P). No pickled objects.
-    - `.csv`: a header row, then the name and P numbers in each row.
+    - `.csv`: a header row, then one row for each name: the name and P numbers.
     - `.parquet`: one column (or index) of names, and P columns of numbers, or one column of lists of P numbers.
 
     Args:
-        path: the file; its ending says which of these it is.
+        path: the file. The ending of its name says which of these it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the ending is another; the file is not whole or laid out otherwise; a value is not a finite number;
-            widths differ; a name stands twice or is blank.
+        ValueError: the file has another ending, is not whole or is laid out in another way; a value is not a finite
+            number; the widths differ; a name stands twice or is blank.
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -56,7 +56,7 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
 
 
 def _stack(vectors: dict[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
-    """Names and matrix of a vector each."""
+    """The names, and the matrix of their vectors."""
     if not vectors:
         raise ValueError("expected a vector for each perturbation, found none")
     for name, vector in vectors.items():
@@ -124,7 +124,7 @@ def _read_csv(path: Path):
 
 
 def _check_header(header: list[str]):
-    """The first row is the names of columns: a perturbation there would be lost."""
+    """ValueError if the first row does not name columns: a perturbation in it would be lost."""
     if len(header) < 2:
         raise ValueError(f"expected a column of names and columns of numbers, found the columns {header}")
     try:
@@ -146,7 +146,7 @@ def _read_parquet(path: Path):
         raise ValueError(f"cannot be read as parquet ({error})") from error
     index = [name for name in (table.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
     text = [field.name for field in table.schema if _is_text(field.type)]
-    # Where rows were left out of a frame with numbered rows, the numbers are stored too; they are no feature.
+    # A frame whose numbered rows are not all there is stored with its row numbers, which are no feature.
     values = [field for field in table.schema if field.name not in {*text, *index}]
     if len(text) != 1:
         raise ValueError(f"expected one column (or index) of names, found {len(text)}: {some(text)}")

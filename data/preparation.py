@@ -1,19 +1,20 @@
 """
-Files to a cell store, whatever their size: each file is read from front to back (once more where genes are chosen or
-knock-downs judged), its cells dealt out to the shards that they belong to, and each shard sorted by itself.
+Files to a cell store, whatever their size. Each file is read from front to back, and once more for each of these: genes
+are chosen, knock-downs are judged. Its cells are dealt out to the shards that they belong to, and each shard is sorted.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pertstate.base.cell_values import (
+    TARGET_SUM,
     kind_of_values,
     listed_genes,
     matrix_of,
@@ -32,6 +34,7 @@ from pertstate.base.cell_values import (
     take_rows,
 )
 from pertstate.base.constants import Normalize, Split, Values
+from pertstate.base.files import partial_of
 from pertstate.base.messages import closest, some
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on, with_rows
@@ -76,15 +79,15 @@ def prepare(
     quiet: bool = False,
 ) -> CellStore:
     """
-    Make a cell store of the files that a run names. Memory stays bounded, whatever their size; a kill, an error or a
-    full disk leaves no store.
+    Make a cell store of the files that a run names. Memory stays bounded, whatever the size of the files. A kill, an
+    error or a full disk leaves no store.
 
     Args:
         data ([`DataArguments`]): the files, how to read them, and what is held out: genes are chosen on training cells
             alone.
-        output: folder to write. It appears whole or not at all.
-        options ([`PrepareArguments`], *optional*): how it is laid out.
-        num_proc (`int`): processes, each reading a file at a time. The store is the same for any number.
+        output: the folder to write. It appears whole or not at all.
+        options ([`PrepareArguments`], *optional*): how the store is laid out.
+        num_proc (`int`): number of processes, each of which reads one file at a time. The store does not depend on it.
         quiet (`bool`): no progress bars.
 
     Raises:
@@ -108,12 +111,12 @@ def prepare(
 
 @contextmanager
 def _building(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends well, and is gone otherwise."""
+    """A folder that becomes `output` when the block ends without error, and is removed after an error."""
     if output.exists():
         raise FileExistsError(f"{output} exists; remove it, or write the store elsewhere")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    partial_folder = output.with_name(output.name + ".partial")
+    partial_folder = partial_of(output)
     partial_folder.mkdir(exist_ok=True)
     lock = FileLock(partial_folder / ".lock")
     try:
@@ -121,7 +124,7 @@ def _building(output: Path) -> Iterator[Path]:
     except Timeout as error:
         raise ValueError(f"another process is preparing {output}; wait for it, or write elsewhere") from error
     try:
-        for left in partial_folder.iterdir():  # by a process that was killed
+        for left in partial_folder.iterdir():  # of a process that was killed
             if left.name != ".lock":
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield partial_folder
@@ -142,7 +145,7 @@ def _building(output: Path) -> Iterator[Path]:
 
 @dataclass
 class _Layout:
-    """How the cells are laid out; every process that reads or writes some of them gets it."""
+    """How the cells are laid out. Every process that reads or writes cells gets a copy."""
 
     groups: pd.DataFrame
     sizes: np.ndarray
@@ -167,11 +170,12 @@ class _Plan:
     sources: list[Source]
     layout: _Layout
     reader: StateProcessor
+    target_sum: float
     highly_variable: int | None
     notes: list[str]
 
     def next_places(self) -> list[np.ndarray]:
-        """For each source the place of its first cell of each group: cells of a group stand in the order of files."""
+        """For each source, the place of its first cell of each group: the cells of a group are in the order of files."""
         sizes = self.layout.sizes
         place = np.cumsum(sizes) - sizes
         places = []
@@ -191,7 +195,7 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
     if recipe.expression is not None:
         for source in sources:
             with naming(source.path):
-                shared_genes([source])  # says which file has no genes, or one twice
+                shared_genes([source])  # raises, with the name of the file, if it has no genes or one twice
         reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
         recipe.genes = [str(gene) for gene in shared_genes(sources)]
         everything = set().union(*(source.var_names for source in sources))
@@ -205,35 +209,36 @@ def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet:
     def trained_groups() -> np.ndarray:
         return trained_on(assign_splits(with_rows(groups, sizes), splits, reader.control), splits)
 
+    target_sum: float = TARGET_SUM
     if data.target_sum is not None:
         with bar(desc="count") as progress:
-            reader.target_sum = resolve_target_sum(
+            target_sum = resolve_target_sum(
                 data.target_sum,
                 reader.normalize,
-                recipe.expression or recipe.embedding,
+                recipe.matrices[0],
                 lambda: _totals(sources, recipe, trained_groups(), progress.update),
             )
     if options.knockdown_filter:
         if recipe.expression is None:
             raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
         with bar(desc="judge knock-downs") as progress:
-            notes += filter_knockdowns(sources, groups, recipe, reader, options, reader.target_sum, progress.update)
+            notes += filter_knockdowns(sources, groups, recipe, reader, options, target_sum, progress.update)
         groups, sizes = drop_empty(sources, groups)
     genes = data.chosen_genes() if recipe.expression is not None else None
     variable = genes if isinstance(genes, int) else None
     if variable is not None:
         wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_groups()
         with bar(desc="choose genes") as progress:
-            recipe.genes = _variable_genes(sources, recipe, wanted, variable, reader.target_sum, progress.update)
+            recipe.genes = _variable_genes(sources, recipe, wanted, variable, target_sum, progress.update)
     elif genes is not None:
         recipe.genes = listed_genes(genes, pd.Index(recipe.genes))
     columns = _obs_columns(sources, reader, options.obs_columns, notes)
     layout = _Layout(groups, sizes, recipe, options, columns, _cells_of_shard(sources, recipe, options))
-    return _Plan(sources, layout, reader, variable, notes)
+    return _Plan(sources, layout, reader, target_sum, variable, notes)
 
 
 def _check_groups(sources: list[Source], groups: pd.DataFrame, data: DataArguments) -> tuple[pd.DataFrame, np.ndarray]:
-    """The groups that have cells, and their sizes. ValueError where a context, the controls or all cells are missing."""
+    """The groups that have cells, and their sizes. ValueError if a context, the controls or all cells are missing."""
     for context in data.contexts or ():
         if context not in set(groups["context"]):
             found = sorted(groups["context"].unique())
@@ -259,7 +264,7 @@ def _recipe(data: DataArguments) -> Recipe:
 
 
 def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple[str, str]:
-    """(normalize, what the expression is); every cell is checked against it later."""
+    """`normalize`, and what the expression is. Every cell is checked against it later."""
     found = set()
     for source in sources:
         with AnnDataFile(source.path) as data, naming(source.path):
@@ -269,8 +274,8 @@ def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple
 
 
 def _totals(sources: list[Source], recipe: Recipe, wanted: np.ndarray, progress: Callable) -> np.ndarray:
-    """Counts of each cell of the groups that are wanted."""
-    totals = [np.empty(0)]
+    """The total counts of each cell of the wanted groups."""
+    totals: list = [np.empty(0)]
     for source in sources:
         with open_source(source, recipe) as reading:
             for rows, block in reading.blocks(wanted):
@@ -294,7 +299,7 @@ def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, ta
 
 
 def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:
-    """The columns of `obs` to keep, and the type that holds each in all files, an alias of Arrow."""
+    """The columns of `obs` to keep, each with the type that holds its values of all files, by Arrow's name for it."""
     labels = {reader.perturbation_key, reader.context_key, reader.batch_key}
     kinds: dict[str, set[str]] = {}
     for source in sources:
@@ -333,7 +338,7 @@ def _kind_of_column(dtype) -> str:
 
 
 def _cells_of_shard(sources: list[Source], recipe: Recipe, options: PrepareArguments) -> int:
-    """How many cells make a shard of the size asked for, from the first cells of each file."""
+    """How many cells make a shard of the size that is asked for, judged by the first cells of each file."""
     of_cell, cells = 0.0, 0
     for source in sources:
         with open_source(source, recipe) as reading:
@@ -481,7 +486,7 @@ def _write_shard(
 
 
 def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
-    """A column as it stands in the store."""
+    """A column in the type that it has in the store."""
     if name == GENE_VALUES:
         return pa.ListArray.from_arrays(column.offsets, column.values.cast(value_type))
     if name in (EXPRESSION, EMBEDDING):
@@ -492,11 +497,11 @@ def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
     return column
 
 
-# What is said of the store
+# The files that describe the store
 
 
 def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
-    """`store.json`, and the two files by which `datasets.load_from_disk` knows the folder."""
+    """Write `store.json`, and the two files by which `datasets.load_from_disk` knows the folder."""
     vocabularies, groups = {}, {}
     for name in plan.layout.groups.columns:
         names, codes = np.unique(plan.layout.groups[name].to_numpy(), return_inverse=True)
@@ -517,7 +522,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
         dtype=np.dtype(values.to_pandas_dtype()).name,
         embedding_dim=schema.field(EMBEDDING).type.list_size if EMBEDDING in schema.names else None,
         normalize=plan.reader.normalize,
-        target_sum=plan.reader.target_sum,
+        target_sum=plan.target_sum,
         vocabularies=vocabularies,
         groups=groups,
         shards=shards,
@@ -545,7 +550,7 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
     from datasets import DatasetInfo, Features
 
     DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": shard["file"]} for shard in shards],
         "_fingerprint": hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16],
         "_format_columns": None,
@@ -557,7 +562,9 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def _do(jobs: list[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False) -> list:
+def _do(
+    jobs: Sequence[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False
+) -> list:
     """The results of all jobs, in order, with a progress bar of cells."""
     with tqdm(total=sum(sizes), unit="cells", unit_scale=True, disable=quiet, desc=what) as bar:
         if num_proc == 1 or len(jobs) == 1:
@@ -566,7 +573,7 @@ def _do(jobs: list[Callable], sizes: list[int], what: str, num_proc: int, quiet:
                 results.append(job(progress=bar.update) if inner_progress else job())
                 bar.update(0 if inner_progress else size)
             return results
-        # Not forked: the threads of Arrow and of torch do not survive a fork.
+        # Spawned, as the threads of Arrow and of torch do not survive a fork.
         with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)

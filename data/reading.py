@@ -1,10 +1,11 @@
-"""Reading `.h5ad` and `.zarr` files bit by bit, with one clear error for a file that is not whole."""
+"""Reading parts of `.h5ad` and `.zarr` files, with one clear error for a file that is not whole."""
 
 import os
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -71,8 +72,8 @@ class AnnDataFile:
     An `.h5ad` or `.zarr` on disk whose labels, matrices, layers and embeddings are read row by row: bounded memory,
     whatever its size.
 
-    Has the attributes of an AnnData that [`StateProcessor`] reads (`obs`, `var_names`, `obs_names`, `n_obs`, `X`,
-    `layers`, `obsm`, `uns`), and [`AnnDataFile.obs_rows`]. Use as a context manager.
+    It has the attributes of an AnnData that [`StateProcessor`] reads (`obs`, `var_names`, `obs_names`, `n_obs`, `X`,
+    `layers`, `obsm`, `uns`), and [`AnnDataFile.obs_rows`]. Use it as a context manager.
 
     Raises:
         FileNotFoundError, ValueError: as [`read_h5ad`].
@@ -80,6 +81,10 @@ class AnnDataFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = _existing(path)
+        # Of h5py or of zarr, which answer alike.
+        self._file: Any
+        self._groups: Any
+        self._obs: Any
         with ExitStack() as on_error, self._reading():
             if self.path.is_dir():
                 import zarr  # not needed, and slow to import, for files in HDF5
@@ -112,7 +117,7 @@ class AnnDataFile:
     def _readers(self, name: str, genes: bool) -> dict[str, RowReader]:
         if name not in self._file:
             return {}
-        if not isinstance(self._file[name], self._groups):  # as obs, one table of all
+        if not isinstance(self._file[name], self._groups):  # one table of all, in files before 2019
             return {
                 key: RowReader(self._file[name][key], False, f"{name}/{key}", (self.n_obs, None), self._reading)
                 for key in self._file[name].dtype.names
@@ -169,7 +174,7 @@ class AnnDataFile:
             return pd.Categorical.from_codes(node["codes"][rows], self._categories(name))
         if isinstance(node, self._groups):
             self._check_length(self._small(name), name)
-            return self._small(name)[rows]  # nullable numbers, and what else a table may hold
+            return self._small(name)[rows]  # nullable numbers, or anything else that a table may hold
         self._check_length(node, name)
         if isinstance(node, h5py.Dataset) and h5py.check_string_dtype(node.dtype) is not None:
             return node.asstr()[rows]
@@ -212,7 +217,7 @@ class AnnDataFile:
 
 @dataclass
 class _Labelled:
-    """Labels of some cells, as [`StateProcessor.labels`] reads them."""
+    """Some cells with what [`StateProcessor.labels`] reads of them."""
 
     obs: pd.DataFrame
 
@@ -222,7 +227,7 @@ class _Labelled:
 
 
 def read_labels(data: AnnDataFile, reader: StateProcessor, rows: slice = slice(None)) -> pd.DataFrame:
-    """[`StateProcessor.labels`] of a range of cells, reading the columns that it needs and no other."""
+    """[`StateProcessor.labels`] of a range of cells. Only the columns that it needs are read."""
     keys = (reader.perturbation_key, reader.context_key, reader.batch_key)
     wanted = list(dict.fromkeys(key for key in keys if key is not None))
     if not set(wanted) <= set(data.obs_columns):
@@ -246,7 +251,7 @@ def _table(node) -> pd.DataFrame:
 
 
 def _native(table: pd.DataFrame) -> pd.DataFrame:
-    """Its numbers in the byte order of this machine, the only one that pandas computes with."""
+    """The table with its numbers in the byte order of this machine: pandas computes with no other."""
     dtypes = {name: column.dtype for name, column in table.items() if isinstance(column.dtype, np.dtype)}
     foreign = {name: dtype.newbyteorder("=") for name, dtype in dtypes.items() if not dtype.isnative}
     return table.astype(foreign) if foreign else table
@@ -254,7 +259,7 @@ def _native(table: pd.DataFrame) -> pd.DataFrame:
 
 @contextmanager
 def naming(path: Path):
-    """Errors about the content of a file name it: a run may read many."""
+    """Puts the name of the file into errors about its content: a run may read many files."""
     try:
         yield
     except (KeyError, ValueError) as error:

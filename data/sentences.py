@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 
 from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.messages import closest
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 
 
@@ -30,29 +30,29 @@ class Group:
     controls: range
 
 
-class SentenceDataset(Dataset):
+class SentenceDataset(TrainingSentences):
     """
     Sentences of one split, drawn anew each epoch.
 
     A sentence is up to `set_size` perturbed cells of one [`Group`] and as many control cells of the same dataset and
-    context (and batch). In an epoch each perturbed cell stands in exactly one sentence (unless `sentences_per_group`
-    says else); controls are drawn without replacement within a sentence. The order and the draws depend on `seed` and
-    the epoch alone, and are the same whether the cells lie in memory or in a store.
+    context (and batch). In an epoch each perturbed cell stands in exactly one sentence, unless `sentences_per_group`
+    is another than `"proportional"`. Controls are drawn without replacement within a sentence. The order and the draws
+    depend on `seed` and the epoch alone, and are the same whether the cells lie in memory or in a store.
 
-    A loader asks for a whole batch at once, which is read in one go and comes out collated; the workers of a loader
-    share the memory map of a store.
+    A loader gets a whole batch at once: it is read in one go, and is collated already. The workers of a loader share the
+    memory map of a store.
 
     Args:
         cells ([`Cells`]): features and groups.
         processor ([`StateProcessor`]): encodes the labels.
         split (`str`): `"train"`, `"val"` or `"test"`.
         set_size (`int`): cells of a sentence.
-        seed (`int`): of the draws.
+        seed (`int`): seed of the draws.
         control_matching (`str`): which controls belong to a perturbed cell.
 
             - `"context"`: those of its dataset and context
             - `"batch"`: those of its dataset, context and batch; where there are none, those of its dataset and context
-              (the cells concerned are counted in `num_without_batch_controls`, and logged)
+              (`num_without_batch_controls` counts the cells that this concerns, and the log says how many)
         small_groups (`str`): what becomes of a group with fewer cells than `set_size`.
 
             - `"pad"`: a shorter sentence, padded with a mask in its batch
@@ -66,13 +66,14 @@ class SentenceDataset(Dataset):
         sentences_per_group (`str`): how groups are weighted in a training epoch.
 
             - `"proportional"`: each cell stands in one sentence
-            - `"equal"`: every group gives as many sentences as the average group has: of a larger one some cells wait
-              for another epoch, those of a smaller one stand in several sentences
-            - `"capped"`: as `"proportional"`, but at most `sentence_cap` sentences; the other cells wait
-        sentence_cap (`int`, *optional*): most sentences of a group, with `"capped"`.
-        shuffle (`bool`): shuffle cells and sentences each epoch. Off, sentences stand group by group.
-        multiple_of (`int`): leave out the last few sentences of each epoch so that their number is a multiple of this
-            (the sentences of an optimiser step); the next epoch draws anew.
+            - `"equal"`: every group gives as many sentences as the average group has. Of a larger group, some cells wait
+              for another epoch; the cells of a smaller group stand in several sentences
+            - `"capped"`: as `"proportional"`, but at most `sentence_cap` sentences of a group; its other cells wait for
+              another epoch
+        sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
+        shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
+        multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
+            step). The few sentences that are too many are left out; the next epoch draws anew.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -163,7 +164,7 @@ class SentenceDataset(Dataset):
         else:
             wanted = counts if self._cap is None else np.minimum(counts, self._cap)
         # Rows of all sentences one after another: arrays, so that the processes of a loader share them.
-        rows, sizes = [], []
+        rows, of_groups = [], []
         for group, count, number in zip(self.groups, counts, wanted):
             for first in range(0, number, count):
                 size = len(group.rows)
@@ -172,8 +173,8 @@ class SentenceDataset(Dataset):
                 of_sentence[: size % count] += 1
                 of_sentence = of_sentence[: number - first]
                 rows.append((drawn[: of_sentence.sum()] + group.rows.start).astype(self._row_type))
-                sizes.append(of_sentence)
-        self._rows, sizes = np.concatenate(rows), np.concatenate(sizes)
+                of_groups.append(of_sentence)
+        self._rows, sizes = np.concatenate(rows), np.concatenate(of_groups)
         stops = np.cumsum(sizes)
         order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
         order = order[: len(sizes) // self.multiple_of * self.multiple_of]
@@ -182,10 +183,17 @@ class SentenceDataset(Dataset):
         self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
 
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
-        """Counts and sums of the training cells and of their controls, each cell once; see [`GroupSums.of_cells`]."""
+        cells = self.training_cells()
+        return GroupSums.of_cells(cells.features, cells.groups, self.processor.control, part, parts, progress)
+
+    def training_cells(self) -> Cells:
         groups = self.cells.groups
-        groups = groups[groups["split"].isin([Split.TRAIN, Split.CONTROL])]
-        return GroupSums.of_cells(self.cells.features, groups, self.processor.control, part, parts, progress)
+        training = groups["split"].isin([Split.TRAIN, Split.CONTROL])
+        return Cells(self.cells.features, self.cells.genes, groups[training])
+
+    @property
+    def num_sentences(self) -> int:
+        return len(self)
 
     def __len__(self) -> int:
         return len(self._group)
@@ -214,7 +222,7 @@ class SentenceDataset(Dataset):
         sizes = np.array([len(targets) for _, targets, _ in drawn])
         shape = (len(drawn), int(sizes.max()))
         mask = np.arange(shape[1]) < sizes[:, None]
-        targets, controls = ([rows[i] for rows in drawn] for i in (1, 2))
+        targets, controls = [rows for _, rows, _ in drawn], [rows for _, _, rows in drawn]
         batch = {
             CONTROL_CELLS: self._padded(self.cells.features, controls, shape),
             LABELS: self._padded(self.cells.features, targets, shape),
@@ -260,8 +268,8 @@ class SentenceBatch(dict):
 
 class SentenceCollator:
     """
-    Sentences to one batch: cells padded to the longest sentence, with `cell_mask` where any is shorter. A batch that is
-    collated already ([`SentenceBatch`]) stays as it is.
+    Makes one batch of sentences: cells are padded to the longest sentence, and `cell_mask` is there where any is shorter.
+    A batch that is collated already ([`SentenceBatch`]) stays as it is.
 
     Example:
     ```python

@@ -1,4 +1,4 @@
-"""A simulated screen: counts of cells of several contexts under single and combined perturbations."""
+"""A simulated screen: counts of cells in several contexts, under single and combined perturbations."""
 
 import anndata as ad
 import numpy as np
@@ -18,18 +18,20 @@ def simulate_screen(
     seed: int = 0,
 ) -> ad.AnnData:
     """
-    Cells with gene programmes. Contexts differ in programme activity, those of one lineage less than others; a
-    perturbation moves a few programmes and genes, the more the higher the context's activity of one programme (its
-    "receptor"), so that how a context responds can be read off its unperturbed cells and those of its relatives.
-    Counts are Gamma-Poisson with a per-cell depth.
+    Simulate a screen of cells with gene programmes.
+
+    Contexts differ in the activity of their programmes; contexts of one lineage differ less. A perturbation moves a few
+    programmes and genes. It moves them more in a context where one programme, its "receptor", is more active. So the
+    response of a context can be learned from its unperturbed cells and from contexts of its lineage. Counts are
+    Gamma-Poisson, with a depth for each cell.
 
     Args:
-        num_contexts, num_perturbations, num_genes, cells_per_group, num_batches, num_lineages (`int`): sizes. Each
-            context has `cells_per_group` cells of each perturbation and twice as many control cells.
-        combinations (`list[tuple[int, int]]`, *optional*): pairs of perturbations also applied together; their
+        num_contexts, num_perturbations, num_genes, num_batches, num_lineages (`int`): how many there are.
+        cells_per_group (`int`): cells of each perturbation in each context; there are twice as many control cells.
+        combinations (`list[tuple[int, int]]`, *optional*): pairs of perturbations that are also applied together. Their
             effects add up on the log scale.
         effect (`float`): strength of the perturbations, on the log scale.
-        seed (`int`): of everything.
+        seed (`int`): the same seed gives the same screen.
 
     Returns:
         `AnnData`: X counts (CSR float32); obs `perturbation` ("control", "pert_0", .., "pert_0+pert_1"), `cell_type`
@@ -51,14 +53,14 @@ def simulate_screen(
     receptors = rng.integers(num_programmes, size=num_perturbations)
     batches = rng.normal(0, 0.1, (num_batches, num_genes))
 
-    arms = [("control", (), 2 * cells_per_group)]
+    arms: list[tuple[str, tuple[int, ...], int]] = [("control", (), 2 * cells_per_group)]
     arms += [(f"pert_{p}", (p,), cells_per_group) for p in range(num_perturbations)]
     arms += [(f"pert_{a}+pert_{b}", (a, b), cells_per_group) for a, b in combinations or []]
-    counts, obs = [], []
+    counts, frames = [], []
     for c in range(num_contexts):
         response = 2 / (1 + np.exp(-2 * contexts[c, receptors]))
         for name, parts, n in arms:
-            move = sum((response[p] * moves[p] for p in parts), np.zeros(num_genes))
+            move = sum((response[part] * moves[part] for part in parts), np.zeros(num_genes))
             batch = rng.integers(num_batches, size=n)
             activity = contexts[c] + rng.normal(0, 0.3, (n, num_programmes))
             log_rate = base + activity @ loadings + batches[batch] + move
@@ -66,10 +68,10 @@ def simulate_screen(
             depth = rng.lognormal(0.0, 0.25, (n, 1)) * 3 * num_genes
             mean = depth * rate / rate.sum(axis=1, keepdims=True)
             counts.append(sp.csr_matrix(rng.poisson(rng.gamma(4.0, mean / 4.0)).astype(np.float32)))
-            obs.append(
+            frames.append(
                 pd.DataFrame({"perturbation": name, "cell_type": f"type_{c}", "batch": [f"b{b}" for b in batch]})
             )
-    obs = pd.concat(obs, ignore_index=True)
+    obs = pd.concat(frames, ignore_index=True)
     obs.index = [f"cell_{i}" for i in range(len(obs))]
     return ad.AnnData(
         sp.vstack(counts, format="csr"),

@@ -1,4 +1,4 @@
-"""The files that a store is made of, read block by block: checked values and the group of every cell."""
+"""The files that a store is made of, read block by block, with checked values and the group of every cell."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,19 +51,24 @@ class Source:
 @dataclass
 class Recipe:
     """
-    What is read of each file.
+    What is read from each file.
 
     Args:
         expression (`str`, *optional*): where expression is, `"X"` or `"layers/NAME"`.
         embedding (`str`, *optional*): where the embedding is, `"obsm/NAME"`.
         kind (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`.
-        genes (`list[str]`): the genes taken, in order.
+        genes (`list[str]`): the genes that are taken, in order.
     """
 
     expression: str | None
     embedding: str | None
     kind: str | None
     genes: list[str]
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of what is read, one or both."""
+        return [name for name in (self.expression, self.embedding) if name is not None]
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Block:
     Args:
         rows (`np.ndarray`): their rows in the file.
         codes (`np.ndarray`): their groups.
-        expression (`scipy.sparse.csr_matrix`, *optional*): `(cells, genes)`, as it is in the file.
+        expression (`scipy.sparse.csr_matrix`, *optional*): `(cells, genes)`, as it stands in the file.
         totals (`np.ndarray`, *optional*): of counts, each cell's sum over all genes of the file, float64.
         embedding (`np.ndarray`, *optional*): `(cells, dimensions)` float32.
     """
@@ -86,11 +91,12 @@ class Block:
     embedding: np.ndarray | None
 
     def log1p(self, target_sum: float) -> sp.csr_matrix:
-        """Its expression as a model sees it."""
+        """The block's expression as a model sees it; the block must have some."""
+        stored: sp.csr_matrix = self.expression
         if self.totals is None:
-            return self.expression
-        scaled = self.expression.astype(np.float32)
-        scaled.data = normalize_counts(self.expression.data, self.totals, target_sum, np.diff(scaled.indptr))
+            return stored
+        scaled = stored.astype(np.float32)
+        scaled.data = normalize_counts(stored.data, self.totals, target_sum, np.diff(scaled.indptr))
         return scaled
 
 
@@ -102,7 +108,7 @@ def find_groups(
     perturbation (and batch).
 
     Args:
-        contexts (`list[str]`, *optional*): leave the cells of other contexts out.
+        contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
     """
     keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
     numbers: dict[tuple, int] = {}
@@ -133,8 +139,8 @@ def find_groups(
 
 
 def drop_empty(sources: list[Source], groups: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """The groups that have cells, with their sizes; the cells are numbered anew."""
-    sizes = sum(np.bincount(s.codes[s.codes >= 0], minlength=len(groups)) for s in sources)
+    """The groups that have cells, with their sizes. The codes of the sources are changed to the new numbers."""
+    sizes = np.sum([np.bincount(s.codes[s.codes >= 0], minlength=len(groups)) for s in sources], axis=0)
     number = (np.cumsum(sizes > 0) - 1).astype(np.int32)
     for source in sources:
         source.codes = np.where(source.codes >= 0, number[source.codes], -1).astype(np.int32)
@@ -150,23 +156,19 @@ class SourceReader:
             raise ValueError(
                 f"{source.path} changed while it was read: it had {len(source.codes)} cells, now {data.n_obs}"
             )
-        self._expression = self._matrix(recipe.expression)
-        self._embedding = self._matrix(recipe.embedding)
+        self._matrices: dict[str, RowReader] = {name: matrix_of(data, name) for name in recipe.matrices}
         self._columns = data.var_names.get_indexer(recipe.genes)
         if (self._columns < 0).any():
             raise ValueError(f"{source.path} changed while it was read: it lacks genes that it had")
         self._all_genes = np.array_equal(self._columns, np.arange(len(data.var_names)))
 
-    def _matrix(self, name: str | None) -> RowReader | None:
-        return None if name is None else matrix_of(self.data, name)
-
     def slices(self) -> list[slice]:
         """Ranges of rows that fit in memory."""
-        return (self._expression or self._embedding).blocks(VALUES_OF_BLOCK)
+        return self._matrices[self.recipe.matrices[0]].blocks(VALUES_OF_BLOCK)
 
     def read(self, rows: slice, wanted: np.ndarray | None = None) -> Block:
         """
-        The cells of a range of rows that are not left out.
+        The cells in a range of rows, without those that are left out.
 
         Args:
             wanted (`np.ndarray` of shape `(groups,)`, *optional*): whether a group's cells are wanted.
@@ -177,9 +179,9 @@ class SourceReader:
             keep &= wanted[codes]
         taken = np.flatnonzero(keep) + rows.start
         expression = totals = embedding = None
-        if self._expression is not None:
-            name, kind = self.recipe.expression, self.recipe.kind
-            matrix = sp.csr_matrix(take_rows(self._expression, rows))
+        name, kind = self.recipe.expression, str(self.recipe.kind)
+        if name is not None:
+            matrix = sp.csr_matrix(take_rows(self._matrices[name], rows))
             matrix = matrix if keep.all() else matrix[keep]
             check_finite(matrix, self.data, taken, name, nonnegative=True)
             if kind_of_values(matrix) not in (kind, Values.ZEROS):
@@ -194,15 +196,15 @@ class SourceReader:
                 totals = cell_totals(matrix)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
-        if self._embedding is not None:
-            values = take_rows(self._embedding, rows)
+        if self.recipe.embedding is not None:
+            values = take_rows(self._matrices[self.recipe.embedding], rows)
             values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)[keep]
             check_finite(values, self.data, taken, self.recipe.embedding)
             embedding = values
         return Block(taken, codes[keep], expression, totals, embedding)
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:
-        """All blocks in order, with their range of rows; only those that have cells which are wanted."""
+        """The blocks that hold wanted cells, in order, each with its range of rows."""
         for rows in self.slices():
             codes = self.source.codes[rows]
             if ((codes >= 0) if wanted is None else (codes >= 0) & wanted[codes]).any():

@@ -1,4 +1,4 @@
-"""Which (dataset, context, perturbation) is for training, validation and test."""
+"""Which (dataset, context, perturbation) is for training, for validation and for test."""
 
 import os
 import tomllib
@@ -10,9 +10,6 @@ from pertstate.base.messages import closest
 from pertstate.data.reading import expand_paths
 
 
-SPLITS = (Split.TRAIN, Split.VAL, Split.TEST)
-
-
 @dataclass
 class Splits:
     """
@@ -20,12 +17,15 @@ class Splits:
 
     Args:
         datasets (`dict[str, list[Path]]`): name of each dataset to its files.
-        training (`set[str]`): datasets whose remaining (context, perturbation) pairs are trained on.
-        zeroshot (`dict[tuple[str, str], str]`): (dataset, context) to `"val"` or `"test"`: all its perturbations.
+        training (`set[str]`): the datasets that are trained on, with all (context, perturbation) pairs that are not held
+            out.
+        zeroshot (`dict[tuple[str, str], str]`): (dataset, context) to `"val"` or `"test"`, for contexts that are held
+            out with all their perturbations.
         fewshot (`dict[tuple[str, str], dict[str, list[str]]]`): (dataset, context) to the perturbations held out
-            for `"val"` and `"test"`; the context's others are trained on.
-        contexts, perturbations (`dict[str, str]`): a name to `"val"` or `"test"`: held out in every dataset, and in
-            every remaining context, that has it.
+            for `"val"` and `"test"`; the other perturbations of the context are trained on.
+        contexts (`dict[str, str]`): context to `"val"` or `"test"`, for contexts held out in every dataset.
+        perturbations (`dict[str, str]`): perturbation to `"val"` or `"test"`, for perturbations held out in every dataset
+            and context, unless the context is held out itself.
     """
 
     datasets: dict[str, list[Path]]
@@ -35,8 +35,8 @@ class Splits:
     contexts: dict[str, str] = field(default_factory=dict)
     perturbations: dict[str, str] = field(default_factory=dict)
 
-    def __post_init__(self):
-        named = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
+    def __post_init__(self) -> None:
+        named: dict[str, set[str]] = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
         named["fewshot"] = {d for d, _ in self.fewshot}
         for section, names in named.items():
             for name in sorted(names - set(self.datasets)):
@@ -46,7 +46,7 @@ class Splits:
             for path in paths:
                 other = owners.setdefault(Path(path).resolve(), name)
                 if other != name:
-                    # Held out in one, its cells would be trained on in the other.
+                    # Its cells could be held out in one dataset and trained on in the other.
                     raise ValueError(f"[datasets]: {path} is in {other!r} and in {name!r}; name each file once")
         if not self.training:
             raise ValueError(f"[training] names no dataset; expected some of {sorted(self.datasets)}")
@@ -56,12 +56,12 @@ class Splits:
             if key in self.fewshot:
                 raise ValueError(f"{'.'.join(key)!r} stands in [zeroshot] and [fewshot]: leave it in one of them")
         for key, held in self.fewshot.items():
-            for split, names in held.items():
+            for split, listed in held.items():
                 if split not in (Split.VAL, Split.TEST):
                     raise ValueError(f"[fewshot.{'.'.join(key)!r}] has {split!r}: expected 'val' and 'test'")
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
                     raise ValueError(
-                        f"[fewshot.{'.'.join(key)!r}] {split} = {names!r}: expected a list of perturbation names"
+                        f"[fewshot.{'.'.join(key)!r}] {split} = {listed!r}: expected a list of perturbation names"
                     )
             both = set(held.get(Split.VAL, [])) & set(held.get(Split.TEST, []))
             if both:
@@ -73,8 +73,10 @@ class Splits:
     def from_toml(cls, path: str | os.PathLike, stored: list[str] | None = None) -> "Splits":
         """Read the sections `[datasets]`, `[training]`, `[zeroshot]` and `[fewshot."dataset.context"]`.
 
-        Dataset paths are files, folders or globs, relative ones to the working directory. With `stored`, the names of
-        the datasets of a store, the section need not be there and its paths are not looked at.
+        Args:
+            path: the TOML file. Its datasets are files, folders or globs; relative ones start at the working directory.
+            stored (`list[str]`, *optional*): the names of the datasets of a store. The section `[datasets]` may then be
+                left out, and its paths are not looked at.
 
         Raises:
             FileNotFoundError: the file or a dataset is missing.
@@ -97,7 +99,7 @@ class Splits:
                 raise ValueError(
                     f"{path}: [datasets] has {sorted(content['datasets'])}, the store was made of {stored}"
                 )
-            datasets = {name: [] for name in stored}
+            datasets: dict[str, list[Path]] = {name: [] for name in stored}
         elif "datasets" not in content:
             raise ValueError(f"{path}: no [datasets] section (name = file, folder or glob)")
         else:
@@ -107,7 +109,7 @@ class Splits:
                 raise ValueError(f"{path}: [training] {name} = {value!r}: expected 'train'")
 
         def pair(key: str) -> tuple[str, str]:
-            # Contexts may hold dots; the dataset is the longest known name before one.
+            # Names may hold dots: the dataset is the longest known name that ends before one.
             known = [name for name in datasets if key.startswith(name + ".")]
             if not known:
                 raise ValueError(
@@ -129,10 +131,10 @@ class Splits:
 
     def assign(self, present: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str, str], str | None]:
         """
-        The split of every (dataset, context, perturbation); None where a dataset is neither trained on nor held out.
+        The split of every (dataset, context, perturbation); None for what is neither trained on nor held out.
 
         Args:
-            present (`dict[tuple[str, str], list[str]]`): the perturbations (control left out) of each
+            present (`dict[tuple[str, str], list[str]]`): the perturbations, without the control, of each
                 (dataset, context) in the data.
 
         Raises:
@@ -153,11 +155,11 @@ class Splits:
                         f"[fewshot] holds out {name!r} in {dataset}.{context}, which does not have it; "
                         + closest(name, present[dataset, context])
                     )
-        for kind, held, there in (
+        for kind, held_out, there in (
             ("context", self.contexts, {context for _, context in present}),
             ("perturbation", self.perturbations, {name for names in present.values() for name in names}),
         ):
-            for name in held:
+            for name in held_out:
                 if name not in there:
                     raise ValueError(f"held-out {kind} {name!r} is not in the data; {closest(name, sorted(there))}")
         assigned: dict[tuple[str, str, str], str | None] = {}
@@ -167,7 +169,7 @@ class Splits:
         return assigned
 
     def split_of(self, dataset: str, context: str, perturbation: str) -> str | None:
-        """The split of one (dataset, context, perturbation), as in [`Splits.assign`], whether it is in the data or not."""
+        """The split of one (dataset, context, perturbation), as in [`Splits.assign`]. It need not be in the data."""
         whole = self.split_of_context(dataset, context)
         if whole is not None:
             return whole
@@ -177,5 +179,5 @@ class Splits:
         return self.perturbations.get(perturbation, Split.TRAIN if dataset in self.training else None)
 
     def split_of_context(self, dataset: str, context: str) -> str | None:
-        """The split that a context is held out for as a whole, where it is."""
+        """The split that a context is held out for as a whole, or None."""
         return self.zeroshot.get((dataset, context), self.contexts.get(context))

@@ -1,10 +1,11 @@
-"""A cell store: cells grouped and memory-mapped in Arrow files, with one JSON that says what they are."""
+"""A cell store: cells in groups, memory-mapped from Arrow files, with one JSON file that says what they are."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -46,7 +47,7 @@ from pertstate.processing import StateProcessor
 
 class CellStore:
     """
-    Cells on disk, read by memory map: opening costs nothing, reading a cell costs its own bytes.
+    Cells on disk, read through a memory map: to open the store costs next to nothing, to read a cell costs its own bytes.
 
     Args:
         path (`str` or `Path`): folder that `pertstate prepare` wrote.
@@ -75,7 +76,7 @@ class CellStore:
 
     @classmethod
     def of_files(cls, path: Path, manifest: Manifest, files: list[Path]) -> "CellStore":
-        """A store whose cells are in other Arrow files, as `datasets` makes from parquet."""
+        """A store whose cells lie in other Arrow files, such as `datasets` makes from parquet."""
         store = cls.__new__(cls)
         store.path, store.manifest, store._files, store.groups = path, manifest, files, manifest.group_table()
         return store
@@ -85,7 +86,7 @@ class CellStore:
 
     def verify(self):
         """
-        Read every file and compare it with its SHA-256.
+        Read every file and compare its SHA-256 with the recorded one.
 
         Raises:
             ValueError: files are damaged; they are listed.
@@ -121,7 +122,7 @@ class CellStore:
         return np.array([piece.first for piece in self._pieces])
 
     def locate(self, rows: np.ndarray) -> "list[tuple[_Piece, np.ndarray, np.ndarray | slice]]":
-        """Where some cells lie: each piece with rows in it, and where those stand among the cells asked for."""
+        """Where some cells lie: each piece that holds some, their rows in it, and their places among the cells asked for."""
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {len(self)} cells")
         of = np.searchsorted(self._starts, rows, side="right") - 1
@@ -147,7 +148,7 @@ class CellStore:
         return self._column(rows, lambda piece: piece.embedding)
 
     def totals(self, rows: np.ndarray) -> np.ndarray:
-        """Counts of some cells, summed over all genes of their file (not only those of the store), float64."""
+        """The total counts of some cells, over all genes of their file and not only those of the store, float64."""
         return self._column(rows, lambda piece: piece.totals)
 
     def _column(self, rows: np.ndarray, column) -> np.ndarray:
@@ -162,7 +163,7 @@ class CellStore:
         return whole
 
     def obs(self, rows: np.ndarray | None = None) -> pd.DataFrame:
-        """The labels of some cells (all by default) and the columns kept of their files, indexed by barcode."""
+        """The labels of some cells (all by default) and the columns that were kept of their files, indexed by barcode."""
         rows = np.arange(len(self)) if rows is None else np.asarray(rows, dtype=np.int64)
         names = [BARCODE, *(name for name in self._pieces[0].batch.schema.names if name.startswith(OBS))]
         frame = pd.DataFrame(index=range(len(rows)), columns=names, dtype=object)
@@ -202,7 +203,7 @@ class CellStore:
 
 @contextmanager
 def _reading_arrow(file: Path):
-    """One clear error for whatever a damaged file makes Arrow raise."""
+    """Turns whatever Arrow raises on a damaged file into one clear error."""
     try:
         yield
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
@@ -215,16 +216,25 @@ def _batches(file: Path) -> list[pa.RecordBatch]:
 
 
 class _Piece:
-    """One record batch of a store: views into the memory map."""
+    """
+    One record batch of a store: views into the memory map. Which of them there are, the manifest says: `totals` of
+    counts, an `embedding`, and expression that is `dense` or `sparse`.
+    """
+
+    totals: np.ndarray
+    embedding: np.ndarray
+    dense: np.ndarray
+    sparse: sp.csr_matrix
 
     def __init__(self, first: int, batch: pa.RecordBatch, manifest: Manifest, file: Path):
         self.first, self.batch, self.file = first, batch, file
         _check_columns(batch, manifest, file)
-        self.totals = batch.column(TOTAL).to_numpy() if TOTAL in batch.schema.names else None
-        self.embedding = self.dense = self.sparse = None
+        self.is_dense, self.half = manifest.layout == "dense", manifest.dtype == "float16"
+        if TOTAL in batch.schema.names:
+            self.totals = batch.column(TOTAL).to_numpy()
         if manifest.embedding_dim is not None:
             self.embedding = _matrix_of(batch.column(EMBEDDING), manifest.embedding_dim)
-        if manifest.expression is not None and manifest.layout == "dense":
+        if manifest.expression is not None and self.is_dense:
             self.dense = _matrix_of(batch.column(EXPRESSION), len(manifest.genes))
         elif manifest.expression is not None:
             ids, values = batch.column(GENE_IDS), batch.column(GENE_VALUES)
@@ -233,20 +243,20 @@ class _Piece:
                 raise ValueError(f"{file}: gene ids and values of a cell differ in number; prepare the store again")
             inside = slice(offsets[0], offsets[-1])
             data = values.values.to_numpy()[inside]
-            # SciPy has no sparse float16; its bits travel as integers.
+            # SciPy has no sparse float16: the bits of the numbers are held as integers.
             data = data.view(np.uint16) if data.dtype == np.float16 else data
             indices = ids.values.to_numpy()[inside]
             self.sparse = sp.csr_matrix(
                 (data, indices, offsets - offsets[0]), shape=(batch.num_rows, len(manifest.genes)), copy=False
             )
-            self.half = manifest.dtype == "float16"
 
     def expression_of(self, rows: np.ndarray) -> "sp.csr_matrix | np.ndarray":
         """Stored expression of some rows."""
-        if self.sparse is None:
+        if self.is_dense:
             return self.dense[rows]
         part = self.sparse[rows]
-        # Beyond the genes, the next step would write beyond its memory. Below 0 is far beyond, too.
+        # An id beyond the genes would make the next step write outside its memory. So would one below 0, which is a very
+        # large number here.
         if part.nnz and part.indices.view(f"u{part.indices.itemsize}").max() >= part.shape[1]:
             raise ValueError(
                 f"{self.file}: gene ids should be 0 to {part.shape[1] - 1}, found {part.indices.min()} to "
@@ -261,7 +271,7 @@ class _Piece:
         return set()
 
     def labels(self, names: list[str], rows: np.ndarray) -> pd.DataFrame:
-        """Barcodes and columns of obs of some rows, checked where damage would be read from elsewhere in memory."""
+        """Barcodes and columns of obs of some rows, checked: a damaged column could point anywhere in memory."""
         with _reading_arrow(self.file):
             for name in set(names) - self._checked:
                 self.batch.column(name).validate(full=True)
@@ -270,8 +280,8 @@ class _Piece:
 
 
 def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
-    """ValueError where the columns are not those of the manifest, or their lists reach beyond their values."""
-    expected = {BARCODE: pa.string()}
+    """ValueError if the columns are not those of the manifest, or their lists reach beyond their values."""
+    expected: dict[str, pa.DataType] = {BARCODE: pa.string()}
     numbers = pa.from_numpy_dtype(manifest.dtype)
     if manifest.expression == Values.COUNTS:
         expected[TOTAL] = pa.float64()
@@ -302,8 +312,8 @@ def _matrix_of(column: "pa.FixedSizeListArray | pa.ListArray", width: int) -> np
 
 class StoredRows:
     """
-    A model's features of the cells of a store, `(cells, features)` float32, read where they are asked for: put into
-    the model's gene order and normalised, as [`StateProcessor`] does with a file.
+    A model's features of the cells of a store, `(cells, features)` float32, read when they are asked for. They are put
+    into the model's gene order and normalised, as [`StateProcessor`] does it with a file.
 
     Args:
         store ([`CellStore`]): the cells.
@@ -315,7 +325,11 @@ class StoredRows:
         self.store = store
         self.embedded = processor.values == Values.EMBEDDING and source == "features"
         as_log1p = source == "genes" or processor.values == Values.LOG1P
-        self.scaled, self.target_sum = as_log1p and store.manifest.expression == Values.COUNTS, processor.target_sum
+        self._scale_to: float | None = None
+        if as_log1p and store.manifest.expression == Values.COUNTS:
+            if processor.target_sum is None:
+                raise ValueError(f"{store.path} holds counts: expected a processor with a target_sum, found None")
+            self._scale_to = processor.target_sum
         width = processor.feature_dim if source == "features" else len(processor.vocabulary.genes)
         self.shape = (len(store), width)
         self._columns = None
@@ -333,7 +347,7 @@ class StoredRows:
         """Some cells, in any order, into a C-contiguous float32 array `(len(rows), features)`."""
         for piece, local, place in self.store.locate(rows) if len(rows) else ():
             if isinstance(place, np.ndarray) and place[-1] - place[0] == len(place) - 1:
-                place = slice(place[0], place[-1] + 1)  # side by side, so that nothing need be copied there
+                place = slice(place[0], place[-1] + 1)  # a view: the rows stand side by side
             if isinstance(place, slice):
                 self._fill(piece, local, out[place])
             else:
@@ -349,15 +363,14 @@ class StoredRows:
         if self.embedded:
             out[:] = piece.embedding[rows]
             return
-        part = piece.expression_of(rows)
+        part: Any = piece.expression_of(rows)
         if self._columns is not None:
             part = part[:, self._columns]
-        totals = piece.totals[rows] if self.scaled else None
         if not sp.issparse(part):
-            out[:] = normalize_counts(part, totals, self.target_sum) if self.scaled else part
+            out[:] = part if self._scale_to is None else normalize_counts(part, piece.totals[rows], self._scale_to)
             return
-        if self.scaled:
-            part.data = normalize_counts(part.data, totals, self.target_sum, np.diff(part.indptr))
+        if self._scale_to is not None:
+            part.data = normalize_counts(part.data, piece.totals[rows], self._scale_to, np.diff(part.indptr))
         part.astype(np.float32, copy=False).toarray(out=out)
 
 
@@ -375,20 +388,21 @@ def load_store(
     controls_only: bool = False,
 ) -> tuple[Cells, StateProcessor]:
     """
-    The cells of a store for a run: what [`load_cells`] does with files, and nothing is read into memory.
+    The cells of a store for a run. It is what [`load_cells`] does with files, but nothing is read into memory.
 
     Args:
-        store ([`CellStore`]), splits ([`Splits`], with the store's datasets).
+        store ([`CellStore`]): the cells.
+        splits ([`Splits`]): with the store's datasets.
         contexts, hvg_on_all: see [`load_cells`].
-        genes (`int`, `list[str]` or None): the model's genes: so many highly variable ones of the training cells, the
-            ones listed, or all of the store's.
-        normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default what
-            the store says.
+        genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones of the training cells, the
+            listed ones, or all genes of the store.
+        normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default those
+            of the store.
         perturbation_features ([`PerturbationFeatures`], *optional*): see [`StateProcessor.fit`].
         processor, controls_only: see [`load_cells`]. A processor brings its own genes, normalisation and features.
 
     Raises:
-        KeyError, ValueError: what is asked for is not in the store, or a processor does not read what it holds.
+        KeyError, ValueError: the store lacks something that is asked for, or does not hold what the processor reads.
     """
     manifest = store.manifest
     groups = store.groups[keep_contexts(store.groups, contexts)].reset_index(drop=True)
@@ -439,13 +453,13 @@ def _check_processor(store: CellStore, processor: StateProcessor):
         if manifest.expression != (Values.COUNTS if raw else Values.LOG1P):
             raise ValueError(
                 f"{store.path}: the checkpoint reads {Values.COUNTS if raw else 'log1p expression'}, the store holds "
-                f"{manifest.expression or 'an embedding alone'}; prepare one from where the other is (input: X or layers/NAME)"
+                f"{manifest.expression or 'only an embedding'}; prepare a store of the matrix that holds it (input: X or layers/NAME)"
             )
         listed_genes(processor.vocabulary.genes, pd.Index(manifest.genes))
 
 
 def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], values: str, **settings) -> StateProcessor:
-    """A processor that knows the labels of the groups that are trained on."""
+    """A processor that knows the labels of the training groups."""
     manifest = store.manifest
     reading = {name: manifest.reading[name] for name in READING}
     reader = StateProcessor(**reading, perturbation_features=settings["perturbation_features"])
@@ -464,7 +478,7 @@ def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], val
 
 
 def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
-    """(normalize, values) of the store's expression for what was asked."""
+    """`normalize` and `values` of the store's expression under the option that was asked for."""
     if asked not in Normalize.OPTIONS:
         raise ValueError(f"normalize={asked!r}; expected 'auto', 'counts_to_log1p' or 'none'")
     asked = manifest.normalize if asked == Normalize.AUTO else asked

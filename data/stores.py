@@ -12,12 +12,13 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi, hf_hub_download
 
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.data.manifest import STORE_FILE, Manifest, sha256_of
 from pertstate.data.store import CellStore
 
 
 CELLS_OF_ROW_GROUP = 4096
-# What may be missing on the Hub, for errors.
+# What may be missing on the Hub, in the words of errors.
 MAY_LACK = f"data set, revision or {STORE_FILE}"
 
 _CARD = """---
@@ -50,12 +51,12 @@ normalisation.
 
 def open_store(name: str | os.PathLike) -> CellStore:
     """
-    A cell store: a folder that `pertstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on the
-    Hub, `"user/name"` or `"user/name@revision"`. Parquet is turned into Arrow once, in the cache of `datasets`.
+    Open a cell store: a folder that `pertstate prepare` wrote, a folder of parquet ([`write_parquet`]), or a data set on
+    the Hub, `"user/name"` or `"user/name@revision"`. Parquet is turned into Arrow once, in the cache of `datasets`.
 
     Raises:
         FileNotFoundError, ValueError: there is no store, or it is not whole.
-        PermissionError, OSError: see [`pertstate.hub.errors.on_the_hub`].
+        PermissionError, OSError: see [`on_the_hub`].
     """
     path = Path(name)
     manifest, commit = read_manifest(name)
@@ -78,39 +79,33 @@ def open_store(name: str | os.PathLike) -> CellStore:
             ) from error
     else:
         with on_the_hub(str(name), MAY_LACK):
-            cells = load_dataset(str(name).partition("@")[0], revision=commit, split="train")
+            cells = load_dataset(split_revision(name)[0], revision=commit, split="train")
     return CellStore.of_files(path, manifest, [Path(file["filename"]) for file in cells.cache_files])
 
 
 def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
     """
-    What a store says of itself, and for one on the Hub the commit that its name means now.
+    The manifest of a store and, if the store is on the Hub, the commit that its name stands for now.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError, OSError: see [`open_store`].
     """
-    if not on_hub(name):
+    repository, revision = split_revision(name)
+    if not is_repository(repository):
         return Manifest.from_file(Path(name) / STORE_FILE), None
-    repository, _, revision = str(name).partition("@")
     with on_the_hub(str(name), MAY_LACK):
-        commit = HfApi().dataset_info(repository, revision=revision or None).sha
+        commit = HfApi().dataset_info(repository, revision=revision).sha
         file = hf_hub_download(repository, STORE_FILE, repo_type="dataset", revision=commit)
     return Manifest.from_file(Path(file)), commit
 
 
-def on_hub(name: str | os.PathLike) -> bool:
-    """Whether a name means a data set on the Hub, `"user/name"`, and not a file or folder."""
-    path = Path(name)
-    return str(name).count("/") == 1 and not path.exists() and not path.parent.is_dir()
-
-
 def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):
     """
-    A store as a folder that can be pushed to the Hub: `data/*.parquet`, `store.json` (without the folders that the files
-    were in) and a card. `datasets.load_dataset(folder)` reads it, streaming or not.
+    Write a store as a folder that can be pushed to the Hub: `data/*.parquet`, `store.json` (without the folders that the
+    files were in) and a card. `datasets.load_dataset(folder)` reads it, with streaming or without.
 
     Args:
-        folder: to write; it must not exist.
+        folder: the folder to write; it must not exist.
         name (`str`): of the data set on the Hub, for the card.
     """
     folder = Path(folder)
@@ -158,14 +153,14 @@ def push_store(
     Push a store to a data set repository on the Hub, in one commit.
 
     Args:
-        name (`str`): `"user/name"`; made where it does not exist.
+        name (`str`): `"user/name"`; the repository is made if it does not exist.
         private (`bool`, *optional*), revision (`str`, *optional*), token (`str`, *optional*): as in `huggingface_hub`.
 
     Returns:
         `str`: the commit, to pin as `"user/name@commit"`.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: the Hub refuses; what was there stays as it was.
+        FileNotFoundError, PermissionError, OSError: the Hub refuses; the repository stays as it was.
     """
     api = HfApi(token=token)
     with on_the_hub(name, MAY_LACK), tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,8 @@ from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups
 from pertstate.data.splits import Splits
-from pertstate.data.stream_reading import CellKey, CellReader, CellStream
+from pertstate.data.stream_blocks import CellKey, CellReader
+from pertstate.data.stream_reading import CellStream
 from pertstate.processing import PROCESSOR_SETTINGS, StateProcessor
 
 
@@ -25,20 +26,20 @@ Controls = dict[tuple[str, str], dict[str | None, np.ndarray]]
 @dataclass
 class StreamSurvey:
     """
-    What [`survey_stream`] learned of a stream. Its size depends on the numbers of contexts and groups and on the
-    capacities asked for, never on the number of cells.
+    What [`survey_stream`] learned of a stream. Its size depends on the numbers of contexts and groups, and on how many
+    cells of each are kept; it does not grow with the number of cells.
 
     Args:
         processor ([`StateProcessor`]): fitted on the training cells.
         splits ([`Splits`], *optional*): what is held out.
-        control_matching (`str`): `"context"` or `"batch"`: whether controls were sampled by batch.
+        control_matching (`str`): `"context"`, or `"batch"` where controls were sampled by batch.
         counts (`dict[tuple[str, str, str], int]`): cells of each (dataset, context, perturbation), control included.
         controls ([`CellRows`]): sample of the control cells.
         control_rows (`dict`): (dataset, context), then batch (None where controls match by context) to rows of
             `controls`.
         sampled ([`CellRows`], *optional*): sample of the cells of each perturbed group.
         sampled_rows (`dict[tuple[str, str, str], np.ndarray]`): (dataset, context, perturbation) to rows of `sampled`.
-        batch_names (`list[str]`): what the batches of `controls` and `sampled` are.
+        batch_names (`list[str]`): names of the batches of `controls` and `sampled`.
         cells (`int`): rows that were looked at.
         complete (`bool`): whether these were all rows of the stream.
     """
@@ -68,8 +69,8 @@ class StreamSurvey:
 
     def to_cells(self, *wanted: str) -> Cells | None:
         """
-        The sampled cells of some splits and all sampled control cells, in memory: what a [`SentenceDataset`] of those
-        splits is made from.
+        The sampled cells of some splits and all sampled control cells, in memory. A [`SentenceDataset`] of those splits
+        is made from them.
 
         Args:
             wanted (`str`): `"train"`, `"val"`, `"test"`.
@@ -78,7 +79,7 @@ class StreamSurvey:
             [`Cells`], or None where no cell of these splits was sampled.
         """
         groups = [(key, rows) for key, rows in self.sampled_rows.items() if self.split_of(*key) in wanted]
-        if not groups:
+        if not groups or self.sampled is None:
             return None
         rows = np.concatenate([rows for _, rows in groups])
         control = self.processor.control
@@ -118,7 +119,7 @@ class StreamSurvey:
 
     @classmethod
     def from_state(cls, state: dict, processor: StateProcessor, splits: Splits | None = None) -> "StreamSurvey":
-        """The survey inside a saved state of a [`SentenceStream`]: training goes on without another look."""
+        """The survey in a saved state of a [`SentenceStream`], with which training goes on without another look."""
         values, arrays = state["survey"], state["arrays"]
         control_rows: Controls = {}
         for (dataset, context, batch, _), rows in zip(values["controls"], _ranges(values["controls"])):
@@ -161,14 +162,14 @@ def survey_stream(
 ) -> StreamSurvey:
     r"""
     Read a stream once before training: labels and kind of values for the processor, a random sample of the control
-    cells of each context, and (where asked for) of each held-out group.
+    cells of each context, and (where asked for) a sample of each held-out group.
 
-    It is the same on every process, so that the model is: give it the whole stream, not the part of one process.
+    Every process takes it over the whole stream, not over its own part, so that all have the same processor and model.
 
     Args:
         source ([`CellStream`]): the stream.
-        splits ([`Splits`], *optional*): what is held out; its datasets need no files. All is trained on by default.
-        processor ([`StateProcessor`], *optional*): one that exists, of a checkpoint that is trained further.
+        splits ([`Splits`], *optional*): what is held out; its datasets need no files. By default nothing is held out.
+        processor ([`StateProcessor`], *optional*): of a checkpoint that is trained further.
         control (`str`): the name of unperturbed cells.
         genes (`list[str]`, *optional*): the model's genes, all of the stream by default. Highly variable genes are
             chosen beforehand, on some files in memory.
@@ -183,11 +184,12 @@ def survey_stream(
             - `"batch"`: those of its dataset, context and batch; where none was sampled, those of the context
         reservoir_cells (`int`): control cells that are kept for each context. By batch, the batches of a context
             share them equally; batches times `set_size` leaves no sentence short.
-        fill_cells (`int`, *optional*): stop after about so many rows, whole blocks of shards in random order. Labels
-            that come up later are an error in training. The whole stream by default.
+        fill_cells (`int`, *optional*): stop after about so many rows (whole blocks; shards come in random order). A label
+            that first comes up later is then an error in training. By default the whole stream is read.
         eval_cells (`int`): cells that are kept of each held-out group, for [`StreamSurvey.to_cells`].
-        baseline_cells (`int`): the same for each training group; the baselines of an evaluation are learned from them.
-        seed (`int`): of the samples.
+        baseline_cells (`int`): cells that are kept of each training group; the baselines of an evaluation learn from
+            them.
+        seed (`int`): seed of the samples.
         progress (`bool`): show a progress bar.
 
     Raises:
@@ -233,7 +235,8 @@ def survey_stream(
     cells, complete = 0, True
     with tqdm(desc="first look", unit=" cells", unit_scale=True, disable=not progress) as bar:
         for block, _ in source.blocks(generator.permutation(source.num_shards)):
-            of_control, of_split = [], {split: [] for split in samples}
+            of_control: list[tuple] = []
+            of_split: dict[str, list[tuple]] = {split: [] for split in samples}
             for key, rows in block.groups():
                 contexts.add(key.context)
                 _check_dataset(splits, key, block.where(rows[0]))
@@ -249,12 +252,13 @@ def survey_stream(
             offers = [(controls, _together(of_control))]
             offers += [(samples[split], _together(groups)) for split, groups in of_split.items()]
             for reservoirs, groups in offers:
-                if groups and not settled:
+                if not groups:
+                    continue
+                if reader is None or not settled:
                     rows = np.concatenate([rows for *_, rows in groups])
                     values, settled = _settle(source, template, normalize, target_sum, block, rows)
                     reader = CellReader(source, values, batch_names if with_batches else None)
-                if groups:
-                    reservoirs.offer(groups, partial(reader.read, block))
+                reservoirs.offer(groups, partial(reader.read, block))
             cells += len(block)
             bar.update(len(block))
             if fill_cells is not None and cells >= fill_cells:
@@ -276,7 +280,7 @@ def survey_stream(
         cells=cells,
         complete=complete,
     )
-    if not controls.owners():
+    if reader is None or not controls.owners():
         found = sorted({key.perturbation for key in counts})
         raise ValueError(
             f"no control cells among {cells} rows: none has {source.columns.perturbation!r} == {template.control!r}, "
@@ -351,7 +355,7 @@ def _genes_of_model(source: CellStream, genes, input: str, gene_input: str | Non
 def _settle(
     source: CellStream, template: StateProcessor, normalize: str, target_sum, block, rows: np.ndarray
 ) -> tuple[StateProcessor, bool]:
-    """A processor that knows what the values are, and whether these cells really said so (they may be all 0)."""
+    """A processor that knows what the values are, and whether these cells showed it (cells that are all 0 do not)."""
     settings = {name: getattr(template, name) for name in PROCESSOR_SETTINGS}
     embedding, decoder = template.input.startswith("obsm/"), template.gene_input is not None
     settled, values = True, Values.EMBEDDING

@@ -1,37 +1,35 @@
-"""Cell sentences straight from a stream: nothing on disk, bounded memory, and continuing where a run stopped."""
+"""Cell sentences straight from a stream, with nothing on disk and in bounded memory. A stopped run can be continued."""
 
-import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS, Split
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
-from pertstate.data.stream_reading import (
-    START,
-    CellBlock,
-    CellKey,
-    CellReader,
-    CellStream,
-    Position,
-)
+from pertstate.data.stream_blocks import CellBlock, CellKey, CellReader
+from pertstate.data.stream_reading import START, CellStream, Position
+from pertstate.data.stream_state import read_stream_state, write_stream_state
 from pertstate.data.stream_survey import StreamSurvey, check_controls
+from pertstate.data.training_sentences import TrainingSentences
 
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-STATE_NAME = "stream_state"
+# The tensors of one sentence, by the keys of a batch.
+Sentence = dict[str, "np.ndarray | np.int64"]
 
 
 @dataclass(frozen=True)
@@ -65,36 +63,47 @@ class _Pass:
     ready: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
 
-class SentenceStream(IterableDataset):
+class StreamLoader(DataLoader):
+    """A loader that tells its stream of the epoch, as the Trainer tells the loader."""
+
+    dataset: "SentenceStream"
+
+    def set_epoch(self, epoch: int):
+        self.dataset.set_epoch(epoch)
+
+
+class SentenceStream(TrainingSentences, IterableDataset):
     """
     Sentences of the training cells of a stream, in the form of those of [`SentenceDataset`].
 
     A sentence is up to `set_size` cells of one dataset, context and perturbation (and batch, where controls match by
-    batch), as they come, and as many control cells of the survey's sample, drawn without replacement. A group's cells
-    wait until they fill a sentence; what is left at the end of the stream makes shorter ones. In a pass each training
-    cell stands in exactly one sentence. A pass is the same for the same seed, epoch and part; the shards of the stream
-    are read in another order in each epoch.
+    batch), in the order of the stream, and as many control cells of the survey's sample, drawn without replacement. The
+    cells of a group wait until they fill a sentence; those that are left at the end of the stream make shorter
+    sentences. In a pass each training cell stands in exactly one sentence. A pass is the same for the same seed, epoch
+    and part; the shards of the stream are read in another order in each epoch.
 
-    Several processes (`rank`, `world_size`) and workers of a `DataLoader` read disjoint parts that together are the
-    whole stream: a share of the shards, or where there are fewer shards than parts, every n-th cell, for which each
-    of them reads everything (`stream.reshard()` makes more shards). Parts may have different numbers of sentences:
-    with several processes use `endless`, and give batches to the model as they are, without `accelerate` dealing
-    them out a second time.
+    Several processes (`rank`, `world_size`) and workers of a `DataLoader` read disjoint parts, which together are the
+    whole stream. A part is a share of the shards. Where there are fewer shards than parts, it is every n-th cell, and
+    each process reads everything (`stream.reshard()` makes more shards). Parts may have different numbers of sentences:
+    with several processes use `endless`, and give the batches to the model as they are; `accelerate` must not deal them
+    out a second time.
 
-    `state_dict` and `load_state_dict` continue a pass with the very next sentence, and read the shard that it is in
-    from its start, no other again. The state lives in the process that iterates, so this is for `num_workers=0`.
+    `state_dict` and `load_state_dict` continue a pass with the very next sentence. The shard that it is in is read again
+    from its start; shards before it are not. The state lives in the process that iterates, so this needs
+    `num_workers=0`.
 
     Args:
         source ([`CellStream`]): the stream.
         survey ([`StreamSurvey`]): the first look over it.
         set_size (`int`): cells of a sentence.
-        seed (`int`): of the order and the draws.
+        seed (`int`): seed of the order and of the draws.
         control_sentences (`bool`): also map control cells to control cells of their context.
         heldout_controls (`bool`): let the control cells of contexts without any training perturbation take part in
             those control sentences.
-        buffer_cells (`int`): most cells that wait. Where a block would make it more, the fullest groups become
+        buffer_cells (`int`): at most so many cells wait. Where a block would bring more, the fullest groups become
             shorter sentences.
-        shuffle_sentences (`int`): sentences that wait, of which the next one is drawn at random, so that groups mix.
+        shuffle_sentences (`int`): so many sentences wait, and the next one is drawn from them at random, so that groups
+            mix.
         rank, world_size (`int`): read this one of so many disjoint parts.
         endless (`bool`): go on with the next epoch by itself.
 
@@ -141,7 +150,7 @@ class SentenceStream(IterableDataset):
         self.survey, self.processor = survey, survey.processor
         self._reader = CellReader(self.source, survey.processor)
         self._trained = survey.trained
-        names = {name for *key, name in survey.counts if survey.split_of(*key, name) == Split.TRAIN}
+        names = {key[2] for key in survey.counts if survey.split_of(*key) == Split.TRAIN}
         # One width for all sentences, so that they stack.
         self._width = max([1, *(len(self.processor.split_combination(name)) for name in names)])
         self._control_batches = None
@@ -151,12 +160,10 @@ class SentenceStream(IterableDataset):
 
     @property
     def epoch(self) -> int:
-        """Of the pass that begins next, or (endless) that is under way."""
+        """The epoch of the pass that begins next; of an endless stream, that of the pass under way."""
         return int(self._shared[0])
 
-    @property
-    def cells(self) -> Cells:
-        """The sampled training and control cells in memory, which the baselines of an evaluation are learned from."""
+    def training_cells(self) -> Cells:
         cells = self.survey.to_cells(Split.TRAIN)
         if cells is None:
             raise ValueError("the survey sampled no training cells to learn baselines from; give it baseline_cells=")
@@ -164,8 +171,33 @@ class SentenceStream(IterableDataset):
 
     @property
     def num_cells(self) -> int:
-        """Cells that one pass over all parts trains on, of those that the first look saw."""
+        """How many of the cells that the first look saw one pass over all parts trains on."""
         return sum(count for key, count in self.survey.counts.items() if self._trains_on(CellKey(*key, batch=None)))
+
+    @property
+    def num_sentences(self) -> int:
+        """As many as if each training cell stood in a full sentence."""
+        if not self.survey.complete:
+            raise ValueError(
+                f"the length of an epoch of the stream is not known: the first look at it ended after "
+                f"{self.survey.cells} cells; leave stream.fill_cells out, or do without schedules in epochs "
+                "(lr_decay_epochs: null)"
+            )
+        return math.ceil(self.num_cells / self.set_size)
+
+    def epoch_of(self, args: "TrainingArguments", state: "TrainerState") -> float | None:
+        # The Trainer takes the whole of a training on a stream for one epoch.
+        return state.global_step / self.steps_per_epoch(args) if self.survey.complete else None
+
+    def loader(self, args: "TrainingArguments", collate: Callable) -> StreamLoader:
+        if args.dataloader_num_workers > 0:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers}: a stream is read by the process that trains, whose "
+                "checkpoints hold its state; leave it at 0"
+            )
+        # Not a loader of accelerate, which reads a batch ahead of the state that is saved, and deals out to the
+        # processes a stream that each of them reads its own part of.
+        return StreamLoader(self, args.train_batch_size, collate_fn=collate, pin_memory=args.dataloader_pin_memory)
 
     @property
     def progress(self) -> dict[str, int]:
@@ -184,7 +216,8 @@ class SentenceStream(IterableDataset):
 
     def set_epoch(self, epoch: int):
         """
-        The epoch of the pass that begins next. A loaded state is continued whatever is set here, if `endless`.
+        Set the epoch of the pass that begins next. An endless stream ignores it after a state was loaded, and goes on
+        with that.
 
         Raises:
             ValueError: a loaded state is in the middle of another epoch.
@@ -200,20 +233,17 @@ class SentenceStream(IterableDataset):
         if self._pass is not None and self._pass.read and not self._pass.ready:
             self._pass = None  # it has ended; a state is now that of the next one
 
-    def group_sums(self, progress: bool = False) -> GroupSums:
+    def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
         """
-        Counts and sums of the training cells in this process' part of the stream, and of all control cells in it (not
-        of the sampled ones alone), each cell once. The part is read from its start, whatever has been iterated.
-
-        Args:
-            progress (`bool`): show a progress bar.
+        As [`TrainingSentences.group_sums`], over all control cells and not only the sampled ones. The stream is read
+        from its start, wherever iteration stands.
 
         Raises:
             ValueError: a value or label is wrong, or a label was not seen in the survey.
         """
         summed, known = GroupSums(self.processor.control), set()
         with tqdm(desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
-            for block, _ in self.source.blocks(part=self.rank, parts=self.world_size):
+            for block, _ in self.source.blocks(part=part, parts=parts):
                 wanted = [(key, rows) for key, rows in block.groups() if self._teaches(key)]
                 for key, rows in wanted:
                     if key.perturbation not in known:
@@ -228,7 +258,7 @@ class SentenceStream(IterableDataset):
         return summed
 
     def _teaches(self, key: CellKey) -> bool:
-        """Whether a cell is perturbed and trained on, or a control of a data set that is."""
+        """Whether a cell is a training cell, or a control cell of a dataset that has training cells."""
         if not self.source.uses(key.context):
             return False
         split = self.survey.split_of(*key[:3])
@@ -238,7 +268,7 @@ class SentenceStream(IterableDataset):
 
     # Iteration
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Sentence]:
         worker = get_worker_info()
         part, parts = self.rank, self.world_size
         if worker is not None:
@@ -268,7 +298,7 @@ class SentenceStream(IterableDataset):
     def _new_pass(self, epoch: int) -> _Pass:
         return _Pass(epoch, np.random.default_rng([self.seed, epoch, self.rank, self.world_size]))
 
-    def _sentences(self, run: _Pass, part: int, parts: int) -> Iterator[dict[str, np.ndarray]]:
+    def _sentences(self, run: _Pass, part: int, parts: int) -> Iterator[Sentence]:
         if parts != self.world_size and run.position == START:
             # Workers draw differently from one another.
             run.generator = np.random.default_rng([self.seed, run.epoch, part, parts])
@@ -315,7 +345,7 @@ class SentenceStream(IterableDataset):
         del run.pending[number][:size]
         run.sizes[number] -= size
 
-    def _draw(self, run: _Pass) -> dict[str, np.ndarray]:
+    def _draw(self, run: _Pass) -> Sentence:
         """One of the sentences that wait, at random."""
         place = int(run.generator.integers(len(run.ready)))
         run.ready[place], run.ready[-1] = run.ready[-1], run.ready[place]
@@ -326,7 +356,7 @@ class SentenceStream(IterableDataset):
         run.pool.remove(slots)
         run.sentences += 1
         run.fallbacks += group.fell_back
-        sentence = {
+        sentence: Sentence = {
             CONTROL_CELLS: self.survey.controls.dense(drawn)[0],
             LABELS: labels,
             **group.perturbation,
@@ -376,9 +406,9 @@ class SentenceStream(IterableDataset):
         if PERTURBATION_IDS in encoded:
             ids = encoded[PERTURBATION_IDS]
             encoded[PERTURBATION_IDS] = np.pad(ids, (0, self._width - len(ids)), constant_values=-1)
-        parts = self.survey.control_rows.get(key[:2])
-        if parts is None:
+        if key[:2] not in self.survey.control_rows:
             check_controls([key[:2]])
+        parts = self.survey.control_rows[key[:2]]
         of_batch = key.batch if self.survey.control_matching == "batch" else None
         fell_back = of_batch not in parts
         if fell_back:
@@ -404,7 +434,7 @@ class SentenceStream(IterableDataset):
 
     def _encode(self, perturbation: str, where: str) -> dict[str, np.ndarray]:
         try:
-            return {name: values[0] for name, values in self.processor.encode([perturbation]).items()}
+            return {name: np.asarray(values[0]) for name, values in self.processor.encode([perturbation]).items()}
         except KeyError as error:
             raise ValueError(
                 f"{where}: perturbation {perturbation!r} was not among the {self.survey.cells} rows of the first look; "
@@ -414,9 +444,9 @@ class SentenceStream(IterableDataset):
     # State
 
     def _settings(self) -> dict:
-        """What must be the same for a state to mean the same."""
-        names = ("set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences")
-        names += ("rank", "world_size")
+        """The settings under which a state was taken, and must be loaded."""
+        names = ["set_size", "seed", "control_sentences", "heldout_controls", "buffer_cells", "shuffle_sentences"]
+        names += ["rank", "world_size"]
         return {name: getattr(self, name) for name in names} | {
             "block_size": self.source.block_size,
             "num_shards": self.source.num_shards,
@@ -427,7 +457,7 @@ class SentenceStream(IterableDataset):
 
     def state_dict(self) -> dict:
         """
-        All that the rest of the pass depends on, the survey's samples included.
+        All that the rest of the pass depends on, with the survey's samples.
 
         Returns:
             `dict`: `settings`, `survey` and `pass` are values for JSON, `arrays` is a `dict[str, np.ndarray]`.
@@ -463,7 +493,7 @@ class SentenceStream(IterableDataset):
         Continue where a state was taken: the next iteration gives the sentences that were still to come.
 
         Raises:
-            ValueError: the state was taken with another setting; it is named.
+            ValueError: a setting was another one when the state was taken; it is named.
         """
         own = self._settings()
         for name, value in own.items():
@@ -494,46 +524,12 @@ class SentenceStream(IterableDataset):
         """Write `state_dict` to a folder: `stream_state.json` and `stream_state.safetensors` (one pair for each rank)."""
         write_stream_state(self.state_dict(), folder, self.rank, self.world_size)
 
+    def load_state(self, folder: str | os.PathLike) -> bool:
+        """
+        Continue with the state that [`SentenceStream.save_state`] wrote.
 
-def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, world_size: int = 1):
-    """Write a state so that the folder holds all of it, or the old one, or none that [`read_stream_state`] reads."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    values, arrays = _state_paths(folder, rank, world_size)
-    partial = [path.with_name(path.name + ".partial") for path in (values, arrays)]
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, partial[1])
-        text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
-        partial[0].write_text(text, encoding="utf-8")
-        # Without the values there is no state: they go first and come last.
-        values.unlink(missing_ok=True)
-        os.replace(partial[1], arrays)
-        os.replace(partial[0], values)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
-
-
-def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int = 1) -> dict:
-    """
-    A state for [`SentenceStream.load_state_dict`] and [`StreamSurvey.from_state`].
-
-    Raises:
-        FileNotFoundError: the folder holds no (whole) state of this rank.
-        ValueError: its files are not whole.
-    """
-    values, arrays = _state_paths(Path(folder), rank, world_size)
-    for path in (values, arrays):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no such file; expected the state of rank {rank} of {world_size} in {folder}"
-            )
-    try:
-        return json.loads(values.read_text(encoding="utf-8")) | {"arrays": load_file(arrays)}
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the stream's state is not whole ({error}); take an earlier checkpoint") from error
-
-
-def _state_paths(folder: Path, rank: int, world_size: int) -> tuple[Path, Path]:
-    name = STATE_NAME if world_size == 1 else f"{STATE_NAME}-{rank + 1:05d}-of-{world_size:05d}"
-    return folder / f"{name}.json", folder / f"{name}.safetensors"
+        Raises:
+            FileNotFoundError, ValueError: see [`read_stream_state`] and [`SentenceStream.load_state_dict`].
+        """
+        self.load_state_dict(read_stream_state(folder, self.rank, self.world_size))
+        return True

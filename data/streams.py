@@ -1,12 +1,14 @@
 """Streams of cells: local parquet, cell stores and data sets on the Hub, read without a copy on disk."""
 
 from pathlib import Path
+from typing import Any
 
 from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi, HfFileSystem
 
 from pertstate.base.constants import Values
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import (
     EMBEDDING,
@@ -17,7 +19,7 @@ from pertstate.data.manifest import (
     Manifest,
 )
 from pertstate.data.reading import expand_paths
-from pertstate.data.stores import MAY_LACK, on_hub
+from pertstate.data.stores import MAY_LACK
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 
 
@@ -26,14 +28,15 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
     The stream that a run names.
 
     Args:
-        contexts (`list[str]`, *optional*): use the cells of these contexts alone.
+        contexts (`list[str]`, *optional*): use only the cells of these contexts.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: there is no such stream, or it is not said what its columns are.
+        FileNotFoundError, KeyError, ValueError: there is no such stream, or the run does not say what its columns are.
     """
     manifest = manifest_of(arguments)
-    files = _files(arguments, manifest) if not on_hub(arguments.path) else None
-    columns, genes = _columns(arguments, manifest), None
+    files = _files(arguments, manifest) if not is_repository(path_of(arguments)) else None
+    columns = _columns(arguments, manifest)
+    genes: list[str] | dict[int, str] | None = None
     if manifest is not None:
         genes = manifest.genes if columns.gene_ids is not None else None
     elif columns.gene_ids is not None:
@@ -50,35 +53,48 @@ def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -
     )
 
 
+def path_of(arguments: StreamArguments) -> str:
+    """
+    The path of a stream, or its name on the Hub.
+
+    Raises:
+        ValueError: the arguments name none.
+    """
+    if arguments.path is None:
+        raise ValueError("stream: expected a path, found none; name what is streamed")
+    return arguments.path
+
+
 def dataset_name(arguments: StreamArguments) -> str:
-    """What the stream's cells are called where no column says their dataset: the last part of its path."""
-    name = Path(arguments.path).name
+    """The dataset of a stream's cells, if no column says it: the last part of the stream's path."""
+    name = Path(path_of(arguments)).name
     return Path(name).stem if name.endswith((".parquet", ".arrow")) else name
 
 
 def datasets_of(arguments: StreamArguments) -> list[str]:
-    """The datasets whose cells the stream holds."""
+    """The names of the datasets whose cells a stream holds."""
     manifest = manifest_of(arguments)
     return [dataset_name(arguments)] if manifest is None else manifest.vocabularies["dataset"]
 
 
 def files_of_stream(arguments: StreamArguments) -> list[Path]:
     """The local parquet files of a stream that is no store."""
-    path = Path(arguments.path)
+    path = Path(path_of(arguments))
     return expand_paths(path / "*.parquet" if path.is_dir() else path)
 
 
 def manifest_of(arguments: StreamArguments) -> Manifest | None:
-    """That of a cell store; None for other data."""
-    if not on_hub(arguments.path):
-        path = Path(arguments.path) / STORE_FILE
+    """The manifest of a stream that is a cell store; None for other data."""
+    name = path_of(arguments)
+    if not is_repository(name):
+        path = Path(name) / STORE_FILE
         return Manifest.from_file(path) if path.is_file() else None
-    with on_the_hub(arguments.path, MAY_LACK):
-        if STORE_FILE not in HfApi().list_repo_files(arguments.path, repo_type="dataset", revision=arguments.revision):
+    with on_the_hub(name, MAY_LACK):
+        if STORE_FILE not in HfApi().list_repo_files(name, repo_type="dataset", revision=arguments.revision):
             return None
         at = f"@{arguments.revision}" if arguments.revision else ""
-        text = HfFileSystem().read_text(f"datasets/{arguments.path}{at}/{STORE_FILE}", encoding="utf-8")
-    return Manifest.from_text(text, f"{arguments.path}/{STORE_FILE}")
+        text = HfFileSystem().read_text(f"datasets/{name}{at}/{STORE_FILE}", encoding="utf-8")
+    return Manifest.from_text(text, f"{name}/{STORE_FILE}")
 
 
 def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamColumns:
@@ -88,7 +104,7 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
                 f"stream: {arguments.path} is no cell store; say which column holds what with columns, e.g. {{perturbation: "
                 "drug, context: cell_line_id, gene_ids: genes, gene_values: expressions, marker: -2}"
             )
-        fields = set(StreamColumns.__dataclass_fields__) - {"dataset"}  # a stream that is no store is one data set
+        fields = set(StreamColumns.__dataclass_fields__) - {"dataset"}  # without a store, a stream is one dataset
         unknown = sorted(set(arguments.columns) - set(fields))
         if unknown:
             raise ValueError(f"stream.columns: unknown {unknown}; expected some of {sorted(fields)}")
@@ -98,9 +114,7 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
             f"stream: {arguments.path} is a cell store, whose columns are known; leave columns and gene_names out"
         )
     if manifest.layout == "dense" and manifest.expression is not None:
-        raise ValueError(
-            f"stream: {arguments.path} holds dense expression; stream a store that is sparse, or use data.store"
-        )
+        raise ValueError(f"stream: {arguments.path} holds dense expression; stream a sparse store, or use data.store")
     sparse = manifest.expression is not None
     return StreamColumns(
         dataset="dataset",
@@ -116,15 +130,17 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
 
 def _files(arguments: StreamArguments, manifest: Manifest | None) -> list[str]:
     if manifest is not None:
-        return [str(Path(arguments.path) / shard["file"]) for shard in manifest.shards]
+        return [str(Path(path_of(arguments)) / shard["file"]) for shard in manifest.shards]
     return [str(file) for file in files_of_stream(arguments)]
 
 
 def _load(arguments: StreamArguments, files: list[str] | None, columns: list[str]) -> IterableDataset:
+    options: dict[str, Any]
     if files is None:
+        name = path_of(arguments)
         options = {"split": arguments.split, "revision": arguments.revision, "streaming": True}
-        with on_the_hub(arguments.path, MAY_LACK):
-            return load_dataset(arguments.path, arguments.configuration, **options)
+        with on_the_hub(name, MAY_LACK):
+            return load_dataset(name, arguments.configuration, **options)
     form = "arrow" if files[0].endswith(".arrow") else "parquet"
     options = {"columns": columns} if form == "parquet" else {}  # other columns are not read at all
     return load_dataset(form, data_files=files, split="train", streaming=True, **options)

@@ -3,11 +3,11 @@
 from pertstate.evaluation.comparison import evaluate
 from pertstate.evaluation.metrics import (
     MeanChanges,
-    energy_distance,
+    energy_between,
     pearson_of_change,
     score_group,
 )
 from pertstate.evaluation.prediction import predict
 
 
-__all__ = ["MeanChanges", "energy_distance", "evaluate", "pearson_of_change", "predict", "score_group"]
+__all__ = ["MeanChanges", "energy_between", "evaluate", "pearson_of_change", "predict", "score_group"]

@@ -1,4 +1,4 @@
-"""Predicted against real cells, file against file, beside the honest baselines."""
+"""Predicted cells of one file against the real cells of another, beside the baselines."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from pertstate.base.constants import Values
+from pertstate.base.files import whole_file
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
@@ -34,23 +35,26 @@ def evaluate(
     """
     Score predicted cells of each (context, perturbation) against the real ones.
 
-    All methods are judged on the same real cells, and the change of each is taken from the mean of the same real
-    control cells. The baselines learn from `train`; its cells that are among the evaluated real ones (by barcode and
-    labels) are left out, so that the whole screen may be given.
+    All methods are judged on the same real cells, and every change is measured from the mean of the same real control
+    cells. The baselines learn from `train`. It may be the whole screen: those of its cells that are among the evaluated
+    real cells, by barcode and labels, are left out.
 
     Args:
-        predicted: `.h5ad` that `pertstate predict` wrote, or one laid out alike.
+        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout.
         real: `.h5ad` with the real perturbed and control cells.
         train: `.h5ad` with the cells that the model was trained on.
-        keys: `perturbation_key`, `context_key`, `control`, `input`, `normalize`: how to read a real file where
-            `predicted` does not say.
+        quiet (`bool`): no progress bar.
+        keys: `perturbation_key`, `context_key`, `control`, `input`, `normalize`: how to read a real file, if `predicted`
+            does not say it.
 
     Returns:
-        `(DataFrame, list[str])`: one row per context, perturbation and method with the columns of `METRICS` and the
-        numbers of cells, ending with the averages (context and perturbation `"mean"`); and notes on what was left out.
+        `(DataFrame, list[str])`: one row for each context, perturbation and method, with the columns of `METRICS` and
+        the numbers of cells, and at the end the averages (context and perturbation `"mean"`); and notes on what was left
+        out.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; nothing to compare.
+        ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
+            compare.
     """
     notes: list[str] = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
@@ -72,7 +76,7 @@ def evaluate(
             notes.append(f"{len(missing)} predicted groups have no real cells and are not scored: {missing[:10]}")
 
         labels = processor.labels(training)
-        # Barcodes alone do not tell cells apart: files often number their cells from 0.
+        # The barcode alone does not tell which cell it is: files often number their cells from 0.
         real_cells, train_cells = (
             pd.MultiIndex.from_arrays([frame["context"], frame["perturbation"], frame.index])
             for frame in (scored[1], labels)
@@ -136,7 +140,7 @@ def evaluate(
 
 
 def format_table(table: pd.DataFrame) -> str:
-    """The table as aligned text, undefined correlations as a dash."""
+    """The table as aligned text, with a dash for an undefined correlation."""
     shown = table[["context", "perturbation", "method", *METRICS]].copy()
     for metric in METRICS:
         shown[metric] = [f"{value:.4f}" if value == value else "-" for value in shown[metric]]
@@ -146,20 +150,16 @@ def format_table(table: pd.DataFrame) -> str:
 def write_table(table: pd.DataFrame, output: str | os.PathLike):
     """Write `.csv` or `.json`, whole or not at all."""
     output = check_table_path(output)
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with whole_file(output) as partial:
         if output.suffix == ".csv":
             table.to_csv(partial, index=False)
         else:
             records = json.loads(table.to_json(orient="records"))
             partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_table_path(output: str | os.PathLike) -> Path:
-    """Refuse, before any work, an output that [`write_table`] could not write."""
+    """The path of an output. One that [`write_table`] could not write is refused, before there is any work to lose."""
     output = Path(output)
     if output.suffix not in (".csv", ".json"):
         raise ValueError(f"--output {output}: expected a name that ends in .csv or .json")
@@ -170,7 +170,7 @@ def check_table_path(output: str | os.PathLike) -> Path:
 
 @dataclass
 class _Rows:
-    """Features of some cells of a file, read where they are asked for."""
+    """Features of some cells of a file, read when they are asked for."""
 
     processor: StateProcessor
     data: AnnDataFile
@@ -181,20 +181,20 @@ class _Rows:
 
 
 def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
-    """Processors that read the predicted cells as they are, and real ones in their units and genes."""
+    """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
     recorded = guess.uns.get("pertstate", {}).get("processor")
     if recorded is not None:
         settings = {**json.loads(str(recorded)), **settings}
     if settings.get("gene_input") is not None:
-        # A gene decoder's expression is in X; the real expression is where the decoder's target was.
+        # The expression that a gene decoder predicts is in X. The real expression is where the decoder's target was.
         settings |= {"input": settings["gene_input"], "gene_input": None, "values": Values.LOG1P}
     settings["batch_key"] = None
     if settings.get("values") == Values.EMBEDDING:
         settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
     else:
         settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
-    # Predictions are taken as they are: a model's counts are not whole numbers, and its expression may be negative.
+    # Predictions are not checked: a model's counts are not whole numbers, and its expression may be negative.
     labels = {name: settings[name] for name in ("perturbation_key", "context_key", "control") if name in settings}
     as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **labels)
     return as_they_are, StateProcessor(**settings)

@@ -1,6 +1,7 @@
-"""How well predicted cells match observed ones: one set of figures for training, benchmarks and the command line."""
+"""How well predicted cells match observed ones: the same figures in training, benchmarks and the command line."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,15 @@ from pertstate.processing import StateProcessor
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
 METRICS = ("pearson", "mae", "energy")
 MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE = "model", "no change", "perturbation mean", "additive"
-# What the model is called where it was given the observed cells.
+# The name of a model that was given the observed cells.
 CEILING_MODEL = "model (ceiling)"
 
 
 def pearson_of_change(predicted_mean: np.ndarray, real_mean: np.ndarray, control_mean: np.ndarray) -> float:
-    """Pearson correlation over features of (predicted - control) with (real - control) means; NaN where one is 0."""
+    """
+    Pearson correlation over features between two mean changes, predicted - control and real - control; NaN if one of
+    them is the same for all features.
+    """
     x, y = predicted_mean - control_mean, real_mean - control_mean
     x, y = x - x.mean(), y - y.mean()
     scale = np.sqrt((x @ x) * (y @ y))
@@ -27,21 +31,25 @@ def pearson_of_change(predicted_mean: np.ndarray, real_mean: np.ndarray, control
 
 def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
     """Mean Euclidean distance of all pairs of rows, in float64, in blocks of bounded memory."""
-    # Moved to the origin, the matrix products behind the distances round less.
+    # Near the origin, the matrix products behind the distances round less.
     center = x.mean(axis=0, dtype=np.float64)
-    x, y = (torch.from_numpy(np.asarray(v, dtype=np.float64) - center) for v in (x, y))
-    total = sum(
-        torch.cdist(x[i : i + block], y[j : j + block]).sum()
-        for i in range(0, len(x), block)
-        for j in range(0, len(y), block)
-    )
-    return float(total / (len(x) * len(y)))
+    a, b = (torch.from_numpy(np.asarray(v, dtype=np.float64) - center) for v in (x, y))
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(0, len(a), block):
+        for j in range(0, len(b), block):
+            total += torch.cdist(a[i : i + block], b[j : j + block]).sum()
+    return float(total / (len(a) * len(b)))
 
 
-def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
+def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
     """
     Energy distance (Székely & Rizzo 2013) of two sets of cells, `mean|x-y| - mean|x-x'|/2 - mean|y-y'|/2`, diagonals
-    included, in the units of the cells. `within_y` is `mean|y-y'|` where it is known already.
+    included, in the units of the cells. It reports: float64, any number of cells, no gradient. Training minimises
+    [`pertstate.losses.energy_distance`], the same quantity for pairs of weighted sets in their own precision.
+
+    Args:
+        x, y (`np.ndarray` of shape `(cells, features)`): the two sets.
+        within_y (`float`, *optional*): `mean|y-y'|`, where it is known already.
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
     return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
@@ -50,14 +58,14 @@ def energy_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None)
 @dataclass
 class AsPredicted:
     """
-    Real cells in the units of a model's predictions, read where they are asked for.
+    Real cells in the units of a model's predictions, read when they are asked for.
 
     Args:
         features (of shape `(cells, features)`): the model's features; `features[rows]` gives an array.
         processor ([`StateProcessor`]): of the model.
     """
 
-    features: object
+    features: Any
     processor: StateProcessor
 
     def __getitem__(self, rows: "slice | np.ndarray") -> np.ndarray:
@@ -67,12 +75,12 @@ class AsPredicted:
 @dataclass
 class MeanChanges:
     """
-    The mean change of each perturbation, learned from training cells: what the honest baselines add to control cells.
+    The mean change of each perturbation, learned from training cells. The baselines add it to control cells.
 
     Args:
         changes (`dict[str, np.ndarray]`): perturbation to the unweighted mean over contexts of (mean perturbed - mean
             control), `(features,)`.
-        clip (`bool`): baselines of expression are clipped at 0.
+        clip (`bool`): clip the baselines at 0, for expression.
     """
 
     changes: dict[str, np.ndarray] = field(default_factory=dict)
@@ -83,18 +91,18 @@ class MeanChanges:
         """
         Args:
             features (of shape `(cells, features)`): training cells and controls; `features[start:stop]` gives an array.
-            groups (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, `start` and `stop`, the rows of
-                the cells. Rows of other cells are not read.
+            groups (`pandas.DataFrame`): columns `dataset`, `context`, `perturbation`, and the rows of the cells, `start`
+                and `stop`. No other rows are read.
             control (`str`): the perturbation of control cells.
         """
         return cls(GroupSums.of_cells(features, groups, control).changes(), clip)
 
     def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray:
-        """Control cells plus the perturbation's mean change; unseen ones change nothing."""
+        """Control cells plus the perturbation's mean change, which is 0 for a perturbation without training cells."""
         return self._add(controls, self.changes.get(perturbation, 0.0))
 
     def additive(self, parts: list[str], controls: np.ndarray) -> np.ndarray | None:
-        """Control cells plus the mean changes of the single perturbations; None unless all of several are known."""
+        """Control cells plus the mean changes of the parts of a combination; None if it is none, or a part is unknown."""
         if len(parts) < 2 or not all(part in self.changes for part in parts):
             return None
         return self._add(controls, sum(self.changes[part] for part in parts))
@@ -110,7 +118,7 @@ def score(predicted: np.ndarray, real: np.ndarray, controls_mean: np.ndarray, wi
     return {
         "pearson": pearson_of_change(predicted_mean, real_mean, controls_mean),
         "mae": float(np.abs(predicted_mean - real_mean).mean()),
-        "energy": energy_distance(predicted, real, within_real),
+        "energy": energy_between(predicted, real, within_real),
     }
 
 
@@ -121,8 +129,9 @@ def score_group(
     Scores of the model and of every baseline for one (context, perturbation), on the same real and control cells.
 
     Args:
-        predicted, real, controls (`np.ndarray` of shape `(cells, features)`): cells; `predicted` None scores the
-            baselines alone.
+        predicted (`np.ndarray` of shape `(cells, features)`, *optional*): predicted cells; without them only the baselines
+            are scored.
+        real, controls (`np.ndarray` of shape `(cells, features)`): real perturbed cells and real control cells.
         perturbation (`str`), parts (`list[str]`): its name, and the perturbations that it combines.
         changes ([`MeanChanges`]): of the training cells.
     """
@@ -139,7 +148,7 @@ def score_group(
 
 
 def average(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Unweighted mean over groups of each method's figures; undefined correlations are left out."""
+    """The unweighted mean over groups of each method's figures, without undefined correlations."""
     methods = {method: None for group in scores for method in group}
     averages = {}
     for method in methods:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pertstate.base.files import whole_file
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.comparison import readers_of
 from pertstate.evaluation.metrics import pearson_of_change
@@ -15,12 +16,19 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
     One panel per (context, perturbation): each gene's predicted against its observed mean change from control.
 
     Args:
-        predicted, real: files as of [`evaluate`].
-        output: picture to write, whole or not at all; its ending says the format.
-        most (`int`): panels at most, those with the strongest observed change.
+        predicted, real: files, see [`evaluate`].
+        output: the picture to write, whole or not at all. The ending of its name is the format.
+        most (`int`): the largest number of panels; those with the strongest observed change are shown.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the files have no group in common, or the format is unknown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'pertstate[eval]'") from error
 
     panels = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth:
@@ -57,10 +65,5 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         axis.title.set_fontsize(9)
     figure.supxlabel("observed mean change")
     figure.supylabel("predicted mean change")
-    output = Path(output)
-    partial = output.with_name(f".partial-{output.name}")
-    try:
-        figure.savefig(partial, dpi=130)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=130, format=Path(output).suffix[1:])

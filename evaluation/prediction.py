@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
+from pertstate.base.files import whole_file
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.data.reading import AnnDataFile
@@ -32,8 +33,13 @@ CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, n
 @dataclass
 class Arm:
     """
-    One (context, perturbation) of the experiment, the perturbation as the model takes it; the cells that go in, by row
-    of the input; the first row that it fills in the output.
+    One (context, perturbation) of the experiment.
+
+    Args:
+        context, perturbation (`str`): their names.
+        encoded (`dict[str, np.ndarray]`): the perturbation as the model takes it.
+        cells (`np.ndarray`): the rows of the input whose cells go in.
+        first (`int`): the first row of the output that it fills.
     """
 
     context: str
@@ -66,27 +72,29 @@ def predict(
         model ([`PerturbationPreTrainedModel`]): in any mode, on any device; it is put into evaluation mode.
         processor ([`StateProcessor`]): of the same checkpoint.
         adata_path: `.h5ad` with the control cells; read block by block.
-        output: `.h5ad` to write, laid out as [`StateProcessor.decode`] says. It appears whole or not at all.
-        perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination. By default, those that the file's
-            own cells have, in each context: a file that compares with the real one.
-        contexts (`list[str]`, *optional*): all that the file has, by default.
-        cells_per_perturbation (`int`, *optional*): at most so many of a context's control cells, drawn at random; all
-            by default. Every control cell of a context is used once per perturbation. (A model that is a ceiling is
-            given the perturbed cells themselves, and this many of them.)
-        seed (`int`): of the draw and of how cells are put into sentences.
+        output: `.h5ad` to write, with the layout of [`StateProcessor.decode`]. It appears whole or not at all.
+        perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination. By default those that the file itself
+            has in each context, so that the output can be compared with the file.
+        contexts (`list[str]`, *optional*): by default all contexts of the file.
+        cells_per_perturbation (`int`, *optional*): use at most this many control cells of a context, drawn at random; all
+            by default. Each of them is used once for each perturbation. (A model that is a ceiling is given the perturbed
+            cells instead, and at most this many.)
+        seed (`int`): of the draw, and of the order in which cells are put into sentences.
         batch_size (`int`): sentences in one forward pass.
         missing_genes, input: see [`StateProcessor.__call__`].
-        sample_counts (`int`, *optional*): of a model on counts, write cells drawn with this seed, with the noise of counts
-            that real cells have, and not its expectation.
+        sample_counts (`int`, *optional*): for a model on counts. Write cells that are drawn with this seed and have the
+            noise of real counts, instead of the model's expectation.
+        checkpoint (`str`, *optional*): where the model came from, recorded in the output.
+        quiet (`bool`): no progress bar.
 
     Returns:
-        `dict[str, int]`: `cells` written, `contexts`, `perturbations`, and of the (context, perturbation) groups those
-        that are `unseen`: of a perturbation or context without training cells, which the model says are special to it
-        (a warning names them).
+        `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
+        (context, perturbation) groups that are `unseen`, which are those that the model predicts in another way as their
+        perturbation or context has no training cells. A warning names them.
 
     Raises:
-        KeyError, ValueError: see [`StateProcessor.__call__`]; also where there is nothing to predict.
-        UnseenPerturbationError: the model cannot predict some of the perturbations, which are named.
+        KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
+        UnseenPerturbationError: the model cannot predict some of the perturbations; it names them.
         OSError: the output cannot be written; nothing is left behind.
     """
     output = Path(output)
@@ -123,7 +131,7 @@ def predict(
         if model.is_ceiling:
             uns |= {"controls": "none", "ceiling": CEILING}
         unseen: dict[tuple[str, str], None] = {}
-        with _whole_file(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
+        with _whole_hdf5(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
             stack.enter_context(counted_elsewhere())
             _write_frame(file, processor, labels, arms, model.config, uns)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
@@ -154,8 +162,8 @@ def predict(
                     offset += len(cells)
     if unseen:
         logger.warning(
-            f"{len(unseen)} of {len(arms)} groups (context / perturbation) are of a perturbation or context without training "
-            f"cells: {[' / '.join(group) for group in unseen][:10]}; what is predicted of such ones says the model's card"
+            f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
+            f"cells: {[' / '.join(group) for group in unseen][:10]}; the model card says how these are predicted"
         )
     counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
     return {"cells": total, **counts, "unseen": len(unseen)}
@@ -163,10 +171,10 @@ def predict(
 
 def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateProcessor):
     """
-    Whether a model can predict these perturbations, encoded by its processor.
+    Check that a model can predict these perturbations, which its processor has encoded.
 
     Raises:
-        UnseenPerturbationError: some it cannot; they are named.
+        UnseenPerturbationError: it cannot predict some of them, which are named.
     """
     try:
         model.check_perturbations(**{key: torch.from_numpy(v).to(model.device) for key, v in encoded.items()})
@@ -176,7 +184,7 @@ def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateP
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """No warning of each batch with what was not in training, where all are counted together."""
+    """Silences the model's warnings about what was not in training: the caller counts that over all batches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnseenWarning)
         yield
@@ -205,7 +213,7 @@ def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
 
 
 def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: int) -> list[Arm]:
-    """The arms of a ceiling: the perturbed cells of each go in, in place of control cells."""
+    """The arms of a ceiling: the perturbed cells themselves go in, instead of control cells."""
     found, first = [], 0
     for arm in arms:
         here = (labels["context"] == arm.context) & (labels["perturbation"] == arm.perturbation)
@@ -213,7 +221,7 @@ def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: 
         if not len(rows):
             raise ValueError(
                 f"{arm.context} / {arm.perturbation}: this model decodes observed cells (the ceiling of decoding), and the "
-                "file has none of these; name perturbations that it has"
+                "file has no such cells; name perturbations that it has"
             )
         rows = np.random.default_rng(seed).permutation(rows)[:at_most]
         found.append(Arm(arm.context, arm.perturbation, arm.encoded, rows, first))
@@ -222,14 +230,14 @@ def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: 
 
 
 def _alike(arms: list[Arm]) -> Iterator[tuple[str, np.ndarray, list[Arm]]]:
-    """Arms in a row that share their cells: the cells are read once for all of them."""
-    for _, of_rows in itertools.groupby(arms, key=lambda arm: id(arm.cells)):
-        of_rows = list(of_rows)
+    """Successive arms that use the same cells, together: those cells are read once for all of them."""
+    for _, group in itertools.groupby(arms, key=lambda arm: id(arm.cells)):
+        of_rows = list(group)
         yield of_rows[0].context, of_rows[0].cells, of_rows
 
 
 def _block(processor, data, labels, context, block, missing_genes, input, device):
-    """Tensors of a few sentences, and their real cells `(cells, feature_dim)` in the order of the sentences."""
+    """The tensors of a few sentences, and their cells `(cells, feature_dim)` in the order of the sentences."""
     rows = np.concatenate(block)
     order = np.argsort(rows)
     values = np.empty((len(rows), processor.feature_dim), dtype=np.float32)
@@ -248,30 +256,26 @@ def _block(processor, data, labels, context, block, missing_genes, input, device
 
 
 @contextmanager
-def _whole_file(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file that becomes `output` when the block ends well, else is gone; and a check for errors of the disk."""
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with open(partial, "w+b", buffering=0) as raw:
-            disk = _Disk(raw, output)
-            try:
-                with h5py.File(disk, "w") as file:
-                    yield file, disk.check
-            finally:
-                disk.check()
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+def _whole_hdf5(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """An HDF5 file as of [`whole_file`], and a function that raises the disk's error where a write has failed."""
+    with whole_file(output) as partial, open(partial, "w+b", buffering=0) as raw:
+        disk = _Disk(raw, output)
+        try:
+            with h5py.File(disk, "w") as file:
+                yield file, disk.check
+        finally:
+            disk.check()
 
 
 class _Disk:
     """
-    The file object that h5py writes through. HDF5 cannot close a file whose writes fail, and may take the process
-    down with it: an error of the disk is kept here and raised by `check`.
+    The file object that h5py writes to. HDF5 cannot close a file whose writes fail, and may crash the process. So an
+    error of the disk is kept here, and `check` raises it.
     """
 
     def __init__(self, raw: io.FileIO, output: Path):
-        self._raw, self._output, self._error = raw, output, None
+        self._raw, self._output = raw, output
+        self._error: OSError | None = None
 
     def check(self):
         if self._error is not None:
@@ -308,11 +312,11 @@ class _Disk:
         return self._raw.tell()
 
     def flush(self):
-        """Nothing waits: the file is not buffered."""
+        """Do nothing, as the file is not buffered."""
 
 
 def _write_frame(file, processor, labels, arms, config, uns):
-    """Everything of the output but its matrices."""
+    """Write all of the output but its matrices."""
     obs = []
     for arm in arms:
         rows = np.concatenate(processor.cut(arm.cells))
@@ -335,9 +339,9 @@ class _Writer:
     def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int):
         on_embedding = processor.values == Values.EMBEDDING
         self.processor = processor
-        self.decoded = config.gene_dim is not None
-        self.main = self._dataset(file, "X", (total, config.gene_dim if self.decoded else config.output_dim))
-        self.embedding = self._dataset(file, "obsm/embedding", (total, config.output_dim)) if self.decoded else None
+        decoded = config.gene_dim is not None
+        self.main = self._dataset(file, "X", (total, config.gene_dim if decoded else config.output_dim))
+        self.embedding = self._dataset(file, "obsm/embedding", (total, config.output_dim)) if decoded else None
         self.control = self._dataset(
             file, "obsm/control" if on_embedding else "layers/control", (total, config.input_dim)
         )
@@ -352,13 +356,13 @@ class _Writer:
 
     def write(self, first: int, outputs, mask: np.ndarray, controls: np.ndarray):
         predictions = outputs.predictions.float().cpu().numpy()[mask]
-        if self.decoded:
+        if self.embedding is not None:
             self.embedding[first : first + len(controls)] = predictions
             predictions = outputs.gene_predictions.float().cpu().numpy()[mask]
         self.write_main(first, predictions, controls)
 
     def write_main(self, first: int, predictions: np.ndarray, controls: np.ndarray):
-        """X and the control cells of some cells."""
+        """Write X and the control cells of some rows."""
         rows = slice(first, first + len(controls))
         self.main[rows] = predictions
         self.control[rows] = self.processor.as_predicted(controls)

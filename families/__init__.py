@@ -1,9 +1,9 @@
-"""The families of models. Each is a folder here, and a line of the list below; nothing of a family loads before it is used."""
+"""The families of models. Each is a folder here and a line of the list below. A family is imported when it is first used."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class Family:
     """
     Where the parts of a family are. The folder `families/NAME` holds `configuration_NAME.py`, `modeling_NAME.py`,
-    `objective_NAME.py` and `card.md`, what the model card says of the family.
+    `objective_NAME.py` and `card.md`, the text of the model card about the family.
 
     Args:
         name (`str`): of the folder and the modules.
         prefix (`str`): of the classes: `{prefix}Config`, `{prefix}ForPerturbation`, `{prefix}Objective`.
-        at_root (`bool`): config and model stand at the root of the package and not in the folder.
+        at_root (`bool`): config and model are at the root of the package, not in the folder.
     """
 
     name: str
@@ -55,14 +55,15 @@ class Family:
 
     @property
     def objective(self) -> "type[Objective]":
-        """The class of what trains it."""
+        """The class of the objective that trains its models."""
         module = import_module(f"pertstate.families.{self.name}.objective_{self.name}")
         return getattr(module, f"{self.prefix}Objective")
 
     @property
     def card(self) -> str:
-        """What the model card says of the family: Markdown."""
-        return (Path(__file__).parent / self.name / "card.md").read_text(encoding="utf-8").strip()
+        """The text of the model card about the family, in Markdown."""
+        with open(os.path.join(os.path.dirname(__file__), self.name, "card.md"), encoding="utf-8") as file:
+            return file.read().strip()
 
     def _load(self, name: str):
         return getattr(import_module(self.places[name]), name)

@@ -1,24 +1,26 @@
 """
-What `AutoConfig`, `AutoModel` and `AutoProcessor` know of the families: with this package imported they load our checkpoints
-without `trust_remote_code`. They are told when they are imported themselves, before or after this package, so that it does
-not import them.
+Registers the families with `AutoConfig`, `AutoModel` and `AutoProcessor`, which then load our checkpoints without
+`trust_remote_code`. Each is told of the families when its own module is imported, be it before this package or after, so that
+this package need not import transformers.
 """
 
+import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
-
-from wrapt import register_post_import_hook
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 from pertstate.families import FAMILIES
 
 
-def _register_configs(module):
+def _register_configs(module: ModuleType):
     for family in FAMILIES.values():
         module.AutoConfig.register(family.model_type, family.config, exist_ok=True)
 
 
-def _register_models(module):
-    # By name, as transformers does with its own models, and not with AutoModel.register, which wants the classes: this runs
-    # while modules that they import are being imported.
+def _register_models(module: ModuleType):
+    # By name, as transformers registers its own models. AutoModel.register takes the classes, which cannot be imported yet:
+    # this may run while the modules that they need are still being imported.
     of_library = import_module("transformers.models.auto.configuration_auto")
     known = module.MODEL_MAPPING
     for family in FAMILIES.values():
@@ -28,14 +30,44 @@ def _register_models(module):
         known._modules[of_library.model_type_to_module_name(family.model_type)] = import_module("pertstate")
 
 
-def _register_processor(module):
+def _register_processor(module: ModuleType):
     processor = import_module("pertstate.processing").StateProcessor
     for family in FAMILIES.values():
         module.AutoProcessor.register(family.config, processor, exist_ok=True)
 
 
+class _AfterImport:
+    """A finder that lets the others find a module, and has a function called once that module is imported."""
+
+    def __init__(self, waiting: dict[str, Callable[[ModuleType], None]]):
+        self.waiting = waiting
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.waiting:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            load, tell = spec.loader.exec_module, self.waiting[name]
+
+            def load_and_tell(module: ModuleType):
+                load(module)
+                tell(module)
+
+            # The loader stays the library's own, so that its source is found where an error is shown.
+            spec.loader.exec_module = load_and_tell  # type: ignore[method-assign]
+        return spec
+
+
 def register():
-    """Tell the Auto classes as soon as there are any."""
-    register_post_import_hook(_register_configs, "transformers.models.auto.configuration_auto")
-    register_post_import_hook(_register_models, "transformers.models.auto.modeling_auto")
-    register_post_import_hook(_register_processor, "transformers.models.auto.processing_auto")
+    """Register with each Auto class: now if its module is imported, else as soon as it is."""
+    waiting = {
+        "transformers.models.auto.configuration_auto": _register_configs,
+        "transformers.models.auto.modeling_auto": _register_models,
+        "transformers.models.auto.processing_auto": _register_processor,
+    }
+    for name in [name for name in waiting if name in sys.modules]:
+        waiting.pop(name)(sys.modules[name])
+    sys.meta_path.insert(0, _AfterImport(waiting))

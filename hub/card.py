@@ -11,11 +11,11 @@ import jinja2
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.hub_names import is_repository
 from pertstate.evaluation.metrics import (
     ADDITIVE,
     METRICS,
@@ -274,17 +274,6 @@ def _versions() -> str:
             ("Python", platform.python_version()),
         )
     )
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name can be one of a repository on the Hub, and is no folder here."""
-    if name.count("/") != 1 or Path(name).is_dir():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _public_name(name: str) -> str:

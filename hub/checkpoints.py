@@ -1,18 +1,17 @@
-"""Checkpoints by name: a folder or a repository on the Hub, a whole model or an adapter of one."""
+"""Checkpoints by name: a folder or a repository on the Hub, with a whole model or with an adapter."""
 
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import find_adapter_config_file
+from transformers.utils import find_adapter_config_file, is_peft_available
 
-import pertstate  # noqa: F401 - registers the models with the Auto classes
 from pertstate.base.checkpoint_files import (
     check_adapter,
-    find_file,
     hub_arguments,
     read_json,
 )
+from pertstate.base.hub_names import is_repository
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.hub.publish import ADAPTER_KEY
 from pertstate.processing import StateProcessor
@@ -21,23 +20,21 @@ from pertstate.processing import StateProcessor
 def check_name(name: str, asked_by: str):
     """
     Raises:
-        FileNotFoundError: what should be a folder is none. A misspelt path is said at once: asking the Hub for it takes
-            minutes where there is no network.
+        FileNotFoundError: the name is neither a folder nor that of a repository on the Hub, see [`is_repository`].
     """
-    path = Path(name)
-    if not path.is_dir() and (path.parent.is_dir() or name.count("/") != 1):
+    if not Path(name).is_dir() and not is_repository(name):
         raise FileNotFoundError(f"{asked_by} {name}: no such checkpoint folder (looked from {Path.cwd()})")
 
 
 def adapter_config(name: str, revision: str | None = None) -> dict | None:
-    """What an adapter says of itself, its base model among it; None where the checkpoint is a whole model."""
+    """The settings of an adapter, its base model among them; None if the checkpoint is a whole model."""
     path = find_adapter_config_file(name, revision=revision)
     return None if path is None else read_json(path)
 
 
 def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreTrainedModel, StateProcessor]:
     """
-    Model and processor of a checkpoint; an adapter is merged into its base model.
+    The model and the processor of a checkpoint. An adapter is merged into its base model.
 
     Raises:
         ValueError: see [`CheckedPreTrainedModel`] and [`load_adapter`].
@@ -53,7 +50,7 @@ def load_adapter(
     name: str, revision: str | None = None, base: str | None = None, base_revision: str | None = None
 ) -> tuple:
     """
-    An adapter on its base model, which is resized to the adapter's vocabulary first, and its processor.
+    An adapter on its base model, and the adapter's processor. The base model is first resized to the adapter's vocabulary.
 
     Args:
         name (`str`), revision (`str`, *optional*): folder or repository of the adapter.
@@ -64,21 +61,23 @@ def load_adapter(
         `peft.PeftModel` in evaluation mode and [`StateProcessor`].
 
     Raises:
-        ValueError: it is no adapter, has no weights as safetensors, or does not fit the base model.
+        ImportError: peft is not installed.
+        ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model.
     """
+    if not is_peft_available():
+        raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
     from peft import PeftModel
 
-    found = adapter_config(name, revision)
-    if found is None:
+    own = find_adapter_config_file(name, revision=revision)
+    if own is None:
         raise ValueError(
             f"{name} is no adapter: expected {ADAPTER_KEY}, found none; name the folder that a LoRA run wrote"
         )
     if base is None:
+        found = read_json(own)
         base, base_revision = found["base_model_name_or_path"], found["revision"]
         check_name(base, f"the base model of {name}, (say where it is with --base)")
-    hub = hub_arguments({"revision": revision})
-    check_adapter(name, hub)
-    own = find_file(name, ADAPTER_KEY, hub)
+    check_adapter(name, hub_arguments({"revision": revision}))
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:

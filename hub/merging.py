@@ -1,4 +1,4 @@
-"""An adapter and its base model made one plain checkpoint."""
+"""Merging an adapter into its base model, which makes a plain checkpoint."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from pertstate.hub.checkpoints import load_adapter
 from pertstate.hub.publish import whole_or_nothing
 
 
-# What an adapter's folder says of its training, which holds for the merged checkpoint, too.
+# The files in which an adapter's folder describes its training. They hold for the merged checkpoint, too.
 _RECORDS = ("README.md", "training_args.json")
 
 
@@ -21,21 +21,20 @@ def merge_adapter(
     base_revision: str | None = None,
 ):
     """
-    Write the checkpoint that an adapter and its base model make: `W + alpha / rank * B A` in place of each `W`, and the
-    parts that were trained whole. Its predictions are those of the adapter on its base model, to rounding.
+    Write the checkpoint that an adapter and its base model make together: `W + alpha / rank * B A` in place of each `W`,
+    and the parts that were trained whole. It predicts what the adapter on its base model predicts, up to rounding.
 
     Args:
-        output: folder to write; the checkpoint in it is replaced whole or not at all.
-
-        The others are those of [`load_adapter`].
+        output: the folder to write; a checkpoint in it is replaced whole or not at all.
+        name, revision, base, base_revision: see [`load_adapter`].
 
     Raises:
-        ValueError: see [`load_adapter`]; or the output is where the adapter lies.
+        ValueError: see [`load_adapter`]; or the output is the adapter's own folder.
     """
     if Path(name).is_dir() and Path(output).resolve() == Path(name).resolve():
         raise ValueError(f"{output} is the adapter's own folder; write the merged checkpoint elsewhere")
     adapted, processor = load_adapter(name, revision, base, base_revision)
-    # An adapter that was made by other code may come without these.
+    # An adapter that other code made may lack these files.
     found = {
         record: cached_file(name, record, revision=revision, _raise_exceptions_for_missing_entries=False)
         for record in _RECORDS

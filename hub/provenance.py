@@ -1,4 +1,4 @@
-"""What a run was trained on, so that another can tell whether they hold the same: files, stores and streams."""
+"""The data of a run: files, stores and streams, recorded so that others can tell whether they hold the same."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi
 
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.data.arguments import StreamArguments
 from pertstate.data.manifest import Manifest, files_of, sha256_of
 from pertstate.data.splits import Splits
-from pertstate.data.stores import MAY_LACK, on_hub, read_manifest
-from pertstate.data.streams import dataset_name, files_of_stream, manifest_of
+from pertstate.data.stores import MAY_LACK, read_manifest
+from pertstate.data.streams import dataset_name, files_of_stream, manifest_of, path_of
 
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ class Source:
     Something that cells were read from.
 
     Args:
-        name (`str`): last part of a file's path, which is all of it that is anybody's business, or a name on the Hub.
+        name (`str`): the last part of a file's path, without the folders, which are private; or a name on the Hub.
         what (`str`): what it is, in words.
         dataset (`str`, *optional*): the dataset whose cells it holds.
-        sha256 (`str`, *optional*): of the file, of all files of a `.zarr` in order, or of a store's `store.json`.
-        commit (`str`, *optional*): of a data set on the Hub.
+        sha256 (`str`, *optional*): that of the file, of all files of a `.zarr` in order, or of a store's `store.json`.
+        commit (`str`, *optional*): that of a data set on the Hub.
     """
 
     name: str
@@ -45,8 +46,8 @@ class Provenance:
 
     Args:
         datasets (`list[str]`): names of the datasets.
-        sources (`list[Source]`): what they were read from.
-        splits ([`Splits`], *optional*): what the run's TOML file holds out.
+        sources (`list[Source]`): the files, stores and streams that they were read from.
+        splits ([`Splits`], *optional*): what is held out, if the run has a TOML file that says so.
     """
 
     datasets: list[str] = field(default_factory=list)
@@ -55,15 +56,20 @@ class Provenance:
 
     @classmethod
     def of_run(cls, run: "RunConfig") -> "Provenance":
-        """Look at what the run reads; every file that it reads whole is hashed.
+        """
+        Find out what a run reads. Every file is hashed, but for the parquet files of a stream.
 
         Raises:
-            FileNotFoundError, ValueError, OSError: the data are not there, or damaged.
+            FileNotFoundError, ValueError, OSError: the data are missing or damaged.
         """
         data = run.data
-        if run.stream.path is not None or data.store is not None:
-            datasets, sources = _of_stream(run.stream) if run.stream.path is not None else _of_store(data.store)
-            return cls(datasets, sources, None if data.splits is None else Splits.from_toml(data.splits, datasets))
+        found = None
+        if run.stream.path is not None:
+            found = _of_stream(run.stream)
+        elif data.store is not None:
+            found = _of_store(data.store)
+        if found is not None:
+            return cls(*found, None if data.splits is None else Splits.from_toml(data.splits, found[0]))
         splits = None if data.splits is None else Splits.from_toml(data.splits)
         files = data.files() if splits is None else splits.datasets
         sources = [
@@ -76,11 +82,11 @@ class Provenance:
 
 def _of_store(name: str) -> tuple[list[str], list[Source]]:
     manifest, commit = read_manifest(name)
-    return manifest.vocabularies["dataset"], _with_its_files(name.partition("@")[0], manifest, commit)
+    return manifest.vocabularies["dataset"], _with_its_files(split_revision(name)[0], manifest, commit)
 
 
 def _with_its_files(name: str, manifest: Manifest, commit: str | None) -> list[Source]:
-    """A store, and what it was made of."""
+    """A store, and the files that it was made of."""
     made_of = [
         Source(Path(source["path"]).name, "which the store was made of", sha256=source.get("sha256"))
         for source in manifest.sources
@@ -89,15 +95,15 @@ def _with_its_files(name: str, manifest: Manifest, commit: str | None) -> list[S
 
 
 def _of_stream(stream: StreamArguments) -> tuple[list[str], list[Source]]:
-    manifest, commit = manifest_of(stream), None
-    if on_hub(stream.path):
-        with on_the_hub(stream.path, MAY_LACK):
-            commit = HfApi().dataset_info(stream.path, revision=stream.revision).sha
+    name, manifest, commit = path_of(stream), manifest_of(stream), None
+    if is_repository(name):
+        with on_the_hub(name, MAY_LACK):
+            commit = HfApi().dataset_info(name, revision=stream.revision).sha
     if manifest is not None:
-        return manifest.vocabularies["dataset"], _with_its_files(stream.path, manifest, commit)
+        return manifest.vocabularies["dataset"], _with_its_files(name, manifest, commit)
     if commit is not None:
-        return [dataset_name(stream)], [Source(stream.path, "data set that was streamed", commit=commit)]
+        return [dataset_name(stream)], [Source(name, "data set that was streamed", commit=commit)]
     files = files_of_stream(stream)
     size = sum(file.stat().st_size for file in files)
     streamed = f"{len(files)} streamed parquet files, {size:,} bytes, not hashed"
-    return [dataset_name(stream)], [Source(Path(stream.path).name, streamed)]
+    return [dataset_name(stream)], [Source(Path(name).name, streamed)]

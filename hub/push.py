@@ -11,10 +11,11 @@ from pertstate._version import __version__
 from pertstate.base.checkpoint_files import read_header, read_json, stored_tensors
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 from pertstate.families import FAMILIES
-from pertstate.hub.card import is_repository, render_card, with_repository
+from pertstate.hub.card import render_card, with_repository
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
@@ -27,7 +28,7 @@ PROCESSOR, WEIGHTS, CARD, ADAPTER_WEIGHTS = (
 )
 _WEIGHTS_INDEX = WEIGHTS + ".index.json"
 _ARGUMENTS = "training_args.json"
-# What a checkpoint on the Hub is made of, all of it at the top; a push takes away what it no longer holds.
+# The files of a checkpoint on the Hub, all of them at the top. A push deletes those that the checkpoint no longer has.
 _OWN = (MODEL_KEY, ADAPTER_KEY, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
 _MAY_LACK = "model or revision"
 
@@ -41,15 +42,16 @@ def push_checkpoint(
     message: str | None = None,
 ) -> CommitInfo:
     """
-    Push a checkpoint folder to the Hub in one commit: config, weights, code, processor, vocabulary and card.
-    Checkpoints of steps, optimiser states and any other file of the folder stay where they are.
+    Push a checkpoint folder to the Hub in one commit: config, weights, code, processor, vocabulary and card. Other files of
+    the folder, such as checkpoints of steps and optimiser states, are not pushed.
 
     Args:
-        folder: what [`StateTrainer`] or `save_pretrained` wrote, an adapter too. Where a whole model has no card, one is
-            written for the push.
-        name (`str`): `"user/name"`; made where it does not exist.
-        private (`bool`, *optional*): of a repository that is made here. True is refused for one that is public.
-        revision (`str`, *optional*): branch, `main` by default; made where it does not exist.
+        folder: what [`StateTrainer`] or `save_pretrained` wrote, a whole model or an adapter. For a whole model without a
+            card, one is written for the push.
+        name (`str`): `"user/name"`; the repository is made if it does not exist.
+        private (`bool`, *optional*): whether a repository that is made here is private. True is refused if there is a
+            public one.
+        revision (`str`, *optional*): branch, `main` by default; it is made if it does not exist.
         token (`str`, *optional*): by default that of `hf auth login`.
         message (`str`, *optional*): of the commit.
 
@@ -59,8 +61,8 @@ def push_checkpoint(
     Raises:
         FileNotFoundError, ValueError: the folder is no whole checkpoint; `revision` is a commit or a tag; a private
             repository is asked for and there is a public one. Nothing was sent.
-        PermissionError, OSError: the Hub refuses, cannot be reached, or somebody else pushed at the same time. What was
-            there stays as it was.
+        PermissionError, OSError: the Hub refuses, cannot be reached, or somebody else pushed at the same time. The
+            repository stays as it was.
     """
     folder = Path(folder)
     files, text = _read_to_push(folder)
@@ -72,18 +74,18 @@ def push_checkpoint(
         repository = ensure_repository(api, name, private)
         refs = api.list_repo_refs(repository)
         if branch in {tag.name for tag in refs.tags}:
-            raise ValueError(f"revision={branch!r} is a tag of {repository}, which stays where it is; name a branch")
+            raise ValueError(f"revision={branch!r} is a tag of {repository}, which does not move; name a branch")
         if branch not in {known.name for known in refs.branches}:
             api.create_branch(repository, branch=branch, exist_ok=True)
         head = api.model_info(repository, revision=branch)
-        there = [sibling.rfilename for sibling in head.siblings]
+        there = [sibling.rfilename for sibling in head.siblings or ()]
         gone = [path for path in there if path not in {*files, CARD} and any(fnmatch(path, own) for own in _OWN)]
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(CARD, with_repository(text, repository).encode()),
             *(CommitOperationAdd(file, folder / file) for file in files),
             *(CommitOperationDelete(path) for path in gone if "/" not in path),
         ]
-        # Of two pushes that meet, the second is refused: unchanged files are not sent, so that they could mix.
+        # If somebody else has pushed meanwhile, this push is refused: as unchanged files are not sent, the two could mix.
         return api.create_commit(
             repository,
             operations,
@@ -95,7 +97,7 @@ def push_checkpoint(
 
 def ensure_repository(api: HfApi, name: str, private: bool | None) -> str:
     """
-    The full id of a model repository, which is made where it does not exist; to be used in [`on_the_hub`].
+    The full id of a model repository, which is made if it does not exist. Call it within [`on_the_hub`].
 
     Raises:
         ValueError: a private repository is asked for, and there is a public one.
@@ -110,14 +112,14 @@ def ensure_repository(api: HfApi, name: str, private: bool | None) -> str:
 
 
 def address_of(commit: CommitInfo) -> str:
-    """Where the files of a commit can be seen."""
+    """The page that shows the files of a commit."""
     return f"{commit.repo_url}/tree/{commit.oid}"
 
 
 def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
     """
-    The folder of a checkpoint on the Hub, downloaded once: all files of one commit, which is the folder's name. Without
-    network, or with `HF_HUB_OFFLINE`, the cache answers.
+    The local folder of a checkpoint on the Hub. It holds the files of one commit, which is the folder's name, and is
+    downloaded once. Without network, or with `HF_HUB_OFFLINE`, the cache is used.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: see [`on_the_hub`].
@@ -137,7 +139,7 @@ def _read_to_push(folder: Path) -> tuple[list[str], str]:
 
 
 def _read_adapter(folder: Path) -> list[str]:
-    """The files of an adapter, whose base model others can load too."""
+    """The names of the files of an adapter. ValueError if others cannot load its base model."""
     base = read_json(folder / ADAPTER_KEY).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_repository(base):
         raise ValueError(
@@ -152,11 +154,11 @@ def _read_adapter(folder: Path) -> list[str]:
 
 def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, StateProcessor, list[str]]:
     """
-    Config, processor and the names of the files of a whole checkpoint folder, the card left out.
+    The config, the processor and the names of the files of a checkpoint folder, without the card.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing.
-        ValueError: the files are damaged, or disagree.
+        ValueError: the files are damaged, or contradict one another.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -166,17 +168,17 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{folder / MODEL_KEY}: model_type={model_type!r} is no family; {closest(model_type, FAMILIES)}"
+            f"{folder / MODEL_KEY}: model_type={model_type!r} is no family; {closest(str(model_type), FAMILIES)}"
         )
     processor, files = _read_processor(folder)
-    # Loading is the check that others go through, too.
+    # To load the model is the check: others will load it, too.
     config = FAMILIES[model_type].model.from_pretrained(folder).config
     files = [MODEL_KEY, *_weights_of(folder), *files]
     return config, processor, files + [name for name in _code_of(folder, MODEL_KEY) if name not in files]
 
 
 def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
-    """The processor, and the names of what belongs to it: its own files, its code, the arguments of a training."""
+    """The processor and the names of its files, of its code, and of the training's arguments if they are there."""
     for name in (PROCESSOR, VOCABULARY_FILE):
         _require(folder, name)
     code = _code_of(folder, PROCESSOR)
@@ -188,13 +190,13 @@ def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
 
 
 def _weights_of(folder: Path) -> list[str]:
-    """The names of the weight files, and of their index where there are several."""
+    """The names of the weight files, and of their index if there are several."""
     names = sorted({Path(tensor.file).name for tensor in stored_tensors(folder, {}).values()})
     return names if names == [WEIGHTS] else [_WEIGHTS_INDEX, *names]
 
 
 def _code_of(folder: Path, settings: str) -> list[str]:
-    """The files of the classes that a JSON file names as its code, and of the modules that they import with one dot."""
+    """The code files of the classes that a JSON file names, and of the modules that these import with one dot."""
     classes = read_json(folder / settings).get("auto_map")
     if not isinstance(classes, dict) or not all(isinstance(name, str) for name in classes.values()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Import of what other people's code wrote: training folders of the published research code, scGPT folders."""
+"""Import of other people's formats: training folders of the published research code, and scGPT folders."""
 
 from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 

@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -67,14 +68,14 @@ def convert(
             - `"causal"`: itself and those before it, with rotary positions (llama)
             - `"none"`: itself alone
 
-            By default what the folder's flags say. Where the flag is absent that is causal, and a warning says so.
+            By default what the folder's flags say. Without a flag, causal attention is assumed, and a warning says so.
         genes (`list[str]`, *optional*): names of the features in their order (with a gene decoder: of the genes that it
             predicts), where the folder lacks them.
 
     Raises:
         FileNotFoundError: a file is missing.
-        RefusedPickleError: a pickle names something else than data; nothing of it was run.
-        ValueError: names, sizes and weights do not fit together, or the model is none that can be converted.
+        RefusedPickleError: a pickle names something that is not data; none of it was run.
+        ValueError: names, sizes and weights do not fit together, or the model cannot be converted.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -94,7 +95,7 @@ def convert(
 
 
 def _choose_attention(legacy: LegacyFolder, asked: str | None) -> str:
-    """Set the flags of the research code to what was asked for; returns in words where the choice comes from."""
+    """Set the flags of the research code to what was asked for. Returns, in words, where the choice comes from."""
     options = legacy.options
     if options["model_name"] != "state":
         if asked is not None:
@@ -111,11 +112,11 @@ def _choose_attention(legacy: LegacyFolder, asked: str | None) -> str:
         return "as the training recorded"
     if asked is None:
         logger.warning(
-            f"{legacy.path}: no flag says how cells attended (bidirectional_attention is absent), so causal is taken, with "
-            "rotary positions for llama, which the library versions of the time did; predictions then depend on the order "
-            "of cells. If the model was trained otherwise, say so with --attention bidirectional"
+            f"{legacy.path}: no flag says how cells attended (bidirectional_attention is absent), so causal attention is "
+            "assumed, with rotary positions for llama, as in the library versions of that time; predictions then depend on "
+            "the order of cells. If the model was trained otherwise, say so with --attention bidirectional"
         )
-        return "taken because no flag was recorded; the library versions of the time did so"
+        return "assumed because no flag was recorded: the library versions of that time did so"
     options["mask_attn"] = asked == "none"
     options["transformer_backbone_kwargs"] = {**inner, "bidirectional_attention": asked == "bidirectional"}
     return "chosen at the conversion" + ("" if recorded else "; no flag was recorded")
@@ -155,7 +156,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
     on_expression = embed_key in (None, "X_hvg") and not decodes
     expected = config.gene_dim if decodes else config.input_dim if on_expression else None
     names = _genes(legacy, expected, genes)
-    settings = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": Values.EMBEDDING}
+    settings: dict[str, Any] = {"input": "X" if embed_key is None else f"obsm/{embed_key}", "values": Values.EMBEDDING}
     if decodes:
         if names is None:
             raise ValueError(
@@ -189,7 +190,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
         control=legacy.data["control_pert"],
         context_key=legacy.data["cell_type_key"],
         batch_key=batch_key,
-        # That code knew labels as a whole.
+        # The research code did not split labels.
         combination_separator=None,
         feature_dim=config.input_dim,
         set_size=config.set_size,
@@ -198,7 +199,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
 
 
 def _genes(legacy: LegacyFolder, expected: int | None, given: list[str] | None) -> list[str] | None:
-    """The names of `expected` genes; None where there are none to name, or nobody knows them."""
+    """The names of `expected` genes; None where the model has no genes, or their names are not known."""
     if expected is None:
         if given is not None:
             raise ValueError(
@@ -223,7 +224,7 @@ def _genes(legacy: LegacyFolder, expected: int | None, given: list[str] | None) 
 
 
 def _model(legacy: LegacyFolder, config: EncoderConfig):
-    """The model with its weights, every one of which is there, of the right shape, and finite."""
+    """The model with its weights, once all of them are there, of the right shape, and finite."""
     family = FAMILIES[config.model_type].model
     weights = {name: tensor.load() for name, tensor in legacy.weights.items()}
     try:
@@ -260,7 +261,7 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
 
 
 def as_text(value) -> str:
-    """A value from a file as plain text on one line of Markdown, in which nothing is markup."""
+    """A value of a file as one line of plain text in Markdown: markup in it has no effect."""
     text = " ".join(str(value).split())
     # Underscores within a word are not markup.
     return re.sub(r"[^\w\s,;:.+/'()%=-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)

@@ -6,7 +6,9 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 from pertstate.base.messages import some
@@ -19,11 +21,29 @@ _ENDINGS = (".pt", ".torch", ".pkl")
 # The first of these is taken where a folder has several checkpoints.
 _PREFERRED = ("final.ckpt", "last.ckpt")
 _LARGEST_CONFIG = 10_000_000
-_SIZES = ("input_dim", "output_dim", "pert_dim", "batch_dim", "gene_dim", "hvg_dim", "hidden_dim", "cell_set_len")
-_SIZES += ("n_encoder_layers", "n_decoder_layers")
-# Options that change what the weights compute: where they stand twice, they must agree.
-_COMPARED = (*_SIZES, "predict_residual", "use_basal_projection", "batch_encoder", "mask_attn", "embed_key")
-_COMPARED += ("output_space", "transformer_backbone_key")
+_SIZES = (
+    "input_dim",
+    "output_dim",
+    "pert_dim",
+    "batch_dim",
+    "gene_dim",
+    "hvg_dim",
+    "hidden_dim",
+    "cell_set_len",
+    "n_encoder_layers",
+    "n_decoder_layers",
+)
+# Options that change what the weights compute. Where two files have one, they must agree.
+_COMPARED = (
+    *_SIZES,
+    "predict_residual",
+    "use_basal_projection",
+    "batch_encoder",
+    "mask_attn",
+    "embed_key",
+    "output_space",
+    "transformer_backbone_key",
+)
 
 
 @dataclass
@@ -33,7 +53,7 @@ class LegacyFolder:
 
     Args:
         path (`Path`): the folder.
-        options (`dict`): of the model, under its own names, for [`~pertstate.hub.legacy.config_from_legacy`].
+        options (`dict`): of the model, under its own names, for [`~pertstate.legacy.config_from_legacy`].
         weights (`dict[str, StoredTensor]`): not yet read.
         perturbations, contexts, batches (`list[str]`): names by their place in the one-hot vectors. The perturbations
             hold the control where that code gave it a place. Contexts and batches are empty where they were not kept.
@@ -64,7 +84,7 @@ class LegacyFolder:
 def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -> LegacyFolder:
     """
     Read a training folder: `config.yaml`, `var_dims.pkl`, `pert_onehot_map`, `batch_onehot_map` and
-    `cell_type_onehot_map` (each as `.pt`, `.torch` or `.pkl`), `checkpoints/*.ckpt`. Nothing that a pickle names is run.
+    `cell_type_onehot_map` (each as `.pt`, `.torch` or `.pkl`), `checkpoints/*.ckpt`. No code that a pickle names is run.
 
     Args:
         path: the folder.
@@ -73,8 +93,8 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        RefusedPickleError: a pickle names something else than data.
-        ValueError: a file is not whole, a value is none of its kind, or two of them disagree.
+        RefusedPickleError: a pickle names something that is not data.
+        ValueError: a file is not whole, a value is of the wrong kind, or two files disagree.
     """
     path = Path(path)
     if not path.is_dir():
@@ -184,13 +204,14 @@ def _is_int(value) -> bool:
 
 
 def _merge(sources: dict[Path, dict]) -> dict:
-    """Options of several files, the last file's winning; those that weights depend on must agree."""
-    merged, where = {}, {}
+    """Options of several files; the last file wins. Options that weights depend on must agree."""
+    merged: dict[str, Any] = {}
+    where: dict[str, Path] = {}
     for path, options in sources.items():
         for name, value in options.items():
             if name in _SIZES and value is not None and not (_is_int(value) and value > 0):
                 raise ValueError(f"{path}: expected a whole number above 0 as {name}, found {_short(value)}")
-            # A size that one file leaves open is said by another.
+            # Another file has the size that this one leaves open.
             if name in _SIZES and value is None:
                 continue
             if name in merged and name in _COMPARED and value != merged[name]:
@@ -244,7 +265,7 @@ def _weights(content: dict, path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_decoder(options: dict, weights: dict, path: Path):
-    """The options of a gene decoder stay where there is one: that code kept them for models without."""
+    """Keep the options of a gene decoder only where there is one: the research code kept them for models without."""
     if not any(name.startswith("gene_decoder.") for name in weights):
         options["decoder_cfg"] = None
         return
@@ -264,7 +285,7 @@ def _check_decoder(options: dict, weights: dict, path: Path):
 
 
 def _check_layers(options: dict, count: int, path: Path):
-    """No more layers than there are weights: a model is laid out before its weights are looked at."""
+    """ValueError for more layers than there are weights, before a model of so many layers is built."""
     inner = options.get("transformer_backbone_kwargs") or {}
     layers = {name: options[name] for name in ("n_encoder_layers", "n_decoder_layers") if name in options}
     layers |= {name: inner[name] for name in ("num_hidden_layers", "n_layer") if _is_int(inner.get(name))}
@@ -318,9 +339,9 @@ def _place(vector, width: int) -> int | None:
     values = vector.load()
     if isinstance(values, list):
         return None
-    nonzero = values.reshape(-1).nonzero()
-    nonzero = nonzero.flatten() if isinstance(vector, StoredTensor) else nonzero[0]
-    return int(nonzero[0]) if len(nonzero) == 1 and values.reshape(-1)[nonzero[0]] == 1 else None
+    flat = values.reshape(-1)
+    nonzero = flat.nonzero().flatten() if isinstance(flat, torch.Tensor) else flat.nonzero()[0]
+    return int(nonzero[0]) if len(nonzero) == 1 and flat[nonzero[0]] == 1 else None
 
 
 def _name(value, path: Path) -> str:

@@ -20,6 +20,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,17 +29,17 @@ import torch
 _ZIP = b"PK\x03\x04"
 # Flags of a member that is encrypted, patched or strongly encrypted.
 _ENCRYPTED = 0x61
-# What a file of torch.save begins with that is no zip archive (before torch 1.6, and tensors within a plain pickle).
+# First bytes of a file of torch.save that is not a zip archive (before torch 1.6, and tensors within a plain pickle).
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_TORCH_PROTOCOL = 1001
 # Opcodes of a pickle; a vocabulary of 100,000 names takes 200,000.
 _LARGEST_PROGRAM = 5_000_000
-# What functions may be given, in entries for each byte of the pickle; pickles of what is known here stay below 4.
+# Entries that functions may be given for each byte of the pickle. The pickles that are known here stay below 4.
 _ENTRIES_PER_BYTE = 16
-# Codes of a registry that other code fills, buffers from outside the file, ids as text: no pickle of what is known here.
+# Codes of a registry that other code fills, buffers from outside the file, ids as text: none of the known files has them.
 _REFUSED_OPCODES = ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID")
 _DTYPE_CODE = re.compile(r"b1|i[1248]|u[1248]|f[248]|[SU][1-9][0-9]{0,5}|O8?")
-# What the unpickler raises at bytes that are no pickle, or a part of one.
+# What the unpickler raises at bytes that are not a whole pickle.
 _BROKEN = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -56,7 +57,7 @@ _BROKEN = (
 
 
 class RefusedPickleError(ValueError):
-    """A pickle names something that is no tensor, numpy array or plain container. Nothing of it was run."""
+    """A pickle names something other than a tensor, numpy array or plain container. None of it was run."""
 
 
 class _Data:
@@ -81,7 +82,8 @@ class Storage(_Data):
     __slots__ = ("dtype", "numel", "read", "_buffer")
 
     def __init__(self, dtype: torch.dtype, numel: int, read: Callable[[], bytes]):
-        self.dtype, self.numel, self.read, self._buffer = dtype, numel, read, None
+        self.dtype, self.numel, self.read = dtype, numel, read
+        self._buffer: bytearray | None = None
 
     @property
     def buffer(self) -> bytearray:
@@ -102,7 +104,7 @@ class StoredTensor(_Data):
             raise pickle.UnpicklingError("a tensor's layout is none")
         numel = math.prod(shape)
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride)) if numel else 0
-        # One number may not stand for many: a file of a few bytes would fill the memory.
+        # A tensor may not be larger than its storage: otherwise a file of a few bytes could fill the memory.
         if numel > storage.numel or (numel and last >= storage.numel):
             raise pickle.UnpicklingError(f"a tensor of shape {shape} lies outside its {storage.numel} stored numbers")
         self.storage, self.offset, self.shape, self.stride = storage, offset, tuple(shape), tuple(stride)
@@ -123,14 +125,15 @@ class StoredArray(_Data):
 
     __slots__ = ("shape", "values")
 
-    def __init__(self):
-        self.shape, self.values = (0,), []
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = (0,)
+        self.values: np.ndarray | list = []
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         self.fill(data, dtype, shape, "F" if fortran else "C")
 
-    def fill(self, data: "bytes | list", dtype: "_DType", shape: tuple[int, ...], order: str):
+    def fill(self, data: "bytes | bytearray | list", dtype: "_DType", shape: tuple[int, ...], order: str):
         """The content: bytes of numbers or text, or a list of objects."""
         if not isinstance(dtype, _DType) or type(shape) is not tuple or not all(_is_size(n) for n in shape):
             raise pickle.UnpicklingError("an array's layout is none")
@@ -141,10 +144,10 @@ class StoredArray(_Data):
             self.values = data
         else:
             kind = dtype.numpy()
-            if type(data) not in (bytes, bytearray) or len(data) != numel * kind.itemsize:
+            if not isinstance(data, bytes | bytearray) or len(data) != numel * kind.itemsize:
                 raise pickle.UnpicklingError(f"an array of shape {shape} does not hold its bytes")
             if kind.kind == "U":
-                # numpy trips over what is no character only when the text is used.
+                # numpy notices invalid characters only when the text is used.
                 bytes(data).decode("utf-32-be" if dtype.is_big_endian else "utf-32-le")
             self.values = np.frombuffer(data, kind).reshape(shape, order="F" if order == "F" else "C")
         self.shape = shape
@@ -190,7 +193,7 @@ class _Named(_Data):
         self.make, self.spend = make, spend
 
     def __call__(self, *args):
-        # What a function copies, a short pickle could make it copy a million times.
+        # A short pickle could make a function copy its arguments a million times.
         self.spend(
             1 + sum(len(arg) for arg in args if isinstance(arg, (str, bytes, bytearray, list, tuple, dict, set)))
         )
@@ -198,7 +201,7 @@ class _Named(_Data):
 
 
 class _Ordered(dict):
-    """An OrderedDict, whose order a dict keeps. Attributes that torch hangs on to it are left out."""
+    """An OrderedDict, whose order a dict keeps. Attributes that torch attaches to it are left out."""
 
     def __setstate__(self, state):
         """Nothing of it is read."""
@@ -288,7 +291,7 @@ class _Unpickler(pickle.Unpickler):
             elements; a plain pickle has none.
     """
 
-    def __init__(self, file: io.BufferedIOBase, storage: Callable | None = None):
+    def __init__(self, file: BinaryIO, storage: Callable | None = None):
         super().__init__(file)
         self._storage = storage
         self._left = _ENTRIES_PER_BYTE * _check_program(file)
@@ -317,21 +320,21 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError("it grows far beyond its size")
 
 
-def _check_program(file: io.BufferedIOBase) -> int:
+def _check_program(file: BinaryIO) -> int:
     """The length in bytes of the pickle that begins here, whose opcodes are read and not run."""
     start = file.tell()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
             raise RefusedPickleError(f"the opcode {opcode.name}")
         # The unpickler makes room for all numbers up to a memo's.
-        if count > _LARGEST_PROGRAM or (opcode.name.endswith("PUT") and argument > _LARGEST_PROGRAM):
+        if count > _LARGEST_PROGRAM or (opcode.name.endswith("PUT") and int(argument or 0) > _LARGEST_PROGRAM):
             raise pickle.UnpicklingError(f"it has more than {_LARGEST_PROGRAM:,} steps")
     length = file.tell() - start
     file.seek(start)
     return length
 
 
-def _read_old_torch(file: io.BufferedIOBase):
+def _read_old_torch(file: BinaryIO):
     """What torch.save wrote before it wrote zip archives: five pickles, then the bytes of each storage."""
     if file.read(len(_OLD_TORCH)) != _OLD_TORCH or _Unpickler(file).load() != _OLD_TORCH_PROTOCOL:
         raise pickle.UnpicklingError("it is no file of torch.save")
@@ -359,7 +362,7 @@ def _read_old_torch(file: io.BufferedIOBase):
     return content
 
 
-def _read_at(file: io.BufferedIOBase, position: int, size: int) -> bytes:
+def _read_at(file: BinaryIO, position: int, size: int) -> bytes:
     file.seek(position)
     return file.read(size)
 
@@ -367,7 +370,7 @@ def _read_at(file: io.BufferedIOBase, position: int, size: int) -> bytes:
 def _read_torch(path: Path):
     """A file of torch.save, a zip archive of stored (not compressed) members."""
     size = path.stat().st_size
-    # Open as long as a tensor of it is in use: to list thousands of members anew for each of them takes minutes.
+    # It stays open while a tensor of it is in use: listing thousands of members anew for each tensor takes minutes.
     archive = zipfile.ZipFile(path)
     members = {info.filename: info for info in archive.infolist()}
     if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED for info in members.values()):
@@ -410,7 +413,7 @@ def read_pickled(path: str | os.PathLike):
 
     Raises:
         FileNotFoundError: there is no such file.
-        RefusedPickleError: the pickle names anything else; nothing of it was run.
+        RefusedPickleError: the pickle names anything else; none of it was run.
         ValueError: the file is not whole, is none of these, or would grow far beyond its size.
     """
     path = Path(path)

@@ -39,14 +39,14 @@ _RENAMES = [
     (r"bn\.(weight|bias|running_mean|running_var|num_batches_tracked)", r"norm.\1"),
     (r"decoder\.fc\.([024])\.(weight|bias)", r"head.\1.\2"),
 ]
-# What a folder must hold all of; the rest may start afresh.
+# A folder must hold all of these weights; the rest may start afresh.
 _CORE = re.compile(r"(gene_norm|value_encoder|layers)\.")
 
 
 @dataclass
 class LoadReport:
     """
-    What came of a published folder.
+    What was loaded from a published folder.
 
     Args:
         loaded (`list[str]`): weights of the model that were taken from it, `gene_embedding.weight` for the known genes.
@@ -76,7 +76,7 @@ class LoadReport:
 
 def published_fields(folder: str | os.PathLike, given: dict) -> dict:
     """
-    The fields of a [`ScGPTConfig`] that a published folder settles: sizes, and the dropout where `given` has none.
+    The fields of a [`ScGPTConfig`] that a published folder determines: sizes, and the dropout unless `given` has one.
 
     Args:
         given (`dict`): fields that the run sets; the sizes among them must be those of the folder.
@@ -115,8 +115,8 @@ def load_published(model: ScGPTForPerturbation, genes: list[str], folder: str | 
     """
     Copy the weights of a published folder into a model.
 
-    Nothing of the folder is run: the weights are read with `weights_only=True`. Gene rows are found by name in `vocab.json`,
-    upper and lower case told apart.
+    No code of the folder is run: the weights are read with `weights_only=True`. Gene rows are found by name in `vocab.json`;
+    upper and lower case differ.
 
     Args:
         model ([`ScGPTForPerturbation`]): of the folder's sizes, see [`published_fields`].
@@ -213,7 +213,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    # Opened here, so that an OSError below is of what the file holds: torch raises one where its end is missing.
+    # The file is opened here, so that an OSError below concerns its content: torch raises one where its end is missing.
     with open(path, "rb") as file:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,6 +1,7 @@
 """Options and weights of the published research code, turned into ours."""
 
 import re
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +12,7 @@ from pertstate.families.neural_ot.configuration_neural_ot import NeuralOTConfig
 from pertstate.families.pseudobulk.configuration_pseudobulk import PseudobulkConfig
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, type[EncoderConfig]] = {
     "state": StateConfig,
     "embedsum": EmbedSumConfig,
     "old_neuralot": NeuralOTConfig,
@@ -25,9 +26,9 @@ def config_from_legacy(options: dict) -> EncoderConfig:
     The config of a model trained by the published research code.
 
     Args:
-        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them. A
-            bidirectional flag that is absent means what that code did then: causal attention, with rotary positions
-            for llama. (The families beside "state" never attended causally, whatever the flag says.)
+        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them.
+            Without a bidirectional flag, the model attended causally, with rotary positions for llama. (Families other
+            than "state" never attended causally, whatever the flag says.)
 
     Raises:
         ValueError: the family, loss or backbone is not known, or a needed option is missing.
@@ -74,7 +75,7 @@ def config_from_legacy(options: dict) -> EncoderConfig:
         if "decoder_weight" in options:
             fields["decoder_weight"] = options["decoder_weight"]
         fields["detach_decoder"] = bool(options.get("detach_decoder", False))
-    residual = "hidden" if options.get("predict_residual", True) else "none"
+    residual: Literal["hidden", "none"] = "hidden" if options.get("predict_residual", True) else "none"
     if config is NeuralOTConfig:
         return NeuralOTConfig(**{**fields, "nonnegative_output": False}, residual=residual)
     if config is PseudobulkConfig:
@@ -83,7 +84,7 @@ def config_from_legacy(options: dict) -> EncoderConfig:
 
 
 # Options of the published backbones that their weights do not show, at the values that ours have.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6},
     "rope": {"rope_theta": 10000.0, "rope_scaling": None},
     "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True},
@@ -244,7 +245,7 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
 
     Raises:
         ValueError: a weight has a name that is not known (the names are listed) or a shape that none of its kind has, or
-            there are position embeddings, which ours have not.
+            there are position embeddings, which our models do not have.
     """
     converted: dict[str, torch.Tensor] = {}
     projections: dict[str, dict[str, torch.Tensor]] = {}
@@ -262,7 +263,7 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
             continue
         if match := _DECODER.fullmatch(name):
             index, block = int(match[1]), int(match[1]) // 4
-            last = block == len(config.decoder_hidden_sizes)
+            last = block == len(config.decoder_hidden_sizes or [])
             target = (
                 f"gene_decoder.output.{match[2]}" if last else f"gene_decoder.blocks.{block}.{index % 4}.{match[2]}"
             )

@@ -1,5 +1,7 @@
 """A distance between the predicted and the observed cells of a sentence, and of the genes decoded from them."""
 
+from functools import partial, reduce
+
 import torch
 from torch import nn
 
@@ -24,19 +26,20 @@ class DistributionalObjective(Objective):
         config ([`SetTransformerConfig`]): loss options, see there.
     """
 
+    config: SetTransformerConfig
+
     def __init__(self, config: SetTransformerConfig):
         super().__init__(config)
-        distances = {
-            "energy": {"energy": (1.0, EnergyLoss())},
-            "sinkhorn": {"sinkhorn": (1.0, SinkhornLoss(config.blur))},
-            "combined": {
-                "energy": (config.energy_weight, EnergyLoss()),
-                "sinkhorn": (config.sinkhorn_weight, SinkhornLoss(config.blur)),
-            },
-            "mse": {"mse": (1.0, MSELoss())},
-        }[config.loss]
-        self.distances = nn.ModuleDict({name: module for name, (_, module) in distances.items()})
-        self.weights = {name: weight for name, (weight, _) in distances.items()}
+        weights_of: dict[str, dict[str, float]] = {
+            "energy": {"energy": 1.0},
+            "sinkhorn": {"sinkhorn": 1.0},
+            "combined": {"energy": config.energy_weight, "sinkhorn": config.sinkhorn_weight},
+            "mse": {"mse": 1.0},
+        }
+        self.weights = weights_of[config.loss]
+        # Only those that are asked for are made: one needs a further package.
+        kinds = {"energy": EnergyLoss, "sinkhorn": partial(SinkhornLoss, config.blur), "mse": MSELoss}
+        self.distances = nn.ModuleDict({name: kinds[name]() for name in self.weights})
         if config.gene_dim is not None:
             self.weights["decoder"] = config.decoder_weight
 
@@ -48,7 +51,7 @@ class DistributionalObjective(Objective):
             decoded = self._distances(outputs.gene_predictions, self.required(batch, GENE_LABELS), mask)
             terms["decoder"] = self._total(decoded).mean()
         terms |= self._further_terms(outputs, batch, self._total(per_sentence))
-        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
+        terms["loss"] = self._total({name: terms[name] for name in self.weights})
         return terms
 
     def _further_terms(self, outputs, batch, distances: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -70,5 +73,5 @@ class DistributionalObjective(Objective):
             for name, distance in self.distances.items()
         }
 
-    def _total(self, distances: dict[str, torch.Tensor]) -> torch.Tensor:
-        return sum(self.weights[name] * value for name, value in distances.items())
+    def _total(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return reduce(torch.add, (self.weights[name] * value for name, value in values.items()))

@@ -11,8 +11,8 @@ from pertstate.losses.objective import Objective
 
 class FittedObjective(Objective):
     """
-    What an evaluation reports as the loss of a family that is fitted in one pass: nothing is trained by it. It is the
-    State model's default, so that the two compare.
+    The loss that an evaluation reports for a family that is fitted in one pass; nothing is trained with it. It is the
+    State model's default loss, so that the two can be compared.
 
     - `energy`: energy distance between `predictions` and `labels`
     - `loss`: the same

@@ -8,12 +8,12 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 
 class Objective(nn.Module):
     """
-    Named scalar terms of a family's loss. Every term is a mean over sentences, each over its real cells.
+    Named scalar terms of a family's loss. A term is a mean over a sentence's real cells, then over sentences.
 
-    A subclass implements `forward(outputs, batch)`: the model's [`PerturbationOutput`] and the batch it was given (contract of
-    the batch keys) to named terms, of which `"loss"` is the sum. It raises ValueError where the batch lacks what a term needs.
+    A subclass implements `forward(outputs, batch)`. It takes the model's [`PerturbationOutput`] and the batch that the model
+    was given, and returns named terms; `"loss"` is what is minimised. ValueError where the batch lacks what a term needs.
 
-    The trainer tells it how far training is, for schedules:
+    The Trainer says how far training is, for schedules:
 
     - `step` (`int`): optimiser steps taken so far
     - `epoch` (`float`): epochs of the training data seen so far; None in a stream whose length is not known
@@ -21,6 +21,10 @@ class Objective(nn.Module):
     Args:
         config ([`PerturbationConfig`]): of the model; it holds the loss options.
     """
+
+    config: PerturbationConfig
+    step: int
+    epoch: float | None
 
     def __init__(self, config: PerturbationConfig):
         super().__init__()

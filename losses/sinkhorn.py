@@ -1,7 +1,6 @@
 """The Sinkhorn divergence between two sets of cells."""
 
 import torch
-from geomloss import SamplesLoss
 from torch import nn
 
 
@@ -12,6 +11,9 @@ class SinkhornLoss(nn.Module):
 
     Args:
         blur (`float`): entropic blur, in the units of the cells.
+
+    Raises:
+        ImportError: geomloss is not installed.
 
     Inputs:
         - predictions `(B, S, D)`, targets `(B, S, D)`, mask `(B, S)` bool or None: the real cells of both.
@@ -27,6 +29,10 @@ class SinkhornLoss(nn.Module):
 
     def __init__(self, blur: float):
         super().__init__()
+        try:
+            from geomloss import SamplesLoss
+        except ImportError as error:
+            raise ImportError("the Sinkhorn divergence needs geomloss: pip install 'pertstate[sinkhorn]'") from error
         self.divergence = SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")
 
     def forward(self, predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -41,9 +41,9 @@ for line in sys.stdin:
 """
 
 
-def needed_distributions() -> set[str]:
-    """The distributions that installing `NEEDED` installs, by their canonical names."""
-    found, wanted = set(), [(name, "") for name in NEEDED]
+def needed_distributions(*also: str) -> set[str]:
+    """The distributions that installing `NEEDED`, and these, installs, by their canonical names."""
+    found, wanted = set(), [(name, "") for name in (*NEEDED, *also)]
     while wanted:
         name, extra = wanted.pop()
         if (name, extra) in found:
@@ -56,9 +56,9 @@ def needed_distributions() -> set[str]:
     return {name for name, _ in found}
 
 
-def blocked_modules() -> list[str]:
+def blocked_modules(*also: str) -> list[str]:
     """The modules of all other distributions of this environment, pertstate's own among them."""
-    needed = needed_distributions()
+    needed = needed_distributions(*also)
     owners = importlib.metadata.packages_distributions()
     others = {module for module, of in owners.items() if needed.isdisjoint(map(canonicalize_name, of))}
     return sorted(others | {"pertstate", "pertstate.cli"})
@@ -70,9 +70,10 @@ class Alone:
 
     Args:
         folder (`Path`): an empty folder, the scripts' working directory and cache.
+        also (`str`): further distributions that are there.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *also: str):
         self.folder = folder
         self._log = (folder / "server").open("w")
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -82,7 +83,7 @@ class Alone:
             "OMP_NUM_THREADS": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVER, json.dumps(blocked_modules())],
+            [sys.executable, "-c", _SERVER, json.dumps(blocked_modules(*also))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

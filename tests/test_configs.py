@@ -58,10 +58,10 @@ def test_a_run_wins_over_the_arguments_that_a_family_was_published_with(tmp_path
     path = tmp_path / "run.yaml"
     path.write_text("data: {datasets: x.h5ad}\nmodel: {model_type: state-cpa}\ntraining: {weight_decay: 0.1}\n")
     published = FAMILIES["state-cpa"].config.training_defaults
-    assert train.parse([str(path)]).training == {**published, "weight_decay": 0.1}
+    assert train.read_run([str(path)]).training == {**published, "weight_decay": 0.1}
     # A schedule or an optimiser of the run's own takes the place of the published one.
-    own = train.parse([str(path), "--lr_scheduler_type", "linear"]).training
+    own = train.read_run([str(path), "--lr_scheduler_type", "linear"]).training
     assert own["lr_scheduler_type"] == "linear" and not {"lr_decay_epochs", "lr_decay_factor"} & set(own)
     assert own["l2_weight_decay"] is True and own["learning_rate"] == published["learning_rate"]
-    assert "l2_weight_decay" not in train.parse([str(path), "--optim", "sgd"]).training
-    assert train.parse([str(path), "--model_type", "state"]).training == {"weight_decay": 0.1}
+    assert "l2_weight_decay" not in train.read_run([str(path), "--optim", "sgd"]).training
+    assert train.read_run([str(path), "--model_type", "state"]).training == {"weight_decay": 0.1}

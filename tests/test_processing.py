@@ -880,7 +880,7 @@ def test_gene_choices_that_cannot_be():
 
 def test_options_that_contradict_one_another():
     adata = embedded()
-    with pytest.raises(ValueError, match="normalize='log1p'; did you mean 'counts_to_log1p'"):
+    with pytest.raises(ValueError, match="normalize='log1p'; expected one of 'auto', 'counts_to_log1p', 'none'"):
         StateProcessor.fit(adata, normalize="log1p")
     with pytest.raises(ValueError, match="gene_input='X' feeds the gene decoder .* leave gene_input out"):
         StateProcessor.fit(adata, gene_input="X")

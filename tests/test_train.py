@@ -1,17 +1,17 @@
-"""`accelerate launch train.py` as a user runs it: processes, kills, full disks, and the folder it leaves."""
+"""`pertstate train` and `accelerate launch train.py` as a user runs them: processes, kills, full disks, and the folder left."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
+import launches
 import numpy as np
 import pytest
 import torch
+from launches import environment
 from safetensors.torch import load_file
 
 import pertstate.cli
@@ -48,11 +48,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def environment(**extra):
-    # One thread: sums in one order, and processes that do not fight for cores.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
-
-
 def command(folder, *flags, processes=1):
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines", "1"]
     launch += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -61,12 +56,19 @@ def command(folder, *flags, processes=1):
     return [*launch, str(ROOT / "train.py"), "--config", str(folder / "run.yaml"), *flags]
 
 
-def train(folder, *flags, processes=1, check=True, **extra):
-    done = subprocess.run(
-        command(folder, *flags, processes=processes), env=environment(**extra), capture_output=True, text=True
-    )
-    assert not check or done.returncode == 0, done.stderr[-3000:]
+def train(folder, *flags, processes=1):
+    words = [launches.TRAIN, "--config", folder / "run.yaml", *flags]
+    done = launches.run(words) if processes == 1 else launches.run_together(words, processes)
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def accelerate_launch(folder, *flags, processes=1):
+    """The same by the command itself, in processes of its own."""
+    done = subprocess.run(
+        command(folder, *flags, processes=processes), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def losses(output_dir):
@@ -76,12 +78,12 @@ def losses(output_dir):
 
 @pytest.fixture(scope="module")
 def unbroken(folder):
-    train(folder, "--output_dir", str(folder / "unbroken"))
+    accelerate_launch(folder, "--output_dir", str(folder / "unbroken"))
     return folder / "unbroken"
 
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
-    train(folder, "--output_dir", str(folder / "two"), "--hidden_dropout", "0", processes=2)
+    accelerate_launch(folder, "--output_dir", str(folder / "two"), "--hidden_dropout", "0", processes=2)
     train(folder, "--output_dir", str(folder / "one"), "--hidden_dropout", "0", "--per_device_train_batch_size", "8")
     one, two = losses(folder / "one"), losses(folder / "two")
     assert len(one) == 20
@@ -128,20 +130,12 @@ def test_processes_that_accelerate_did_not_start_are_missed(folder):
 
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(folder, unbroken):
     output = folder / "killed"
-    process = subprocess.Popen(
-        command(folder, "--output_dir", str(output)),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = launches.start([launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", output])
     for line in process.stdout:
         # After the checkpoint of step 10, before that of 15.
         if "'loss'" in line and (output / "checkpoint-10").exists():
-            os.killpg(process.pid, signal.SIGKILL)
             break
-    process.wait()
+    assert process.kill().returncode == -signal.SIGKILL
     assert not (output / "config.json").exists()
     done = train(folder, "--output_dir", str(output), "--resume_from_checkpoint", "last")
     assert "resuming from" in done.stderr
@@ -199,11 +193,9 @@ def test_killed_during_a_save_no_folder_is_a_part(folder):
     seen, kill_at, finished = set(), 1, False
     while not finished:
         output = folder / f"kill_{kill_at}"
-        done = subprocess.run(
-            [sys.executable, str(script), str(ROOT / "train.py"), *flags, "--output_dir", str(output)],
-            env=environment(KILL_AT=str(kill_at), KILL_BELOW=str(output)),
-            capture_output=True,
-            text=True,
+        done = launches.run(
+            [script, launches.TRAIN, *flags, "--output_dir", output],
+            environment(KILL_AT=str(kill_at), KILL_BELOW=str(output)),
         )
         finished = done.returncode == 0
         assert finished or done.returncode == 137, done.stderr[-2000:]
@@ -221,13 +213,8 @@ def test_a_full_disk_leaves_no_part_and_one_clear_error(folder):
     limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     limit += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     output = folder / "full"
-    done = subprocess.run(
-        [sys.executable, "-c", limit, str(ROOT / "train.py"), "--config", str(folder / "run.yaml"), "--max_steps", "2"]
-        + ["--output_dir", str(output)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    words = [launches.TRAIN, "--config", folder / "run.yaml", "--max_steps", "2", "--output_dir", output]
+    done = launches.run(["-c", limit, *words])
     assert done.returncode != 0
     assert "File too large" in done.stderr
     assert checkpoints_below(output) == []
@@ -354,12 +341,37 @@ def test_with_validation_data_the_best_step_is_kept(folder):
 def test_the_config_may_come_without_its_flag(folder):
     import pertstate.train
 
-    run = pertstate.train.parse([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
+    run = pertstate.train.read_run([str(folder / "run.yaml"), "--learning_rate", "1e-5"])
     assert run.training["learning_rate"] == 1e-5 and run.model["preset"] == "tiny"
 
 
-def test_help_is_short_and_quick():
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("usage: accelerate launch train.py [--config] CONFIG.yaml")
-    assert time.perf_counter() - start < 60
+def test_the_command_in_another_folder_learns_what_a_launch_does(folder, unbroken, tmp_path):
+    command = [
+        str(Path(sys.executable).with_name("pertstate")),
+        "train",
+        str(folder / "run.yaml"),
+        "--output_dir",
+        "run",
+    ]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = (load_file(run / "model.safetensors") for run in (unbroken, tmp_path / "run"))
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(tmp_path / "run") == losses(unbroken)
+
+
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--num_machines", "1"]
+LAUNCH += ["--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [[sys.executable, str(ROOT / "train.py")], [*LAUNCH, str(ROOT / "train.py")], [*LAUNCH, "-m", "pertstate.train"]],
+    ids=["script", "launched script", "launched module"],
+)
+def test_an_error_is_one_line_however_the_run_is_started(folder, start):
+    command = [*start, str(folder / "run.yaml"), "--test_contexts", "type_33"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    message = "pertstate train: error: data: held-out context 'type_33' is not in the data; did you mean 'type_3'"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

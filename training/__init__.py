@@ -1,4 +1,4 @@
-"""Objectives, the Trainer and its arguments."""
+"""The Trainer, its arguments, and the objective of each family."""
 
 from pertstate.families import objective_for
 from pertstate.training.arguments import StateTrainingArguments

@@ -17,61 +17,88 @@ class StateTrainingArguments(TrainingArguments):
 
     - Adam, learning rate 1e-4, constant, gradient norm clipped at 10, no weight decay (as published models)
     - batches of 8 sentences
-    - every loss is logged as it is, NaN included
+    - every loss is logged as it is, NaN too
     - nothing is reported to outside services unless `report_to` asks for it
 
-    and with some of its own: the learning rate is multiplied by `lr_decay_factor` every `lr_decay_epochs` epochs; with
-    `l2_weight_decay`, `weight_decay` is a part of the gradient (Adam) and not apart from it (AdamW); `license` (of the
-    weights) and `data_license` go into the model card. Of a checkpoint (`model.pretrained`) that is trained further,
+    It has some fields of its own:
 
-    - `lora_rank`: train low-rank adapters of this rank and leave the rest as it is; the run writes an adapter. Of them
-      `lora_alpha` (default: the rank) over the rank scales what they add, `lora_dropout` is their dropout, `lora_mlp` puts
-      them beside the backbone's feed-forward layers too, and `train_fully` names parts of the model that are trained whole
+    - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
+    - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
+    - `license` (of the weights), `data_license`: go into the model card
+
+    Two ways to train a checkpoint further (`model.pretrained`):
+
+    - `lora_rank`: train low-rank adapters of this rank and nothing else; the run writes an adapter. What the adapters add is
+      scaled by `lora_alpha` (default: the rank) over the rank. `lora_dropout` is their dropout. `lora_mlp` also puts them
+      beside the backbone's feed-forward layers. `train_fully` names parts of the model that are trained whole
     - `freeze_backbone`: train all but the backbone
 
     Raises:
-        ValueError: `l2_weight_decay` is asked of another optimiser; `lr_decay_epochs` is not above 0, `lr_decay_factor` not
-            in (0, 1], another number is out of its range, or an option is without effect; `license` is no identifier;
-            `hub_strategy` would push states of the optimiser.
+        ValueError: a number is out of its range, an option has no effect or does not fit the optimiser, `license` is no
+            identifier, or `hub_strategy` would push states of the optimiser.
     """
 
     output_dir: str | None = field(default="runs/pertstate", metadata={"help": "Where the checkpoint is written."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     max_grad_norm: float = field(default=10.0, metadata={"help": "Gradients are clipped to this norm."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimiser steps."})
+    max_steps: int = field(
+        default=1000, metadata={"help": "Optimiser steps, by default 1000, or -1 where num_train_epochs is set."}
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Sentences of a batch on each device."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Sentences of an evaluation batch."})
     # The dataset shuffles by itself, from its seed and the epoch alone.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of sentences."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Batches hold the model's inputs only."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave out columns that the model does not read."}
+    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Keys of a batch that are targets."}
     )
     dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Pin batches, where there is an accelerator."}
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "Keep batches in pinned memory, by default where there is an accelerator."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps from one log entry to the next."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters that a step did not use."}
+    )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Services to report to."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     lr_decay_epochs: float | None = field(
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
-    lr_decay_factor: float = field(default=0.9, metadata={"help": "What lr_decay_epochs multiplies by."})
-    l2_weight_decay: bool = field(default=False, metadata={"help": "Weight decay as a part of the gradient."})
+    lr_decay_factor: float = field(default=0.9, metadata={"help": "Factor of lr_decay_epochs."})
+    l2_weight_decay: bool = field(
+        default=False, metadata={"help": "Make weight decay a part of the gradient, as in Adam."}
+    )
     license: str | None = field(
         default=None,
         metadata={"help": "Licence of the weights, as the Hub names it (apache-2.0, cc-by-4.0, other ..)."},
     )
     data_license: str | None = field(default=None, metadata={"help": "Licence of the training data, in words."})
-    lora_rank: int | None = field(default=None, metadata={"help": "Train low-rank adapters of this rank alone."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "Scales the adapters: alpha / rank."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train low-rank adapters of this rank, and nothing else."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "What the adapters add is scaled by this over lora_rank (by default the same as lora_rank)."},
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_mlp: bool = field(default=False, metadata={"help": "Adapters beside feed-forward layers, too."})
-    train_fully: list[str] | None = field(default=None, metadata={"help": "Parts trained whole beside adapters."})
+    lora_mlp: bool = field(default=False, metadata={"help": "Put adapters beside feed-forward layers, too."})
+    train_fully: list[str] | None = field(
+        default=None, metadata={"help": "Parts of the model that are trained whole beside the adapters."}
+    )
     freeze_backbone: bool = field(default=False, metadata={"help": "Train all but the backbone."})
+    # The library takes true and false here, too, which its own annotations leave out.
+    resume_from_checkpoint: str | bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Continue from this checkpoint, or from the newest in output_dir (true or last)."},
+    )
+    fsdp: str | bool | None = field(  # type: ignore[assignment]
+        default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,9 +146,7 @@ class StateTrainingArguments(TrainingArguments):
         if self.lora_rank is None:
             idle = [name for name in options if getattr(self, name)]
             if idle:
-                raise ValueError(
-                    f"{', '.join(idle)}: without effect as there is no lora_rank; set it, or leave them out"
-                )
+                raise ValueError(f"{', '.join(idle)}: no effect without lora_rank; set it, or leave them out")
             return
         if isinstance(self.train_fully, str):
             self.train_fully = [self.train_fully]

@@ -1,4 +1,4 @@
-"""What of a checkpoint is trained further: low-rank adapters and chosen parts, or all but the backbone."""
+"""Which weights of a checkpoint are trained further: low-rank adapters and chosen parts, or all but the backbone."""
 
 import logging
 
@@ -12,14 +12,14 @@ logger = logging.getLogger(__name__)
 
 def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision: str | None):
     """
-    Low-rank adapters (Hu et al. 2022, LoRA: `W x + alpha / rank * B A x`, B starting at 0) beside the linear layers that
-    the family names, and copies of chosen parts that are trained whole. The rest is frozen.
+    Put low-rank adapters (LoRA, Hu et al. 2022: `W x + alpha / rank * B A x`, where B starts at 0) beside the linear
+    layers that the family names, and make copies of chosen parts, which are trained whole. The rest is frozen.
 
     Args:
         model ([`PerturbationPreTrainedModel`]): a checkpoint, `name_or_path` being its name.
         args ([`StateTrainingArguments`]): `lora_rank` and the options beside it.
-        grown (`list[str]`): tensors with rows or columns of new names; the layers they are in are trained whole.
-        revision (`str`, *optional*): of the checkpoint, to be recorded.
+        grown (`list[str]`): tensors that got rows or columns for new names; their layers are trained whole.
+        revision (`str`, *optional*): revision of the checkpoint, to be recorded.
 
     Returns:
         `peft.PeftModel`
@@ -32,11 +32,14 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
         raise ImportError(f"lora_rank={args.lora_rank} needs peft; pip install 'pertstate[lora]'")
     from peft import LoraConfig, get_peft_model
 
+    rank = args.lora_rank
+    if rank is None:
+        raise ValueError("lora_rank: expected the rank of the adapters, found None; set it")
     alone = [name for name in grown if "." not in name]
     if alone:
         raise ValueError(
-            f"new names gave {alone} rows, which belong to no layer that an adapter could hold; leave lora_rank out and train "
-            "all of the model"
+            f"{alone} got rows for new names, and belong to no layer that an adapter could hold; leave lora_rank out and "
+            "train all of the model"
         )
     whole = model.submodules(args.train_fully or []) + [name.rpartition(".")[0] for name in grown]
     whole += model.parts_with_adapters()
@@ -48,8 +51,8 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
     unmeant = [name for name, _ in model.named_modules() if name.endswith(tuple(whole)) and name not in meant]
     if unmeant:
         raise ValueError(
-            f"train_fully: {unmeant[0]!r} ends like one of {whole}, and peft would train it, too; name parts whose names are "
-            "unlike any other's end"
+            f"train_fully: {unmeant[0]!r} ends like one of {whole}, so peft would train it, too; name parts such that no other "
+            "part's name ends like theirs"
         )
     targets = [name for name in model.lora_targets(args.lora_mlp) if name not in whole and not name.startswith(inside)]
     if not targets:
@@ -57,8 +60,8 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
             f"train_fully={whole} leaves no layer for adapters; leave lora_rank out, or train fewer parts whole"
         )
     config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
+        r=rank,
+        lora_alpha=rank if args.lora_alpha is None else args.lora_alpha,  # type: ignore[arg-type]  # any number serves
         lora_dropout=args.lora_dropout,
         target_modules=targets,
         modules_to_save=whole or None,
@@ -74,7 +77,7 @@ def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision:
 
 
 def freeze_backbone(model):
-    """Freeze it, and log what is left to train; errors as in [`FineTuningMixin.freeze_backbone`]."""
+    """Freeze the backbone, and log what is left to train; errors as in [`FineTunablePreTrainedModel.freeze_backbone`]."""
     model.freeze_backbone()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"the backbone is frozen; {trained:,} of {model.num_parameters():,} parameters are trained")

@@ -1,4 +1,4 @@
-"""A run that starts from a checkpoint: its config, its processor, and what of them the run may say anew."""
+"""A run that starts from a checkpoint: its config, its processor, and what the run may change in them."""
 
 import os
 from dataclasses import dataclass
@@ -15,17 +15,14 @@ from pertstate.base.vocabulary import Vocabulary
 from pertstate.data.arguments import DataArguments
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.families import FAMILIES
-from pertstate.families.scgpt.configuration_scgpt import ScGPTConfig
 from pertstate.hub.checkpoints import adapter_config, check_name
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
 
-# Families that can start from a folder of weights published elsewhere.
-FROM_PUBLISHED = (ScGPTConfig.model_type,)
 # Fields of the model section that name a checkpoint.
 NAMING = ("pretrained", "pretrained_revision")
-# How the labels and cells of files are found, which may differ from one laboratory to the next.
+# How the labels and cells of files are found; this may differ from one laboratory to the next.
 _READING = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
 
 
@@ -35,8 +32,10 @@ class Pretrained:
     A checkpoint that training starts from.
 
     Args:
-        name (`str`), revision (`str`, *optional*): folder, or repository on the Hub and its commit.
-        config ([`PerturbationConfig`]), processor ([`StateProcessor`]): its own.
+        name (`str`): folder, or repository on the Hub.
+        revision (`str`, *optional*): commit of the repository.
+        config ([`PerturbationConfig`]): of the checkpoint.
+        processor ([`StateProcessor`]): of the checkpoint.
     """
 
     name: str
@@ -47,17 +46,19 @@ class Pretrained:
     @classmethod
     def of(cls, section: dict) -> "Pretrained | None":
         """
-        The checkpoint that a model section names, where it names one (and not a folder of weights published elsewhere).
+        The checkpoint that a model section names. None where it names none, or names a folder of weights that others
+        published.
 
         Raises:
-            FileNotFoundError, ValueError: there is no such checkpoint, it is an adapter, or of a family that is not
-                trained by steps.
+            FileNotFoundError, ValueError: there is no such checkpoint, it is an adapter, or its family is not trained by
+                steps.
         """
         if section.get("pretrained") is None or is_published(section):
             return None
         name, revision = _named(section)
         config = config_of(section)
-        # Of the Hub, the very commit: a branch may move on while the run is under way, or before its adapter is used.
+        # On the Hub, the commit and not the branch, which may move on while the run is under way, or before its adapter is
+        # used.
         revision = extract_commit_hash(cached_file(name, MODEL_KEY, revision=revision), None)
         return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision))
 
@@ -82,7 +83,7 @@ class Pretrained:
                 setattr(config, name, value)
             elif value != has:
                 raise ValueError(
-                    f"model.{name}={value!r} contradicts the checkpoint {self.name}, which has {has!r}; leave it out. What "
+                    f"model.{name}={value!r} contradicts the checkpoint {self.name}, which has {has!r}; leave it out. These "
                     f"may differ: {', '.join(config.training_fields)}"
                 )
         config.validate()
@@ -108,17 +109,17 @@ class Pretrained:
         self._check_data(data, given)
         data.normalize = own.normalize
         settings = {name: getattr(data, name) for name in _READING}
-        if data.perturbation_features is not None:
+        if data.perturbation_features is not None and own.perturbation_features is not None:
             further = read_perturbation_features(data.perturbation_features)
             further.check_control(data.control)
             settings["perturbation_features"] = own.perturbation_features.extended(further)
         genes = data.chosen_genes()
-        vocabulary = own.vocabulary if genes is None else own.vocabulary.merged(Vocabulary(genes))
+        vocabulary = own.vocabulary.merged(Vocabulary(genes)) if isinstance(genes, list) else own.vocabulary
         return own.with_vocabulary(vocabulary, **settings)
 
     def _check_data(self, data: DataArguments, given: frozenset[str]):
         own = self.processor
-        wrong = {}
+        wrong: dict[str, object] = {}
         if data.normalize not in (Normalize.AUTO, own.normalize):
             wrong["normalize"] = own.normalize
         if data.target_sum not in (None, own.target_sum):
@@ -146,7 +147,7 @@ class Pretrained:
     def model_for(
         self, config: PerturbationConfig, processor: StateProcessor
     ) -> tuple[PerturbationPreTrainedModel, VocabularyChange]:
-        """The checkpoint's weights under a config of [`Pretrained.config_for`], resized to the names of a processor."""
+        """The checkpoint's model with a config of [`Pretrained.config_for`], resized to the names of a processor."""
         model = FAMILIES[config.model_type].model.from_pretrained(
             self.name, revision=self.revision or "main", config=config
         )
@@ -156,10 +157,11 @@ class Pretrained:
 
 def is_published(section: dict) -> bool:
     """Whether a model section names a folder of weights that others published in a form of their own."""
-    name = section.get("pretrained")
-    if name is None or section.get("model_type") not in FROM_PUBLISHED or not os.path.isdir(name):
+    name, family = section.get("pretrained"), FAMILIES.get(section.get("model_type", ""))
+    if name is None or family is None or not os.path.isdir(name):
         return False
-    return not any(os.path.isfile(os.path.join(name, key)) for key in (MODEL_KEY, ADAPTER_KEY))
+    is_ours = any(os.path.isfile(os.path.join(name, key)) for key in (MODEL_KEY, ADAPTER_KEY))
+    return not is_ours and family.model.reads_published
 
 
 def _named(section: dict) -> tuple[str, str | None]:
@@ -173,7 +175,7 @@ def config_of(section: dict) -> PerturbationConfig:
     check_name(name, "model.pretrained")
     if revision is not None and Path(name).is_dir():
         raise ValueError(
-            f"model.pretrained_revision={revision!r} is of a Hub repository, {name} is a folder; leave it out"
+            f"model.pretrained_revision={revision!r}: only a Hub repository has revisions, and {name} is a folder; leave it out"
         )
     if adapter_config(name, revision) is not None:
         raise ValueError(

@@ -2,16 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import yaml
 
+from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.base.messages import closest
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
-from pertstate.data.stores import on_hub
+from pertstate.data.options import LOOKS, Word, as_declared, looks_like
 
 
 # Fields that hold paths of the machine that runs.
@@ -29,6 +30,8 @@ _PATHS = (
 )
 _HUB_NAMES = ("data.store", "model.pretrained", "stream.path")
 _SECTIONS = ("data", "model", "training", "stream", "prepare")
+# Fields of the model section that say which other fields it has.
+_NAMING = ("model_type", "pretrained", "pretrained_revision")
 
 
 @dataclass
@@ -50,14 +53,13 @@ class RunConfig:
         The run as one YAML file that [`load_run_config`] reads to the same: file and flags together, without what is
         at its default, without tokens, and of every path its last part, as the rest is nobody's business.
         """
-        content = {"data": self.data, "model": self.model, "training": self.training, "stream": self.stream}
+        content = {
+            "data": _changed(self.data),
+            "model": self.model,
+            "training": self.training,
+            "stream": _changed(self.stream),
+        }
         for section, values in content.items():
-            if dataclasses.is_dataclass(values):
-                values = {
-                    f.name: getattr(values, f.name)
-                    for f in dataclasses.fields(values)
-                    if getattr(values, f.name) != _default(f)
-                }
             content[section] = {
                 name: _last_part(f"{section}.{name}", value)
                 for name, value in values.items()
@@ -70,23 +72,63 @@ class RunConfig:
 def load_run_config(
     path: str,
     flags: list[str],
-    model_fields: Callable[[dict], set[str]] | None = None,
-    training_fields: set[str] | None = None,
+    model_fields: Callable[[dict], dict[str, Any]] | None = None,
+    training_fields: dict[str, Any] | None = None,
 ) -> RunConfig:
     """
-    Read a run from YAML, flags winning over it.
+    Read a run from YAML, flags winning over it. The type of a field says what its plain words mean ([`as_declared`]).
 
     Args:
         path (`str`): YAML file with the sections `data`, `model` and `training` (and `stream`, or `prepare`).
-        flags (`list[str]`): `--field value` or `--section.field value`; values are read as YAML, several words after a
-            flag are a list.
-        model_fields (callable, *optional*): from the model section (its `model_type`) to the fields that it may hold.
-        training_fields (`set[str]`, *optional*): fields of the training arguments. Without these two, their sections
-            are not looked at.
+        flags (`list[str]`): `--field value` or `--section.field value`; several words after a flag are a list, no word
+            is true, and a word that starts with a bracket or a quote is read as YAML.
+        model_fields (callable, *optional*): from the model section (its `model_type`, `pretrained`) to the fields that it
+            may hold and their types.
+        training_fields (`dict[str, type]`, *optional*): fields of the training arguments and their types. Without these
+            two, their sections are not checked and their words are what they look like.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not YAML, an unknown section, field or flag (the nearest is said).
+        FileNotFoundError, ValueError: no such file, not YAML, an unknown section, field or flag (the nearest is said), or a
+            value that does not fit the type of its field.
     """
+    content = _read(path)
+    pairs = list(parse_flags(flags))
+    # The family decides which fields there are; a flag may name it, or the checkpoint that is of one.
+    naming = {**content["model"], **{name.removeprefix("model."): value for name, value in pairs}}
+    family = {name: as_declared(f"model.{name}", str | None, naming[name]) for name in _NAMING if name in naming}
+    checked = {
+        "data": _types(DataArguments),
+        "model": None if model_fields is None else {"preset": str | None, **model_fields(family)},
+        "training": training_fields,
+        "stream": _types(StreamArguments),
+        "prepare": _types(PrepareArguments),
+    }
+    known = {section: names for section, names in checked.items() if names is not None}
+    for section, values in content.items():
+        for name in values:
+            if section in known and name not in known[section]:
+                raise ValueError(
+                    f"{path}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
+                )
+    for name, value in pairs:
+        section, _, field = name.rpartition(".")
+        section = section or _section_of(name, known)
+        if field not in known.get(section, ()):
+            raise ValueError(f"unknown flag --{name}; {_where(field, section, known)}")
+        content[section][field] = value
+    typed = {section: _as_types(section, content[section], checked[section]) for section in ("model", "training")}
+    return RunConfig(
+        DataArguments(**content["data"]),
+        typed["model"],
+        typed["training"],
+        StreamArguments(**content["stream"]),
+        PrepareArguments(**content["prepare"]),
+        frozenset(content["data"]),
+    )
+
+
+def _read(path: str) -> dict[str, dict]:
+    """The sections of a file; those that are absent are empty."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such run configuration (looked from {Path.cwd()})")
     try:
@@ -94,78 +136,70 @@ def load_run_config(
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected the sections {list(_SECTIONS)}, found {type(content).__name__}")
+        raise ValueError(f"{path}: expected the sections {list(_SECTIONS)}, found {type(looks_like(content)).__name__}")
+    sections: dict[str, dict] = {section: {} for section in _SECTIONS}
     for section, values in content.items():
         if section not in _SECTIONS:
-            raise ValueError(f"{path}: unknown section {section!r}; {closest(section, _SECTIONS)}")
-        if not isinstance(values, dict | None):
-            raise ValueError(f"{path}: section {section!r} should hold `field: value` lines, found {values!r}")
-    pairs = list(_parse_flags(flags))
-    # The family decides which fields there are; a flag may name it, or the checkpoint that is of one.
-    naming = ("model_type", "pretrained", "pretrained_revision")
-    family = {name.rpartition(".")[2]: value for name, value in pairs if name.removeprefix("model.") in naming}
-    known = {
-        "data": {f.name for f in dataclasses.fields(DataArguments)},
-        "model": model_fields and model_fields({**(content.get("model") or {}), **family}) | {"preset"},
-        "training": training_fields,
-        "stream": {f.name for f in dataclasses.fields(StreamArguments)},
-        "prepare": {f.name for f in dataclasses.fields(PrepareArguments)},
-    }
-    not_looked_at = [section for section, names in known.items() if names is None]
-    for section, values in content.items():
-        for name in values or {}:
-            if section not in not_looked_at and name not in known[section]:
-                raise ValueError(
-                    f"{path}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
-                )
-    known = {section: names for section, names in known.items() if section not in not_looked_at}
-    merged = {section: dict(content.get(section) or {}) for section in _SECTIONS}
-    for name, value in pairs:
-        section, _, field_name = name.rpartition(".")
-        if section:
-            if section not in known or field_name not in known[section]:
-                raise ValueError(f"unknown flag --{name}; {_where(field_name, section, known)}")
-            merged[section][field_name] = value
-            continue
-        sections = [s for s, names in known.items() if name in names]
-        if not sections:
-            raise ValueError(f"unknown flag --{name}; {_where(name, None, known)}")
-        if len(sections) > 1:
+            raise ValueError(f"{path}: unknown section {str(section)!r}; {closest(section, _SECTIONS)}")
+        if isinstance(values, dict):
+            sections[section] = {str(name): value for name, value in values.items()}
+        elif looks_like(values) is not None:
             raise ValueError(
-                f"--{name} is a field of {sections}: write --{sections[0]}.{name} or --{sections[1]}.{name}"
+                f"{path}: section {section!r} should hold `field: value` lines, found {looks_like(values)!r}"
             )
-        merged[sections[0]][name] = value
-    for name, value in merged["training"].items():
-        if name.endswith("_strategy") and value is False:
-            # YAML reads the strategy `no` as false.
-            merged["training"][name] = "no"
-    stream, prepare = StreamArguments(**merged["stream"]), PrepareArguments(**merged["prepare"])
-    data = DataArguments(**merged["data"])
-    return RunConfig(data, merged["model"], merged["training"], stream, prepare, frozenset(merged["data"]))
+    return sections
 
 
-def _default(field: dataclasses.Field):
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def _types(section: type) -> dict[str, Any]:
+    return {field.name: field.type for field in dataclasses.fields(section)}
+
+
+def _as_types(section: str, values: dict, declared: dict[str, Any] | None) -> dict:
+    if declared is None:
+        return looks_like(values)
+    return {name: as_declared(f"{section}.{name}", declared[name], value) for name, value in values.items()}
+
+
+def _changed(arguments: DataArguments | StreamArguments) -> dict:
+    """The fields of a section that are not at their default."""
+    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    return {
+        field.name: values[field.name]
+        for field in dataclasses.fields(arguments)
+        if values[field.name]
+        != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+    }
 
 
 def _last_part(field: str, value):
     """Of a path, or of each path of a mapping; what is no path, or a name on the Hub, stays as it is."""
-    if field not in _PATHS or (field in _HUB_NAMES and value is not None and on_hub(value)):
+    if field not in _PATHS or (field in _HUB_NAMES and value is not None and is_repository(split_revision(value)[0])):
         return value
     if isinstance(value, dict):
         return {name: Path(path).name for name, path in value.items()}
     return Path(value).name if isinstance(value, str) else value
 
 
-def _where(name: str, section: str | None, known: dict[str, set[str]]) -> str:
-    elsewhere = [s for s, names in known.items() if name in names and s != section]
+def _section_of(name: str, known: dict[str, dict[str, Any]]) -> str:
+    """The section that a flag without one belongs to."""
+    sections = [section for section, names in known.items() if name in names]
+    if not sections:
+        raise ValueError(f"unknown flag --{name}; {_where(name, None, known)}")
+    if len(sections) > 1:
+        raise ValueError(f"--{name} is a field of {sections}: write --{sections[0]}.{name} or --{sections[1]}.{name}")
+    return sections[0]
+
+
+def _where(name: str, section: str | None, known: dict[str, dict[str, Any]]) -> str:
+    elsewhere = [other for other, names in known.items() if name in names and other != section]
     if elsewhere:
         return f"it belongs to section {elsewhere[0]!r}"
-    return closest(name, sorted(known[section] if section in known else set().union(*known.values())))
+    here = known[section] if section in known else {name for names in known.values() for name in names}
+    return closest(name, sorted(here))
 
 
-def _parse_flags(flags: list[str]):
-    """`--name value ...` pairs; a flag without value is true."""
+def parse_flags(flags: list[str]) -> Iterator[tuple[str, Any]]:
+    """`--name value ...` as pairs; a flag without a value is true."""
     groups: list[tuple[str, list[str]]] = []
     for word in flags:
         if word.startswith("--"):
@@ -176,49 +210,39 @@ def _parse_flags(flags: list[str]):
         else:
             groups[-1][1].append(word)
     for name, words in groups:
-        values = [_parse_value(word) for word in words]
+        values = [_parse_word(word) for word in words]
         yield name, True if not values else values[0] if len(values) == 1 else values
 
 
+def _parse_word(word: str):
+    """A word of the command line: as YAML where it starts like a list, a mapping or a text in quotes."""
+    if word.startswith(("[", "{", '"', "'")):
+        try:
+            return yaml.load(word, _Loader)
+        except yaml.YAMLError:
+            return Word(word)
+    return Word(word)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose plain words are what they look like: 1e-4 is a number, 010, 12:30 and 2020-01-01 are text."""
+    """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
 
 
-for _kind, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"(?i:true|false|yes|no|on|off)", list("tTfFyYnNoO")),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
-        list("-+.0123456789"),
-    ),
-    ("merge", "<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return Word(node.value) if node.style is None else node.value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML in which text that [`_Loader`] or YAML 1.1 would read as something else stands in quotes."""
+    """YAML in which text that looks like something else, to this package or to YAML 1.1, stands in quotes."""
 
     def ignore_aliases(self, data) -> bool:
         return True
 
 
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    for _tag, _pattern in _resolvers:
-        _Dumper.add_implicit_resolver(_tag, _pattern, [_first])
-
-
-def _parse_value(word: str):
-    """A word of the command line as YAML reads it: a plain word, or a list, mapping or text in quotes."""
-    if word.startswith(("[", "{", '"', "'")):
-        try:
-            return yaml.load(word, _Loader)
-        except yaml.YAMLError:
-            return word
-    # Not through the parser, to which a lone | or # or - is structure.
-    loader = _Loader("")
-    return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, word, (True, False)), word))
+for _kind, _pattern in LOOKS.items():
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern.pattern})$"), None)

@@ -6,13 +6,26 @@ from pathlib import Path
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Split
+from pertstate.data.arguments import DataArguments
+from pertstate.data.manifest import Manifest
 from pertstate.data.sentences import SentenceDataset
+from pertstate.data.splits import Splits
+from pertstate.data.stream_reading import CellStream
+from pertstate.data.stream_state import read_stream_state
 from pertstate.data.stream_survey import StreamSurvey, survey_stream
-from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.data.streaming import SentenceStream
 from pertstate.data.streams import datasets_of, manifest_of, open_stream
+from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.run_config import RunConfig
+
+
+# Fields of the data section that a stream has no use for.
+_UNUSED = ("datasets", "store", "hvg_on_all", "small_groups", "sentences_per_group", "sentence_cap")
+# How a store read its files: the columns of labels, and the rest.
+_LABEL_KEYS = ("perturbation_key", "context_key", "batch_key")
+_READING = ("control", "input", "gene_input", "combination_separator")
 
 
 def from_stream(
@@ -22,7 +35,7 @@ def from_stream(
     Arguments, processor, what makes the datasets of the splits from a config, and a description.
 
     Args:
-        training_arguments (`Callable`): makes the arguments of a run, given whether it has validation data.
+        training_arguments (`Callable`): makes the arguments of a run; it is told whether the run has validation data.
         resume (`str`, *optional*): checkpoint that is continued: its first look over the stream is not taken again.
 
     Raises:
@@ -30,98 +43,140 @@ def from_stream(
     """
     data, stream = run.data, run.stream
     manifest = manifest_of(stream)
-    unused = ["datasets", "store", "hvg_on_all", "small_groups", "sentences_per_group", "sentence_cap"]
-    unused += ["perturbation_key", "context_key", "batch_key"] if manifest is None else []
+    check_fields(data, manifest)
+    if manifest is not None:
+        data.check_store(manifest, run.given)
+    splits = data.splits_of_stream(datasets_of(stream))
+    args = training_arguments(run, has_validation=holds_out(splits, Split.VAL))
+    source = open_stream(stream, data.contexts)
+    if resume is None:
+        survey = first_look(run, args, source, splits, manifest)
+    else:
+        processor = StateProcessor.from_pretrained(resume)
+        state = read_stream_state(resume, args.process_index, args.world_size)
+        survey = StreamSurvey.from_state(state, processor, splits)
+
+    def datasets(config: PerturbationConfig) -> dict[str, TrainingSentences]:
+        check_batches(config, survey)
+        return sentences(run, args, source, survey, config.set_size)
+
+    return args, survey.processor, datasets, describe(survey, Path(str(stream.path)))
+
+
+def check_fields(data: DataArguments, manifest: Manifest | None):
+    """
+    Raises:
+        ValueError: fields are set that a stream has no use for; they are listed.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(data)}
+    unused = [*_UNUSED, *(_LABEL_KEYS if manifest is None else ())]
     set_here = [name for name in unused if getattr(data, name) != defaults[name]]
     if set_here:
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
-    options = data.survey_options()
+
+
+def holds_out(splits: Splits, split: str) -> bool:
+    """Whether any cells are held out for a split."""
+    whole = {*splits.zeroshot.values(), *splits.contexts.values(), *splits.perturbations.values()}
+    return split in whole or any(of.get(split) for of in splits.fewshot.values())
+
+
+def first_look(
+    run: RunConfig,
+    args: StateTrainingArguments,
+    source: CellStream,
+    splits: Splits,
+    manifest: Manifest | None,
+) -> StreamSurvey:
+    """The first look over the stream; a store is read as its files were."""
+    options = run.data.survey_options()
     if manifest is not None:
-        data.check_store(manifest)
-        options |= {
-            name: manifest.reading[name] for name in ("control", "input", "gene_input", "combination_separator")
-        }
+        options |= {name: manifest.reading[name] for name in _READING}
         if options["normalize"] == Normalize.AUTO:
             options["normalize"] = manifest.normalize
         if options["target_sum"] is None and options["normalize"] == Normalize.COUNTS_TO_LOG1P:
             options["target_sum"] = manifest.target_sum
-    splits = data.splits_of_stream(datasets_of(stream))
-    held_out = {*splits.zeroshot.values(), *splits.contexts.values(), *splits.perturbations.values()}
-    held_out |= {split for of in splits.fewshot.values() for split, names in of.items() if names}
-    args = training_arguments(run, has_validation=Split.VAL in held_out)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    source = open_stream(stream, data.contexts)
-    if resume is not None:
-        processor = StateProcessor.from_pretrained(resume)
-        state = read_stream_state(resume, args.process_index, args.world_size)
-        survey = StreamSurvey.from_state(state, processor, splits)
-    else:
-        survey = survey_stream(
+    survey = survey_stream(
+        source,
+        splits,
+        seed=seed_of(args),
+        progress=args.should_log and not args.disable_tqdm,
+        **options,
+        **run.stream.survey_options(),
+    )
+    if manifest is not None:
+        # The model reads files like those that the store was made of, and not the columns of the store.
+        for name in _LABEL_KEYS:
+            setattr(survey.processor, name, manifest.reading[name])
+    return survey
+
+
+def seed_of(args: StateTrainingArguments) -> int:
+    """The seed of the data."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def sentences(
+    run: RunConfig, args: StateTrainingArguments, source: CellStream, survey: StreamSurvey, set_size: int
+) -> dict[str, TrainingSentences]:
+    """Datasets of the splits that have cells: `train`, the stream, and `val` and `test` of the cells that it sampled."""
+    data, stream, seed = run.data, run.stream, seed_of(args)
+    datasets: dict[str, TrainingSentences] = {
+        Split.TRAIN: SentenceStream(
             source,
-            splits,
+            survey,
+            set_size,
             seed=seed,
-            progress=args.should_log and not args.disable_tqdm,
-            **options,
-            **stream.survey_options(),
+            control_sentences=data.control_sentences,
+            heldout_controls=data.heldout_controls,
+            buffer_cells=stream.buffer_cells,
+            shuffle_sentences=stream.shuffle_sentences,
+            rank=args.process_index,
+            world_size=args.world_size,
+            endless=True,
         )
-        if manifest is not None:
-            # The model reads files like those that the store was made of, not its columns.
-            for name in ("perturbation_key", "context_key", "batch_key"):
-                setattr(survey.processor, name, manifest.reading[name])
-
-    def datasets(config: PerturbationConfig) -> dict:
-        if config.embeds_batches:
-            unknown = sorted(set(survey.batch_names) - set(survey.processor.vocabulary.batches))
-            if unknown:
-                raise ValueError(
-                    f"the stream has control cells of batches without training cells: {unknown[:10]}; a model with "
-                    "batch_encoder or batch_token cannot place them: leave those options out"
-                )
-        made = {
-            Split.TRAIN: SentenceStream(
-                source,
-                survey,
-                config.set_size,
+    }
+    for split in (Split.VAL, Split.TEST):
+        cells = survey.to_cells(split)
+        if cells is not None:
+            datasets[split] = SentenceDataset(
+                cells,
+                survey.processor,
+                split,
+                set_size,
                 seed=seed,
-                control_sentences=data.control_sentences,
-                heldout_controls=data.heldout_controls,
-                buffer_cells=stream.buffer_cells,
-                shuffle_sentences=stream.shuffle_sentences,
-                rank=args.process_index,
-                world_size=args.world_size,
-                endless=True,
+                control_matching=data.control_matching,
+                shuffle=False,
             )
-        }
-        for split in (Split.VAL, Split.TEST):
-            cells = survey.to_cells(split)
-            if cells is not None:
-                made[split] = SentenceDataset(
-                    cells,
-                    survey.processor,
-                    split,
-                    config.set_size,
-                    seed=seed,
-                    control_matching=data.control_matching,
-                    shuffle=False,
-                )
-        return made
-
-    return args, survey.processor, datasets, _describe(survey, Path(stream.path))
+    return datasets
 
 
-def _describe(survey: StreamSurvey, path: Path) -> str:
+def check_batches(config: PerturbationConfig, survey: StreamSurvey):
+    """A model that embeds or classifies batches knows those of the training cells alone.
+
+    Raises:
+        ValueError: the stream has control cells of other batches; they are listed.
+    """
+    unknown = sorted(set(survey.batch_names) - set(survey.processor.vocabulary.batches))
+    if config.embeds_batches and unknown:
+        raise ValueError(
+            f"the stream has control cells of batches without training cells: {unknown[:10]}; a model with batch_encoder "
+            "or batch_token cannot place them: leave those options out"
+        )
+
+
+def describe(survey: StreamSurvey, path: Path) -> str:
     """What the run trains on, in a few lines."""
     sizes: dict[str, int] = {}
     for key, count in survey.counts.items():
         split = survey.split_of(*key) or Split.UNUSED
         sizes[split] = sizes.get(split, 0) + count
     vocabulary = survey.processor.vocabulary
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(sizes.items(), key=lambda item: -item[1]))
     return "\n".join(
         [
             f"{path}: a stream; first look at {survey.cells} cells" + ("" if survey.complete else ", not all of it"),
-            "splits: "
-            + ", ".join(f"{name} {count}" for name, count in sorted(sizes.items(), key=lambda item: -item[1])),
+            f"splits: {counts}",
             f"{len(survey.controls)} control cells to draw from; {len(vocabulary.perturbations)} single perturbations, "
             f"{len(vocabulary.contexts)} training contexts",
         ]

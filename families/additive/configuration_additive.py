@@ -8,7 +8,7 @@ from ...base.configuration_perturbation import strict_config
 class AdditiveConfig(FittedConfig):
     r"""
     Configuration of [`AdditiveForPerturbation`], each control cell plus the changes of the single perturbations. The
-    fields of [`FittedConfig`]; perturbations are told by id.
+    fields of [`FittedConfig`]; perturbations are given by id.
     """
 
     model_type = "state-additive"
@@ -16,7 +16,7 @@ class AdditiveConfig(FittedConfig):
     def validate_additive(self):
         if self.perturbation_dim is not None:
             raise ValueError(
-                "state-additive adds up the changes of perturbations that are told by id, found perturbation_dim="
+                "state-additive adds up the changes of perturbations that are given by id, found perturbation_dim="
                 f"{self.perturbation_dim}; leave perturbation_features out, or use state-linear, which adds up their effects"
             )
 

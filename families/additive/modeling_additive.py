@@ -1,7 +1,9 @@
 """Control cells plus the changes of the single perturbations."""
 
 import torch
+from torch import nn
 
+from ...base.messages import given
 from ...base.modeling_fitted import FittedPreTrainedModel, TrainingMeans, ids_and_doses
 from ...base.modeling_perturbation import PerturbationOutput, UnseenPerturbationError
 from .configuration_additive import AdditiveConfig
@@ -17,19 +19,22 @@ class AdditiveForPerturbation(FittedPreTrainedModel):
         config ([`AdditiveConfig`]): sizes.
     """
 
+    config: AdditiveConfig
     config_class = AdditiveConfig
+    changes: nn.Parameter
 
     def __init__(self, config: AdditiveConfig):
         super().__init__(config)
-        self._add_table("changes", config.num_perturbations, config.output_dim)
-        self._add_seen(config.num_perturbations)
+        self._add_table("changes", config.perturbation_width, config.output_dim)
+        self._add_seen(config.perturbation_width)
         self.post_init()
 
     def fit(self, means: TrainingMeans):
         """Take the changes of the perturbations that were measured alone."""
         self._check_means(means)
-        single = (means.perturbation_ids >= 0).sum(axis=1) == 1
-        self._set_rows(means.perturbation_ids[single].max(axis=1), changes=means.changes[single])
+        ids = given("perturbation_ids", means.perturbation_ids)
+        single = (ids >= 0).sum(axis=1) == 1
+        self._set_rows(ids[single].max(axis=1), changes=means.changes[single])
 
     def forward(
         self,

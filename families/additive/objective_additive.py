@@ -1,4 +1,4 @@
-"""What an evaluation of a [`AdditiveForPerturbation`] reports as its loss."""
+"""The loss that an evaluation of [`AdditiveForPerturbation`] reports."""
 
 from pertstate.losses.fitted import FittedObjective
 

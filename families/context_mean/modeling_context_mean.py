@@ -1,6 +1,7 @@
 """The mean perturbed cell of a context, whatever the perturbation."""
 
 import torch
+from torch import nn
 
 from ...base.modeling_fitted import FittedPreTrainedModel, TrainingMeans, is_control
 from ...base.modeling_perturbation import PerturbationOutput
@@ -9,15 +10,18 @@ from .configuration_context_mean import ContextMeanConfig
 
 class ContextMeanForPerturbation(FittedPreTrainedModel):
     r"""
-    The mean of the context's perturbed training cells, over all perturbations, every cell weighing the same; for the
-    control, the mean of its control cells. In a context without perturbed training cells, the mean of the control
-    cells that the sentence holds, and the sentence counts as unseen. All cells of a sentence are predicted alike.
+    The mean of the context's perturbed training cells, over all perturbations, every cell weighing the same. For the
+    control it is the mean of the context's control cells. In a context without perturbed training cells it is the mean of
+    the sentence's own control cells, and the sentence counts as unseen. All cells of a sentence are predicted alike.
 
     Args:
         config ([`ContextMeanConfig`]): sizes; `num_contexts` is required.
     """
 
+    config: ContextMeanConfig
     config_class = ContextMeanConfig
+    perturbed_means: nn.Parameter
+    control_means: nn.Parameter
 
     def __init__(self, config: ContextMeanConfig):
         super().__init__(config)

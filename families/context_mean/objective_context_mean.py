@@ -1,4 +1,4 @@
-"""What an evaluation of a [`ContextMeanForPerturbation`] reports as its loss."""
+"""The loss that an evaluation of [`ContextMeanForPerturbation`] reports."""
 
 from pertstate.losses.fitted import FittedObjective
 

@@ -18,9 +18,9 @@ class CPAConfig(CountsConfig):
         num_encoder_layers (`int`, *optional*, defaults to 5), num_decoder_layers (`int`, *optional*, defaults to 4):
             Layers of the encoder, the last of width `latent_dim`, and hidden layers of the decoder.
         doser (`str`, *optional*, defaults to `"linear"`):
-            How far a perturbation's effect goes at a dose; monotone in the dose, and 0 at dose 0.
+            What a perturbation's effect is multiplied by at a dose; monotone in the dose, and 0 at dose 0.
 
-            - `"linear"`: as far as the dose (its slope is the length of the perturbation's own learned vector)
+            - `"linear"`: the dose itself (the length of the perturbation's learned vector is the slope)
             - `"sigmoid"`: `sigmoid(slope * dose + offset) - sigmoid(offset)`, slope above 0 and offset learned for each
               perturbation; needs `num_perturbations`
         likelihood (`str`, *optional*, defaults to `"gauss"`):
@@ -34,9 +34,9 @@ class CPAConfig(CountsConfig):
         adversarial_weight (`float`, *optional*, defaults to 15.0):
             Greatest weight of the adversaries' cross-entropy in the autoencoder's loss.
         adversary_warmup_steps (`int`, *optional*, defaults to 50,000):
-            Optimiser steps in which the autoencoder does not hear of the adversaries (which are trained from the start).
+            Optimiser steps before the adversaries enter the autoencoder's loss. They are trained from the start themselves.
         adversary_ramp_steps (`int`, *optional*, defaults to 50,000):
-            Optimiser steps after those in which the weight rises to `adversarial_weight`. 0: at once.
+            Optimiser steps after those, in which the weight rises to `adversarial_weight`. 0: it rises at once.
         penalty_weight (`float`, *optional*, defaults to 20.0):
             Weight of the adversaries' gradient penalty.
         adversary_learning_rate, adversary_weight_decay (`float`, *optional*):

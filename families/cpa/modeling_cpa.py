@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from ...base.modeling_counts import CountsOutput, CountsPreTrainedModel
+from ...base.messages import given
+from ...base.modeling_counts import CountsFields, CountsOutput, CountsPreTrainedModel
 from ...base.modeling_finetuning import (
     BATCHES,
     CONTEXTS,
@@ -27,8 +29,8 @@ _LEAST_VARIANCE = 1e-4
 @dataclass
 class CPAOutput(CountsOutput):
     r"""
-    What [`CPAForPerturbation`] returns: a [`CountsOutput`] (with `likelihood="gauss"` its `mean` is that of the normal
-    distribution, and `inverse_dispersion` is None), and in training what the adversaries make of the basal state.
+    What [`CPAForPerturbation`] returns: a [`CountsOutput`], and in training the scores of the adversaries. With
+    `likelihood="gauss"`, `mean` is that of the normal distribution and `inverse_dispersion` is None.
 
     Args:
         variance (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`, *optional*):
@@ -36,7 +38,7 @@ class CPAOutput(CountsOutput):
         basal (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`):
             The encoded control cell, before any effect is added.
         adversary_input (`torch.Tensor` of shape `(batch_size, set_size, latent_dim)`, *optional*):
-            The same without its history: no gradient goes from the adversaries to the encoder by itself.
+            The same, detached: no gradient flows from the adversaries to the encoder by itself.
         adversary_logits (`dict[str, torch.Tensor]`, *optional*):
             Name of each adversary to scores `(batch_size, set_size, classes)`.
     """
@@ -45,6 +47,15 @@ class CPAOutput(CountsOutput):
     basal: torch.Tensor | None = None
     adversary_input: torch.Tensor | None = None
     adversary_logits: dict[str, torch.Tensor] | None = None
+
+
+class CPAFields(CountsFields, total=False):
+    """The fields of a [`CPAOutput`] that follow from the decoded state and the basal state."""
+
+    variance: torch.Tensor
+    unseen: torch.Tensor
+    adversary_input: torch.Tensor
+    adversary_logits: dict[str, torch.Tensor]
 
 
 class SigmoidDoser(nn.Module):
@@ -64,15 +75,16 @@ class SigmoidDoser(nn.Module):
         init.zeros_(self.offset)
 
     def forward(self, doses: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Doses `(B, K)` of the perturbations `ids`, or `(.., P)` of all of them, to what the rows are multiplied by."""
-        slope, offset = nn.functional.softplus(self.slope), self.offset
+        """Doses `(B, K)` of the perturbations `ids`, or `(.., P)` of all perturbations, to the factors of their rows."""
+        slope: torch.Tensor = nn.functional.softplus(self.slope)
+        offset: torch.Tensor = self.offset
         if ids is not None:
             slope, offset = slope[ids], offset[ids]
         return torch.sigmoid(slope * doses.to(slope.dtype) + offset) - torch.sigmoid(offset)
 
 
 class Adversary(nn.Module):
-    """A classifier of cells: hidden layers with batch normalisation, then scores `(B, S, classes)`."""
+    """A classifier of cells `(B, S, latent_dim)`: hidden layers with batch normalisation, then scores `(B, S, classes)`."""
 
     def __init__(self, config: CPAConfig, classes: int):
         super().__init__()
@@ -99,14 +111,14 @@ class CPAForPerturbation(CountsPreTrainedModel):
         z     = basal + sum_k doser_k(dose_k) E_perturbation[k] + E_context + E_batch
         y     ~ N(mean(decoder(z)), variance(decoder(z))), or negative binomial counts
 
-    Adversaries learn to tell perturbation, context and batch from `basal`, and the encoder learns to leave them nothing to
-    tell by, so that the embeddings carry these effects, and an unseen combination of them is their sum. They run in
-    training mode alone; the schedule is that of its objective.
+    Adversaries learn to tell perturbation, context and batch from `basal`, and the encoder learns to remove what they tell
+    them by. The embeddings then carry these effects, and an unseen combination is the sum of its parts. Adversaries run in
+    training mode alone, on the schedule of the objective.
 
-    Predictions are means, clamped at 0 where `nonnegative_output` says so; on counts, log1p expression as
-    `prediction` says. Contexts and batches are embedded where there are several, and must then be given; one that was not seen
-    in training (id -1) has the mean of the known ones' embeddings. Perturbation features take the place of the rows by a
-    linear map without bias; a dose scales them before they come in.
+    Predictions are means, clamped at 0 with `nonnegative_output`; on counts they are log1p expression, as `prediction` says.
+    Contexts and batches are embedded where there are several, and must then be given; one not seen in training (id -1) has
+    the mean of the known embeddings. Perturbation features go through a linear map without bias instead; scale them by the
+    dose before.
 
     Args:
         config ([`CPAConfig`]): sizes and options.
@@ -128,6 +140,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
     ```
     """
 
+    config: CPAConfig
     config_class = CPAConfig
     _adapted_parts = ("encoder", "decoder")
 
@@ -144,14 +157,13 @@ class CPAForPerturbation(CountsPreTrainedModel):
             )
         )
         # Without bias: the control changes nothing.
-        self.perturbation_embedding = PerturbationEmbedding(
-            config.num_perturbations or config.perturbation_dim, latent, bias=False
-        )
-        self.doser = SigmoidDoser(config.num_perturbations) if config.doser == "sigmoid" else None
+        self.perturbation_embedding = PerturbationEmbedding(config.perturbation_width, latent, bias=False)
+        # The config sees to it that perturbations have ids then.
+        self.doser = SigmoidDoser(config.perturbation_width) if config.doser == "sigmoid" else None
         if "context" in config.adversaries:
-            self.context_embedding = UnseenMeanEmbedding(config.num_contexts, latent, "context")
+            self.context_embedding = UnseenMeanEmbedding(config.adversaries["context"], latent, "context")
         if "batch" in config.adversaries:
-            self.batch_embedding = UnseenMeanEmbedding(config.num_batches, latent, "batch")
+            self.batch_embedding = UnseenMeanEmbedding(config.adversaries["batch"], latent, "batch")
         self.decoder = BatchNormMLP(
             latent, hidden, config.num_decoder_layers, config.hidden_act, config.hidden_dropout, bias=False
         )
@@ -179,7 +191,7 @@ class CPAForPerturbation(CountsPreTrainedModel):
         return axes
 
     def parts_with_adapters(self) -> list[str]:
-        # The adversaries follow what the encoder makes of other cells.
+        # The adversaries must keep up with the encoder, whose adapters change it.
         return [f"adversaries.{name}" for name in self.adversaries]
 
     def _init_weights(self, module: nn.Module):
@@ -191,7 +203,9 @@ class CPAForPerturbation(CountsPreTrainedModel):
         """The autoencoder's parameters, and the adversaries'."""
         adversaries = list(self.adversaries.parameters())
         own = {id(parameter) for parameter in adversaries}
-        groups = [{"params": [parameter for parameter in self.parameters() if id(parameter) not in own]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in self.parameters() if id(parameter) not in own]}
+        ]
         if adversaries:
             config = self.config
             options = {"lr": config.adversary_learning_rate, "weight_decay": config.adversary_weight_decay}
@@ -228,14 +242,14 @@ class CPAForPerturbation(CountsPreTrainedModel):
             latents = latents + self.batch_embedding(self._given("batch_ids", batch_ids))
         outputs = self._distribution(self.decoder(latents, cell_mask), control_cells)
         if "context" in self.config.adversaries:
-            outputs["unseen"] = context_ids < 0
+            outputs["unseen"] = self._given("context_ids", context_ids) < 0
         if self.training and self.adversaries:
-            # In the type of the weights: where the precision is mixed, outputs of another are copied to it, and a copy is
-            # not what the scores come from.
-            given = basal.detach().to(self.dtype).requires_grad_()
-            outputs["adversary_input"] = given
+            # In the type of the weights: under mixed precision a layer copies inputs of another type, and the gradient of
+            # the scores would be that of the copy.
+            seen = basal.detach().to(self.dtype).requires_grad_()
+            outputs["adversary_input"] = seen
             outputs["adversary_logits"] = {
-                name: adversary(given, cell_mask) for name, adversary in self.adversaries.items()
+                name: adversary(seen, cell_mask) for name, adversary in self.adversaries.items()
             }
         return CPAOutput(basal=basal, **outputs)
 
@@ -260,9 +274,10 @@ class CPAForPerturbation(CountsPreTrainedModel):
                 "likelihood: nb or zinb, on raw counts"
             )
         self._check_drawing()
-        outputs = self(**batch)
-        names = ("mean", "inverse_dispersion", "dropout_logits")
-        return self._draw({name: getattr(outputs, name) for name in names}, generator)
+        outputs: CPAOutput = self(**batch)
+        mean = given("mean", outputs.mean)
+        inverse_dispersion = given("inverse_dispersion", outputs.inverse_dispersion)
+        return self._draw(mean, inverse_dispersion, outputs.dropout_logits, generator)
 
     def _perturbation(self, ids, doses, features) -> torch.Tensor:
         """The effect of the perturbations together, (B, 1, latent_dim) or (B, S, latent_dim)."""
@@ -272,10 +287,10 @@ class CPAForPerturbation(CountsPreTrainedModel):
             doses = self.doser(torch.ones_like(ids) if doses is None else doses, ids.clamp(min=0))
         return self.perturbation_embedding(ids, doses, features)
 
-    def _distribution(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def _distribution(self, hidden: torch.Tensor, control_cells: torch.Tensor) -> CPAFields:
         """Predictions and the parameters of a cell's distribution, in float32."""
         if self.config.reads_counts:
-            return self._counts(hidden, control_cells)
+            return {**self._counts(hidden, control_cells)}
         mean = self.mean_head(hidden).float()
         return {
             "predictions": nn.functional.relu(mean) if self.config.nonnegative_output else mean,

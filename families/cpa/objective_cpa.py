@@ -1,4 +1,4 @@
-"""The objective of the compositional perturbation autoencoder: reconstruction, and its play with the adversaries."""
+"""The objective of the compositional perturbation autoencoder: reconstruction, and a game against the adversaries."""
 
 import math
 
@@ -13,13 +13,15 @@ from pertstate.base.constants import (
     PERTURBATION_FEATURES,
     PERTURBATION_IDS,
 )
+from pertstate.base.messages import given
+from pertstate.families.cpa.configuration_cpa import CPAConfig
 from pertstate.families.cpa.modeling_cpa import CPAOutput
 from pertstate.losses.counts import count_log_likelihood
 from pertstate.losses.objective import Objective
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient by `inputs` is known already. Nothing else that it was computed from gets a gradient."""
+    """A value whose gradient by `inputs` is already known. Nothing else that it depends on gets a gradient."""
 
     @staticmethod
     def forward(ctx, inputs: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -47,16 +49,19 @@ class CPAObjective(Objective):
       cells and latent dimensions
     - `adversarial_weight`: lambda, 0 for `adversary_warmup_steps`, then rising to the config's `adversarial_weight` in
       `adversary_ramp_steps`
-    - `loss`: what autoencoder and adversaries each minimise, in one sum,
+    - `loss`: what the autoencoder and the adversaries each minimise, in one sum:
 
           reconstruction - lambda * adversaries        by the autoencoder's parameters,
           adversaries + penalty_weight * penalty       by the adversaries' parameters,
 
-      each with no gradient for the other's. In evaluation, `reconstruction` alone, which compares across the schedule.
+      and neither has a gradient for the other's parameters. In evaluation it is `reconstruction` alone, which does not
+      depend on the schedule.
 
     Args:
         config ([`CPAConfig`]): likelihood, adversaries and schedule.
     """
+
+    config: CPAConfig
 
     def forward(self, outputs: CPAOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         mask = batch.get(CELL_MASK)
@@ -65,7 +70,8 @@ class CPAObjective(Objective):
         if not self.training or not self.config.adversaries:
             return terms
         total, penalty = reconstruction.new_zeros(()), reconstruction.new_zeros(())
-        for name, logits in outputs.adversary_logits.items():
+        basal, seen = given("basal", outputs.basal), given("adversary_input", outputs.adversary_input)
+        for name, logits in given("adversary_logits", outputs.adversary_logits).items():
             targets = self._targets(name, batch)
             known = (targets.sum(dim=-1) > 0).expand(logits.shape[:2])
             known = known if mask is None else known & mask
@@ -74,22 +80,23 @@ class CPAObjective(Objective):
             terms[f"{name}_adversary"] = self._mean_over_known(cross_entropy, known)
             terms[f"{name}_accuracy"] = self._mean_over_known(right.float(), known)
             total = total + terms[f"{name}_adversary"]
-            (gradient,) = torch.autograd.grad(logits.sum(), outputs.adversary_input, create_graph=True)
+            (gradient,) = torch.autograd.grad(logits.sum(), seen, create_graph=True)
             penalty = penalty + self.mean_over_cells(gradient.square().mean(dim=-1), mask).mean()
         weight = self._adversarial_weight()
         terms["penalty"], terms["adversarial_weight"] = penalty, penalty.new_tensor(weight)
         terms["loss"] = reconstruction + total + self.config.penalty_weight * penalty
         if weight > 0:
-            (gradient,) = torch.autograd.grad(total, outputs.adversary_input, retain_graph=True)
-            terms["loss"] = terms["loss"] - weight * _WithGradient.apply(outputs.basal, total.detach(), gradient)
+            (gradient,) = torch.autograd.grad(total, seen, retain_graph=True)
+            terms["loss"] = terms["loss"] - weight * _WithGradient.apply(basal, total.detach(), gradient)
         return terms
 
     def _log_prob(self, outputs: CPAOutput, batch) -> torch.Tensor:
         """(B, S) log-likelihood of the perturbed cells."""
         if self.config.reads_counts:
             return count_log_likelihood(outputs, batch)
-        squares = (self.required(batch, LABELS).float() - outputs.mean).square() / outputs.variance
-        return -0.5 * (squares + outputs.variance.log() + math.log(2 * math.pi)).sum(dim=-1)
+        mean, variance = given("mean", outputs.mean), given("variance", outputs.variance)
+        squares = (self.required(batch, LABELS).float() - mean).square() / variance
+        return -0.5 * (squares + variance.log() + math.log(2 * math.pi)).sum(dim=-1)
 
     def _targets(self, name: str, batch) -> torch.Tensor:
         """Shares of the classes that are right, (B, 1 or S, classes); all 0 where nothing is known."""
@@ -106,7 +113,7 @@ class CPAObjective(Objective):
         else:
             ids, doses = self.required(batch, PERTURBATION_IDS), batch.get(PERTURBATION_DOSES)
             given = (ids >= 0) if doses is None else (ids >= 0) & (doses != 0)
-            present = torch.zeros(len(ids), self.config.num_perturbations, device=ids.device)
+            present = torch.zeros(len(ids), self.config.perturbation_width, device=ids.device)
             present = present.scatter_add(1, ids.clamp(min=0), given.float()).unsqueeze(1)
         together = present.sum(dim=-1, keepdim=True)
         return torch.cat([present / together.clamp(min=1), (together == 0).float()], dim=-1)

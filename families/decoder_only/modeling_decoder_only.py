@@ -8,13 +8,14 @@ from .configuration_decoder_only import DecoderOnlyConfig
 
 class DecoderOnlyForPerturbation(EncoderPreTrainedModel):
     r"""
-    Passes the true target embeddings (`labels`) to the gene decoder, which alone is trained. Its score is what a perfect
-    predictor of embeddings would reach with such a decoder: a ceiling, not a prediction.
+    Passes the true target embeddings (`labels`) to the gene decoder, the only part that is trained. Its score is what a
+    perfect predictor of embeddings would reach with such a decoder: a ceiling, not a prediction.
 
     Args:
         config ([`DecoderOnlyConfig`]): of the decoder.
     """
 
+    config: DecoderOnlyConfig
     config_class = DecoderOnlyConfig
     is_ceiling = True
     _adapted_parts = ("gene_decoder",)

@@ -12,13 +12,14 @@ class EmbedSumForPerturbation(EncoderPreTrainedModel):
     `MLP_out(MLP_pert(p) + MLP_cell(x))`: each cell alone, without its sentence. A gene decoder is trained on the
     latents as they are (its gradient stops at them).
 
-    In training, expression is not clamped at 0, as the squared error would leave a gene that is below 0 in every cell
-    without a gradient; predictions in evaluation mode are, where `nonnegative_output` says so.
+    In training, expression is not clamped at 0: a gene below 0 in every cell would have no gradient. Predictions in
+    evaluation mode are clamped where `nonnegative_output` is set.
 
     Args:
         config ([`EmbedSumConfig`]): sizes.
     """
 
+    config: EmbedSumConfig
     config_class = EmbedSumConfig
 
     def __init__(self, config: EmbedSumConfig):

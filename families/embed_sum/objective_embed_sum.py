@@ -18,6 +18,8 @@ class EmbedSumObjective(Objective):
     - `loss`: `mse + decoder_weight * decoder`
     """
 
+    config: EmbedSumConfig
+
     def __init__(self, config: EmbedSumConfig):
         super().__init__(config)
         self.distance = MSELoss()

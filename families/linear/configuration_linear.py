@@ -17,9 +17,9 @@ class LinearConfig(FittedConfig):
         rank (`int`, *optional*):
             Regress on this many principal components of the mean changes instead of on all features.
         intercept (`bool`, *optional*, defaults to False):
-            Add a change that every perturbation shares, which is not shrunk. Of use with perturbation features, where a
-            perturbation like no other then changes what the average one does; without it effects that are applied
-            together add up, and an unknown perturbation id changes nothing.
+            Add a change that all perturbations share, which is not shrunk. It helps with perturbation features: a
+            perturbation unlike all others then changes what the average one does. Without it the effects of perturbations
+            applied together add up, and an unknown perturbation id changes nothing.
     """
 
     model_type = "state-linear"

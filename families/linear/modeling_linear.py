@@ -2,7 +2,9 @@
 
 import numpy as np
 import torch
+from torch import nn
 
+from ...base.messages import given
 from ...base.modeling_fitted import (
     FittedPreTrainedModel,
     TrainingMeans,
@@ -39,12 +41,15 @@ class LinearForPerturbation(FittedPreTrainedModel):
         config ([`LinearConfig`]): sizes and options.
     """
 
+    config: LinearConfig
     config_class = LinearConfig
+    weight: nn.Parameter
+    components: nn.Parameter
+    intercept: nn.Parameter
 
     def __init__(self, config: LinearConfig):
         super().__init__(config)
-        width = config.num_perturbations or config.perturbation_dim
-        self._add_table("weight", width, config.rank or config.output_dim)
+        self._add_table("weight", config.perturbation_width, config.rank or config.output_dim)
         if config.rank is not None:
             self._add_table("components", config.rank, config.output_dim)
         if config.intercept:
@@ -63,11 +68,12 @@ class LinearForPerturbation(FittedPreTrainedModel):
         self._check_means(means)
         config, changes, features = self.config, means.changes, means.perturbation_features
         if features is None:
-            features = np.zeros((len(changes), config.num_perturbations))
-            rows, places = np.nonzero(means.perturbation_ids >= 0)
+            ids = given("perturbation_ids", means.perturbation_ids)
+            features = np.zeros((len(changes), config.perturbation_width))
+            rows, places = np.nonzero(ids >= 0)
             # A perturbation that stands twice in a combination counts twice.
-            np.add.at(features, (rows, means.perturbation_ids[rows, places]), 1)
-            self._set(seen=features.any(axis=0))
+            np.add.at(features, (rows, ids[rows, places]), 1)
+            self._set(seen=np.asarray(features.any(axis=0)))
         features = features.astype(np.float64)
         feature_means, change_means = features.mean(axis=0), changes.mean(axis=0)
         if config.intercept:
@@ -112,7 +118,7 @@ class LinearForPerturbation(FittedPreTrainedModel):
             change = (doses.unsqueeze(-1).to(self.weight.dtype) * self.weight[rows]).sum(dim=-2)
             unseen = ((ids >= 0) & ~self.seen[rows]).flatten(1).any(dim=1)
         else:
-            change = per_cell(perturbation_features).to(self.weight.dtype) @ self.weight
+            change = per_cell(given("perturbation_features", perturbation_features)).to(self.weight.dtype) @ self.weight
         if self.config.rank is not None:
             change = change @ self.components
         if self.config.intercept:

@@ -1,4 +1,4 @@
-"""What an evaluation of a [`LinearForPerturbation`] reports as its loss."""
+"""The loss that an evaluation of [`LinearForPerturbation`] reports."""
 
 from pertstate.losses.fitted import FittedObjective
 

@@ -18,6 +18,7 @@ class NeuralOTForPerturbation(SetTransformerPreTrainedModel):
         config ([`NeuralOTConfig`]): sizes and options.
     """
 
+    config: NeuralOTConfig
     config_class = NeuralOTConfig
 
     def __init__(self, config: NeuralOTConfig):

@@ -14,7 +14,7 @@ class PerturbationMeanConfig(FittedConfig):
         num_entries (`int`, *optional*, defaults to 1):
             Perturbations and combinations with a change of their own, the control counted.
         entry_width (`int`, *optional*, defaults to 1):
-            Perturbations of the largest of these combinations, where perturbations are told by id.
+            Perturbations in the largest of these combinations, where perturbations are given by id.
     """
 
     model_type = "state-perturbation-mean"

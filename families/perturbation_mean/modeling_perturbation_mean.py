@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from ...base.messages import given
 from ...base.modeling_fitted import (
     FittedPreTrainedModel,
     TrainingMeans,
@@ -18,15 +19,18 @@ from .configuration_perturbation_mean import PerturbationMeanConfig
 class PerturbationMeanForPerturbation(FittedPreTrainedModel):
     r"""
     `x + delta_p`: each control cell plus the change of its perturbation, the unweighted mean over training contexts of
-    (mean perturbed cell - mean control cell). A combination that was measured has a change of its own; one that was
-    not, and any other perturbation without training cells, changes nothing and counts as unseen. Perturbations told by
-    features are known by their vector: those of equal vectors share the mean of their changes.
+    (mean perturbed cell - mean control cell). A measured combination has a change of its own. A perturbation or combination
+    without training cells changes nothing and counts as unseen. Perturbations given by features are recognised by their
+    vector: those with equal vectors share the mean of their changes.
 
     Args:
         config ([`PerturbationMeanConfig`]): sizes.
     """
 
+    config: PerturbationMeanConfig
     config_class = PerturbationMeanConfig
+    entries: torch.Tensor
+    changes: nn.Parameter
 
     def __init__(self, config: PerturbationMeanConfig):
         super().__init__(config)
@@ -34,7 +38,7 @@ class PerturbationMeanForPerturbation(FittedPreTrainedModel):
         if config.num_perturbations is not None:
             self.register_buffer("entries", torch.full((config.num_entries, config.entry_width), -1))
         else:
-            self.register_buffer("entries", torch.zeros(config.num_entries, config.perturbation_dim))
+            self.register_buffer("entries", torch.zeros(config.num_entries, config.perturbation_width))
         self._add_table("changes", config.num_entries, config.output_dim)
         self.post_init()
 
@@ -46,16 +50,18 @@ class PerturbationMeanForPerturbation(FittedPreTrainedModel):
     def fit(self, means: TrainingMeans):
         """Take the changes of all entries, and the config their number."""
         self._check_means(means)
-        by_features = means.perturbation_ids is None
-        keys = means.perturbation_features if by_features else -np.sort(-means.perturbation_ids, axis=1)
+        if means.perturbation_ids is None:
+            keys, nothing = given("perturbation_features", means.perturbation_features), 0
+        else:
+            keys, nothing = -np.sort(-means.perturbation_ids, axis=1), -1
         keys, entry_of = np.unique(keys, axis=0, return_inverse=True)
         changes = np.zeros((len(keys), means.changes.shape[1]))
         np.add.at(changes, entry_of, means.changes)
         changes /= np.bincount(entry_of)[:, None]
-        control = np.full((1, keys.shape[1]), 0 if by_features else -1, dtype=keys.dtype)
+        control = np.full((1, keys.shape[1]), nothing, dtype=keys.dtype)
         self._set(entries=np.concatenate([control, keys]), changes=np.pad(changes, ((1, 0), (0, 0))))
         self.config.num_entries = len(self.changes)
-        if not by_features:
+        if means.perturbation_ids is not None:
             self.config.entry_width = self.entries.shape[1]
 
     def forward(
@@ -84,7 +90,7 @@ class PerturbationMeanForPerturbation(FittedPreTrainedModel):
         if self.config.num_perturbations is not None:
             entry, known, dose = self._by_ids(perturbation_ids, perturbation_doses, perturbation_features)
         else:
-            entry, known = self._by_features(perturbation_features)
+            entry, known = self._by_features(given("perturbation_features", perturbation_features))
             dose = torch.ones_like(entry)
         change = self.changes[entry] * dose.unsqueeze(-1).to(self.changes.dtype)
         return self._outputs(

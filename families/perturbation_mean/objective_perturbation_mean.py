@@ -1,4 +1,4 @@
-"""What an evaluation of a [`PerturbationMeanForPerturbation`] reports as its loss."""
+"""The loss that an evaluation of [`PerturbationMeanForPerturbation`] reports."""
 
 from pertstate.losses.fitted import FittedObjective
 

@@ -19,6 +19,7 @@ class PseudobulkForPerturbation(SetTransformerPreTrainedModel):
         config ([`PseudobulkConfig`]): sizes and options.
     """
 
+    config: PseudobulkConfig
     config_class = PseudobulkConfig
 
     def __init__(self, config: PseudobulkConfig):
@@ -26,7 +27,7 @@ class PseudobulkForPerturbation(SetTransformerPreTrainedModel):
         self._make_encoders(config.num_encoder_layers)
         if config.batch_encoder:
             self.batch_encoder = PerturbationEncoder(
-                config.num_batches,
+                config.required_size("num_batches"),
                 config.hidden_size,
                 config.num_encoder_layers,
                 config.hidden_act,
@@ -67,8 +68,8 @@ class PseudobulkForPerturbation(SetTransformerPreTrainedModel):
         cells = self.cell_encoder(control_cells)
         hidden = cells + self.perturbation_encoder(perturbation_ids, perturbation_doses, perturbation_features)
         if self.config.batch_encoder:
-            self._check_batches(batch_ids)
-            hidden = hidden + self.batch_encoder(batch_ids.flatten()[:, None]).view_as(hidden)
+            known = self._check_batches(batch_ids)
+            hidden = hidden + self.batch_encoder(known.flatten()[:, None]).view_as(hidden)
         if cell_mask is None:
             mean = hidden.mean(dim=1, keepdim=True)
         else:

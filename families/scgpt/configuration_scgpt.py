@@ -1,6 +1,6 @@
 """Configuration of the gene-token transformer."""
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ...base.configuration_perturbation import NetworkConfig, strict_config
 from ...base.constants import Values
@@ -23,8 +23,8 @@ class ScGPTConfig(NetworkConfig):
             How a perturbation enters.
 
             - `"genetic"`: it is a gene of the model, whose token is flagged; needs `perturbed_genes`
-            - `"chemical"`: it is a drug, a cytokine, anything that is no gene of the model: an embedding of it is added
-              to every token
+            - `"chemical"`: it is a drug, a cytokine, or anything else that is not a gene of the model: an embedding of it
+              is added to every token
         perturbed_genes (`list[int]`, *optional*):
             For each perturbation id the position of its gene among the model's genes. For `"genetic"` alone; it follows
             from the names in the processor.
@@ -39,12 +39,12 @@ class ScGPTConfig(NetworkConfig):
         genes_per_step (`int`, *optional*, defaults to 1536):
             Genes of one training step, drawn anew each time. Perturbed genes of the batch are always among them.
         genes_per_chunk (`int`, *optional*):
-            None: in evaluation all genes see one another. A number below that of the genes: they are predicted in groups
-            of so many, each of which sees itself and the perturbed genes alone. Takes less time and memory, and gives
-            **other predictions**, which depend on the number.
+            Genes that are predicted together in evaluation. None: all genes see one another. A smaller number: genes are
+            predicted in groups of this size, and a group sees only itself and the perturbed genes. This takes less time and
+            memory, and gives **other predictions**, which depend on the number.
         tokens_per_pass (`int`, *optional*, defaults to 65536):
-            Gene tokens (cells x genes) that are computed at a time in evaluation. Bounds the memory; any number gives the
-            same predictions to float rounding.
+            Gene tokens (cells x genes) that are computed at a time in evaluation. It bounds the memory; predictions are the
+            same for any number, to float rounding.
     """
 
     model_type = "state-scgpt"
@@ -63,13 +63,13 @@ class ScGPTConfig(NetworkConfig):
             "num_attention_heads": 4,
             "intermediate_size": 64,
             "genes_per_step": 64,
-            # That of torch's linear layers of this width; the published one is that of its own.
+            # That of torch's own linear layers of this width; the default suits the published width.
             "initializer_range": 0.1,
         },
         "published": {},
     }
     training_defaults: ClassVar[dict] = {"learning_rate": 5e-5, "lr_decay_epochs": 25, "lr_decay_factor": 0.9}
-    # Genes have no order, and all of them see all.
+    # Genes have no order, and each sees all others.
     attention: ClassVar[str] = "bidirectional"
 
     hidden_size: int = 512
@@ -80,8 +80,13 @@ class ScGPTConfig(NetworkConfig):
     perturbed_genes: list[int] | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    intermediate_size: int | None = None
-    attention_dropout: float | int | None = None
+    if TYPE_CHECKING:
+        # Never None once the config is made: `__post_init__` fills them in.
+        intermediate_size: int = 512
+        attention_dropout: float | int = 0.2
+    else:
+        intermediate_size: int | None = None
+        attention_dropout: float | int | None = None
     genes_per_step: int = 1536
     genes_per_chunk: int | None = None
     tokens_per_pass: int = 65536

@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import capture_outputs
 
+from ...base.messages import given
 from ...base.modeling_finetuning import GENES, PERTURBATIONS
 from ...base.modeling_layers import MaskedBatchNorm, PerturbationEmbedding, SetAttention
 from ...base.modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
@@ -22,11 +23,11 @@ class ScGPTOutput(PerturbationOutput):
 
     Args:
         predictions (`torch.Tensor` of shape `(batch_size, set_size, genes)`):
-            Predicted expression: in evaluation of all genes, in training of those of this step, as the head gives it (it
-            is clamped at 0 in evaluation alone, as a clamped gene would learn nothing). Padded cells are 0.
+            Predicted expression: of all genes in evaluation, of the genes of this step in training. It is clamped at 0 in
+            evaluation alone, as a clamped gene would not learn. Padded cells are 0.
         gene_indices (`torch.LongTensor` of shape `(genes,)`, *optional*):
-            In training the positions of the genes that were drawn for this step, in order. None where `predictions` are
-            of all genes.
+            In training, the positions of the genes that were drawn for this step, in order. None where `predictions`
+            hold all genes.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
             Input of the first block and output of each, `(real cells, genes, hidden_size)`.
         attentions (`tuple[torch.Tensor]`, *optional*):
@@ -65,7 +66,7 @@ class DrugEncoder(PerturbationEmbedding):
     """
 
     def __init__(self, config: ScGPTConfig):
-        super().__init__(config.num_perturbations or config.perturbation_dim, config.hidden_size, bias=False)
+        super().__init__(config.perturbation_width, config.hidden_size, bias=False)
         self.norm = nn.LayerNorm(config.hidden_size) if config.perturbation_dim is None else nn.Identity()
 
     def rows(self) -> torch.Tensor:
@@ -125,7 +126,9 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     ```
     """
 
+    config: ScGPTConfig
     config_class = ScGPTConfig
+    reads_published = True
     _no_split_modules = ["GeneTransformerLayer"]
     _supports_sdpa = True
     _adapted_parts = ("layers",)
@@ -164,10 +167,10 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
         if module is self.gene_embedding:
             init.uniform_(module.weight, -0.1, 0.1)
         elif module is self.flag_embedding:
-            # Beside a gene and a value of unit variance, a faint flag would go unheard for long.
+            # Gene and value have unit variance; a much smaller flag would have no effect for long.
             init.normal_(module.weight, std=config.perturbation_initializer_range)
         elif module is self.value_encoder.linear1:
-            # Without biases every hidden unit has its kink at 0, and the LayerNorm takes away how large a value is.
+            # Without biases every hidden unit bends at 0, and the LayerNorm then removes the size of a value.
             init.uniform_(module.weight, -1.0, 1.0)
             init.uniform_(module.bias, -1.0, 1.0)
 
@@ -269,8 +272,9 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
     def _predict_all(self, cells, flags, drugs, **kwargs) -> torch.Tensor:
         """Expression (n, G) of all genes, as `genes_per_chunk` and `tokens_per_pass` say."""
         config = self.config
-        in_groups = config.genes_per_chunk is not None and config.genes_per_chunk < config.input_dim
-        rows_per_pass = max(1, config.tokens_per_pass // (config.genes_per_chunk if in_groups else config.input_dim))
+        together = min(config.genes_per_chunk or config.input_dim, config.input_dim)
+        in_groups = together < config.input_dim
+        rows_per_pass = max(1, config.tokens_per_pass // together)
         recorded = kwargs.get("output_hidden_states", config.output_hidden_states)
         if recorded or kwargs.get("output_attentions", config.output_attentions):
             if in_groups:
@@ -301,7 +305,8 @@ class ScGPTForPerturbation(PerturbationPreTrainedModel):
             rows = (pattern_of == number).nonzero().squeeze(1)
             perturbed, others = genes[pattern], genes[~pattern]
             of_rows = None if drugs is None else drugs[rows]
-            for group in others.split(max(1, self.config.genes_per_chunk - len(perturbed))):
+            size = given("genes_per_chunk", self.config.genes_per_chunk) - len(perturbed)
+            for group in others.split(max(1, size)):
                 together = torch.cat([perturbed, group])
                 part = self._predict(values[rows][:, together], together, flags[rows][:, together], of_rows, **kwargs)
                 predicted[rows[:, None], together] = part.to(predicted.dtype)

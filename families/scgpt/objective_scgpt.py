@@ -3,6 +3,7 @@
 import torch
 
 from pertstate.base.constants import CELL_MASK, LABELS
+from pertstate.families.scgpt.configuration_scgpt import ScGPTConfig
 from pertstate.families.scgpt.modeling_scgpt import ScGPTOutput
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective
@@ -10,13 +11,13 @@ from pertstate.losses.objective import Objective
 
 class ScGPTObjective(Objective):
     """
-    Mean squared error between predicted cell i and observed cell i, over all genes that the model predicted: in a training
-    step those that it drew (Cui et al. 2024, perturbation response).
+    Mean squared error between predicted cell i and observed cell i, over the genes that the model predicted: in a training
+    step those that were drawn for it (Cui et al. 2024, perturbation response).
 
     - `loss`: that error, in squared units of the expression. There are no further terms.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ScGPTConfig):
         super().__init__(config)
         self.error = MSELoss()
 

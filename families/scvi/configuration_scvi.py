@@ -1,6 +1,6 @@
 """Configuration of the conditional variational autoencoder on counts."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ...base.configuration_counts import CountsConfig
 from ...base.configuration_perturbation import strict_config
@@ -19,10 +19,10 @@ class SCVIConfig(CountsConfig):
             Hidden layers of encoder and decoder: linear, batch normalisation, activation, in the encoder dropout.
         context_embedding_dim (`int`, *optional*, defaults to 32), batch_embedding_dim (`int`, *optional*, defaults to 16),
         perturbation_embedding_dim (`int`, *optional*, defaults to 64):
-            Widths of what the decoder is told beside the latent state.
+            Widths of the embeddings that the decoder reads beside the latent state.
         kl_warmup_epochs (`float`, *optional*, defaults to 400), kl_warmup_steps (`int`, *optional*):
-            The KL divergence's weight rises from 0 to 1 in so many epochs, or optimiser steps; one of them is set. 0: it
-            is 1 throughout.
+            Epochs, or optimiser steps, in which the weight of the KL divergence rises from 0 to 1. Set one of them. 0: the
+            weight is 1 throughout.
 
     Example:
     ```python
@@ -46,6 +46,7 @@ class SCVIConfig(CountsConfig):
 
     hidden_size: int = 512
     hidden_act: str = "relu"
+    likelihood: Literal["nb", "zinb"] = "zinb"
     latent_dim: int = 84
     num_encoder_layers: int = 2
     num_decoder_layers: int = 2

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...base.modeling_counts import CountsOutput, CountsPreTrainedModel
+from ...base.modeling_counts import CountsFields, CountsOutput, CountsPreTrainedModel
 from ...base.modeling_finetuning import GENES
 from ...base.modeling_layers import BatchNormMLP, PerturbationEmbedding, UnseenMeanEmbedding
 from .configuration_scvi import SCVIConfig
@@ -40,7 +40,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
 
     Predictions are log1p expression like those of the other families, though the model reads counts: the mean of
     `log1p(library_size y / sum of x)`, or log1p of its mean, as `prediction` says. In evaluation mode z is the posterior's
-    mean. In training it is drawn, and predictions, which the loss does not read, are log1p of the mean in any case: it
+    mean. In training it is drawn, and the predictions are always log1p of the mean: the loss does not read them, and this
     costs next to nothing. [`sample_counts`] draws counts.
 
     A context or batch that was not seen in training (id -1) has the mean of the known ones' embeddings.
@@ -63,6 +63,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
     ```
     """
 
+    config: SCVIConfig
     config_class = SCVIConfig
     _adapted_parts = ("encoder", "posterior_mean", "posterior_variance", "decoder")
 
@@ -73,7 +74,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         self.posterior_mean = nn.Linear(hidden, config.latent_dim)
         self.posterior_variance = nn.Linear(hidden, config.latent_dim)
         self.perturbation_embedding = PerturbationEmbedding(
-            config.num_perturbations or config.perturbation_dim, config.perturbation_embedding_dim
+            config.perturbation_width, config.perturbation_embedding_dim
         )
         width = config.latent_dim + config.perturbation_embedding_dim
         if config.num_contexts is not None:
@@ -113,7 +114,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         latents = mean + variance.sqrt() * torch.randn_like(mean) if self.training else mean
         perturbation = self.perturbation_embedding(perturbation_ids, perturbation_doses, perturbation_features)
         decoded = self._decode(latents, perturbation, context_ids, batch_ids, control_cells, cell_mask)
-        unseen = None if self.config.num_contexts is None else context_ids < 0
+        unseen = None if self.config.num_contexts is None else self._given("context_ids", context_ids) < 0
         return SCVIOutput(posterior_mean=mean, posterior_variance=variance, unseen=unseen, **decoded)
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         perturbation = self.perturbation_embedding(perturbation_ids, perturbation_doses, perturbation_features)
         latents = mean + variance.sqrt() * noise
         decoded = self._decode(latents, perturbation, context_ids, batch_ids, control_cells, cell_mask)
-        return self._draw(decoded, generator)
+        return self._draw(decoded["mean"], decoded["inverse_dispersion"], decoded["dropout_logits"], generator)
 
     def _posterior(self, control_cells: torch.Tensor, mask: torch.Tensor | None):
         """Mean and variance of q(z | x), (B, S, latent_dim) each."""
@@ -160,8 +161,8 @@ class SCVIForPerturbation(CountsPreTrainedModel):
         variance = nn.functional.softplus(self.posterior_variance(hidden)) + _LEAST_VARIANCE
         return self.posterior_mean(hidden), variance
 
-    def _decode(self, latents, perturbation, context_ids, batch_ids, control_cells, mask) -> dict[str, torch.Tensor]:
-        """The fields of a [`CountsOutput`]."""
+    def _decode(self, latents, perturbation, context_ids, batch_ids, control_cells, mask) -> CountsFields:
+        """The distribution of the counts of perturbed cells."""
         parts = [latents, perturbation]
         if self.config.num_contexts is not None:
             parts.append(self.context_embedding(self._given("context_ids", context_ids)).unsqueeze(1))

@@ -3,6 +3,8 @@
 import torch
 
 from pertstate.base.constants import CELL_MASK
+from pertstate.base.messages import given
+from pertstate.families.scvi.configuration_scvi import SCVIConfig
 from pertstate.families.scvi.modeling_scvi import SCVIOutput
 from pertstate.losses.counts import count_log_likelihood
 from pertstate.losses.objective import Objective
@@ -15,8 +17,8 @@ class SCVIObjective(Objective):
     - `reconstruction`: negative log-likelihood of the counts of perturbed cell i, summed over genes, under the distribution
       that control cell i gives
     - `kl`: KL divergence of the control cell's posterior N(m, v) from N(0, 1), `sum(v + m^2 - 1 - log v) / 2`
-    - `kl_weight`: min(1, epoch / `kl_warmup_epochs`), or in steps; 1 in evaluation, so that losses of different times
-      compare
+    - `kl_weight`: min(1, epoch / `kl_warmup_epochs`), or the same in steps; 1 in evaluation, so that losses of different
+      times can be compared
     - `elbo`: `-(reconstruction + kl)`
     - `loss`: `reconstruction + kl_weight * kl`
 
@@ -24,15 +26,18 @@ class SCVIObjective(Objective):
         config ([`SCVIConfig`]): likelihood and warm-up.
 
     Raises:
-        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and nobody knows how
-            long one is.
+        ValueError: the batch lacks `labels`; a control cell has no counts; the warm-up is in epochs, and the length of an
+            epoch is not known.
     """
+
+    config: SCVIConfig
 
     def forward(self, outputs: SCVIOutput, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         mask = batch.get(CELL_MASK)
         log_prob = count_log_likelihood(outputs, batch)
         with torch.autocast(device_type=log_prob.device.type, enabled=False):
-            mean, variance = outputs.posterior_mean.float(), outputs.posterior_variance.float()
+            mean = given("posterior_mean", outputs.posterior_mean).float()
+            variance = given("posterior_variance", outputs.posterior_variance).float()
             kl = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(dim=-1)
         reconstruction = -self.mean_over_cells(log_prob, mask).mean()
         kl = self.mean_over_cells(kl, mask).mean()
@@ -46,10 +51,12 @@ class SCVIObjective(Objective):
         }
 
     def _kl_weight(self) -> float:
+        done: float | None
+        whole: float
         if self.config.kl_warmup_steps is not None:
             done, whole = self.step, self.config.kl_warmup_steps
         else:
-            done, whole = self.epoch, self.config.kl_warmup_epochs
+            done, whole = self.epoch, given("kl_warmup_epochs", self.config.kl_warmup_epochs)
         if whole == 0:
             return 1.0
         if done is None:

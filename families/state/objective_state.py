@@ -19,6 +19,8 @@ class StateObjective(DistributionalObjective):
         config ([`StateConfig`]): loss options, see there.
     """
 
+    config: StateConfig
+
     def __init__(self, config: StateConfig):
         super().__init__(config)
         if config.confidence_token:

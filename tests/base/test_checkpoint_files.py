@@ -573,9 +573,7 @@ def test_any_name_survives_saving(tmp_path):
 def test_the_type_of_a_model_is_not_of_the_files_making(tmp_path, model_type):
     folder = copied("state", tmp_path)
     edit(folder / "config.json", model_type=model_type)
-    with pytest.raises(
-        ValueError, match=r"model_type=.*: expected 'state', which StateConfig is of; load the checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"model_type=.*: expected 'state' for StateConfig; load the checkpoint"):
         StateForPerturbation.from_pretrained(folder)
 
 

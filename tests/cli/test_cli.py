@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +28,6 @@ from pertstate.evaluation.metrics import (
 
 
 GENES, SET_SIZE = 30, 8
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def screen() -> ad.AnnData:
@@ -314,8 +314,7 @@ print(codes)
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     words = ["predict", "--model", folder / "models" / "counts", "--adata", folder / "screen.h5ad"]
-    command = [sys.executable, "-c", FULL_DISK, "3000", *words, "--output", tmp_path / "out.h5ad", "--quiet"]
-    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True)
+    done = launches.run(["-c", FULL_DISK, "3000", *words, "--output", tmp_path / "out.h5ad", "--quiet"])
     assert done.returncode == 0 and done.stdout.strip() == "[1, 1, 1, 1]", done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 4
@@ -347,7 +346,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         counts = (np.random.default_rng(0).random((cells, 2000), dtype=np.float32) < 0.5).astype(np.float32)
         ad.AnnData(counts, obs=obs).write_h5ad(tmp_path / f"{name}.h5ad")
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, env=launches.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = map(float, done.stdout.split())
     assert os.path.getsize(tmp_path / "out.h5ad") > 120 * 2**20  # predictions and control cells, 62 MiB each
@@ -357,7 +356,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_the_command_itself(folder, tmp_path):
     command = [Path(sys.executable).with_name("pertstate"), "predict", "--model", folder / "models" / "counts"]
     command += ["--adata", folder / "screen.h5ad", "--output", tmp_path / "out.h5ad", "--perturbation", "pert_1"]
-    done = subprocess.run([str(word) for word in command], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], env=launches.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'out.h5ad'}: 40 cells, 1 perturbations in 2 contexts\n"
     assert "predict:" in done.stderr and "cells/s" in done.stderr  # a progress bar with a rate

@@ -289,7 +289,7 @@ def test_perturbations_without_a_vector_are_listed():
 def test_the_control_has_no_vector_of_its_own():
     features = table(["control", "pert_0", "pert_1", "pert_2", "pert_3"])
     with pytest.raises(
-        ValueError, match="the control 'control' is no perturbation and stands for zeros, found another"
+        ValueError, match="the control 'control' is no perturbation: expected zeros or no vector, found another"
     ):
         StateProcessor.fit(screen(), perturbation_features=features)
     zeros = PerturbationFeatures(features.names, features.vectors * [[0], [1], [1], [1], [1]])

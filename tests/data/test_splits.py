@@ -1,4 +1,4 @@
-"""What is trained on and what is held out: split files, their assignment to cells, and run configurations."""
+"""What is trained on and what is held out: split files, and their assignment to cells."""
 
 import re
 import warnings
@@ -10,7 +10,6 @@ import pytest
 from pertstate.data import Splits, load_cells, simulate_screen
 from pertstate.data.arguments import DataArguments
 from pertstate.processing import StateProcessor
-from pertstate.training.run_config import load_run_config
 
 
 CONTEXTS = ["type_0", "type_1", "type_2"]
@@ -369,119 +368,6 @@ def test_names_that_are_numbers(files):
     data = DataArguments(datasets="x", control=0, test_perturbations=[1, "2"], contexts=7, genes=[3, "g"])
     assert (data.control, data.test_perturbations, data.contexts, data.genes) == ("0", ["1", "2"], ["7"], ["3", "g"])
     assert DataArguments(datasets="x", genes=5).genes == 5
-
-
-# YAML and flags
-
-
-TRAINING = {"learning_rate", "max_steps", "output_dir", "seed", "save_strategy"}
-
-
-def MODEL(section: dict) -> set[str]:
-    return {"model_type", "hidden_size", "residual", "seed"} | set(section.get("model_type", "").split("-"))
-
-
-def run(tmp_path, text: str, *flags: str):
-    path = tmp_path / "run.yaml"
-    path.write_text(text, encoding="utf-8")
-    return load_run_config(str(path), list(flags), MODEL, TRAINING)
-
-
-YAML = """
-data: {datasets: {kang: kang.h5ad}, test_contexts: [NK], genes: 2000}
-model:
-  preset: tiny
-  hidden_size: 64
-training:
-  learning_rate: 1e-4
-  max_steps: 10
-"""
-
-
-def test_flags_win_over_the_file(tmp_path):
-    plain = run(tmp_path, YAML)
-    assert plain.data == DataArguments(datasets={"kang": "kang.h5ad"}, test_contexts=["NK"], genes=2000)
-    assert plain.model == {"preset": "tiny", "hidden_size": 64}
-    assert plain.training == {"learning_rate": 1e-4, "max_steps": 10}
-
-    flags = ["--test_contexts", "CD4 T", "B", "--learning_rate=3e-4", "--model.hidden_size", "128", "--genes", "null"]
-    flagged = run(tmp_path, YAML, *flags, "--max-steps", "7", "--hvg_on_all", "--training.output_dir", "runs/a=b")
-    assert (
-        flagged.data.test_contexts == ["CD4 T", "B"] and flagged.data.genes is None and flagged.data.hvg_on_all is True
-    )
-    assert flagged.model == {"preset": "tiny", "hidden_size": 128}
-    assert flagged.training == {"learning_rate": 3e-4, "max_steps": 7, "output_dir": "runs/a=b"}
-
-
-@pytest.mark.parametrize(
-    "word, value",
-    [
-        ("1e-4", 1e-4),
-        ("-2.5E3", -2500.0),
-        (".5", 0.5),
-        ("12", 12),
-        ("-3", -3),
-        ("0", 0),
-        ("true", True),
-        ("False", False),
-        ("null", None),
-        ("010", "010"),
-        ("12:30", "12:30"),
-        ("2020-01-01", "2020-01-01"),
-        ("1_000", "1_000"),
-        ("nan", "nan"),
-        ("a: b", "a: b"),
-        ("|", "|"),
-        ("#1", "#1"),
-        ("-", "-"),
-        ("'true'", "true"),
-        ('"12"', "12"),
-        ("[1e-3, x]", [1e-3, "x"]),
-        ("{a: 1}", {"a": 1}),
-        ("[unclosed", "[unclosed"),
-    ],
-)
-def test_values_are_what_they_look_like(tmp_path, word, value):
-    found = run(tmp_path, YAML, "--output_dir", word).training["output_dir"]
-    assert found == value and type(found) is type(value)
-    assert run(tmp_path, YAML, f"--output_dir={word}").training["output_dir"] == value
-    if not word.startswith(("|", "#", "-", "[un")) and ": " not in word:
-        in_file = run(tmp_path, f"data: {{datasets: a}}\ntraining:\n  output_dir: {word}\n").training["output_dir"]
-        assert in_file == value and type(in_file) is type(value)
-
-
-def test_the_strategy_no_stays_no(tmp_path):
-    assert run(tmp_path, YAML, "--save_strategy", "no").training["save_strategy"] == "no"
-    assert run(tmp_path, YAML + "  save_strategy: no").training["save_strategy"] == "no"
-
-
-@pytest.mark.parametrize(
-    "text, flags, message",
-    [
-        (YAML, ["--learning_rat", "1"], "unknown flag --learning_rat; did you mean 'learning_rate'"),
-        (YAML, ["--model.residul", "x"], "unknown flag --model.residul; did you mean 'residual'"),
-        (YAML, ["--model.max_steps", "3"], "unknown flag --model.max_steps; it belongs to section 'training'"),
-        (YAML, ["--modl.residual", "x"], "unknown flag --modl.residual; it belongs to section 'model'"),
-        (YAML, ["--seed", "3"], "--seed is a field of ['model', 'training']: write --model.seed or --training.seed"),
-        (YAML, ["NK", "--seed", "3"], "expected --field value, found 'NK'"),
-        (YAML + "  max_step: 3", [], "unknown field 'max_step' in section 'training'; did you mean 'max_steps'"),
-        (YAML + "  genes: 3", [], "unknown field 'genes' in section 'training'; it belongs to section 'data'"),
-        (YAML + "modle: {}", [], "unknown section 'modle'; did you mean 'model'"),
-        ("data: [a]", [], "section 'data' should hold `field: value` lines, found ['a']"),
-        ("- a", [], "expected the sections ['data', 'model', 'training', 'stream', 'prepare'], found list"),
-        ("data: {", [], "is not valid YAML"),
-        (YAML, ["--control"], "data.control: expected str, found True"),
-        (YAML, ["--test_contexts", "NO"], "data.test_contexts: expected list, found False"),
-    ],
-)
-def test_runs_that_cannot_be(tmp_path, text, flags, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        run(tmp_path, text, *flags)
-
-
-def test_a_missing_run_configuration(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.yaml: no such run configuration"):
-        load_run_config(str(tmp_path / "gone.yaml"), [], MODEL, TRAINING)
 
 
 @pytest.mark.parametrize("twin", ["pert_1+pert_0", "pert_0+pert_1+control"])

@@ -4,11 +4,10 @@ import hashlib
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pandas as pd
 import pytest
@@ -533,7 +532,14 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
 def test_what_contradicts_the_store_is_said(store, folder, tmp_path):
     run = DataArguments(store=str(store.path), context_key="line")
     with pytest.raises(ValueError, match="data.context_key='line', but the store was prepared with 'cell_type'"):
-        run.check_store(store.manifest)
+        run.check_store(store.manifest, {"store", "context_key"})
+    # What the run does not set is the store's, whatever the default; what it sets counts at its default, too.
+    run.check_store(store.manifest, {"store"})
+    default = DataArguments(store=str(store.path), batch_key=None, control="control")
+    default.check_store(store.manifest, {"store", "control"})
+    assert store.manifest.reading["batch_key"] == "batch"
+    with pytest.raises(ValueError, match="data.batch_key=None, but the store was prepared with 'batch'; leave it out"):
+        default.check_store(store.manifest, {"store", "batch_key"})
     with pytest.raises(ValueError, match="datasets names \\['other'\\], the store was made of \\['screen'\\]"):
         DataArguments(store=str(store.path), datasets={"other": "gone.h5ad"}).resolve_splits(store.groups)
     splits = DataArguments(store=str(store.path)).resolve_splits(store.groups)
@@ -576,7 +582,6 @@ def command(folder, output) -> list[str]:
     config = folder / "prepare.yaml"
     config.write_text(RUN.format(folder=folder))
     return [
-        sys.executable,
         "-m",
         "pertstate.cli",
         "prepare",
@@ -606,10 +611,10 @@ raise SystemExit(main(sys.argv[1:]))
 @pytest.mark.slow
 def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, tmp_path):
     output = tmp_path / "s"
-    words = command(folder, output)[3:]
+    words = command(folder, output)[2:]
     kill_at, finished = 1, False
     while not finished:
-        done = subprocess.run([sys.executable, "-c", SABOTAGE, str(kill_at), *words], capture_output=True, text=True)
+        done = launches.run(["-c", SABOTAGE, kill_at, *words])
         finished = done.returncode == 0
         assert finished or done.returncode == 137, done.stderr[-2000:]
         assert finished == output.exists()
@@ -630,14 +635,11 @@ def test_two_at_once_do_not_meet(folder, tmp_path):
     slow += "p._write_runs = lambda *a: (print('writing', flush=True), sys.stdin.readline(), run(*a))[2]\n"
     slow += "from pertstate.cli import main; raise SystemExit(main(sys.argv[1:]))"
     words = command(folder, output)
-    first = subprocess.Popen(
-        [sys.executable, "-c", slow, *words[3:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    first = launches.start(["-c", slow, *words[2:]])
     assert first.stdout.readline() == "writing\n"
-    second = subprocess.run(words, capture_output=True, text=True)
+    second = launches.run(words)
     assert second.returncode == 1 and "another process is preparing" in second.stderr
-    first.communicate("\n")
-    assert first.returncode == 0
+    assert first.communicate("\n").returncode == 0
     CellStore(output)
 
 
@@ -645,7 +647,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     words = command(folder, tmp_path / "s")
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
     limit += "from pertstate.cli import main; raise SystemExit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", limit, *words[3:]], capture_output=True, text=True)
+    done = launches.run(["-c", limit, *words[2:]])
     assert done.returncode == 1, done.stderr
     assert f"cannot be written, nothing is left of it: File too large: '{tmp_path / 's'}'" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -735,7 +737,9 @@ def test_info_of_a_store_a_file_and_a_checkpoint(store, folder, whole, tmp_path,
 
     said = info(store.path)
     assert f"cell store of {len(store):,} cells" in said and "sparse counts (uint8) of 80 genes" in said
-    assert "3 contexts x 5 perturbations" in said and said.splitlines()[-1].startswith("ready: accelerate launch")
+    assert "3 contexts x 5 perturbations" in said and said.splitlines()[-1].startswith(
+        "ready: pertstate train RUN.yaml"
+    )
     sizes = whole.obs.groupby(["cell_type", "perturbation"], observed=True).size()
     row = next(line.split() for line in said.splitlines() if line.startswith("type_2"))
     assert row[1] == str(sizes["type_2", "control"]) and row[-1] == str(sizes["type_2"].sum())
@@ -746,7 +750,7 @@ def test_info_of_a_store_a_file_and_a_checkpoint(store, folder, whole, tmp_path,
     assert "has: X, layers/log1p, obsm/X_emb" in said and 'batch_key: "batch"' in said
     assert "layers/log1p: log1p of 10,000 counts per cell" in info(folder / "screen.h5ad", "--input", "layers/log1p")
     pertstate.train.main(
-        ["--config", command(folder, "")[5], "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+        ["--config", command(folder, "")[4], "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     )
     capsys.readouterr()
     said = info(tmp_path / "run")
@@ -770,4 +774,7 @@ def test_info_says_what_is_missing(whole, tmp_path, capsys):
     assert main(["info", str(tmp_path / "gone.h5ad")]) == 1
     assert "gone.h5ad: no such file" in capsys.readouterr().err
     assert main(["info", str(tmp_path)]) == 1
-    assert "expected a cell store (store.json), a checkpoint (config.json) or a .zarr" in capsys.readouterr().err
+    message = (
+        "expected a cell store (store.json), a checkpoint (config.json or adapter_config.json) or a .zarr, found none"
+    )
+    assert message in capsys.readouterr().err

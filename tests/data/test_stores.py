@@ -3,8 +3,8 @@
 import json
 import os
 import subprocess
-import sys
 
+import launches
 import pytest
 
 from pertstate.data import prepare, simulate_screen
@@ -50,10 +50,7 @@ def later(store):
 
 
 def python(code: str, *arguments, check=True) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+    done = launches.run(["-c", code, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -1,6 +1,7 @@
 """Streams: the cells of the files and no others, bounded memory, and continuing with the very next sentence."""
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from datasets import load_dataset
 from datasets.packaged_modules.parquet.parquet import Parquet
 from torch.utils.data import DataLoader
+from transformers import TrainerState
 
 from pertstate import StateForPerturbation, StateProcessor
 from pertstate.configuration_state import StateConfig
@@ -26,9 +28,11 @@ from pertstate.data import (
     simulate_screen,
 )
 from pertstate.data.cell_pool import CellPool, CellRows, Reservoirs
+from pertstate.data.group_sums import GroupSums
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
+from pertstate.data.stream_state import read_stream_state
 from pertstate.data.stream_survey import StreamSurvey, survey_stream
-from pertstate.data.streaming import SentenceStream, read_stream_state
+from pertstate.data.streaming import SentenceStream
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
@@ -772,7 +776,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rank=2: expected 0 to 1"):
         SentenceStream(source, looked, 8, rank=2, world_size=2)
     with pytest.raises(ValueError, match="give it baseline_cells="):
-        _ = SentenceStream(source, looked, 8).cells
+        _ = SentenceStream(source, looked, 8).training_cells()
 
 
 def log_screen() -> ad.AnnData:
@@ -840,6 +844,50 @@ def test_a_model_trains_on_a_stream_and_is_evaluated(tmp_path):
     assert np.isfinite(metrics["eval_loss"])
     figures = [name for name in metrics if name.startswith("eval_perturbation_mean_")]
     assert figures and all(np.isfinite(metrics[name]) for name in figures)
+
+
+def test_a_trainer_continues_a_stream_from_its_last_checkpoint(tmp_path):
+    source = store(tmp_path / "cells")
+    looked = survey(source)
+
+    def run(folder: Path, steps: int, resume: bool) -> dict[str, torch.Tensor]:
+        stream = SentenceStream(source, looked, 8, endless=True)
+        trainer = StateTrainer(model(looked.processor), arguments(folder, max_steps=steps, save_steps=10), stream)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model.state_dict()
+
+    whole = run(tmp_path / "whole", 20, False)
+    run(tmp_path / "parts", 10, False)
+    continued = run(tmp_path / "parts", 20, True)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+def test_a_stream_and_a_dataset_answer_alike(tmp_path):
+    """Of the same cells: as many to an epoch, and sums that shares of them add up to."""
+    source = store(tmp_path / "cells")
+    looked = survey(source, reservoir_cells=1000, baseline_cells=1000)
+    cells = looked.to_cells("train")
+    options = {"seed": 0, "control_sentences": False}
+    dataset = SentenceDataset(cells, looked.processor, "train", 10, **options)
+    stream = SentenceStream(source, looked, 10, **options)
+    assert dataset.num_sentences == stream.num_sentences == len(dataset)
+    args = arguments(tmp_path, gradient_accumulation_steps=4)
+    for drop_last, batches in ((False, math.ceil(len(dataset) / 4)), (True, len(dataset) // 4)):
+        args.dataloader_drop_last = drop_last
+        assert dataset.steps_per_epoch(args) == stream.steps_per_epoch(args) == math.ceil(batches / 4)
+    state = TrainerState(epoch=0.3, global_step=5)
+    assert dataset.epoch_of(args, state) == 0.3
+    assert stream.epoch_of(args, state) == 5 / stream.steps_per_epoch(args)
+    whole = dataset.group_sums()
+    assert whole.num_cells == len(cells)
+    for data in (dataset, stream):
+        merged = GroupSums.merged([data.group_sums(part, 3) for part in range(3)])
+        assert merged.counts == whole.counts
+        for key, total in whole.sums.items():
+            np.testing.assert_allclose(merged.sums[key], total, rtol=1e-12)
+    assert not dataset.load_state(tmp_path) and dataset.loader(args, SentenceCollator()) is None
+    taught, own = stream.training_cells(), dataset.training_cells()
+    assert taught.groups.equals(own.groups) and np.array_equal(taught.features, own.features)
 
 
 class StreamTrainer(StateTrainer):

@@ -11,7 +11,7 @@ from scipy.stats import pearsonr
 from pertstate.data.cells import sort_into_groups
 from pertstate.evaluation import (
     MeanChanges,
-    energy_distance,
+    energy_between,
     pearson_of_change,
     score_group,
 )
@@ -64,19 +64,19 @@ def test_energy_distance_is_the_double_sum(sizes, offset):
     x, y = (rng(n).normal(size=(n, 30)) + offset for n in sizes)
     y += 0.3
     expected = double_sum(x, y)
-    assert energy_distance(x, y) == pytest.approx(expected, abs=1e-6)
-    assert energy_distance(x, y, within_y=cdist(y, y).mean()) == pytest.approx(expected, abs=1e-6)
+    assert energy_between(x, y) == pytest.approx(expected, abs=1e-6)
+    assert energy_between(x, y, within_y=cdist(y, y).mean()) == pytest.approx(expected, abs=1e-6)
     # Float32 cells are summed in float64.
-    single = energy_distance(x.astype(np.float32), y.astype(np.float32))
+    single = energy_between(x.astype(np.float32), y.astype(np.float32))
     assert single == pytest.approx(double_sum(x.astype(np.float32), y.astype(np.float32)), abs=1e-5)
 
 
 def test_energy_distance_of_known_sets():
     origin, far = np.zeros((3, 2)), np.tile([3.0, 4.0], (5, 1))
-    assert energy_distance(origin, far) == pytest.approx(5.0)
-    assert energy_distance(origin, origin) == 0.0
+    assert energy_between(origin, far) == pytest.approx(5.0)
+    assert energy_between(origin, origin) == 0.0
     # {0, 2} and {1}: mean 1, within 4 / 4 = 1 and 0.
-    assert energy_distance(np.array([[0.0], [2.0]]), np.array([[1.0]])) == pytest.approx(1 - 0.5)
+    assert energy_between(np.array([[0.0], [2.0]]), np.array([[1.0]])) == pytest.approx(1 - 0.5)
 
 
 @pytest.mark.parametrize("block", [1, 3, 8, 100])

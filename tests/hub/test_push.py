@@ -4,14 +4,13 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anndata as ad
 import huggingface_hub
+import launches
 import numpy as np
 import pytest
 import torch
@@ -154,7 +153,7 @@ def test_private_repositories_and_branches(hub, screen, folder, tmp_path, capsys
     capsys.readouterr()
     for revision, message in (
         (main, f"revision='{main}' is a commit, which does not change; name a branch"),
-        ("v1", "revision='v1' is a tag of lab/model, which stays where it is; name a branch"),
+        ("v1", "revision='v1' is a tag of lab/model, which does not move; name a branch"),
     ):
         assert push(other, "lab/model", "--revision", revision) == 1
         assert capsys.readouterr().err.startswith(f"pertstate push: error: {message}")
@@ -398,9 +397,8 @@ print(json.dumps(found))
 
 def python(code: str, folder: Path, *arguments, **environment):
     """What the last line says that `code` prints in a process of its own, which reads where the Hub is at its start."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    done = launches.run(["-c", code, *arguments], environment, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert os.environ["HF_TOKEN"] not in done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

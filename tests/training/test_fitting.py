@@ -2,12 +2,10 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pandas as pd
 import pytest
@@ -303,11 +301,8 @@ def test_memory_store_and_stream_give_the_same_weights(folder, tmp_path, model_t
 
 @pytest.mark.parametrize("source", ["files", "stream"])
 def test_two_processes_fit_what_one_does(folder, tmp_path, source):
-    flags = ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--multi_gpu", "--main_process_port", "0"]
     path = run_yaml(folder, tmp_path / "two", "state-perturbation-mean", source)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launch, str(ROOT / "train.py"), str(path)], env=environment, capture_output=True, text=True)
+    done = launches.run_together([launches.TRAIN, path])
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         run(folder, tmp_path / "one", "state-perturbation-mean", source),
@@ -351,8 +346,8 @@ def test_validation_is_scored_once_and_unseen_sentences_are_counted(folder, tmp_
     with caplog.at_level(logging.WARNING):
         metrics = train.main([str(path)])
     assert [r.message for r in caplog.records if "training cells" in r.message] == [
-        "test: 12 of 12 sentences are of a perturbation or context without training cells; what is predicted of such ones "
-        "says the model's card"
+        "test: 12 of 12 sentences are of a perturbation or context without training cells; the model card says how "
+        "these are predicted"
     ]
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     assert capsys.readouterr().out.count("'eval_loss'") == 1
@@ -382,7 +377,7 @@ def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
         )
     assert done["unseen"] == 2 and done["perturbations"] == 2
     [message] = [record.message for record in caplog.records if "training cells" in record.message]
-    assert message.startswith("2 of 4 groups (context / perturbation) are of a perturbation or context without")
+    assert message.startswith("2 of 4 groups (context / perturbation) have a perturbation or a context without")
     assert "['type_0 / pert_0+pert_2', 'type_3 / pert_0+pert_2']" in message
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     out = ad.read_h5ad(tmp_path / "out.h5ad")

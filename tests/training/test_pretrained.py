@@ -18,7 +18,9 @@ from transformers import AutoModel, AutoProcessor
 import pertstate.cli
 from pertstate import StateProcessor, train
 from pertstate.data import simulate_screen
+from pertstate.families import FAMILIES
 from pertstate.hub.checkpoints import load_whole
+from pertstate.training.pretrained import is_published
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,12 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("model", "hidden_size", 32, "model.hidden_size=32 contradicts the checkpoint .*, which has 64; leave it out"),
         ("model", "preset", "small", "model.preset='small': the sizes are those of the checkpoint"),
         ("model", "model_type", "state-pseudobulk", "model.model_type='state-pseudobulk' contradicts .* has 'state'"),
-        ("model", "residual", "none", "model.residual='none' contradicts .* What may differ: set_size, hidden_dropout"),
+        (
+            "model",
+            "residual",
+            "none",
+            "model.residual='none' contradicts .* These may differ: set_size, hidden_dropout",
+        ),
         ("model", "hiden_size", 64, "unknown field 'hiden_size' in section 'model'; did you mean 'hidden_size'"),
         ("model", "feature_chunks", 99, "feature_chunks=99 exceeds output_dim=40"),
         ("data", "normalize", "none", "data.normalize='none' contradicts the checkpoint .*, which has counts_to_log1p"),
@@ -129,8 +136,13 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("data", "hvg_on_all", True, "data.hvg_on_all=True contradicts"),
         ("data", "input", "obsm/X_pca", "data.input='obsm/X_pca' contradicts .* which has 'X', log1p values"),
         ("data", "test_contexts", ["type_3", "type_4"], "the splits leave no cell for training"),
-        ("stream", "path", "somewhere", "trained further on files or a store, found a stream; make a store of it"),
-        ("training", "train_fully", ["output_head"], "train_fully: without effect as there is no lora_rank"),
+        (
+            "stream",
+            "path",
+            "somewhere",
+            "can be trained further on files or a store, but stream.path is set; make a store",
+        ),
+        ("training", "train_fully", ["output_head"], "train_fully: no effect without lora_rank"),
         ("training", "lora_rank", 0, "lora_rank must be at least 1, found 0; null trains the model itself"),
         (
             "training",
@@ -161,7 +173,9 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         run(folder, "x", "second", {}, {"pretrained": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="expected a checkpoint, found a folder without config.json"):
         run(folder, "x", "second", {}, {"pretrained": str(tmp_path)})
-    with pytest.raises(ValueError, match="model.pretrained_revision='v1' is of a Hub repository, .*base is a folder"):
+    with pytest.raises(
+        ValueError, match="model.pretrained_revision='v1': only a Hub repository has revisions, and .*base is a folder"
+    ):
         run(folder, "x", "second", {}, {"pretrained": str(folder / "base"), "pretrained_revision": "v1"})
     run(folder, "fitted", "first", {}, {"model_type": "state-perturbation-mean"})
     with pytest.raises(
@@ -172,12 +186,22 @@ def test_a_checkpoint_that_is_not_there_is_named(folder, tmp_path):
         ("training.lora_rank", {"lora_rank": 4}),
         ("training.freeze_backbone", {"freeze_backbone": True}),
     ):
-        with pytest.raises(ValueError, match=f"{field}: is for a checkpoint that is trained further; name one that"):
+        with pytest.raises(ValueError, match=f"{field}: only for training a checkpoint further; name one that"):
             run(folder, "x", "first", {}, {"preset": "tiny"}, **options)
-    with pytest.raises(ValueError, match="data.controls_only: is for a checkpoint that is trained further"):
+    with pytest.raises(ValueError, match="data.controls_only: only for training a checkpoint further"):
         run(folder, "x", "first", {"controls_only": True}, {"preset": "tiny"})
-    with pytest.raises(ValueError, match="model.pretrained_revision: is for a checkpoint that is trained further"):
+    with pytest.raises(ValueError, match="model.pretrained_revision: only for training a checkpoint further"):
         run(folder, "x", "first", {}, {"preset": "tiny", "pretrained_revision": "main"})
+
+
+def test_the_model_says_whether_it_reads_published_weights(folder, tmp_path):
+    assert [name for name, family in FAMILIES.items() if family.model.reads_published] == ["state-scgpt"]
+    for family in FAMILIES:
+        assert is_published({"model_type": family, "pretrained": str(tmp_path)}) == (family == "state-scgpt")
+    # A checkpoint of this package, a name on the Hub, or no family at all is none.
+    assert not is_published({"model_type": "state-scgpt", "pretrained": str(folder / "base")})
+    assert not is_published({"model_type": "state-scgpt", "pretrained": "ada/model"})
+    assert not is_published({"pretrained": str(tmp_path)})
 
 
 def test_flags_start_from_a_checkpoint(folder):

@@ -1,12 +1,10 @@
 """Runs that train on a stream: from a cell store, or from columns that are named, stopped and continued."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import launches
 import numpy as np
 import pytest
 import torch
@@ -16,10 +14,9 @@ import pertstate.train
 from pertstate.data import prepare, simulate_screen
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.stores import write_parquet
-from pertstate.data.streaming import read_stream_state
+from pertstate.data.stream_state import read_stream_state
 
 
-ROOT = Path(__file__).parents[2]
 RUN = """
 data: {{val_contexts: [type_1], test_contexts: [type_3], test_perturbations: [pert_0+pert_1], control_matching: batch}}
 stream: {{path: {folder}/parquet, eval_cells: 16, block_size: 64, buffer_cells: 256, shuffle_sentences: 8}}
@@ -97,39 +94,25 @@ def test_arrow_and_parquet_are_the_same_stream(folder, unbroken):
 
 
 def test_killed_and_continued_it_ends_with_the_same_weights(folder, unbroken, tmp_path):
-    words = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        "--config",
-        str(folder / "run.yaml"),
-        "--output_dir",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    words = [launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", tmp_path]
+    process = launches.start(words)
     for line in process.stdout:
         if "'loss'" in line and (tmp_path / "checkpoint-4").exists():
-            os.killpg(process.pid, signal.SIGKILL)
             break
-    process.wait()
+    assert process.kill().returncode == -signal.SIGKILL
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept and "config.json" not in kept
     state = read_stream_state(tmp_path / "checkpoint-4")
     assert state["pass"]["sentences"] >= 16
-    done = subprocess.run([*words, "--resume_from_checkpoint", "last"], env=environment, capture_output=True, text=True)
+    done = launches.run([*words, "--resume_from_checkpoint", "last"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming from" in done.stderr
     assert_same_weights(tmp_path, unbroken)
 
 
 def test_two_processes_read_a_stream_once(folder, tmp_path):
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"]
-    accelerate += ["--multi_gpu", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    words = [*accelerate, str(ROOT / "train.py"), "--config", str(folder / "run.yaml"), "--output_dir", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*words, "--max_steps", "4"], env=environment, capture_output=True, text=True)
+    words = [launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", tmp_path]
+    done = launches.run_together([*words, "--max_steps", "4"])
     assert done.returncode == 0, done.stderr[-3000:]
     positions = [read_stream_state(tmp_path / "checkpoint-4", rank, 2)["pass"]["position"] for rank in (0, 1)]
     assert all(rows > 0 for *_, rows in positions)

@@ -1,10 +1,12 @@
 """StateTrainer: what it logs, accumulation, evaluation beside baselines, and errors."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from transformers import Trainer
 
 from pertstate import StateForPerturbation
 from pertstate.configuration_state import StateConfig
@@ -48,6 +50,12 @@ def make_trainer(screen, tmp_path, multiple_of=1, config=None, **arguments):
 
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_the_trainer_overrides_the_minimum():
+    overridden = {name for name in vars(StateTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
+    public = {"train", "get_train_dataloader", "create_scheduler", "compute_loss", "evaluate", "push_to_hub"}
+    assert overridden == {*public, "_save", "_save_checkpoint"}
 
 
 def test_every_parameter_moves(screen, tmp_path):
@@ -244,3 +252,49 @@ def test_the_learning_rate_decays_by_epochs_and_resumes_in_step(screen, tmp_path
 def test_an_option_that_cannot_be_meant_is_an_error(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         StateTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+def test_a_term_that_is_not_the_loss_stops_the_run_too(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    batch = {"control_cells": torch.zeros(2, 3, 60)}
+    trainer.terms.add({"loss": torch.tensor(1.0), "energy": torch.tensor(float("inf")), "l1": torch.tensor(0.0)}, batch)
+    with pytest.raises(FloatingPointError, match=r"^energy became NaN or infinite in the 1 batches up to step 0"):
+        trainer.log({"loss": 1.0})
+
+
+def test_terms_are_means_over_the_batches_since_the_last_log(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    masked = {"control_cells": torch.zeros(2, 3, 60), "cell_mask": torch.tensor([[True] * 3, [True, False, False]])}
+    whole = {"control_cells": torch.zeros(2, 3, 60)}
+    for value, batch in ((1.0, masked), (4.0, whole)):
+        trainer.terms.add({"loss": torch.tensor(9.0), "energy": torch.tensor(value)}, batch)
+    logs = {"loss": 9.0}
+    trainer.log(logs)
+    assert logs["energy"] == 2.5 and logs["cells_per_second"] > 0
+    # Those that print or report a log are given the terms, and the history keeps them.
+    assert trainer.state.log_history[-1].items() >= logs.items()
+    trainer.log(other := {"loss": 9.0})
+    assert "energy" not in other
+
+
+def test_each_family_has_its_optimizer(screen, tmp_path):
+    parameters = {"learning_rate": 2e-3, "weight_decay": 0.01}
+    assert type(make_trainer(screen, tmp_path, **parameters).create_optimizer()) is torch.optim.AdamW
+    optimizer = make_trainer(screen, tmp_path, l2_weight_decay=True, **parameters).create_optimizer()
+    assert type(optimizer) is torch.optim.Adam
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(2e-3, 0.01), (2e-3, 0.0)]
+
+
+def test_a_model_is_pushed_at_any_time(hub, screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path / "named", hub_token=os.environ["HF_TOKEN"], hub_private_repo=True)
+    trainer.processor, trainer.card = screen[1], "---\nlicense: mit\n---\n# a card"
+    assert not trainer.args.push_to_hub
+    commit = trainer.push_to_hub("As it is")
+    repository = hub.repository("ada/named")
+    assert repository.private and [c.title for c in repository.history()] == ["As it is", "initial commit"]
+    files = hub.read("ada/named", commit.oid)
+    assert b"# a card" in files["README.md"] and {"model.safetensors", "modeling_state.py"} <= set(files)
+    trainer.card += "\nwith more to say"
+    trainer.push_to_hub("Once more", revision="other")
+    assert [c.title for c in repository.history("other")] == ["Once more", "As it is", "initial commit"]
+    assert len(repository.history()) == 2

@@ -2,12 +2,9 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import anndata as ad
+import launches
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +20,6 @@ from pertstate.data import SentenceDataset, Splits, load_cells
 from pertstate.training import StateTrainer, StateTrainingArguments, objective_for
 
 
-ROOT = Path(__file__).parents[2]
 COUNTS = {"input": "layers/counts", "normalize": "none"}
 # All phases of the schedule in a few steps.
 SCHEDULE = {"adversary_warmup_steps": 2, "adversary_ramp_steps": 2}
@@ -539,11 +535,7 @@ def test_two_processes_train_through_every_phase(screen, tmp_path):  # noqa: F81
     }
     content["training"] |= {"per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0"]
-    command += [str(ROOT / "train.py"), "--config", str(tmp_path / "run.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = launches.run_together([launches.TRAIN, "--config", tmp_path / "run.yaml"])
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "run" / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     weights = [entry["adversarial_weight"] for entry in history if "adversarial_weight" in entry]

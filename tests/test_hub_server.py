@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import launches
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, HfFileSystem, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -62,8 +61,7 @@ def pushed(hub, api, tmp_path):
 
 def client(code: str, folder, *arguments: str, **environment):
     """Run `code` in a process of its own; returns what it printed last, read as JSON."""
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, cwd=folder)
+    done = launches.run(["-c", code, *arguments], {**os.environ, **environment}, folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -479,7 +479,7 @@ def write_run(screen, folder, model=None, data=None, **training) -> list[str]:
 
 
 def test_the_familys_training_arguments_are_the_published_ones(screen, tmp_path):
-    run = train.parse(write_run(screen, tmp_path))
+    run = train.read_run(write_run(screen, tmp_path))
     assert {name: run.training[name] for name in ("learning_rate", "lr_decay_epochs", "lr_decay_factor")} == {
         "learning_rate": 5e-5,
         "lr_decay_epochs": 25,

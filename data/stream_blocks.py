@@ -1,0 +1,331 @@
+"""Cells of a stream, block by block: labels and values, checked, and what a model reads of them."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import scipy.sparse as sp
+
+from pertstate.base.cell_values import TARGET_SUM, cell_totals, kind_of_values, normalize_counts, wrong_kind
+from pertstate.base.constants import Normalize, Values
+from pertstate.base.messages import some
+from pertstate.data.cell_pool import CellRows
+from pertstate.processing import StateProcessor
+
+
+if TYPE_CHECKING:
+    from pertstate.data.stream_reading import CellStream
+
+
+class CellKey(NamedTuple):
+    """The labels of a cell."""
+
+    dataset: str
+    context: str
+    perturbation: str
+    batch: str | None
+
+
+class CellBlock:
+    """
+    Some consecutive rows of a stream.
+
+    Args:
+        source ([`CellStream`]): where they come from.
+        table (`pyarrow.Table`): the rows.
+        shard, first_row (`int`): where they stand, for errors.
+        mine (`np.ndarray`): those of them that belong to this reader.
+    """
+
+    def __init__(self, source: "CellStream", table: pa.Table, shard: int, first_row: int, mine: np.ndarray):
+        self.source, self.table, self.shard, self.first_row, self.mine = source, table, shard, first_row, mine
+        self._lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def _column(self, field: str) -> str:
+        name = getattr(self.source.columns, field)
+        if name is None:
+            raise ValueError(f"the stream has no column for this; name it with {field}=")
+        return name
+
+    def where(self, row: int) -> str:
+        """A row in words."""
+        return f"shard {self.shard} of {self.source.num_shards} (from 0), row {self.first_row + int(row)}"
+
+    def groups(self) -> list[tuple[CellKey, np.ndarray]]:
+        """The labels of the cells, each with the rows of this reader that have them, in the order of the stream."""
+        columns = self.source.columns
+        code = np.zeros(len(self.mine), dtype=np.int64)
+        names = {}
+        for field in CellKey._fields:
+            column = getattr(columns, field)
+            if column is not None:
+                codes, names[field] = self._labels(column)
+                code = code * len(names[field]) + codes[self.mine]
+        present, inverse = np.unique(code, return_inverse=True)
+        order = np.argsort(inverse, kind="stable")
+        ends = np.cumsum(np.bincount(inverse, minlength=len(present)))
+        found = []
+        for number, rows in zip(present.tolist(), np.split(self.mine[order], ends[:-1])):
+            labels = {"dataset": self.source.name}
+            for field in reversed(names):
+                number, label = divmod(number, len(names[field]))
+                labels[field] = names[field][label]
+            key = CellKey(labels["dataset"], labels["context"], labels["perturbation"], labels.get("batch"))
+            found.append((key, rows))
+        return found
+
+    def _labels(self, column: str) -> tuple[np.ndarray, list[str]]:
+        array = self.table.column(column)
+        if pa.types.is_dictionary(array.type):
+            array = array.cast(array.type.value_type)
+        if not (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+            if not pa.types.is_integer(array.type):
+                raise ValueError(f"column {column!r}: expected text or whole numbers, found {array.type}")
+            array = array.cast(pa.string())
+        if array.null_count:
+            first = np.flatnonzero(pc.is_null(array).to_numpy())[0]
+            raise ValueError(f"column {column!r} is empty in {array.null_count} cells, first in {self.where(first)}")
+        encoded = array.combine_chunks().dictionary_encode()
+        names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
+        blank = [i for i, name in enumerate(names) if not name.strip()]
+        if blank:
+            first = np.flatnonzero(np.isin(codes, blank))[0]
+            raise ValueError(f"column {column!r} is blank in {self.where(first)}")
+        return codes, names
+
+    def batches(self, rows: np.ndarray, names: list[str]) -> np.ndarray:
+        """For each of some cells, the place of its batch among `names`; new names are added at the end."""
+        codes, found = self._labels(self._column("batch"))
+        places = {name: i for i, name in enumerate(names)}
+        for name in (found[code] for code in np.unique(codes[rows])):
+            if name not in places:
+                places[name] = len(names)
+                names.append(name)
+        return np.array([places.get(name, -1) for name in found], dtype=np.int64)[codes[rows]]
+
+    def totals(self, rows: np.ndarray) -> np.ndarray:
+        """The column of total counts of some cells, float64."""
+        column = self._column("total")
+        array = self.table.column(column)
+        if array.null_count or not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
+            raise ValueError(f"column {column!r} near {self.where(0)}: expected a number in each cell, no nulls")
+        return array.to_numpy().astype(np.float64)[rows]
+
+    def embedding(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of some cells, `(cells, dimensions)` float32.
+
+        Raises:
+            ValueError: widths differ between cells, or a value is NaN or infinite.
+        """
+        column = self._column("embedding")
+        values, lengths = self._some_lists(column, rows)
+        if len(np.unique(lengths)) > 1:
+            first = rows[np.flatnonzero(lengths != lengths[0])[0]]
+            raise ValueError(f"column {column!r}: embeddings differ in width, first in {self.where(first)}")
+        self._check_finite(column, values, lengths, rows)
+        return values.reshape(len(rows), -1).astype(np.float32)
+
+    def expression(self, rows: np.ndarray) -> sp.csr_matrix:
+        """Values of some cells as they are in the stream, over all of its genes: CSR `(cells, genes)`.
+
+        Raises:
+            ValueError: lists of different lengths, an unknown or repeated gene, a value that is NaN, infinite or
+                negative, a marker that is missing or was not announced.
+        """
+        of_ids, of_values, marker = self._column("gene_ids"), self._column("gene_values"), self.source.columns.marker
+        genes, table = self.source.gene_table
+        ids, lengths = self._some_lists(of_ids, rows)
+        values, found = self._some_lists(of_values, rows)
+        if not np.array_equal(lengths, found):
+            at = np.flatnonzero(lengths != found)[0]
+            raise ValueError(
+                f"{self.where(rows[at])}: {lengths[at]} entries in {of_ids!r} and {found[at]} in "
+                f"{of_values!r}; expected a value for each gene"
+            )
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"column {of_ids!r}: expected lists of whole numbers, found {ids.dtype}")
+        if marker is not None:
+            ids, values, lengths = self._without_marker(marker, ids, values, lengths, rows)
+        self._check_finite(of_values, values, lengths, rows, nonnegative=True)
+        known = (ids >= 0) & (ids < len(table))
+        genes_of = table[np.where(known, ids, 0)]
+        known &= genes_of >= 0
+        cell = np.repeat(np.arange(len(rows)), lengths)
+        if not known.all():
+            first = np.flatnonzero(~known)[0]
+            raise ValueError(
+                f"column {of_ids!r} holds ids of no known gene: {some(np.unique(ids[~known]))}, first in "
+                f"{self.where(rows[cell[first]])}; give the names of all genes of the stream"
+                + (", or announce a first entry that is no gene with marker=" if marker is None else "")
+            )
+        keys = cell * len(genes) + genes_of
+        if not (np.diff(keys) > 0).all():
+            ordered = np.sort(keys)
+            twice = ordered[1:][np.diff(ordered) == 0]
+            if len(twice):
+                row, gene = divmod(int(twice[0]), len(genes))
+                raise ValueError(
+                    f"gene {genes[gene]!r} stands twice in {self.where(rows[row])}; expected one value for each gene"
+                )
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        return sp.csr_matrix((values, genes_of, indptr), shape=(len(rows), len(genes)))
+
+    def _without_marker(self, marker: float, ids, values, lengths, rows):
+        firsts = np.cumsum(lengths) - lengths
+        there = lengths > 0
+        there[there] = values[firsts[there]] == marker
+        if not there.all():
+            raise ValueError(
+                f"{self.where(rows[np.flatnonzero(~there)[0]])}: expected the marker {marker:g} as first entry of "
+                f"{self.source.columns.gene_values!r}, found none; set marker=None where there is none"
+            )
+        keep = np.ones(len(values), dtype=bool)
+        keep[firsts] = False
+        return ids[keep], values[keep], lengths - 1
+
+    def _check_finite(self, column: str, values, lengths, rows, nonnegative: bool = False):
+        if values.size == 0 or values.dtype.kind == "u":
+            return
+        low, high = values.min(), values.max()
+        if np.isfinite(low) and np.isfinite(high) and not (nonnegative and low < 0):
+            return
+        bad = np.flatnonzero(~np.isfinite(values) | (values < 0 if nonnegative else False))
+        cell = rows[np.searchsorted(np.cumsum(lengths), bad[0], side="right")]
+        expected = "finite and non-negative expression" if nonnegative else "finite values"
+        raise ValueError(
+            f"column {column!r} holds {values[bad[0]]} in {self.where(cell)} ({len(bad)} such values in the block); "
+            f"expected {expected}"
+            + (" (a first entry that is no gene is announced with marker=)" if np.isfinite(values[bad[0]]) else "")
+        )
+
+    def _some_lists(self, column: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The entries of some lists, one after the other, and how many each list has. All rows come without a copy."""
+        if column not in self._lists:
+            self._lists[column] = self._list_column(column)
+        offsets, values = self._lists[column]
+        if len(rows) == len(self) and np.array_equal(rows, np.arange(len(self))):
+            return values, np.diff(offsets)
+        lengths = offsets[rows + 1] - offsets[rows]
+        before = np.cumsum(lengths) - lengths
+        return values[np.repeat(offsets[rows] - before, lengths) + np.arange(lengths.sum())], lengths
+
+    def _list_column(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        array = self.table.column(column).combine_chunks()
+        kind = array.type
+        fixed = pa.types.is_fixed_size_list(kind)
+        if not (fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            raise ValueError(f"column {column!r}: expected a list of numbers in each cell, found {kind}")
+        number = kind.value_type
+        if not (pa.types.is_integer(number) or pa.types.is_floating(number)):
+            raise ValueError(f"column {column!r}: expected lists of numbers, found lists of {number}")
+        if array.null_count:
+            first = np.flatnonzero(pc.is_null(array).to_numpy(zero_copy_only=False))[0]
+            raise ValueError(f"column {column!r} is empty in {array.null_count} cells, first in {self.where(first)}")
+        if fixed:
+            offsets, values = np.arange(len(array) + 1) * kind.list_size, array.flatten()
+        else:
+            offsets = array.offsets.to_numpy().astype(np.int64)
+            values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+            offsets = offsets - offsets[0]
+        if values.null_count:
+            first = np.flatnonzero(pc.is_null(values).to_numpy(zero_copy_only=False))[0]
+            cell = np.searchsorted(offsets, first, side="right") - 1
+            raise ValueError(f"column {column!r} has an empty entry in {self.where(cell)}; expected numbers")
+        return offsets, values.to_numpy()
+
+
+class CellReader:
+    """
+    Cells of a stream as a processor wants them: its genes in its order, normalised as it does.
+
+    Args:
+        source ([`CellStream`]): the stream.
+        processor ([`StateProcessor`]): what the model reads.
+        batch_names (`list[str]`, *optional*): also read the batch of each cell, as its place in this list. New names are
+            added to the list.
+
+    Raises:
+        KeyError: genes of the model are not in the stream.
+        ValueError: the processor reads an embedding (or expression, or batches) that the stream has no column for.
+    """
+
+    def __init__(self, source: "CellStream", processor: StateProcessor, batch_names: list[str] | None = None):
+        self.source, self.processor, self.batch_names = source, processor, batch_names
+        columns = source.columns
+        embedding = processor.values == Values.EMBEDDING
+        if embedding and columns.embedding is None:
+            raise ValueError(f"the processor reads {processor.input!r}; name the column with embedding=")
+        if (not embedding or processor.gene_input is not None) and source.genes is None:
+            raise ValueError("the processor reads expression; name the columns with gene_ids= and gene_values=")
+        if processor.batch_key is not None and columns.batch is None:
+            raise ValueError(f"the processor has batches ({processor.batch_key!r}); name the column with batch=")
+        self._columns = np.zeros(0, dtype=np.int32)
+        if source.genes is not None:
+            names = pd.Index(source.genes)
+            places = names.get_indexer(processor.vocabulary.genes)
+            missing = [gene for gene, place in zip(processor.vocabulary.genes, places) if place < 0]
+            if missing:
+                raise KeyError(
+                    f"{len(missing)} of the model's {len(places)} genes are missing from the stream: {missing[:10]} "
+                    f"(the stream's genes look like {some(names, 3)})"
+                )
+            self._columns = np.full(len(names), -1, dtype=np.int32)
+            self._columns[places] = np.arange(len(places), dtype=np.int32)
+
+    def read(self, block: CellBlock, rows: np.ndarray) -> CellRows:
+        """Some cells of a block, checked, in the model's units."""
+        processor, genes = self.processor, None
+        if processor.values == Values.EMBEDDING:
+            features = block.embedding(rows)
+            if len(rows) and features.shape[1] != processor.feature_dim:
+                raise ValueError(
+                    f"column {self.source.columns.embedding!r}: expected {processor.feature_dim} dimensions, found "
+                    f"{features.shape[1]} in {block.where(rows[0])}"
+                )
+            if processor.gene_input is not None:
+                genes = self._expression(block, rows, as_log1p=True)
+        else:
+            features = self._expression(block, rows, as_log1p=processor.values == Values.LOG1P)
+        batches = None if self.batch_names is None else block.batches(rows, self.batch_names)
+        return CellRows(features, genes, batches)
+
+    def _expression(self, block: CellBlock, rows: np.ndarray, as_log1p: bool) -> sp.csr_matrix:
+        processor, columns = self.processor, self.source.columns
+        # None says that predictions are not scaled; it says nothing of the cells.
+        target_sum = TARGET_SUM if processor.target_sum is None else processor.target_sum
+        matrix = block.expression(rows)
+        expected = (
+            Values.COUNTS
+            if processor.normalize == Normalize.COUNTS_TO_LOG1P or processor.values == Values.COUNTS
+            else Values.LOG1P
+        )
+        kind = kind_of_values(matrix)
+        if kind not in (expected, Values.ZEROS):
+            where = f"column {columns.gene_values!r} near {block.where(rows[0])}"
+            raise ValueError(wrong_kind(where, expected, kind, target_sum))
+        # The library is that of the whole cell, so it is summed before genes are left out.
+        sums = cell_totals(matrix)
+        totals = sums
+        if columns.total is not None and expected == Values.COUNTS:
+            totals = block.totals(rows)
+            # Sums of counts are exact; a total that was itself stored in single precision is not.
+            wrong = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
+            if wrong.any():
+                at = np.flatnonzero(wrong)[0]
+                raise ValueError(
+                    f"column {columns.total!r} holds {totals[at]:g} in {block.where(rows[at])}, whose genes sum to "
+                    f"{sums[at]:g}; expected the counts of the whole cell"
+                )
+        places = self._columns[matrix.indices]
+        kept = places >= 0
+        before = np.concatenate([[0], np.cumsum(kept)])
+        data = matrix.data[kept].astype(np.float32)
+        indptr = before[matrix.indptr]
+        if expected == Values.COUNTS and as_log1p:
+            data = normalize_counts(data, totals, target_sum, np.diff(indptr))
+        return sp.csr_matrix((data, places[kept], indptr), shape=(len(rows), len(processor.vocabulary.genes)))

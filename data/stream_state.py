@@ -1,0 +1,56 @@
+"""The files that the state of a stream is kept in, beside a checkpoint."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+
+STATE_NAME = "stream_state"
+
+
+def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, world_size: int = 1):
+    """Write a state. If that is cut short, the folder holds the old state, or none that [`read_stream_state`] reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values, arrays = _state_paths(folder, rank, world_size)
+    partial = [path.with_name(path.name + ".partial") for path in (values, arrays)]
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, partial[1])
+        text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
+        partial[0].write_text(text, encoding="utf-8")
+        # Without the values there is no state: the old ones are removed first, the new ones are written last.
+        values.unlink(missing_ok=True)
+        os.replace(partial[1], arrays)
+        os.replace(partial[0], values)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int = 1) -> dict:
+    """
+    A state for [`SentenceStream.load_state_dict`] and [`StreamSurvey.from_state`].
+
+    Raises:
+        FileNotFoundError: the folder holds no (whole) state of this rank.
+        ValueError: its files are not whole.
+    """
+    values, arrays = _state_paths(Path(folder), rank, world_size)
+    for path in (values, arrays):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected the state of rank {rank} of {world_size} in {folder}"
+            )
+    try:
+        return json.loads(values.read_text(encoding="utf-8")) | {"arrays": load_file(arrays)}
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the stream's state is not whole ({error}); take an earlier checkpoint") from error
+
+
+def _state_paths(folder: Path, rank: int, world_size: int) -> tuple[Path, Path]:
+    name = STATE_NAME if world_size == 1 else f"{STATE_NAME}-{rank + 1:05d}-of-{world_size:05d}"
+    return folder / f"{name}.json", folder / f"{name}.safetensors"

@@ -1,0 +1,23 @@
+import pytest
+
+from pertstate.base.messages import closest, given, some
+
+
+def test_the_nearest_names_or_the_list_of_them():
+    assert closest("hiden_size", ["hidden_size", "head_dim"]) == "did you mean 'hidden_size'?"
+    assert closest("x", ["hidden_size", "head_dim"]) == "expected one of 'hidden_size', 'head_dim'"
+    assert closest("x", range(12)).endswith("'8', '9' and 2 more")
+
+
+def test_the_first_names_and_how_many_follow():
+    assert some(["a", "b"]) == "['a', 'b']"
+    assert some(range(5), 2) == "['0', '1'] and 3 more"
+
+
+def test_a_value_that_is_given_comes_back_and_none_is_an_error():
+    value = [1]
+    assert given("numbers", value) is value
+    # Only None is missing: what is empty or 0 is a value.
+    assert given("number", 0) == 0
+    with pytest.raises(ValueError, match="^expected perturbation_features, found None$"):
+        given("perturbation_features", None)

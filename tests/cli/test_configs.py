@@ -1,0 +1,72 @@
+"""`pertstate configs` and `pertstate --version`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pertstate
+from pertstate.cli import main
+
+
+CONFIGS = sorted((Path(pertstate.__file__).parent / "configs").glob("*.yaml"))
+
+
+def test_every_configuration_is_listed_with_one_line(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [path.stem for path in CONFIGS] and len(lines) > 10
+    assert "demo                 The built-in demonstration: a simulated screen, one cell type held out whole" in lines
+    # The comment goes on in the next line, so that the first is a sentence of its own.
+    for path in CONFIGS:
+        assert path.read_text().splitlines()[0].endswith("."), path.name
+        assert f"pertstate train configs/{path.name}" in path.read_text() or path.stem == "demo", path.name
+
+
+def test_one_is_printed_and_written(tmp_path, capsys):
+    for path in CONFIGS:
+        assert main(["configs", path.stem]) == 0
+        assert capsys.readouterr().out == path.read_text()
+    target = tmp_path / "mine.yaml"
+    assert main(["configs", "demo", "--output", str(target)]) == 0
+    assert capsys.readouterr().out == f"{target}: train with pertstate train {target}\n"
+    assert set(yaml.safe_load(target.read_text())) == {"data", "model", "training"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["configs", "scgtp"], "there is no configuration 'scgtp'; did you mean 'scgpt'?"),
+        (["configs", "--output", "x.yaml"], "--output writes one configuration: name it"),
+    ],
+)
+def test_what_configs_refuses(words, message, capsys):
+    assert main(words) == 1
+    assert capsys.readouterr().err == f"pertstate configs: error: {message}\n"
+
+
+def test_no_file_is_written_over(tmp_path, capsys):
+    target = tmp_path / "mine.yaml"
+    target.write_text("mine")
+    assert main(["configs", "demo", "--output", str(target)]) == 1
+    assert capsys.readouterr().err == f"pertstate configs: error: {target} exists; name a file that does not\n"
+    assert target.read_text() == "mine"
+    assert main(["configs", "demo", "--output", str(tmp_path / "none" / "x.yaml")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"pertstate {pertstate.__version__}\n"
+
+
+def test_it_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom pertstate.cli import main\nmain(['configs', 'demo'])\n"
+        "assert not {'torch', 'transformers', 'anndata', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

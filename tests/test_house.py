@@ -1,0 +1,152 @@
+"""The layout of the package: what stands at the root, which room may import which, and what travels with a checkpoint."""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_imports
+
+import pertstate
+from pertstate.base.travelling import travelling_files
+from pertstate.families import FAMILIES
+from pertstate.processing import StateProcessor
+
+
+ROOT = Path(pertstate.__file__).resolve().parent
+ROOMS = ("base", "cli", "data", "evaluation", "families", "hub", "legacy", "losses", "training")
+AT_ROOT = {"__init__", "_version", "configuration_state", "modeling_state", "processing", "train"}
+
+# What the modules of each room, and those at the root, import of the package. A family's config and model travel with
+# checkpoints and have a row of their own.
+CARD = {"_version", "configuration_state", "modeling_state", "processing"}
+MAY_IMPORT = {
+    "base": {"base"},
+    "travelling": {"base", "configuration_state"},
+    "configuration_state": {"base"},
+    "modeling_state": {"base", "configuration_state"},
+    "processing": {"base"},
+    "losses": {"base", "losses"},
+    "families": {"base", "losses", "families", "configuration_state", "modeling_state"},
+    "data": {"base", "data", "_version", "processing"},
+    "evaluation": {"base", "data", "evaluation", "_version", "processing"},
+    "hub": {"base", "families", "data", "evaluation", "hub", *CARD},
+    "legacy": {"base", "families", "losses", "data", "hub", "legacy", *CARD},
+    "training": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
+    "train": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
+    "cli": {*ROOMS, *CARD, "train"},
+    "_version": set(),
+    "__init__": {"_version", "families"},
+}
+
+
+def modules() -> list[Path]:
+    """The package's own files."""
+    return sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The dotted name of each module that a file imports, wherever it does, but not what only a type checker sees."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        match node:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                waiting += node.orelse
+                continue
+            case ast.Import():
+                yield from (alias.name for alias in node.names)
+            case ast.ImportFrom(level=0):
+                yield str(node.module)
+            case ast.ImportFrom():
+                folder = ("pertstate", *path.relative_to(ROOT).parts)[: -node.level]
+                yield ".".join((*folder, str(node.module)))
+        waiting += ast.iter_child_nodes(node)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The rooms, and the modules at the root, that a file imports; `""` is the package itself."""
+    return {name.split(".")[1] if "." in name else "" for name in imports(path) if name.split(".")[0] == "pertstate"}
+
+
+def row_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "families" and parts[-1].startswith(("configuration_", "modeling_")):
+        return "travelling"
+    return parts[0]
+
+
+def test_the_root_is_the_card():
+    assert {path.stem for path in ROOT.glob("*.py")} == AT_ROOT
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_a_module_imports_what_its_room_may(path):
+    row = row_of(path)
+    own = own_imports(path)
+    if row == "travelling":
+        # Of the families, a model knows its own alone.
+        families = {name for name in imports(path) if name.startswith("pertstate.families.")}
+        assert all(name.startswith(f"pertstate.families.{path.parent.name}.") for name in families)
+        own -= {"families"}
+    assert own <= MAY_IMPORT[row]
+
+
+def test_imports_are_found_where_they_stand(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "base" / "module.py"
+    path.write_text(
+        "import os, pertstate.hub.push as push\n"
+        "from ..processing import StateProcessor\n"
+        "from .files import whole_file\n"
+        "if TYPE_CHECKING:\n    import pertstate.cli\n"
+        "else:\n    import pertstate.legacy\n"
+        "def f():\n    from pertstate.data import prepare\n"
+    )
+    assert own_imports(path) == {"hub", "processing", "base", "legacy", "data"}
+    assert set(imports(path)) >= {"os", "pertstate.processing", "pertstate.base.files"}
+
+
+# Each class that travels, and the rows of the table above that its files may be of.
+TRAVELLERS = [
+    (c, {"base", "travelling", *CARD - {"processing"}}) for f in FAMILIES.values() for c in (f.config, f.model)
+]
+TRAVELLERS += [(StateProcessor, {"base", "processing"})]
+# huggingface_hub is the part of transformers that checks the fields of configs.
+EVERYBODY_HAS = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("of_class, rows", TRAVELLERS, ids=[of_class.__name__ for of_class, _ in TRAVELLERS])
+def test_code_travels_on_what_every_user_of_checkpoints_has(of_class, rows):
+    may = EVERYBODY_HAS | ({"anndata", "pandas", "scipy"} if of_class is StateProcessor else set())
+    for path in travelling_files(of_class.__module__).values():
+        assert row_of(path) in rows, path
+        # What transformers asks for before it loads the file: all imports but those that a `try` guards.
+        assert set(get_imports(path)) <= may, path
+
+
+def test_travelling_files_have_names_of_their_own():
+    """Of all families and the processor together, so that any of them can lie in one folder."""
+    files: dict[str, Path] = {}
+    for of_class, _ in TRAVELLERS:
+        for name, path in travelling_files(of_class.__module__).items():
+            assert files.setdefault(name, path) == path
+    assert {"configuration_state.py", "modeling_cpa.py", "processing.py", "files.py"} <= set(files)
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_no_module_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_every_room_is_shipped():
+    shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert {"pertstate", *(f"pertstate.{room}" for room in ROOMS)} <= set(shipped)

@@ -1,0 +1,304 @@
+"""What a run is made of: its data, its sentences, its model, read from the sections of a [`RunConfig`]."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from transformers.trainer_utils import get_last_checkpoint
+
+from pertstate.base.cell_values import describe_reading
+from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.constants import Split, Values
+from pertstate.base.hub_names import is_repository
+from pertstate.base.messages import closest
+from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.configuration_state import StateConfig
+from pertstate.data.cells import Cells, load_cells
+from pertstate.data.sentences import SentenceDataset
+from pertstate.data.splits import Splits
+from pertstate.data.store import load_store
+from pertstate.data.stores import open_store
+from pertstate.families import FAMILIES
+from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
+from pertstate.legacy.scgpt import load_published, published_fields
+from pertstate.processing import StateProcessor
+from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.lora import add_adapter, freeze_backbone
+from pertstate.training.pretrained import (
+    NAMING,
+    Pretrained,
+    config_of,
+    is_published,
+)
+from pertstate.training.run_config import RunConfig, load_run_config
+
+
+logger = logging.getLogger("pertstate.train")
+
+DEFAULT_FAMILY = StateConfig.model_type
+
+# Training arguments of a family that are ignored when the run sets the same thing itself.
+_DECIDED_BY = {
+    "lr_decay_epochs": "lr_scheduler_type",
+    "lr_decay_factor": "lr_scheduler_type",
+    "l2_weight_decay": "optim",
+}
+
+
+def read_run(argv: list[str]) -> RunConfig:
+    """
+    The run that the words after `pertstate train` describe: `CONFIG.yaml` first, or `--config CONFIG.yaml` anywhere, and
+    flags.
+    """
+    flags = list(argv)
+    if flags and not flags[0].startswith("--"):
+        flags.insert(0, "--config")
+    positions = [i for i, word in enumerate(flags) if word == "--config" or word.startswith("--config=")]
+    if len(positions) != 1:
+        raise ValueError(f"expected one CONFIG.yaml, first or after --config; found {len(positions)}")
+    word = flags.pop(positions[0])
+    path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
+    run = load_run_config(path, flags, model_fields, training_fields())
+    defaults = config_class(run.model).training_defaults
+    kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
+    run.training = {**kept, **run.training}
+    return run
+
+
+def config_class(model: dict) -> type[PerturbationConfig]:
+    """
+    The config of the family that a model section names, or of the checkpoint that it names; of the State transition model
+    where it names neither.
+    """
+    if model.get("pretrained") is not None and not is_published(model):
+        return type(config_of(model))
+    name = model.get("model_type", DEFAULT_FAMILY)
+    if name not in FAMILIES:
+        raise ValueError(f"model_type={name!r} is no family of models; {closest(name, FAMILIES)}")
+    return FAMILIES[name].config
+
+
+def model_fields(model: dict) -> dict[str, Any]:
+    """What a model section may hold beside `preset`, and its types."""
+    of_config = {field.name: field.type for field in dataclasses.fields(config_class(model))}
+    return {**of_config, "model_type": str, **dict.fromkeys(NAMING, str | None)}
+
+
+def training_fields() -> dict[str, Any]:
+    """What a training section may hold, and its types."""
+    return {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
+
+
+def check_processes(world_size: int):
+    """`accelerate launch --num_processes N` starts one process on CPUs, without a word; say it here.
+
+    Raises:
+        ValueError: several processes were asked for and one is running.
+    """
+    by_accelerate, several = "ACCELERATE_MIXED_PRECISION" in os.environ, "MASTER_PORT" in os.environ
+    if by_accelerate and several and world_size == 1:
+        raise ValueError(
+            "accelerate was asked for several processes and started one, as it does on CPUs; run `accelerate launch "
+            "--multi_gpu --num_processes N -m pertstate.train ... --use_cpu true` (N processes over gloo), or, where one "
+            "process is meant, leave --num_processes out and unset MASTER_PORT"
+        )
+
+
+def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, StateProcessor, Splits]:
+    """The cells of the run: in memory, or where they are in its store."""
+    data = run.data
+    store = None if data.store is None else open_store(data.store)
+    if store is not None:
+        data.check_store(store.manifest, run.given)
+    if pretrained is not None:
+        reading = None if store is None else store.manifest.reading
+        options = {"processor": pretrained.processor_for(data, run.given, reading), **data.further_options()}
+    elif store is not None:
+        options = data.store_options()
+    else:
+        options = {"contexts": data.contexts, "hvg_on_all": data.hvg_on_all, **data.processor_options()}
+    splits = data.resolve_splits(None if store is None else store.groups)
+    return *(load_cells(splits, **options) if store is None else load_store(store, splits, **options)), splits
+
+
+def check_further(run: RunConfig):
+    """
+    Whether the options of training a checkpoint further fit the run.
+
+    Raises:
+        ValueError: they are set, and the run names no checkpoint; or it names one and trains on a stream.
+    """
+    if run.model.get("pretrained") is None or is_published(run.model):
+        asked = [f"training.{name}" for name in ("lora_rank", "freeze_backbone") if run.training.get(name)]
+        asked += ["data.controls_only"] if run.data.controls_only else []
+        asked += ["model.pretrained_revision"] if run.model.get("pretrained_revision") is not None else []
+        if asked:
+            raise ValueError(
+                f"{', '.join(asked)}: only for training a checkpoint further; name one that this package wrote in "
+                "model.pretrained"
+            )
+    elif (
+        run.training.get("lora_rank") and run.training.get("push_to_hub") and not is_repository(run.model["pretrained"])
+    ):
+        raise ValueError(
+            f"push_to_hub: others can use an adapter only if they can load its base model, but model.pretrained="
+            f"{run.model['pretrained']!r} is a folder; push that and name the repository in model.pretrained, or leave "
+            "push_to_hub out and push what pertstate merge makes"
+        )
+    elif run.stream.path is not None:
+        raise ValueError(
+            f"model.pretrained={run.model['pretrained']!r} can be trained further on files or a store, but stream.path is "
+            "set; make a store (pertstate prepare), or leave stream.path out"
+        )
+
+
+def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrained | None) -> PerturbationConfig:
+    """
+    The model's config. Of a checkpoint: its own. Otherwise: the fields of the run, and the sizes that follow from the data
+    and from published weights.
+    """
+    if pretrained is not None:
+        return pretrained.config_for(run.model)
+    fields = {name: value for name, value in run.model.items() if name not in ("model_type", *NAMING)}
+    preset, family = fields.pop("preset", None), config_class(run.model)
+    if is_published(run.model):
+        fields |= published_fields(run.model["pretrained"], {**family.presets.get(preset, {}), **fields})
+    sizes = {**family.sizes(processor), **family.fields_from_names(processor, fields)}
+    for name in sizes:
+        if name in fields:
+            raise ValueError(f"model.{name} follows from the data ({sizes[name]}); leave it out")
+    if processor.values == Values.EMBEDDING:
+        fields.setdefault("nonnegative_output", False)
+    return family.from_preset(preset, **sizes, **fields) if preset else family(**sizes, **fields)
+
+
+def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArguments:
+    """
+    The training section. With validation data the checkpoint with the lowest validation loss is kept, unless the section
+    sets it otherwise.
+    """
+    fields = dict(run.training)
+    if has_validation:
+        fields.setdefault("eval_strategy", "steps")
+        if fields["eval_strategy"] != "no" and "save_strategy" not in fields:
+            fields.setdefault("load_best_model_at_end", True)
+            fields.setdefault("metric_for_best_model", "eval_loss")
+    elif fields.get("load_best_model_at_end") or fields.get("eval_strategy", "no") != "no":
+        raise ValueError(
+            "training: load_best_model_at_end and eval_strategy need validation data, found none; hold some out with "
+            "val_contexts, val_perturbations or a splits file (test data never choose a checkpoint)"
+        )
+    if "num_train_epochs" in fields:
+        fields.setdefault("max_steps", -1)
+    return StateTrainingArguments(**fields)
+
+
+def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set_size: int) -> dict:
+    """Datasets of the splits that have cells: `train`, `val`, `test`."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
+    datasets = {}
+    for split in (Split.TRAIN, Split.VAL, Split.TEST):
+        if split in present:
+            training = split == Split.TRAIN
+            datasets[split] = SentenceDataset(
+                cells,
+                processor,
+                split,
+                set_size,
+                seed=seed,
+                shuffle=training,
+                multiple_of=step if training else 1,
+                **run.data.sentence_options(),
+            )
+    return datasets
+
+
+def check_batches(config: PerturbationConfig, datasets: dict[str, SentenceDataset]):
+    """
+    A model that embeds or classifies batches knows only the batches of the training cells.
+
+    Raises:
+        ValueError: its control cells are of other batches; they are listed.
+    """
+    if not config.embeds_batches:
+        return
+    for split, dataset in datasets.items():
+        rows = np.concatenate([np.asarray(group.controls) for group in dataset.groups])
+        unknown = np.unique(dataset.cells.batch_names(rows[dataset.batch_ids(rows) < 0]))
+        if len(unknown):
+            raise ValueError(
+                f"the {split} split has control cells of batches without training cells: {unknown.tolist()[:10]}; a model "
+                "with batch_encoder or batch_token cannot place them: leave those options out, or (in training) set "
+                "heldout_controls=false"
+            )
+
+
+def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
+    """What the run trains on, in a few lines."""
+    sizes = cells.groups["stop"] - cells.groups["start"]
+    counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
+    vocabulary = processor.vocabulary
+    read = describe_reading(processor.normalize, processor.values, processor.target_sum)
+    lines = [
+        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
+        "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
+        f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
+        + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
+    ]
+    if processor.perturbation_features is not None:
+        features = processor.perturbation_features
+        lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
+    if splits.zeroshot:
+        held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
+        fitted = FAMILIES[config_class(run.model).model_type].model.fitted
+        used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
+        lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
+    return "\n".join(lines)
+
+
+def checkpoint_of(run: RunConfig) -> str | None:
+    """The checkpoint that the run continues, if it asks for one and there is one."""
+    asked = run.training.get("resume_from_checkpoint")
+    if asked in (True, "True", "true", "last"):
+        folder = str(run.training.get("output_dir", StateTrainingArguments.output_dir))
+        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    return asked or None
+
+
+def from_cells(
+    run: RunConfig, pretrained: Pretrained | None
+) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
+    """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
+    cells, processor, splits = load_data(run, pretrained)
+    args = training_arguments(run, has_validation=bool((cells.groups["split"] == Split.VAL).any()))
+
+    def datasets(config: PerturbationConfig) -> dict:
+        made = sentences(cells, processor, run, args, config.set_size)
+        check_batches(config, made)
+        return made
+
+    return args, processor, datasets, describe(cells, processor, splits, run)
+
+
+def further(
+    pretrained: Pretrained, config: PerturbationConfig, processor: StateProcessor, args: StateTrainingArguments
+):
+    """The checkpoint's model with the names of the data; the arguments say how much of it is trained."""
+    model, change = pretrained.model_for(config, processor)
+    logger.info(f"starting from {pretrained.name}\n{change}")
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    return model if args.lora_rank is None else add_adapter(model, args, change.grown, pretrained.revision)
+
+
+def new_model(run: RunConfig, config: PerturbationConfig, processor: StateProcessor) -> PerturbationPreTrainedModel:
+    """A new model of the family, with the weights that the run's published folder has."""
+    model = FAMILIES[config.model_type].model(config)
+    if isinstance(model, ScGPTForPerturbation) and is_published(run.model):
+        logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
+    return model
