@@ -11,8 +11,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from pertstate import train
 from pertstate._version import __version__
+from pertstate.training.run import read_run
 
 
 ROOT = Path(__file__).parents[1]
@@ -196,4 +196,4 @@ def test_runs_have_fields_that_exist(page, text, tmp_path, monkeypatch):
     run.get("model", {}).pop("pretrained", None)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
-    assert train.parse([str(path)])
+    assert read_run([str(path)])
