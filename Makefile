@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow test-all lint types docs bench
+.PHONY: demo test test-slow lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,16 +17,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 demo: .venv/.installed
 	$(BIN)/python examples/demo.py
 
+# Which tests: the quick ones, or as pytest selects them (make test TESTS=).
+TESTS ?= -m "not slow"
+
 test: .venv/.installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(TESTS)
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow
 
-test-all: .venv/.installed
-	$(PYTEST)
-
-lint: .venv/.installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

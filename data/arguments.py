@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
@@ -251,7 +251,7 @@ class StreamArguments:
         configuration (`str`, *optional*): configuration of a data set on the Hub.
         split (`str`): split of a data set on the Hub.
         revision (`str`, *optional*): commit, tag or branch of a data set on the Hub.
-        columns (`dict[str, str]`, *optional*): which column holds what, see [`StreamColumns`]. Not needed for a cell store.
+        columns (`dict`, *optional*): which column holds what, see [`StreamColumns`]. Not needed for a cell store.
         gene_names (`str`, *optional*): file that gives each gene id its name: `.csv` or `.parquet` with two columns, or
             `.json`. Not needed for a cell store.
         gene_id_column (`str`): column of the gene ids in `gene_names`.
@@ -265,7 +265,7 @@ class StreamArguments:
     configuration: str | None = None
     split: str = "train"
     revision: str | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, Any] | None = None
     gene_names: str | None = None
     gene_id_column: str = "id"
     gene_name_column: str = "name"

@@ -1,5 +1,6 @@
 """A distance between the predicted and the observed cells of a sentence, and of the genes decoded from them."""
 
+from collections.abc import Callable
 from functools import partial, reduce
 
 import torch
@@ -38,7 +39,11 @@ class DistributionalObjective(Objective):
         }
         self.weights = weights_of[config.loss]
         # Only those that are asked for are made: one needs a further package.
-        kinds = {"energy": EnergyLoss, "sinkhorn": partial(SinkhornLoss, config.blur), "mse": MSELoss}
+        kinds: dict[str, Callable[[], nn.Module]] = {
+            "energy": EnergyLoss,
+            "sinkhorn": partial(SinkhornLoss, config.blur),
+            "mse": MSELoss,
+        }
         self.distances = nn.ModuleDict({name: kinds[name]() for name in self.weights})
         if config.gene_dim is not None:
             self.weights["decoder"] = config.decoder_weight

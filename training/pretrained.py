@@ -107,7 +107,7 @@ class Pretrained:
             elif name not in given:
                 setattr(data, name, getattr(own, name))
         self._check_data(data, given)
-        data.normalize = own.normalize
+        data.normalize = own.normalize  # type: ignore[assignment]  # what a processor was checked to be
         settings = {name: getattr(data, name) for name in _READING}
         if data.perturbation_features is not None and own.perturbation_features is not None:
             further = read_perturbation_features(data.perturbation_features)
