@@ -166,7 +166,7 @@ def test_workflows_run_targets_that_exist():
     content = {path.stem: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
     steps = [step for job in content["ci"]["jobs"].values() for step in job["steps"]]
     made = [word for step in steps for word in re.findall(r"^make (.+)", step.get("run", ""))]
-    assert {"lint", "types", "docs", "test", "test-slow", "demo"} == set(made) and set(made) <= targets
+    assert made == ["lint", "docs", "test TESTS=", "demo"] and {command.split()[0] for command in made} <= targets
     assert content["ci"]["jobs"]["test"]["strategy"]["matrix"]["python-version"] == ["3.11", "3.12", "3.13"]
     # YAML reads the key `on` as true.
     assert content["publish"][True] == {"push": {"tags": ["v*"]}}
