@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # A block whose paragraph begins with the path of its file.
 FILES = dict(re.findall(r"^`(\w+/[\w/.]+)`(?:(?!\n\n).)*\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
-# A line for a list that exists: its block holds nothing else.
-LINES = re.findall(r"^```python\n( {4}[^\n]+\n)```$", PAGE, flags=re.MULTILINE)
+# Lines for a block that exists: indented, in a block of their own.
+LINES = re.findall(r"^```\n((?: {4}[^\n]+\n)+)```$", PAGE, flags=re.MULTILINE)
 
 # Trains, loads and predicts with the copy, then runs the tests of the page, all in one process.
 SCRIPT = """
@@ -52,8 +52,9 @@ import make_fixtures
 make_fixtures.main()
 import os
 os.chdir(copy)
-tests = ["tests/families/test_shift.py", "tests/test_fixtures.py", "tests/base/test_modeling_finetuning.py"]
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "shift or every_family", *tests]))
+tests = ["families/test_shift.py", "test_init.py", "test_fixtures.py", "base/test_modeling_finetuning.py"]
+chosen = ["-k", "shift or every_family or checkers", *(f"tests/{test}" for test in tests)]
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", *chosen]))
 """
 
 
@@ -62,7 +63,7 @@ def test_the_page_names_every_file_of_a_family():
     assert sorted(FILES) == sorted(
         [*(f"families/shift/{name}" for name in names), "tests/families/test_shift.py", "configs/shift.yaml"]
     )
-    assert [line.split("(")[0].strip() for line in LINES] == ["Family", '"state-shift":']
+    assert [re.split(r"\W", lines.strip(' "'))[0] for lines in LINES] == ["Family", "from", "state"]
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,15 @@ def followed(tmp_path_factory) -> tuple[Path, str]:
     for name, text in FILES.items():
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text(text, encoding="utf-8")
-    for line, name, start, end in (
-        (LINES[0], "families/__init__.py", "_FAMILIES = (\n", ")\n\n"),
-        (LINES[1], "tests/base/test_modeling_finetuning.py", "CASES = {\n", "}\n"),
-    ):
-        before, opening, after = (copy / name).read_text().partition(start)
-        listed, closing, rest = after.partition("\n" + end)
-        assert opening and closing, name
-        (copy / name).write_text(f"{before}{opening}{listed}\n{line}{end}{rest}")
+    blocks = {
+        "families/__init__.py": "\n_FAMILIES = (\n",
+        "__init__.py": "\nif TYPE_CHECKING:\n",
+        "tests/base/test_modeling_finetuning.py": "\nCASES = {\n",
+    }
+    for lines, (name, opening) in zip(LINES, blocks.items(), strict=True):
+        text = (copy / name).read_text(encoding="utf-8")
+        assert text.count(opening) == 1, name
+        (copy / name).write_text(text.replace(opening, opening + lines), encoding="utf-8")
     screen = simulate_screen(num_contexts=4, num_perturbations=3, num_genes=40, cells_per_group=16, seed=1)
     screen.write_h5ad(folder / "screen.h5ad")
     done = subprocess.run(

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from pertstate import train
 from pertstate._version import __version__
+from pertstate.training.run import read_run
 
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,7 @@ def test_workflows_run_targets_that_exist():
     content = {path.stem: yaml.safe_load(path.read_text()) for path in WORKFLOWS}
     steps = [step for job in content["ci"]["jobs"].values() for step in job["steps"]]
     made = [word for step in steps for word in re.findall(r"^make (.+)", step.get("run", ""))]
-    assert {"lint", "types", "docs", "test", "test-slow", "demo"} == set(made) and set(made) <= targets
+    assert made == ["lint", "docs", "test TESTS=", "demo"] and {command.split()[0] for command in made} <= targets
     assert content["ci"]["jobs"]["test"]["strategy"]["matrix"]["python-version"] == ["3.11", "3.12", "3.13"]
     # YAML reads the key `on` as true.
     assert content["publish"][True] == {"push": {"tags": ["v*"]}}
@@ -196,4 +196,4 @@ def test_runs_have_fields_that_exist(page, text, tmp_path, monkeypatch):
     run.get("model", {}).pop("pretrained", None)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
-    assert train.parse([str(path)])
+    assert read_run([str(path)])
