@@ -47,7 +47,9 @@ class _AfterImport:
     ) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        # Those after this one: another of its kind before it is asking just now.
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             load, tell = spec.loader.exec_module, self.waiting[name]
@@ -62,7 +64,9 @@ class _AfterImport:
 
 
 def register():
-    """Register with each Auto class: now if its module is imported, else as soon as it is."""
+    """Register with each Auto class: now if its module is imported, else as soon as it is. Once is enough."""
+    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        return
     waiting = {
         "transformers.models.auto.configuration_auto": _register_configs,
         "transformers.models.auto.modeling_auto": _register_models,

@@ -80,6 +80,15 @@ import pertstate
 from transformers import AutoModel
 """
     + LOAD,
+    "the package twice": """
+import sys
+import pertstate
+for name in [name for name in sys.modules if name.partition(".")[0] == "pertstate"]:
+    del sys.modules[name]
+import pertstate
+from transformers import AutoModel
+"""
+    + LOAD,
     "a model first": """
 from pertstate import StateForPerturbation
 from transformers import AutoModel
