@@ -18,9 +18,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import types
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -28,15 +30,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 
-# Libraries read these when they are imported. A process that has others than the server is forked before those imports.
+# Libraries read these variables when they are imported. Where a process has other values of them than the test session,
+# it is forked before those imports and makes them itself.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
-# None of these reads them.
+# Made first: none of these modules reads such a variable.
 FIRST_IMPORTS = ("torch._dynamo", "torch.distributed.tensor", "anndata", "geomloss", "scipy.stats", "pyarrow.dataset")
 FURTHER_IMPORTS = ("accelerate", "datasets", "peft", "transformers.trainer")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """That of this process, without a way to the Hub, and one thread: sums in one order, no fight for cores."""
+    """The environment of this process, offline and with one thread, so that sums have one order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
@@ -44,7 +47,7 @@ def _read_at_import(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
 
 
-# That of the session, taken before any test changes it.
+# The environment of the session, taken before any test changes it.
 _ENVIRONMENT = environment()
 
 
@@ -116,12 +119,15 @@ def run(words: list, env: dict[str, str] | None = None, cwd: str | Path | None =
 
 def run_together(words: list, count: int = 2) -> subprocess.CompletedProcess:
     """
-    `count` processes that find one another over gloo, as `accelerate launch --multi_gpu --num_processes COUNT` starts
-    them. What all of them say in turn, and the first exit code that is not 0; the others are killed then.
+    Run `count` processes that find one another over gloo, as `accelerate launch --multi_gpu --num_processes COUNT` starts
+    them. When one fails, the others are killed.
+
+    Returns:
+        What they said, joined in the order of their ranks, and the first exit code that was not 0.
     """
     from torch.distributed import TCPStore
 
-    # As with torchrun, the one who starts them keeps their common store, at a port that the system chose for it.
+    # As under torchrun, this process holds the store in which they meet; the system chooses a free port for it.
     store = TCPStore("127.0.0.1", 0, world_size=count, is_master=True, wait_for_workers=False)
     common = {
         "MASTER_ADDR": "127.0.0.1",
@@ -139,8 +145,8 @@ def run_together(words: list, count: int = 2) -> subprocess.CompletedProcess:
         for future in as_completed(futures):
             if future.result().returncode and not first:
                 first = future.result().returncode
-                for other, rank in zip(futures, ranks):
-                    if not other.done():
+                for rank in ranks:
+                    with suppress(ProcessLookupError):  # of those that have ended
                         os.killpg(rank.pid, signal.SIGKILL)
     done = [future.result() for future in futures]
     return subprocess.CompletedProcess(
@@ -154,7 +160,7 @@ def _server() -> "Server":
 
 
 class Server:
-    """The two processes that fork: with the first imports, and with all. They end when this process does."""
+    """Two processes that fork, one after the first imports and one after all of them. They end when this process does."""
 
     def __init__(self):
         self._log = tempfile.TemporaryFile("w+")
@@ -168,11 +174,11 @@ class Server:
         other.close()
 
     def fork(self, descriptors: tuple[int, ...], imported: bool):
-        """Have a process forked that finds its task at the first descriptor and its streams at the others."""
+        """Have a process forked. It reads its task from the first descriptor; the others are its streams."""
         socket.send_fds(self._all if imported else self._first, [b"."], descriptors)
 
     def said(self) -> str:
-        """What its processes said about themselves."""
+        """What the server itself wrote: the errors of its imports."""
         self._log.seek(0)
         return self._log.read()[-3000:]
 
@@ -183,8 +189,8 @@ class Server:
 def _serve(requests: socket.socket):
     """Fork for each request, until the tests' process has ended."""
     gc.collect()
-    gc.freeze()  # what is there stays, and no collection in a fork writes to its pages
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those forked here
+    gc.freeze()  # a collection in a fork then leaves the shared pages alone
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system clears away the processes forked here
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1, 4)
         if not message:
@@ -198,7 +204,7 @@ def _serve(requests: socket.socket):
 
 
 def _supervise(control: int, *streams: int):
-    """Fork once more for the task; tell its id and its exit code, and kill it where nobody listens any more."""
+    """Fork once more for the task; tell its id and its exit code. Kill it when the test that started it has gone."""
     with socket.socket(fileno=control) as control:
         task = json.loads(control.makefile().readline())
         child = os.fork()
@@ -209,7 +215,7 @@ def _supervise(control: int, *streams: int):
                 os.dup2(stream, number)
                 os.close(stream)
             os._exit(_execute(**task))
-        os.setpgid(child, child)  # whoever of the two comes first
+        os.setpgid(child, child)  # in both processes: either may run first
         for stream in streams:
             os.close(stream)
         control.sendall(f"{child}\n".encode())
@@ -236,6 +242,7 @@ def _execute(words: list[str], env: dict[str, str], cwd: str) -> int:
             print(end.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - whatever a script raises, as the interpreter does
         traceback.print_exc()
+    threading._shutdown()  # waits for threads, as the interpreter does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -39,6 +39,11 @@ def test_how_it_ends_is_told():
     assert ended("1 / 0")[2].endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_threads_are_waited_for():
+    code = "import threading, time; threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()"
+    assert said(["-c", code]) == "late\n"
+
+
 def test_long_output_and_input_pass():
     process = launches.start(["-c", "import sys; text = sys.stdin.read(); print(text); print(text, file=sys.stderr)"])
     done = process.communicate("x" * 300_000)
