@@ -2,15 +2,15 @@
 
 import json
 import os
-from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
+from .base.cell_sentences import CellSentences
 from .base.cell_values import (
     TARGET_SUM,
     cell_totals,
@@ -42,7 +42,7 @@ from .base.constants import (
 )
 from .base.messages import closest, given, some
 from .base.modeling_perturbation import PerturbationOutput
-from .base.processor_files import read_processor_tables
+from .base.processor_files import PROCESSOR_SETTINGS, read_processor_tables
 from .base.travelling import Travelling
 from .base.vocabulary import (
     PERTURBATION_FEATURES_FILE,
@@ -54,19 +54,6 @@ from .base.vocabulary import (
     read_labels,
     split_combination,
 )
-
-
-class CellSentences(BatchFeature):
-    """
-    Model-ready tensors, `model(**sentences)`, and where each cell came from.
-
-    Attributes:
-        obs (`pandas.DataFrame`): one row per real (not padded) cell, in the order of the tensors.
-        controls (`str`): which control cells went in, in words.
-    """
-
-    obs: pd.DataFrame
-    controls: str
 
 
 class StateProcessor(Travelling, ProcessorMixin):
@@ -307,16 +294,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        revision: str = "main",
-        **kwargs,
-    ) -> "StateProcessor":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> "StateProcessor":
         """
         As in [`ProcessorMixin`].
 
@@ -324,17 +302,10 @@ class StateProcessor(Travelling, ProcessorMixin):
             OSError: a file is missing.
             ValueError: a file is damaged, or does not agree with another one; see [`read_processor_tables`].
         """
-        hub: dict[str, Any] = {
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-            "revision": revision,
-        }
-        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments({**kwargs, **hub}))
+        tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
         if commit is not None:
-            hub["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, **tables, **kwargs, **hub)
+            kwargs["revision"] = commit
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **tables, **kwargs)
 
     # Labels
 
@@ -614,23 +585,6 @@ class StateProcessor(Travelling, ProcessorMixin):
             # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }
-
-
-# What a processor remembers beside its vocabulary and the width of its features.
-PROCESSOR_SETTINGS = (
-    "perturbation_key",
-    "control",
-    "context_key",
-    "batch_key",
-    "input",
-    "gene_input",
-    "values",
-    "normalize",
-    "target_sum",
-    "combination_separator",
-    "set_size",
-    "predicts",
-)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

@@ -8,6 +8,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.files import whole_file
+
 
 STATE_NAME = "stream_state"
 
@@ -17,18 +19,12 @@ def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, wo
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values, arrays = _state_paths(folder, rank, world_size)
-    partial = [path.with_name(path.name + ".partial") for path in (values, arrays)]
-    try:
-        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, partial[1])
-        text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
-        partial[0].write_text(text, encoding="utf-8")
-        # Without the values there is no state: the old ones are removed first, the new ones are written last.
+    text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
+    # The files take their places last entered first: the arrays, then the values, without which there is no state.
+    with whole_file(values) as new_values, whole_file(arrays) as new_arrays:
+        save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, new_arrays)
+        new_values.write_text(text, encoding="utf-8")
         values.unlink(missing_ok=True)
-        os.replace(partial[1], arrays)
-        os.replace(partial[0], values)
-    finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
 
 
 def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int = 1) -> dict:

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from pertstate.base.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum
 from pertstate.base.constants import Normalize, Split, Values
 from pertstate.base.messages import closest, some
+from pertstate.base.processor_files import PROCESSOR_SETTINGS
 from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups
 from pertstate.data.splits import Splits
 from pertstate.data.stream_blocks import CellKey, CellReader
 from pertstate.data.stream_reading import CellStream
-from pertstate.processing import PROCESSOR_SETTINGS, StateProcessor
+from pertstate.processing import StateProcessor
 
 
 Controls = dict[tuple[str, str], dict[str | None, np.ndarray]]

@@ -4,6 +4,7 @@ Registers the families with `AutoConfig`, `AutoModel` and `AutoProcessor`, which
 this package need not import transformers.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -23,6 +24,8 @@ def _register_models(module: ModuleType):
     # this may run while the modules that they need are still being imported.
     of_library = import_module("transformers.models.auto.configuration_auto")
     known = module.MODEL_MAPPING
+    # A table of its own: the library's lists models that it looks for in its own modules.
+    known._model_mapping = copy.copy(known._model_mapping)
     for family in FAMILIES.values():
         config, model = family.places
         known._reverse_config_mapping[config] = family.model_type

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "hub": {"base", "families", "data", "evaluation", "hub", *CARD},
     "legacy": {"base", "families", "losses", "data", "hub", "legacy", *CARD},
     "training": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
-    "train": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
+    # Run as a program, it hands over to the command.
+    "train": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", "cli", *CARD},
     "cli": {*ROOMS, *CARD, "train"},
     "_version": set(),
     "__init__": {"_version", "families"},

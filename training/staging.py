@@ -10,10 +10,11 @@ from pathlib import Path
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from pertstate.base.files import PARTIAL
 from pertstate.hub.publish import reveal
 
 
-STAGING = ".partial"
+STAGING = PARTIAL
 
 
 def is_staged(folder: Path) -> bool:

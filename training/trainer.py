@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from pertstate.base.constants import GENE_LABELS, LABELS
+from pertstate.base.files import whole_file
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.training_sentences import TrainingSentences
@@ -221,11 +222,16 @@ class StateTrainer(Trainer):
         if self.processor is not None:
             self.processor.save_pretrained(folder)
         (folder / "training_args.json").write_text(self._asked.to_json_string(), encoding="utf-8")
+        self._write_card(folder)
         if not is_staged(folder):
             model.save_pretrained(folder, state_dict=state_dict)
-        # After the weights: peft writes a card of its own beside adapters.
+        # Once more: peft writes into the card of an adapter.
+        self._write_card(folder)
+
+    def _write_card(self, folder: Path):
         if self.card is not None:
-            (folder / "README.md").write_text(self.card, encoding="utf-8")
+            with whole_file(folder / "README.md") as partial:
+                partial.write_text(self.card, encoding="utf-8")
 
     def _save_checkpoint(self, model, trial) -> None:
         # Private, as no public method stands around all that is written of a checkpoint.

@@ -199,4 +199,4 @@ def test_descriptions_are_those_of_the_docstring():
     }
     # What an entry refers to is looked up there.
     assert descriptions(DataArguments)["control_matching"] == "Which controls belong to a perturbed cell"
-    assert descriptions(StreamArguments)["buffer_cells"] == "Most cells that wait"
+    assert descriptions(StreamArguments)["buffer_cells"] == "At most so many cells wait"

@@ -617,8 +617,10 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
         done = launches.run(["-c", SABOTAGE, kill_at, *words])
         finished = done.returncode == 0
         assert finished or done.returncode == 137, done.stderr[-2000:]
-        assert finished == output.exists()
-        if not finished:
+        if output.exists():  # or it was killed while it looked at what it had made
+            finished = True
+        else:
+            assert not finished
             with pytest.raises(FileNotFoundError, match="is no cell store"):
                 CellStore(output)
             if (tmp_path / "s.partial" / "store.json").exists():  # killed just before it was renamed

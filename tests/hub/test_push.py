@@ -569,7 +569,8 @@ def test_a_run_whose_card_the_hub_refuses_does_not_start(hub, run, tmp_path):
 def test_an_adapter_that_nobody_could_load_is_not_trained_to_be_pushed(hub, run, folder, tmp_path, monkeypatch, screen):
     model = {"pretrained": str(folder)}
     with pytest.raises(
-        ValueError, match="push_to_hub: an adapter of .* found a folder; push it and name the repository"
+        ValueError,
+        match="push_to_hub: others can use an adapter only if .* is a folder; push that and name the repository",
     ):
         run(model=model, lora_rank=2)
     output = run(model=model, lora_rank=2, push_to_hub=False)

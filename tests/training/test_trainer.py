@@ -163,12 +163,14 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     trainer.save_model(str(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
+        "cell_sentences.py",
         "cell_values.py",
         "checkpoint_files.py",
         "config.json",
         "configuration_perturbation.py",
         "configuration_state.py",
         "constants.py",
+        "files.py",
         "messages.py",
         "model.safetensors",
         "modeling_finetuning.py",
