@@ -67,7 +67,7 @@ class Travelling(PushToHubMixin):
     def _save_code(self, folder: Path):
         module, settings = type(self).__module__, self._settings()
         settings.auto_map = {
-            **(getattr(settings, "auto_map", None) or {}),
+            **(vars(settings).get("auto_map") or {}),
             self.loaded_by: f"{module.rpartition('.')[2]}.{type(self).__name__}",
         }
         for name, path in travelling_files(module).items():
