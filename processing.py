@@ -305,7 +305,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
         if commit is not None:
             kwargs["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **tables, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
 
     # Labels
 
