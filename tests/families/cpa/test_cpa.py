@@ -435,7 +435,7 @@ def accuracy_of_a_fresh_classifier(model, dataset, collate) -> float:
 @pytest.mark.slow
 def test_effects_are_disentangled_and_an_unseen_pair_is_predicted(disentangled, tmp_path):
     config = {"hidden_dropout": 0.1, "latent_dim": 8, "num_decoder_layers": 1}
-    config |= {"adversary_warmup_steps": 250, "adversary_ramp_steps": 100, "adversarial_weight": 10.0}
+    config |= {"adversary_warmup_steps": 250, "adversary_ramp_steps": 100, "adversarial_weight": 20.0}
     # Adversaries that keep up with the encoder.
     config |= {
         "adversary_hidden_size": 64,
@@ -443,7 +443,7 @@ def test_effects_are_disentangled_and_an_unseen_pair_is_predicted(disentangled, 
         "adversary_learning_rate": 1e-2,
         "penalty_weight": 0.1,
     }
-    options = {"learning_rate": 2e-3, "max_steps": 1200, "logging_steps": 50, "lr_decay_epochs": None}
+    options = {"learning_rate": 2e-3, "max_steps": 800, "logging_steps": 50, "lr_decay_epochs": None}
     trainer = trainer_of(*disentangled, tmp_path, config, **options)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "context_accuracy" in entry]
