@@ -126,11 +126,12 @@ OPTIONS = {f.name: get_args(f.type) for f in fields(StateConfig) if get_origin(f
         ("residual", "hiden", "did you mean 'hidden'"),
         ("loss", "energi", "did you mean 'energy'"),
         ("loss", "huber", "expected one of 'energy', 'sinkhorn', 'combined', 'mse'"),
+        ("backbone", 3, "expected one of 'llama', 'gpt2'"),
     ],
 )
 def test_wrong_choice_lists_the_options_and_names_the_nearest(field, value, hint):
     options = re.escape(str(list(OPTIONS[field])))
-    with pytest.raises(ValueError, match=f"{field}='{value}' is not an option of StateConfig.*{options}.*{hint}"):
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not an option of StateConfig.*{options}.*{hint}"):
         StateConfig(**{field: value})
 
 
