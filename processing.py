@@ -11,22 +11,18 @@ import torch
 from transformers import ProcessorMixin
 
 from .base.cell_sentences import CellSentences
+from .base.cell_source import AnnDataSource, Block, Part, fit_processor
 from .base.cell_values import (
     TARGET_SUM,
     cell_totals,
     check_finite,
-    choose_genes,
     dense_genes,
     describe_values,
     gene_columns,
-    kind_of_values,
     matrix_of,
     normalize_counts,
     read_expression,
-    resolve_normalisation,
-    resolve_target_sum,
     take_rows,
-    totals_of,
 )
 from .base.checkpoint_files import hub_arguments
 from .base.constants import (
@@ -40,7 +36,7 @@ from .base.constants import (
     Normalize,
     Values,
 )
-from .base.messages import closest, given, some
+from .base.messages import given
 from .base.modeling_perturbation import PerturbationOutput
 from .base.processor_files import PROCESSOR_SETTINGS, read_processor_tables
 from .base.travelling import Travelling
@@ -193,9 +189,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         adatas = list(adata) if isinstance(adata, (list, tuple)) else [adata]
         if not adatas:
             raise ValueError("expected training cells, found an empty list of AnnData")
-        if normalize not in Normalize.OPTIONS:
-            raise ValueError(f"normalize={normalize!r}; {closest(normalize, Normalize.OPTIONS)}")
-        processor = cls(
+        reader = cls(
             perturbation_key=perturbation_key,
             control=control,
             context_key=context_key,
@@ -206,57 +200,9 @@ class StateProcessor(Travelling, ProcessorMixin):
             set_size=set_size,
             perturbation_features=perturbation_features,
         )
-        embedding = input.startswith("obsm/")
-        if gene_input is not None and not embedding:
-            raise ValueError(
-                f"gene_input={gene_input!r} feeds the gene decoder of a model on embeddings; input={input!r} is "
-                "expression itself: leave gene_input out"
-            )
-        expression = gene_input if embedding else input
-        singles, contexts, batches, widths, found = set(), set(), set(), set(), set()
-        names: set[str] = set()
-        for data in adatas:
-            labels = processor.labels(data)
-            names.update(labels["perturbation"].unique())
-            contexts.update(labels["context"].unique())
-            if batch_key is not None:
-                batches.update(labels["batch"].unique())
-            if embedding:
-                widths.add(matrix_of(data, input).shape[1])
-            if expression is not None:
-                found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
-        if control not in names:
-            raise ValueError(
-                f"no control cells: no cell has obs[{perturbation_key!r}] == {control!r}, found {some(sorted(names))}; "
-                "say which label marks the controls with control="
-            )
-        for name in names:
-            singles.update(processor.split_combination(name))
-        if perturbation_features is not None:
-            perturbation_features.check_covers(singles, "of the training cells")
-        if len(widths) > 1:
-            raise ValueError(f"{input}: expected one width in all files, found {sorted(widths)}")
-        if expression is not None:
-            processor.normalize, values = resolve_normalisation(normalize, found, expression)
-        elif normalize == Normalize.COUNTS_TO_LOG1P:
-            raise ValueError(f"normalize='counts_to_log1p' is for counts; input={input!r} is an embedding: use 'none'")
-        processor.values = Values.EMBEDDING if embedding else values
-        if embedding and expression is not None and values == Values.COUNTS:
-            raise ValueError(
-                f"the gene decoder predicts log1p expression, {gene_input} holds counts: use normalize='auto'"
-            )
-        if target_sum is not None:
-            source = expression or input
-            processor.target_sum = resolve_target_sum(
-                target_sum, processor.normalize, source, lambda: totals_of(adatas, source)
-            )
-        genes_of_model = []
-        if expression is not None:
-            genes_of_model = choose_genes(
-                adatas, genes, lambda data, columns: processor._expression(data, expression, slice(None), columns, True)
-            )
-        vocabulary = Vocabulary(genes_of_model, sorted(singles), sorted(contexts), sorted(batches))
-        return processor.with_vocabulary(vocabulary, feature_dim=widths.pop() if embedding else None)
+        source = AnnDataSource([Part("", data) for data in adatas], reader)
+        everything = np.ones(len(source.groups), dtype=bool)
+        return fit_processor(source, reader, everything, genes, normalize, target_sum)
 
     def with_vocabulary(self, vocabulary: Vocabulary, **settings) -> "StateProcessor":
         """
@@ -311,10 +257,20 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     def labels(self, adata: ad.AnnData) -> pd.DataFrame:
         """Columns `perturbation`, `context` and (with a `batch_key`) `batch` of each cell, as plain strings."""
+        return self.labels_of(adata.obs)
+
+    def labels_of(self, obs: pd.DataFrame) -> pd.DataFrame:
+        """[`StateProcessor.labels`] of the cells of a table; of its columns, only `label_columns` are read."""
         columns = {"perturbation": self.perturbation_key, "context": self.context_key}
         if self.batch_key is not None:
             columns["batch"] = self.batch_key
-        return read_labels(adata.obs, columns)
+        return read_labels(obs, columns)
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns of obs that labels are read from."""
+        keys = (self.perturbation_key, self.context_key, self.batch_key)
+        return list(dict.fromkeys(key for key in keys if key is not None))
 
     def split_combination(self, name: str) -> list[str]:
         """The perturbations in a label: none for the control, several for a combination."""
@@ -406,19 +362,24 @@ class StateProcessor(Travelling, ProcessorMixin):
         """The gene decoder's target, `(cells, genes)` float32 log1p expression, for a model on embeddings."""
         return self._genes(adata, self.gene_input, rows, "error", as_log1p=True)
 
+    def features_of(self, block: Block) -> np.ndarray:
+        """The model's features of a block of a source that was read with the model's genes, as of `features`."""
+        if self.values == Values.EMBEDDING:
+            return block.embedding
+        expression = block.log1p(self.target_sum) if self.values == Values.LOG1P else block.expression
+        return expression.toarray()
+
     def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
         columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
         present = columns[columns >= 0]
-        return dense_genes(self._expression(adata, source, rows, present, as_log1p), columns)
+        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum)
+        return dense_genes(read, columns)
 
-    def _expression(self, adata, source: str, rows, columns, as_log1p: bool):
-        """Checked and normalised expression of some rows and columns, CSR or dense float32."""
-        expected = (
-            Values.COUNTS
-            if self.normalize == Normalize.COUNTS_TO_LOG1P or self.values == Values.COUNTS
-            else Values.LOG1P
-        )
-        return read_expression(adata, source, rows, columns, expected, as_log1p, self.target_sum)
+    @property
+    def expects(self) -> str:
+        """What expression must be where it is read: `"counts"` or `"log1p"`."""
+        raw = self.normalize == Normalize.COUNTS_TO_LOG1P or self.values == Values.COUNTS
+        return Values.COUNTS if raw else Values.LOG1P
 
     # Units of the predictions
 

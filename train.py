@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if run.stream.path is None:
         args, processor, make_datasets, about = from_cells(run, pretrained)
     else:
-        args, processor, make_datasets, about = from_stream(run, training_arguments, resume)
+        args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
     check_processes(args.world_size)
     logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
     config = build_config(run, processor, pretrained)

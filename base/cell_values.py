@@ -1,6 +1,6 @@
 """Reading the values of cells: rows, genes, the kind of values and their normalisation. Errors name cell and gene."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import anndata as ad
 import numpy as np
@@ -58,6 +58,14 @@ def take_rows(matrix, rows):
         taken = taken.copy() if taken.dtype.kind == "f" else taken.astype(np.int64)
         taken.sum_duplicates()
     return taken
+
+
+def block_of_rows(matrix, values: int, cells: int = 1 << 14) -> list[slice]:
+    """All rows of a matrix in order, cut into blocks of about this many values and at most so many cells."""
+    if hasattr(matrix, "blocks"):  # one on disk knows how its rows lie
+        return matrix.blocks(values)
+    step = max(1, min(cells, values // max(1, matrix.shape[1])))
+    return [slice(i, min(i + step, matrix.shape[0])) for i in range(0, matrix.shape[0], step)]
 
 
 def matrix_of(adata: ad.AnnData, source: str):
@@ -256,18 +264,6 @@ def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: 
     return float(np.median(found[found > 0]))
 
 
-def totals_of(adatas: list[ad.AnnData], source: str) -> np.ndarray:
-    """Counts of every cell of some data, `(cells,)` float64, read block by block."""
-    totals = []
-    for data in adatas:
-        for start in range(0, data.n_obs, 4096):
-            rows = slice(start, start + 4096)
-            counts = take_rows(matrix_of(data, source), rows)
-            check_finite(counts, data, rows, source, nonnegative=True)
-            totals.append(cell_totals(counts))
-    return np.concatenate(totals)
-
-
 def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
     """The genes that all data have, in the order of the first. ValueError if a name occurs twice or none is common."""
     shared = adatas[0].var_names
@@ -327,31 +323,6 @@ def dense_genes(present, columns: np.ndarray) -> np.ndarray:
     return full
 
 
-def choose_genes(adatas: list[ad.AnnData], genes: int | list[str] | None, read: Callable) -> list[str]:
-    """
-    The genes of a model: a number of highly variable ones, the ones listed, or all that the data share.
-
-    Args:
-        read (`Callable`): log1p expression of some columns of an AnnData.
-
-    Raises:
-        KeyError, ValueError: the data lack listed genes, or have fewer than the number asked for.
-    """
-    shared = shared_genes(adatas)
-    if genes is None:
-        return [str(g) for g in shared]
-    if isinstance(genes, str):
-        raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
-    if not isinstance(genes, (int, np.integer)):
-        return listed_genes(genes, shared)
-    if not 1 <= genes <= len(shared):
-        raise ValueError(f"genes={genes}: expected between 1 and the {len(shared)} genes that the data have")
-    if genes == len(shared):
-        return [str(g) for g in shared]
-    blocks = [sp.csr_matrix(read(data, data.var_names.get_indexer(shared))) for data in adatas]
-    return highly_variable_genes(sp.vstack(blocks, format="csr"), shared, genes)
-
-
 def listed_genes(genes, shared: pd.Index) -> list[str]:
     """The genes of a list, in its order. KeyError for those that the data lack."""
     genes = [str(g) for g in genes]
@@ -377,3 +348,35 @@ def highly_variable_genes(expression, genes, count: int) -> list[str]:
     sc.pp.highly_variable_genes(joined, n_top_genes=count)
     torch.set_num_threads(threads)
     return [str(g) for g, chosen in zip(genes, joined.var["highly_variable"]) if chosen]
+
+
+def variable_genes(
+    blocks: Sequence[tuple[int, Callable[[], sp.csr_matrix]]], genes: list[str], number: int
+) -> list[str]:
+    """
+    [`highly_variable_genes`] of cells that are read block by block.
+
+    Args:
+        blocks (`list[tuple[int, Callable]]`): for each block, its number of cells and a function that reads its log1p
+            expression, CSR.
+        genes (`list[str]`): names of the columns.
+        number (`int`): how many to choose.
+    """
+    try:
+        import dask
+        import dask.array as da
+    except ImportError as error:
+        raise ImportError("choosing highly variable genes needs dask: pip install dask") from error
+
+    empty = sp.csr_matrix((0, len(genes)), dtype=np.float64)
+
+    def exact(read) -> sp.csr_matrix:
+        return read().astype(np.float64)  # so that sums do not depend on the blocks
+
+    parts = [
+        da.from_delayed(dask.delayed(exact, pure=False)(read), shape=(cells, len(genes)), dtype=np.float64, meta=empty)
+        for cells, read in blocks
+    ]
+    # One block at a time: memory matters more here than time.
+    with dask.config.set(scheduler="synchronous"):
+        return highly_variable_genes(da.concatenate(parts), genes, number)

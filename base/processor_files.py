@@ -59,6 +59,8 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "predicts": (lambda value: value in (None, Values.LOG1P), "'log1p' or null"),
     "perturbation_dim": (_is_count, "the width of a vector"),
 }
+# How labels and values are found in an AnnData; this differs from one laboratory to the next.
+READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
 # What a processor remembers beside its vocabulary and the width of its features.
 PROCESSOR_SETTINGS = (*(name for name in _SETTINGS if name != "feature_dim"), "predicts")
 # What transformers writes beside them.

@@ -10,9 +10,12 @@ import pandas as pd
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest
+from pertstate.base.processor_files import READING
+from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.options import as_declared
 from pertstate.data.perturbation_features import read_perturbation_features
-from pertstate.data.reading import AnnDataFile, expand_paths, read_labels
+from pertstate.data.reading import expand_paths
+from pertstate.data.source import FileSource
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
 
@@ -97,33 +100,46 @@ class DataArguments:
             if both:
                 raise ValueError(f"data: {sorted(both)} are in val_{kind} and test_{kind}; a pair has one split")
 
-    def processor_options(self) -> dict:
-        """Arguments of [`StateProcessor.fit`]."""
-        names = ("perturbation_key", "control", "context_key", "batch_key", "input", "genes", "normalize")
-        return self._fit_options(*names, "combination_separator", "gene_input", "target_sum")
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The fields that say how labels and values are found in files."""
+        return {name: getattr(self, name) for name in READING}
+
+    def reader(self) -> StateProcessor:
+        """A processor that reads files as the section says, and knows nothing else yet but perturbation features."""
+        return StateProcessor(**self.reading, perturbation_features=self.features())
+
+    def features(self) -> PerturbationFeatures | None:
+        """The vectors of the perturbations, where the section names a file of them."""
+        return None if self.perturbation_features is None else read_perturbation_features(self.perturbation_features)
+
+    def file_source(self, reader: StateProcessor | None = None) -> FileSource:
+        """
+        The files' cells.
+
+        Args:
+            reader ([`StateProcessor`], *optional*): reads them, instead of that of the section.
+        """
+        if self.splits is None and self.datasets is None:
+            raise ValueError(
+                "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
+            )
+        datasets = self.files() if self.splits is None else Splits.from_toml(self.splits).datasets
+        return FileSource(datasets, self.reader() if reader is None else reader, self.contexts)
+
+    def fit_options(self) -> dict[str, Any]:
+        """Arguments of [`load`] for a processor that is fitted."""
+        names = ("normalize", "target_sum", "hvg_on_all")
+        return {name: getattr(self, name) for name in names} | {"genes": self.chosen_genes()}
 
     def sentence_options(self) -> dict:
         """Arguments of [`SentenceDataset`]."""
         names = ("control_matching", "small_groups", "control_sentences", "heldout_controls", "controls_only")
         return {name: getattr(self, name) for name in (*names, "sentences_per_group", "sentence_cap")}
 
-    def store_options(self) -> dict:
-        """Arguments of [`load_store`], for a processor that is fitted."""
-        return self._fit_options("contexts", "hvg_on_all", "genes", "normalize", "target_sum")
-
-    def further_options(self) -> dict:
-        """Arguments of [`load_cells`] and [`load_store`], for the processor of a checkpoint that is trained further."""
-        return {"contexts": self.contexts, "controls_only": self.controls_only}
-
     def chosen_genes(self) -> int | list[str] | None:
         """The number of genes, or their names, where the section says either."""
         return self.genes if self.genes_file is None else read_names(Path(self.genes_file))
-
-    def _fit_options(self, *names: str) -> dict:
-        options = {name: getattr(self, name) for name in names} | {"genes": self.chosen_genes()}
-        if self.perturbation_features is not None:
-            options["perturbation_features"] = read_perturbation_features(self.perturbation_features)
-        return options
 
     def check_store(self, manifest: "Manifest", given: Collection[str]):
         """
@@ -141,19 +157,6 @@ class DataArguments:
                     "prepare the store anew"
                 )
 
-    def survey_options(self) -> dict:
-        """Arguments of [`survey_stream`]."""
-        names = (
-            "control",
-            "input",
-            "gene_input",
-            "normalize",
-            "combination_separator",
-            "target_sum",
-            "control_matching",
-        )
-        return self._fit_options("genes", *names)
-
     def files(self) -> dict[str, list[Path]]:
         """The files of each dataset that `datasets` names; none where it is not set."""
         if self.datasets is None:
@@ -163,29 +166,30 @@ class DataArguments:
 
     def resolve_splits(self, groups: pd.DataFrame | None = None) -> Splits:
         """
-        The [`Splits`] that the section describes; reads labels of the files where the simple fields need them.
+        The [`Splits`] that the section describes.
 
         Args:
-            groups (`pandas.DataFrame`, *optional*): the groups of the store that is read instead of the files.
+            groups (`pandas.DataFrame`, *optional*): the groups of the source whose cells are split; by default those of the
+                files, whose labels are read for it.
         """
-        if groups is None and self.splits is None and self.datasets is None:
-            raise ValueError(
-                "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
-            )
-        stored = None if groups is None else sorted(groups["dataset"].unique())
+        stored = self.store is not None
+        groups = self.file_source().groups if groups is None else groups
+        names = sorted(groups["dataset"].unique())
         if self.splits is not None:
-            return Splits.from_toml(self.splits, stored)
-        if stored is None:
+            return Splits.from_toml(self.splits, names if stored else None)
+        if not stored:
             datasets = self.files()
+        elif isinstance(self.datasets, dict) and sorted(self.datasets) != names:
+            raise ValueError(f"data: datasets names {sorted(self.datasets)}, the store was made of {names}")
         else:
-            if isinstance(self.datasets, dict) and sorted(self.datasets) != stored:
-                raise ValueError(f"data: datasets names {sorted(self.datasets)}, the store was made of {stored}")
-            datasets = {name: [] for name in stored}
+            datasets = dict.fromkeys(names, [])
         held = {Split.TEST: self.test_perturbations, Split.VAL: self.val_perturbations}
         contexts = {**dict.fromkeys(self.val_contexts, Split.VAL), **dict.fromkeys(self.test_contexts, Split.TEST)}
         if not contexts and not any(held.values()):
             return Splits(datasets, set(datasets))
-        present = self._present(datasets) if groups is None else self._present_in(groups)
+        used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
+        by_context = used.groupby(["dataset", "context"])["perturbation"]
+        present = {pair: set(names) for pair, names in by_context}
         for context in contexts:
             if context not in {c for _, c in present}:
                 raise ValueError(
@@ -217,27 +221,6 @@ class DataArguments:
             **dict.fromkeys(self.test_perturbations, Split.TEST),
         }
         return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
-
-    def _present(self, datasets: dict[str, list[Path]]) -> dict[tuple[str, str], set[str]]:
-        """Perturbations of each (dataset, context), from the obs of the files."""
-        reader = StateProcessor(
-            perturbation_key=self.perturbation_key, control=self.control, context_key=self.context_key
-        )
-        present: dict[tuple[str, str], set[str]] = {}
-        for name, paths in datasets.items():
-            for path in paths:
-                with AnnDataFile(path) as data:
-                    labels = read_labels(data, reader)
-                if self.contexts is not None:
-                    labels = labels[labels["context"].isin(self.contexts)]
-                for context, group in labels.groupby("context"):
-                    present.setdefault((name, str(context)), set()).update(group["perturbation"].unique())
-        return present
-
-    def _present_in(self, groups: pd.DataFrame) -> dict[tuple[str, str], set[str]]:
-        used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
-        by_context = used.groupby(["dataset", "context"])["perturbation"]
-        return {pair: set(names) for pair, names in by_context}
 
 
 @dataclass

@@ -16,18 +16,24 @@ class CellRows:
         features (CSR or `np.ndarray` of shape `(cells, feature_dim)`): float32, in the model's units.
         genes (CSR of shape `(cells, genes)`, *optional*): target of the gene decoder, log1p expression.
         batches (`np.ndarray` of shape `(cells,)`, *optional*): batch of each cell, int64 places in a list of names.
+        totals (`np.ndarray` of shape `(cells,)`, *optional*): of expression as it stands in the data, each cell's sum over
+            all its genes, float64.
     """
 
     features: "sp.csr_matrix | np.ndarray"
     genes: sp.csr_matrix | None = None
     batches: np.ndarray | None = None
+    totals: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.features.shape[0]
 
     def take(self, rows: np.ndarray) -> "CellRows":
         """Some of them, as a copy."""
-        return CellRows(*(None if part is None else part[rows] for part in (self.features, self.genes, self.batches)))
+        return CellRows(*(None if part is None else part[rows] for part in self._parts()))
+
+    def _parts(self) -> tuple:
+        return self.features, self.genes, self.batches, self.totals
 
     @classmethod
     def join(cls, parts: "list[CellRows]") -> "CellRows":
@@ -35,7 +41,7 @@ class CellRows:
         if len(parts) == 1:
             return parts[0]
         joined: list = []
-        for blocks in zip(*((part.features, part.genes, part.batches) for part in parts)):
+        for blocks in zip(*(part._parts() for part in parts)):
             if blocks[0] is None:
                 joined.append(None)
             else:

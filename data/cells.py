@@ -3,22 +3,18 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 
-from pertstate.base.constants import Split
-from pertstate.base.messages import closest
-from pertstate.data.reading import naming, read_h5ad
+from pertstate.base.cell_source import GROUP_KEYS, WholeSource, fit_processor, further_processor, with_rows
+from pertstate.base.constants import Normalize, Split
+from pertstate.data.source import FileSource
 from pertstate.data.splits import Splits
-from pertstate.processing import StateProcessor, Vocabulary
+from pertstate.processing import StateProcessor
 
 
 if TYPE_CHECKING:
     from pertstate.data.store import StoredRows
-
-
-GROUP_KEYS = ("dataset", "context", "perturbation", "batch")
 
 
 @dataclass
@@ -80,12 +76,6 @@ def sort_into_groups(labels: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
     return order, with_rows(groups, sizes.to_numpy())
 
 
-def with_rows(groups: pd.DataFrame, sizes: np.ndarray) -> pd.DataFrame:
-    """The table of groups that follow one another, with the rows of each."""
-    stops = np.cumsum(sizes, dtype=np.int64)
-    return groups.assign(start=stops - sizes, stop=stops)
-
-
 def assign_splits(groups: pd.DataFrame, splits: Splits, control: str) -> pd.DataFrame:
     """The table of groups with the split of each.
 
@@ -128,121 +118,67 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
     return ((groups["split"] == Split.TRAIN) | controls).to_numpy()
 
 
-def keep_contexts(labels: pd.DataFrame, contexts: list[str] | None) -> np.ndarray:
-    """Which rows of `labels` belong to the contexts that a run uses.
-
-    Raises:
-        ValueError: one of them is not there.
-    """
-    if contexts is None:
-        return np.ones(len(labels), dtype=bool)
-    found = sorted(labels["context"].unique())
-    for context in contexts:
-        if context not in found:
-            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
-    return labels["context"].isin(contexts).to_numpy()
-
-
-def load_cells(
+def load(
+    source: WholeSource,
     splits: Splits,
-    contexts: list[str] | None = None,
     hvg_on_all: bool = False,
     processor: StateProcessor | None = None,
     controls_only: bool = False,
-    **processor_options,
+    **fit_options,
 ) -> tuple[Cells, StateProcessor]:
     """
-    Read all files into memory, fit a processor on the training cells (or use the one given) and assign the splits.
+    The cells of a source for a run, with their splits, and a processor fitted on the training cells (or the one given).
 
     Args:
-        splits ([`Splits`]): datasets and what is held out of them.
-        contexts (`list[str]`, *optional*): use only these contexts of the files.
+        source ([`WholeSource`]): the cells.
+        splits ([`Splits`]): what is held out of them.
         hvg_on_all (`bool`): choose highly variable genes on all cells, including held-out ones. Use it only to repeat
             figures that were measured in this way.
         processor ([`StateProcessor`], *optional*): that of a checkpoint which is trained further. Names of training
             cells that it does not know are added after its own.
         controls_only (`bool`): only control cells are for training.
-        processor_options: arguments of [`StateProcessor.fit`].
+        fit_options: `genes`, `normalize` and `target_sum` of [`fit_processor`].
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: see [`Splits`], [`StateProcessor.fit`] and `read_h5ad`.
+        KeyError, ValueError: see [`Splits`] and [`fit_processor`]; the source lacks something that is asked for, or does
+            not hold what the processor reads.
     """
-    reader = processor or label_reader(processor_options)
-    adatas: list[ad.AnnData] = []
-    files, frames = [], []
-    for name, paths in splits.datasets.items():
-        for path in paths:
-            data = read_h5ad(path)
-            adatas.append(data)
-            files.append(path)
-            with naming(path):
-                frames.append(reader.labels(data).assign(dataset=name))
-    labels = pd.concat(frames, ignore_index=True)
-    keep = keep_contexts(labels, contexts)
-    if not keep.all():
-        masks = np.split(keep, np.cumsum([data.n_obs for data in adatas])[:-1])
-        adatas, labels = [data[mask] for data, mask in zip(adatas, masks)], labels[keep]
-    files = [path for path, data in zip(files, adatas) if data.n_obs]
-    adatas = [data for data in adatas if data.n_obs]
-    if not adatas:
-        raise ValueError("the files hold no cells")
-    order, groups = sort_into_groups(labels)
-    groups = assign_splits(groups, splits, reader.control)
+    groups = assign_splits(source.groups, splits, source.reader.control)
     groups = controls_alone(groups) if controls_only else groups
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    ends = np.cumsum([data.n_obs for data in adatas])
-
     trained = trained_on(groups, splits, controls_only)
     if processor is not None:
-        processor = widened(processor, groups[trained])
+        processor = further_processor(source, processor, trained)
     else:
-        sizes = groups["stop"] - groups["start"]
-        in_training = np.repeat(trained, sizes)[place]
-        processor = _fit(adatas, np.split(in_training, ends[:-1]), hvg_on_all, processor_options)
+        everything = np.ones(len(groups), dtype=bool) if hvg_on_all else None
+        processor = fit_processor(source, source.reader, trained, chosen_on=everything, **fit_options)
     check_names(groups, processor)
-    decoded = processor.gene_input is not None
-    features = np.empty((len(order), processor.feature_dim), dtype=np.float32)
-    genes = np.empty((len(order), len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
-    for path, data, rows in zip(files, adatas, np.split(place, ends[:-1])):
-        with naming(path):
-            features[rows] = processor.features(data)
-            if genes is not None:
-                genes[rows] = processor.gene_features(data)
-    return Cells(features, genes, groups), processor
+    return Cells(*source.features(processor), groups), processor
 
 
-def training_names(groups: pd.DataFrame, reader: StateProcessor, genes: list[str]) -> Vocabulary:
-    """The names of the groups that are trained on, sorted, and the given genes.
-
-    Raises:
-        ValueError: the reader has perturbation features, and a perturbation has no vector.
+def load_cells(
+    splits: Splits,
+    contexts: list[str] | None = None,
+    genes: int | list[str] | None = None,
+    normalize: str = Normalize.AUTO,
+    target_sum: float | str | None = None,
+    hvg_on_all: bool = False,
+    processor: StateProcessor | None = None,
+    controls_only: bool = False,
+    **reading,
+) -> tuple[Cells, StateProcessor]:
     """
-    singles = sorted({part for name in groups["perturbation"].unique() for part in reader.split_combination(name)})
-    if reader.perturbation_features is not None:
-        reader.perturbation_features.check_covers(singles, "of the training cells")
-    batches = sorted(groups["batch"].unique()) if "batch" in groups else []
-    return Vocabulary(genes, singles, sorted(groups["context"].unique()), batches)
+    The cells of files, read into memory block by block; see [`load`].
 
-
-def widened(processor: StateProcessor, groups: pd.DataFrame) -> StateProcessor:
-    """A checkpoint's processor that also knows the names of these groups, on which its model is trained further."""
-    return processor.with_vocabulary(processor.vocabulary.merged(training_names(groups, processor, [])))
-
-
-def label_reader(options: dict) -> StateProcessor:
-    """A processor that can read labels and knows nothing else yet."""
-    names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator")
-    return StateProcessor(**{name: options[name] for name in names if name in options})
-
-
-def _fit(adatas: list[ad.AnnData], masks: list[np.ndarray], hvg_on_all: bool, options: dict) -> StateProcessor:
-    """A processor of the training cells alone; with `hvg_on_all` its genes come from all cells."""
-    training = [data[mask] for data, mask in zip(adatas, masks) if mask.any()]
-    if hvg_on_all and isinstance(options.get("genes"), int):
-        everything = StateProcessor.fit(adatas, **{**options, "perturbation_features": None})
-        options = {**options, "genes": everything.vocabulary.genes}
-    return StateProcessor.fit(training, **options)
+    Args:
+        splits ([`Splits`]): the files of each dataset, and what is held out of them.
+        contexts (`list[str]`, *optional*): use only these contexts of the files.
+        genes, normalize, target_sum: see [`StateProcessor.fit`].
+        reading: the arguments of [`StateProcessor`] that say how files are read.
+    """
+    reader = processor or StateProcessor(**reading)
+    options = {} if processor is not None else {"genes": genes, "normalize": normalize, "target_sum": target_sum}
+    source = FileSource(splits.datasets, reader, contexts)
+    return load(source, splits, hvg_on_all, processor, controls_only, **options)
 
 
 def check_names(groups: pd.DataFrame, processor: StateProcessor):

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from pertstate._version import __version__
+from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
-from pertstate.data.cells import GROUP_KEYS, with_rows
+from pertstate.base.processor_files import READING
 
 
 STORE_FILE = "store.json"
@@ -26,7 +27,6 @@ EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 _OPTIONAL = ("batch_key", "gene_input", "combination_separator")
 _COUNTS = ("uint8", "uint16", "uint32")
 
-READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
 
 
 @dataclass

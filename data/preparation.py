@@ -23,22 +23,13 @@ import scipy.sparse as sp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pertstate.base.cell_values import (
-    TARGET_SUM,
-    kind_of_values,
-    listed_genes,
-    matrix_of,
-    resolve_normalisation,
-    resolve_target_sum,
-    shared_genes,
-    take_rows,
-)
-from pertstate.base.constants import Normalize, Split, Values
+from pertstate.base.cell_source import GROUP_KEYS, Places, Recipe, check_controls, choose_genes, settle_values
+from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import closest, given
+from pertstate.base.processor_files import READING
 from pertstate.data.arguments import DataArguments, PrepareArguments
-from pertstate.data.cells import assign_splits, trained_on, with_rows
-from pertstate.data.genes import variable_genes
+from pertstate.data.cells import assign_splits, trained_on
 from pertstate.data.knockdown import filter_knockdowns
 from pertstate.data.manifest import (
     BARCODE,
@@ -47,27 +38,19 @@ from pertstate.data.manifest import (
     GENE_IDS,
     GENE_VALUES,
     OBS,
-    READING,
     STORE_FILE,
     TOTAL,
     Manifest,
     files_of,
     sha256_of,
 )
-from pertstate.data.reading import AnnDataFile, naming
-from pertstate.data.source import (
-    Recipe,
-    Source,
-    SourceReader,
-    drop_empty,
-    find_groups,
-    open_source,
-)
-from pertstate.data.splits import Splits
+from pertstate.data.reading import AnnDataFile
+from pertstate.data.source import FilePart, FileSource, open_part
 from pertstate.data.store import CellStore
 from pertstate.processing import StateProcessor
 
 
+LARGEST_COUNT = 2**32 - 1  # a store keeps counts in 32 bits at most
 PLACE = "place"  # of a cell in the store, while it is on its way there
 
 
@@ -100,9 +83,8 @@ def prepare(
         raise ValueError("data.store names a store: give the files that a new one is made of, in datasets or splits")
     if num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, found {num_proc}")
-    splits = data.resolve_splits()
     with _building(Path(output)) as folder:
-        plan = _plan(data, splits, options, quiet)
+        plan = _plan(data, options, quiet)
         runs = _write_runs(plan, folder, num_proc, quiet)
         shards = _write_shards(plan.layout, folder, runs, num_proc, quiet)
         _write_descriptions(plan, folder, shards)
@@ -167,135 +149,62 @@ class _Layout:
 class _Plan:
     """Everything known before the cells are written."""
 
-    sources: list[Source]
+    source: FileSource
     layout: _Layout
-    reader: StateProcessor
-    target_sum: float
+    processor: StateProcessor
     highly_variable: int | None
     notes: list[str]
 
-    def next_places(self) -> list[np.ndarray]:
-        """For each source, the place of its first cell of each group: the cells of a group are in the order of files."""
-        sizes = self.layout.sizes
-        place = np.cumsum(sizes) - sizes
-        places = []
-        for source in self.sources:
-            places.append(place.copy())
-            place = place + np.bincount(source.codes[source.codes >= 0], minlength=len(sizes))
-        return places
+    def places(self) -> list[Places]:
+        """For each file, the places of its cells: the cells of a group are in the order of the files."""
+        places, found = Places(self.layout.sizes), []
+        for file in self.source.parts:
+            found.append(places.copy())
+            places.pass_over(file.codes)
+        return found
 
 
-def _plan(data: DataArguments, splits: Splits, options: PrepareArguments, quiet: bool) -> _Plan:
-    names = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
-    reader = StateProcessor(**{name: getattr(data, name) for name in names})
-    sources, groups = find_groups(splits.datasets, reader, data.contexts)
-    groups, sizes = _check_groups(sources, groups, data)
-    recipe = _recipe(data)
+def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
+    source = data.file_source()
+    splits = data.resolve_splits(source.groups)
     notes: list[str] = []
-    if recipe.expression is not None:
-        for source in sources:
-            with naming(source.path):
-                shared_genes([source])  # raises, with the name of the file, if it has no genes or one twice
-        reader.normalize, recipe.kind = _look_at_values(sources, recipe.expression, data.normalize)
-        recipe.genes = [str(gene) for gene in shared_genes(sources)]
-        everything = set().union(*(source.var_names for source in sources))
-        if len(everything) > len(recipe.genes):
-            left = len(everything) - len(recipe.genes)
-            notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
-    bar = partial(
-        tqdm, total=sum(len(source.codes) for source in sources), unit="cells", unit_scale=True, disable=quiet
-    )
+    everything = set().union(*(file.var_names for file in source.parts))
+    if source.expression is not None and len(everything) > len(source.genes):
+        left = len(everything) - len(source.genes)
+        notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
 
-    def trained_groups() -> np.ndarray:
-        return trained_on(assign_splits(with_rows(groups, sizes), splits, reader.control), splits)
+    def trained() -> np.ndarray:
+        return trained_on(assign_splits(source.groups, splits, source.reader.control), splits)
 
-    target_sum: float = TARGET_SUM
-    if data.target_sum is not None:
-        with bar(desc="count") as progress:
-            target_sum = resolve_target_sum(
-                data.target_sum,
-                reader.normalize,
-                recipe.matrices[0],
-                lambda: _totals(sources, recipe, trained_groups(), progress.update),
-            )
+    check_controls(source.groups, source.reader)
+    with _progress(source, "count", quiet or data.target_sum != "median"):
+        values = settle_values(source, source.reader, trained(), data.normalize, data.target_sum)
     if options.knockdown_filter:
-        if recipe.expression is None:
+        if source.expression is None:
             raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
-        with bar(desc="judge knock-downs") as progress:
-            notes += filter_knockdowns(sources, groups, recipe, reader, options, target_sum, progress.update)
-        groups, sizes = drop_empty(sources, groups)
-    genes = data.chosen_genes() if recipe.expression is not None else None
-    variable = genes if isinstance(genes, int) else None
-    if variable is not None:
-        wanted = np.ones(len(groups), dtype=bool) if data.hvg_on_all else trained_groups()
-        with bar(desc="choose genes") as progress:
-            recipe.genes = _variable_genes(sources, recipe, wanted, variable, target_sum, progress.update)
-    elif genes is not None:
-        recipe.genes = listed_genes(genes, pd.Index(recipe.genes))
-    columns = _obs_columns(sources, reader, options.obs_columns, notes)
-    layout = _Layout(groups, sizes, recipe, options, columns, _cells_of_shard(sources, recipe, options))
-    return _Plan(sources, layout, reader, target_sum, variable, notes)
+        with _progress(source, "judge knock-downs", quiet):
+            notes += filter_knockdowns(source, options, values.target_sum)
+    asked = data.chosen_genes()
+    wanted = np.ones(len(source.groups), dtype=bool) if data.hvg_on_all else trained()
+    with _progress(source, "choose genes", quiet or not isinstance(asked, int)):
+        genes = choose_genes(source, values.target_sum, wanted, asked)
+    columns = _obs_columns(source.parts, source.reader, options.obs_columns, notes)
+    recipe = source.recipe(genes)
+    groups = source.groups[[name for name in GROUP_KEYS if name in source.groups]]
+    layout = _Layout(groups, source.sizes, recipe, options, columns, _cells_of_shard(source.parts, recipe, options))
+    variable = asked if isinstance(asked, int) and source.expression is not None else None
+    return _Plan(source, layout, values, variable, notes)
 
 
-def _check_groups(sources: list[Source], groups: pd.DataFrame, data: DataArguments) -> tuple[pd.DataFrame, np.ndarray]:
-    """The groups that have cells, and their sizes. ValueError if a context, the controls or all cells are missing."""
-    for context in data.contexts or ():
-        if context not in set(groups["context"]):
-            found = sorted(groups["context"].unique())
-            raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, found)}")
-    groups, sizes = drop_empty(sources, groups)
-    if not len(groups):
-        raise ValueError("the files hold no cells")
-    if data.control not in set(groups["perturbation"]):
-        raise ValueError(
-            f"no control cells: no cell has obs[{data.perturbation_key!r}] == {data.control!r}, found "
-            f"{some(groups['perturbation'].unique())}; say which label marks the controls with control="
-        )
-    return groups, sizes
-
-
-def _recipe(data: DataArguments) -> Recipe:
-    embedded = data.input.startswith("obsm/")
-    if data.gene_input is not None and not embedded:
-        raise ValueError(
-            f"gene_input={data.gene_input!r} goes with an embedding; input={data.input!r} is expression itself"
-        )
-    return Recipe(data.gene_input if embedded else data.input, data.input if embedded else None, None, [])
-
-
-def _look_at_values(sources: list[Source], expression: str, asked: str) -> tuple[str, str]:
-    """`normalize`, and what the expression is. Every cell is checked against it later."""
-    found = set()
-    for source in sources:
-        with AnnDataFile(source.path) as data, naming(source.path):
-            found.add(kind_of_values(take_rows(matrix_of(data, expression), slice(0, 2000))))
-    normalize, values = resolve_normalisation(asked, found, expression)
-    return normalize, Values.COUNTS if normalize == Normalize.COUNTS_TO_LOG1P else values
-
-
-def _totals(sources: list[Source], recipe: Recipe, wanted: np.ndarray, progress: Callable) -> np.ndarray:
-    """The total counts of each cell of the wanted groups."""
-    totals: list = [np.empty(0)]
-    for source in sources:
-        with open_source(source, recipe) as reading:
-            for rows, block in reading.blocks(wanted):
-                totals.append(block.totals)
-                progress(rows.stop - rows.start)
-    return np.concatenate(totals)
-
-
-def _variable_genes(sources, recipe: Recipe, wanted: np.ndarray, number: int, target_sum: float, progress) -> list[str]:
-    def read(reading: SourceReader, rows: slice) -> sp.csr_matrix:
-        progress(rows.stop - rows.start)
-        return reading.read(rows, wanted).log1p(target_sum)
-
-    with ExitStack() as stack:
-        blocks: list[tuple[int, Callable]] = []
-        for source in sources:
-            reading = stack.enter_context(open_source(source, recipe))
-            of_training = (source.codes >= 0) & wanted[source.codes]
-            blocks += [(int(of_training[rows].sum()), partial(read, reading, rows)) for rows in reading.slices()]
-        return variable_genes(blocks, recipe.genes, number)
+@contextmanager
+def _progress(source: FileSource, what: str, quiet: bool) -> Iterator[None]:
+    """A progress bar of the cells that are read of a source."""
+    with tqdm(total=int(source.sizes.sum()), unit="cells", unit_scale=True, disable=quiet, desc=what) as bar:
+        source.progress = bar.update
+        try:
+            yield
+        finally:
+            source.progress = None
 
 
 def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:
@@ -325,7 +234,7 @@ def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes
     return {name: kind for name, kind in together.items() if all(name in columns for columns in in_all)}
 
 
-def _columns_of(source: Source) -> list[str]:
+def _columns_of(source: FilePart) -> list[str]:
     with AnnDataFile(source.path) as data:
         return data.obs_columns
 
@@ -337,11 +246,11 @@ def _kind_of_column(dtype) -> str:
     return {"b": "bool", "i": "int64", "u": "int64", "f": "float64"}.get(kind, "string")
 
 
-def _cells_of_shard(sources: list[Source], recipe: Recipe, options: PrepareArguments) -> int:
+def _cells_of_shard(sources: list[FilePart], recipe: Recipe, options: PrepareArguments) -> int:
     """How many cells make a shard of the size that is asked for, judged by the first cells of each file."""
     of_cell, cells = 0.0, 0
     for source in sources:
-        with open_source(source, recipe) as reading:
+        with open_part(source, recipe) as reading:
             block = next((block for _, block in reading.blocks()), None)
         if block is None:
             continue
@@ -368,25 +277,26 @@ class _Run:
 
 def _write_runs(plan: _Plan, folder: Path, num_proc: int, quiet: bool) -> list[_Run]:
     jobs = [
-        partial(_write_run, source, places, folder / f"run-{i}.arrow", plan.layout)
-        for i, (source, places) in enumerate(zip(plan.sources, plan.next_places()))
+        partial(_write_run, file, places, folder / f"run-{i}.arrow", plan.layout)
+        for i, (file, places) in enumerate(zip(plan.source.parts, plan.places()))
     ]
-    sizes = [len(source.codes) for source in plan.sources]
+    sizes = [len(file.codes) for file in plan.source.parts]
     return _do(jobs, sizes, "read", num_proc, quiet, inner_progress=True)
 
 
-def _write_run(source: Source, places: np.ndarray, path: Path, layout: _Layout, progress=None) -> _Run:
+def _write_run(file: FilePart, places: Places, path: Path, layout: _Layout, progress=None) -> _Run:
     shards, largest, writer = [], 0.0, None
-    with open_source(source, layout.recipe) as reading, ExitStack() as stack:
+    with open_part(file, layout.recipe) as reading, ExitStack() as stack:
         for rows, block in reading.blocks():
             order = np.argsort(block.codes, kind="stable")
-            codes = block.codes[order]
-            first = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]])
-            sizes = np.diff(np.r_[first, len(codes)])
-            place = places[codes] + np.arange(len(codes)) - np.repeat(first, sizes)
-            places[codes[first]] += sizes
+            place = places.take(block.codes)[order]
             if block.expression is not None and block.expression.nnz:
                 largest = max(largest, float(block.expression.data.max()))
+                if layout.recipe.kind == Values.COUNTS and largest > LARGEST_COUNT:
+                    raise ValueError(
+                        f"{layout.recipe.expression} holds a count of {largest:.0f} in cells {rows.start} to {rows.stop - 1}; "
+                        f"expected at most {LARGEST_COUNT:,} (2^32 - 1)"
+                    )
             batch = _arrow_of(block, reading.data.obs_rows(rows, list(layout.obs_columns)), rows.start, order, layout)
             batch = batch.append_column(PLACE, pa.array(place))
             if writer is None:
@@ -516,17 +426,17 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
     manifest = Manifest(
         cells=plan.layout.cells,
         genes=recipe.genes,
-        reading={name: getattr(plan.reader, name) for name in READING},
+        reading={name: getattr(plan.processor, name) for name in READING},
         expression=recipe.kind,
         layout="dense" if plan.layout.options.layout == "dense" else "sparse",
         dtype=np.dtype(values.to_pandas_dtype()).name,
         embedding_dim=schema.field(EMBEDDING).type.list_size if EMBEDDING in schema.names else None,
-        normalize=plan.reader.normalize,
-        target_sum=plan.target_sum,
+        normalize=plan.processor.normalize,
+        target_sum=given("target_sum", plan.processor.target_sum),
         vocabularies=vocabularies,
         groups=groups,
         shards=shards,
-        sources=[_describe(source) for source in plan.sources],
+        sources=[_describe(file) for file in plan.source.parts],
         highly_variable=plan.highly_variable,
         notes=plan.notes,
     )
@@ -534,7 +444,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
     manifest.write(folder / STORE_FILE)
 
 
-def _describe(source: Source) -> dict:
+def _describe(source: FilePart) -> dict:
     files = files_of(source.path)
     return {
         "dataset": source.dataset,

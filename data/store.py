@@ -13,21 +13,12 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from pertstate.base.cell_values import listed_genes, normalize_counts, resolve_target_sum
-from pertstate.base.constants import Normalize, Values
-from pertstate.base.messages import some
+from pertstate.base.cell_source import Block, LazyBlock, WholeSource, check_contexts
+from pertstate.base.cell_values import normalize_counts
+from pertstate.base.constants import Values
+from pertstate.base.messages import given, some
 from pertstate.base.vocabulary import PerturbationFeatures
-from pertstate.data.cells import (
-    Cells,
-    assign_splits,
-    check_names,
-    controls_alone,
-    keep_contexts,
-    trained_on,
-    training_names,
-    widened,
-)
-from pertstate.data.genes import variable_genes
+from pertstate.data.cells import Cells, load
 from pertstate.data.manifest import (
     BARCODE,
     EMBEDDING,
@@ -35,7 +26,6 @@ from pertstate.data.manifest import (
     GENE_IDS,
     GENE_VALUES,
     OBS,
-    READING,
     STORE_FILE,
     TOTAL,
     Manifest,
@@ -374,147 +364,79 @@ class StoredRows:
         part.astype(np.float32, copy=False).toarray(out=out)
 
 
+class StoreSource(WholeSource):
+    """
+    The cells of a store as a source.
+
+    Args:
+        store ([`CellStore`]): the cells.
+        contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
+        features ([`PerturbationFeatures`], *optional*): vectors of the perturbations.
+
+    Raises:
+        ValueError: a context is not there.
+    """
+
+    def __init__(
+        self, store: CellStore, contexts: list[str] | None = None, features: PerturbationFeatures | None = None
+    ):
+        manifest = store.manifest
+        self.store, self.reader = store, StateProcessor(**manifest.reading, perturbation_features=features)
+        self.groups = store.groups
+        if contexts is not None:
+            check_contexts(contexts, store.groups)
+            self.groups = self.groups[self.groups["context"].isin(contexts)].reset_index(drop=True)
+        self.genes, self.embedding_dim = manifest.genes, manifest.embedding_dim
+        self.expression = None if manifest.expression is None else str(store.path)
+        self.normalize, self.target_sum = manifest.normalize, manifest.target_sum
+
+    def kinds(self) -> set[str]:
+        return {given("expression", self.store.manifest.expression)}
+
+    @contextmanager
+    def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
+        groups = self.groups if wanted is None else self.groups[wanted]
+        starts, stops = groups["start"].to_numpy(), groups["stop"].to_numpy()
+        gaps = np.flatnonzero(starts[1:] != stops[:-1])
+        runs = zip(starts[np.r_[0, gaps + 1]], stops[np.r_[gaps, len(stops) - 1]])
+        columns = None if genes is None else pd.Index(self.genes).get_indexer(genes)
+        spans = [(i, min(i + 4096, stop)) for start, stop in runs for i in range(start, stop, 4096)]
+        yield [(stop - start, partial(self._read, start, stop, columns)) for start, stop in spans]
+
+    def _read(self, start: int, stop: int, columns: np.ndarray | None) -> Block:
+        rows, manifest = np.arange(start, stop), self.store.manifest
+        codes = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
+        expression = totals = None
+        if manifest.expression is not None:
+            expression = self.store.expression(rows)
+            expression = expression if columns is None else expression[:, columns]
+            totals = self.store.totals(rows) if manifest.expression == Values.COUNTS else None
+        embedding = None if self.embedding_dim is None else self.store.embedding(rows)
+        return Block(rows, codes, expression, totals, embedding)
+
+    def totals(self, wanted: np.ndarray) -> np.ndarray:
+        groups = self.groups[wanted]
+        return np.concatenate([self.store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
+
+    def features(self, processor: StateProcessor) -> "tuple[StoredRows, StoredRows | None]":
+        decoded = processor.gene_input is not None
+        return StoredRows(self.store, processor), StoredRows(self.store, processor, "genes") if decoded else None
+
+
 def load_store(
     store: CellStore,
     splits: Splits,
     contexts: list[str] | None = None,
-    hvg_on_all: bool = False,
-    genes: int | list[str] | None = None,
-    normalize: str = Normalize.AUTO,
-    target_sum: "float | str | None" = None,
     perturbation_features: PerturbationFeatures | None = None,
-    set_size: int = 128,
-    processor: StateProcessor | None = None,
-    controls_only: bool = False,
+    **options,
 ) -> tuple[Cells, StateProcessor]:
     """
-    The cells of a store for a run. It is what [`load_cells`] does with files, but nothing is read into memory.
+    The cells of a store for a run, read when they are asked for; see [`load`]. By default values are normalised as the
+    store says.
 
     Args:
-        store ([`CellStore`]): the cells.
+        store, contexts, perturbation_features: see [`StoreSource`].
         splits ([`Splits`]): with the store's datasets.
-        contexts, hvg_on_all: see [`load_cells`].
-        genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones of the training cells, the
-            listed ones, or all genes of the store.
-        normalize (`str`), target_sum (`float` or `"median"`, *optional*): see [`StateProcessor.fit`]; by default those
-            of the store.
-        perturbation_features ([`PerturbationFeatures`], *optional*): see [`StateProcessor.fit`].
-        processor, controls_only: see [`load_cells`]. A processor brings its own genes, normalisation and features.
-
-    Raises:
-        KeyError, ValueError: the store lacks something that is asked for, or does not hold what the processor reads.
+        options: further arguments of [`load`].
     """
-    manifest = store.manifest
-    groups = store.groups[keep_contexts(store.groups, contexts)].reset_index(drop=True)
-    groups = assign_splits(groups, splits, manifest.reading["control"])
-    groups = controls_alone(groups) if controls_only else groups
-    trained = groups[trained_on(groups, splits, controls_only)]
-    if processor is not None:
-        _check_processor(store, processor)
-        processor = widened(processor, trained)
-    else:
-        normalize, values = _normalisation(manifest, normalize)
-        if target_sum is None:
-            target_sum = manifest.target_sum
-        else:
-            target_sum = resolve_target_sum(target_sum, normalize, str(store.path), lambda: _totals(store, trained))
-        chosen = _choose_genes(store, groups if hvg_on_all else trained, genes, target_sum)
-        processor = _processor_of(
-            store,
-            trained,
-            chosen,
-            normalize=normalize,
-            values=values,
-            target_sum=target_sum,
-            perturbation_features=perturbation_features,
-            set_size=set_size,
-        )
-    check_names(groups, processor)
-    decoded = processor.gene_input is not None
-    return Cells(
-        StoredRows(store, processor), StoredRows(store, processor, "genes") if decoded else None, groups
-    ), processor
-
-
-def _check_processor(store: CellStore, processor: StateProcessor):
-    """
-    Raises:
-        KeyError: the store lacks genes of the processor.
-        ValueError: the store does not hold what the processor reads.
-    """
-    manifest = store.manifest
-    if processor.values == Values.EMBEDDING and manifest.embedding_dim != processor.feature_dim:
-        found = "none" if manifest.embedding_dim is None else f"one of {manifest.embedding_dim}"
-        raise ValueError(
-            f"{store.path}: the checkpoint reads an embedding of {processor.feature_dim} dimensions, the store holds {found}"
-        )
-    if processor.vocabulary.genes:
-        raw = processor.normalize == Normalize.COUNTS_TO_LOG1P or processor.values == Values.COUNTS
-        if manifest.expression != (Values.COUNTS if raw else Values.LOG1P):
-            raise ValueError(
-                f"{store.path}: the checkpoint reads {Values.COUNTS if raw else 'log1p expression'}, the store holds "
-                f"{manifest.expression or 'only an embedding'}; prepare a store of the matrix that holds it (input: X or layers/NAME)"
-            )
-        listed_genes(processor.vocabulary.genes, pd.Index(manifest.genes))
-
-
-def _processor_of(store: CellStore, trained: pd.DataFrame, genes: list[str], values: str, **settings) -> StateProcessor:
-    """A processor that knows the labels of the training groups."""
-    manifest = store.manifest
-    reading = {name: manifest.reading[name] for name in READING}
-    reader = StateProcessor(**reading, perturbation_features=settings["perturbation_features"])
-    vocabulary = training_names(trained, reader, genes)
-    if manifest.embedding_dim is not None and values == Values.COUNTS:
-        raise ValueError(
-            f"the gene decoder predicts log1p expression, {manifest.reading['gene_input']} holds counts: use normalize='auto'"
-        )
-    return StateProcessor(
-        vocabulary,
-        **reading,
-        **settings,
-        values=Values.EMBEDDING if manifest.embedding_dim is not None else values,
-        feature_dim=manifest.embedding_dim if manifest.embedding_dim is not None else len(genes),
-    )
-
-
-def _normalisation(manifest: Manifest, asked: str) -> tuple[str, str]:
-    """`normalize` and `values` of the store's expression under the option that was asked for."""
-    if asked not in Normalize.OPTIONS:
-        raise ValueError(f"normalize={asked!r}; expected 'auto', 'counts_to_log1p' or 'none'")
-    asked = manifest.normalize if asked == Normalize.AUTO else asked
-    if asked == Normalize.NONE:
-        return Normalize.NONE, manifest.expression or Values.EMBEDDING
-    if manifest.expression != Values.COUNTS:
-        raise ValueError(
-            f"normalize='counts_to_log1p' is for counts; the store holds {manifest.expression or 'an embedding'}"
-        )
-    return Normalize.COUNTS_TO_LOG1P, Values.LOG1P
-
-
-def _totals(store: CellStore, groups: pd.DataFrame) -> np.ndarray:
-    return np.concatenate([store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
-
-
-def _choose_genes(store: CellStore, groups: pd.DataFrame, genes, target_sum: float) -> list[str]:
-    known = store.manifest.genes
-    if genes is None or store.manifest.expression is None:
-        return known
-    if isinstance(genes, str):
-        raise ValueError(f"genes={genes!r}: expected a number of highly variable genes, or a list of gene names")
-    if not isinstance(genes, (int, np.integer)):
-        return listed_genes(genes, pd.Index(known))
-    scaled = store.manifest.expression == Values.COUNTS
-
-    def read(start: int, stop: int) -> sp.csr_matrix:
-        rows = np.arange(start, stop)
-        part = store.expression(rows)
-        if scaled:
-            part.data = normalize_counts(part.data, store.totals(rows), target_sum, np.diff(part.indptr))
-        return part.astype(np.float32, copy=False)
-
-    starts, stops = groups["start"].to_numpy(), groups["stop"].to_numpy()
-    gaps = np.flatnonzero(starts[1:] != stops[:-1])
-    runs = zip(starts[np.r_[0, gaps + 1]], stops[np.r_[gaps, len(stops) - 1]])
-    spans = [(i, min(i + 4096, stop)) for start, stop in runs for i in range(start, stop, 4096)]
-    blocks = [(stop - start, partial(read, start, stop)) for start, stop in spans]
-    return variable_genes(blocks, known, int(genes))
+    return load(StoreSource(store, contexts, perturbation_features), splits, **options)

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from pertstate.base.cell_values import TARGET_SUM, cell_totals, kind_of_values, normalize_counts, wrong_kind
-from pertstate.base.constants import Normalize, Values
+from pertstate.base.constants import Values
 from pertstate.base.messages import some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
@@ -241,91 +241,124 @@ class CellBlock:
 
 class CellReader:
     """
-    Cells of a stream as a processor wants them: its genes in its order, normalised as it does.
+    Cells of a stream as they stand in it, checked, with the genes that are wanted.
 
     Args:
         source ([`CellStream`]): the stream.
-        processor ([`StateProcessor`]): what the model reads.
+        embedded (`bool`): read the embedding.
+        genes (`list[str]`, *optional*): read the expression of these genes; none where None.
         batch_names (`list[str]`, *optional*): also read the batch of each cell, as its place in this list. New names are
             added to the list.
 
+    Attributes:
+        kinds (`dict[str, str]`): the kinds of values that the expression read so far had ([`Values`]), each with the place
+            where it was found first.
+
     Raises:
-        KeyError: genes of the model are not in the stream.
-        ValueError: the processor reads an embedding (or expression, or batches) that the stream has no column for.
+        KeyError: the genes are not in the stream.
+        ValueError: the stream has no column for what is read.
     """
 
-    def __init__(self, source: "CellStream", processor: StateProcessor, batch_names: list[str] | None = None):
-        self.source, self.processor, self.batch_names = source, processor, batch_names
-        columns = source.columns
-        embedding = processor.values == Values.EMBEDDING
-        if embedding and columns.embedding is None:
-            raise ValueError(f"the processor reads {processor.input!r}; name the column with embedding=")
-        if (not embedding or processor.gene_input is not None) and source.genes is None:
-            raise ValueError("the processor reads expression; name the columns with gene_ids= and gene_values=")
-        if processor.batch_key is not None and columns.batch is None:
-            raise ValueError(f"the processor has batches ({processor.batch_key!r}); name the column with batch=")
-        self._columns = np.zeros(0, dtype=np.int32)
-        if source.genes is not None:
-            names = pd.Index(source.genes)
-            places = names.get_indexer(processor.vocabulary.genes)
-            missing = [gene for gene, place in zip(processor.vocabulary.genes, places) if place < 0]
+    def __init__(
+        self, source: "CellStream", embedded: bool, genes: list[str] | None, batch_names: list[str] | None = None
+    ):
+        self.source, self.embedded, self.batch_names = source, embedded, batch_names
+        self.genes, self.kinds = genes, {}
+        if embedded and source.columns.embedding is None:
+            raise ValueError("an embedding is read; name its column with embedding=")
+        if genes is not None:
+            names = pd.Index(source.gene_table[0])
+            places = names.get_indexer(genes)
+            missing = [gene for gene, place in zip(genes, places) if place < 0]
             if missing:
                 raise KeyError(
-                    f"{len(missing)} of the model's {len(places)} genes are missing from the stream: {missing[:10]} "
-                    f"(the stream's genes look like {some(names, 3)})"
+                    f"{len(missing)} of the model's {len(places)} genes are missing from the stream: {missing[:10]} (the "
+                    f"stream's genes look like {some(names, 3)})"
                 )
             self._columns = np.full(len(names), -1, dtype=np.int32)
             self._columns[places] = np.arange(len(places), dtype=np.int32)
 
     def read(self, block: CellBlock, rows: np.ndarray) -> CellRows:
-        """Some cells of a block, checked, in the model's units."""
-        processor, genes = self.processor, None
-        if processor.values == Values.EMBEDDING:
-            features = block.embedding(rows)
-            if len(rows) and features.shape[1] != processor.feature_dim:
-                raise ValueError(
-                    f"column {self.source.columns.embedding!r}: expected {processor.feature_dim} dimensions, found "
-                    f"{features.shape[1]} in {block.where(rows[0])}"
-                )
-            if processor.gene_input is not None:
-                genes = self._expression(block, rows, as_log1p=True)
-        else:
-            features = self._expression(block, rows, as_log1p=processor.values == Values.LOG1P)
+        """Some cells of a block: the embedding as features, or else the expression; beside the former, genes."""
+        expression = totals = None
+        if self.genes is not None:
+            expression, totals = self._expression(block, rows)
         batches = None if self.batch_names is None else block.batches(rows, self.batch_names)
-        return CellRows(features, genes, batches)
+        if self.embedded:
+            return CellRows(block.embedding(rows), expression, batches, totals)
+        return CellRows(expression, None, batches, totals)
 
-    def _expression(self, block: CellBlock, rows: np.ndarray, as_log1p: bool) -> sp.csr_matrix:
-        processor, columns = self.processor, self.source.columns
-        # None says that predictions are not scaled; it says nothing of the cells.
-        target_sum = TARGET_SUM if processor.target_sum is None else processor.target_sum
+    def _expression(self, block: CellBlock, rows: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
+        column = self.source.columns.total
         matrix = block.expression(rows)
-        expected = (
-            Values.COUNTS
-            if processor.normalize == Normalize.COUNTS_TO_LOG1P or processor.values == Values.COUNTS
-            else Values.LOG1P
-        )
         kind = kind_of_values(matrix)
-        if kind not in (expected, Values.ZEROS):
-            where = f"column {columns.gene_values!r} near {block.where(rows[0])}"
-            raise ValueError(wrong_kind(where, expected, kind, target_sum))
+        self.kinds.setdefault(kind, f"column {self.source.columns.gene_values!r} near {block.where(rows[0])}")
         # The library is that of the whole cell, so it is summed before genes are left out.
-        sums = cell_totals(matrix)
-        totals = sums
-        if columns.total is not None and expected == Values.COUNTS:
+        sums = totals = cell_totals(matrix)
+        if column is not None and kind in (Values.COUNTS, Values.ZEROS):
             totals = block.totals(rows)
             # Sums of counts are exact; a total that was itself stored in single precision is not.
             wrong = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
             if wrong.any():
                 at = np.flatnonzero(wrong)[0]
                 raise ValueError(
-                    f"column {columns.total!r} holds {totals[at]:g} in {block.where(rows[at])}, whose genes sum to "
+                    f"column {column!r} holds {totals[at]:g} in {block.where(rows[at])}, whose genes sum to "
                     f"{sums[at]:g}; expected the counts of the whole cell"
                 )
         places = self._columns[matrix.indices]
         kept = places >= 0
         before = np.concatenate([[0], np.cumsum(kept)])
-        data = matrix.data[kept].astype(np.float32)
-        indptr = before[matrix.indptr]
-        if expected == Values.COUNTS and as_log1p:
-            data = normalize_counts(data, totals, target_sum, np.diff(indptr))
-        return sp.csr_matrix((data, places[kept], indptr), shape=(len(rows), len(processor.vocabulary.genes)))
+        shape = (len(rows), len(self.genes or ()))
+        return sp.csr_matrix((matrix.data[kept], places[kept], before[matrix.indptr]), shape=shape), totals
+
+
+class FeatureReader:
+    """
+    Cells of a stream as a processor wants them: its genes in its order, normalised as it does.
+
+    Args:
+        source ([`CellStream`]): the stream.
+        processor ([`StateProcessor`]): what the model reads.
+
+    Raises:
+        KeyError, ValueError: see [`CellReader`].
+    """
+
+    def __init__(self, source: "CellStream", processor: StateProcessor):
+        if processor.batch_key is not None and source.columns.batch is None:
+            raise ValueError(f"the processor has batches ({processor.batch_key!r}); name the column with batch=")
+        embedded, decoded = processor.values == Values.EMBEDDING, processor.gene_input is not None
+        genes = processor.vocabulary.genes if decoded or not embedded else None
+        self.processor, self._cells = processor, CellReader(source, embedded, genes)
+
+    def read(self, block: CellBlock, rows: np.ndarray) -> CellRows:
+        """Some cells of a block, checked, in the model's units."""
+        cells = self._cells.read(block, rows)
+        processor, columns = self.processor, self._cells.source.columns
+        for kind, where in self._cells.kinds.items():
+            if kind not in (processor.expects, Values.ZEROS):
+                raise ValueError(wrong_kind(where, processor.expects, kind, processor.target_sum or TARGET_SUM))
+        if processor.values == Values.EMBEDDING and len(rows) and cells.features.shape[1] != processor.feature_dim:
+            raise ValueError(
+                f"column {columns.embedding!r}: expected {processor.feature_dim} dimensions, found "
+                f"{cells.features.shape[1]} in {block.where(rows[0])}"
+            )
+        return in_units_of(processor, cells)
+
+
+def in_units_of(processor: StateProcessor, cells: CellRows) -> CellRows:
+    """Cells as they stand in the data, with the model's genes, turned into what the model reads."""
+
+    def expression(matrix: sp.csr_matrix, as_log1p: bool) -> sp.csr_matrix:
+        if as_log1p and processor.expects == Values.COUNTS:
+            # None says that predictions are not scaled; it says nothing of the cells.
+            target_sum = TARGET_SUM if processor.target_sum is None else processor.target_sum
+            data = normalize_counts(matrix.data, cells.totals, target_sum, np.diff(matrix.indptr))
+        else:
+            data = matrix.data.astype(np.float32)
+        return sp.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)
+
+    if processor.values == Values.EMBEDDING:
+        genes = None if cells.genes is None else expression(cells.genes, as_log1p=True)
+        return CellRows(cells.features, genes, cells.batches)
+    return CellRows(expression(cells.features, processor.values == Values.LOG1P), None, cells.batches)

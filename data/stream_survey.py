@@ -1,22 +1,30 @@
 """The first look over a stream of cells: vocabularies, control cells to draw from, cells to evaluate on."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from pertstate.base.cell_values import kind_of_values, resolve_normalisation, resolve_target_sum
+from pertstate.base.cell_source import (
+    GROUP_KEYS,
+    Block,
+    CellSource,
+    LazyBlock,
+    fit_processor,
+    further_processor,
+    with_rows,
+)
 from pertstate.base.constants import Normalize, Split, Values
 from pertstate.base.messages import closest, some
-from pertstate.base.processor_files import PROCESSOR_SETTINGS
-from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.cell_pool import CellRows, Reservoirs
-from pertstate.data.cells import Cells, check_names, sort_into_groups
+from pertstate.data.cells import Cells, check_names, sort_into_groups, trained_on
 from pertstate.data.splits import Splits
-from pertstate.data.stream_blocks import CellKey, CellReader
+from pertstate.data.stream_blocks import CellKey, CellReader, in_units_of
 from pertstate.data.stream_reading import CellStream
 from pertstate.processing import StateProcessor
 
@@ -140,19 +148,69 @@ class StreamSurvey:
         )
 
 
+class StreamSample(CellSource):
+    """
+    The cells that a first look over a stream kept, as a source: its groups are those of the whole look, its cells a sample
+    of them.
+
+    Args:
+        reader ([`StateProcessor`]): how labels are read.
+        counts (`dict[CellKey, int]`): cells of each group that were seen.
+        cells ([`CellReader`]): read the sample.
+        samples (list of `(CellRows, dict)`): cells as they stand in the stream, and of each (dataset, context,
+            perturbation) the rows of its cells among them.
+    """
+
+    def __init__(self, reader: StateProcessor, counts: dict[CellKey, int], cells: CellReader, samples: list):
+        self.reader, self._cells, self._samples = reader, cells, samples
+        keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
+        groups = pd.DataFrame([key[: len(keys)] for key in sorted(counts)], columns=keys, dtype=object)
+        self.groups = with_rows(groups, np.array([counts[key] for key in sorted(counts)], dtype=np.int64))
+        self.genes = cells.genes or []
+        self.expression = None if cells.genes is None else f"column {cells.source.columns.gene_values!r}"
+        self.embedding_dim = samples[0][0].features.shape[1] if cells.embedded else None
+
+    def kinds(self) -> set[str]:
+        return set(self._cells.kinds)
+
+    @contextmanager
+    def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
+        keys = list(self.groups[list(GROUP_KEYS[:3])].itertuples(index=False, name=None))
+        # The batch of a cell does not matter here: the first group of its other labels stands for them.
+        code_of = {key: code for code, key in reversed(list(enumerate(keys))) if wanted is None or wanted[code]}
+        columns = None if genes is None else pd.Index(self.genes).get_indexer(genes)
+        yield [
+            (len(rows), partial(self._read, cells, rows, code_of[key], columns))
+            for cells, of_key in self._samples
+            for key, rows in of_key.items()
+            if key in code_of and len(rows)
+        ]
+
+    def _read(self, cells: CellRows, rows: np.ndarray, code: int, columns: np.ndarray | None) -> Block:
+        taken = cells.take(rows)
+        expression = taken.genes if self._cells.embedded else taken.features
+        if expression is not None and columns is not None:
+            expression = expression[:, columns]
+        counts = self.kinds() <= {Values.COUNTS, Values.ZEROS}
+        embedding = taken.features if self._cells.embedded else None
+        return Block(rows, np.full(len(rows), code), expression, taken.totals if counts else None, embedding)
+
+    def in_units_of(self, processor: StateProcessor, cells: CellRows) -> CellRows:
+        """Some cells of the sample as a model reads them."""
+        places = pd.Index(self.genes).get_indexer(processor.vocabulary.genes)
+        if self._cells.embedded:
+            genes = None if cells.genes is None else cells.genes[:, places]
+            return in_units_of(processor, replace(cells, genes=genes))
+        return in_units_of(processor, replace(cells, features=cells.features[:, places]))
+
+
 def survey_stream(
     source: CellStream,
     splits: Splits | None = None,
     processor: StateProcessor | None = None,
-    control: str = "control",
-    genes: list[str] | None = None,
-    input: str = "X",
-    gene_input: str | None = None,
+    genes: int | list[str] | None = None,
     normalize: str = Normalize.AUTO,
-    combination_separator: str | None = "+",
-    set_size: int = 128,
-    target_sum: float | None = None,
-    perturbation_features: PerturbationFeatures | None = None,
+    target_sum: float | str | None = None,
     control_matching: str = "context",
     reservoir_cells: int = 2048,
     fill_cells: int | None = None,
@@ -160,6 +218,7 @@ def survey_stream(
     baseline_cells: int = 0,
     seed: int = 0,
     progress: bool = True,
+    **reading,
 ) -> StreamSurvey:
     r"""
     Read a stream once before training: labels and kind of values for the processor, a random sample of the control
@@ -171,14 +230,11 @@ def survey_stream(
         source ([`CellStream`]): the stream.
         splits ([`Splits`], *optional*): what is held out; its datasets need no files. By default nothing is held out.
         processor ([`StateProcessor`], *optional*): of a checkpoint that is trained further.
-        control (`str`): the name of unperturbed cells.
-        genes (`list[str]`, *optional*): the model's genes, all of the stream by default. Highly variable genes are
-            chosen beforehand, on some files in memory.
-        input (`str`): `"X"` for expression; `"obsm/NAME"` for the stream's embedding, by the name that it has in AnnData.
-        gene_input (`str`, *optional*): for an embedding with a gene decoder, `"X"` or `"layers/NAME"`.
-        normalize, combination_separator, set_size, perturbation_features: as in [`StateProcessor.fit`].
-        target_sum (`float`, *optional*): what counts are scaled to, a cell; 10,000 by default. A median is not taken on
-            a stream.
+        genes (`int`, `list[str]` or None): the model's genes: this many highly variable ones of the sampled training cells
+            and controls, the ones listed, or all of the stream.
+        normalize: as in [`StateProcessor.fit`].
+        target_sum (`float`, `"median"` or None): as in [`StateProcessor.fit`]; the median is that of the sampled training
+            cells and controls.
         control_matching (`str`): which controls belong to a perturbed cell.
 
             - `"context"`: those of its dataset and context
@@ -192,6 +248,9 @@ def survey_stream(
             them.
         seed (`int`): seed of the samples.
         progress (`bool`): show a progress bar.
+        reading: the arguments of [`StateProcessor`] that say how files are read (`control`, `input`, `gene_input`,
+            `combination_separator`, ..), `set_size` and `perturbation_features`. The columns of labels are by default those
+            of the stream.
 
     Raises:
         KeyError: the stream lacks genes of the model.
@@ -200,30 +259,28 @@ def survey_stream(
     """
     if control_matching not in ("context", "batch"):
         raise ValueError(f"control_matching={control_matching!r}; {closest(control_matching, ('context', 'batch'))}")
-    if control_matching == "batch" and source.columns.batch is None:
+    columns = source.columns
+    if control_matching == "batch" and columns.batch is None:
         raise ValueError("control_matching='batch' needs the column with each cell's batch; name it with batch=")
-    if normalize not in Normalize.OPTIONS:
-        raise ValueError(f"normalize={normalize!r}; {closest(normalize, Normalize.OPTIONS)}")
     if fill_cells is not None and fill_cells < 1:
         raise ValueError(f"fill_cells={fill_cells}: expected at least 1 row, or None for all")
     template = processor
     if template is None:
-        template = StateProcessor(
-            vocabulary=Vocabulary(_genes_of_model(source, genes, input, gene_input)),
-            perturbation_key=source.columns.perturbation,
-            control=control,
-            context_key=source.columns.context,
-            batch_key=source.columns.batch,
-            input=input,
-            gene_input=gene_input,
-            combination_separator=combination_separator or None,
-            set_size=set_size,
-            perturbation_features=perturbation_features,
+        keys = {"perturbation_key": columns.perturbation, "context_key": columns.context, "batch_key": columns.batch}
+        template = StateProcessor(**{**keys, **reading})
+    embedded = template.input.startswith("obsm/")
+    if template.gene_input is not None and not embedded:
+        raise ValueError(
+            f"gene_input={template.gene_input!r} is for a model on embeddings; input={template.input!r} is expression itself"
         )
-    with_batches = source.columns.batch is not None
+    listed = list(map(str, genes)) if isinstance(genes, list) else None if processor is None else processor.vocabulary.genes
     batch_names: list[str] = []
-    reader = CellReader(source, processor, batch_names if with_batches else None) if processor is not None else None
-    settled = processor is not None
+    reader = CellReader(
+        source,
+        embedded,
+        None if embedded and template.gene_input is None else (listed or source.gene_table[0]),
+        batch_names if columns.batch is not None else None,
+    )
     generator = np.random.default_rng([seed, source.num_shards])
     controls = Reservoirs(reservoir_cells, generator)
     samples = {
@@ -253,13 +310,8 @@ def survey_stream(
             offers = [(controls, _together(of_control))]
             offers += [(samples[split], _together(groups)) for split, groups in of_split.items()]
             for reservoirs, groups in offers:
-                if not groups:
-                    continue
-                if reader is None or not settled:
-                    rows = np.concatenate([rows for *_, rows in groups])
-                    values, settled = _settle(source, template, normalize, target_sum, block, rows)
-                    reader = CellReader(source, values, batch_names if with_batches else None)
-                reservoirs.offer(groups, partial(reader.read, block))
+                if groups:
+                    reservoirs.offer(groups, partial(reader.read, block))
             cells += len(block)
             bar.update(len(block))
             if fill_cells is not None and cells >= fill_cells:
@@ -281,25 +333,39 @@ def survey_stream(
         cells=cells,
         complete=complete,
     )
-    if reader is None or not controls.owners():
+    if not controls.owners():
         found = sorted({key.perturbation for key in counts})
         raise ValueError(
-            f"no control cells among {cells} rows: none has {source.columns.perturbation!r} == {template.control!r}, "
+            f"no control cells among {cells} rows: none has {columns.perturbation!r} == {template.control!r}, "
             f"found {some(found)}; say which label marks the controls with control=, or raise fill_cells"
         )
     if not survey.trained:
         raise ValueError(f"the splits leave no cell for training among {cells} rows")
     if complete and splits is not None:
         splits.assign(_present(survey.counts, template.control))
-    survey.processor = processor if processor is not None else _fit(reader.processor, counts, splits)
-    labels = [(key[2], survey.split_of(*key)) for key in survey.counts]
-    check_names(pd.DataFrame(labels, columns=["perturbation", "split"]), survey.processor)
-    survey.controls, slots = _gather([controls])
+
+    # The sample says what the values are; then it is turned into what the model reads.
+    of_controls, slots = _gather([controls])
     for owner, part, rows in slots:
         survey.control_rows.setdefault(owner, {})[part] = rows
+    control_rows = {(*owner, template.control): np.concatenate([*of.values()]) for owner, of in survey.control_rows.items()}
+    kept = [(of_controls, control_rows)]
     if any(reservoirs.owners() for reservoirs in samples.values()):
-        survey.sampled, slots = _gather([reservoirs for reservoirs in samples.values() if reservoirs.owners()])
+        sampled, slots = _gather([reservoirs for reservoirs in samples.values() if reservoirs.owners()])
         survey.sampled_rows = {owner: rows for owner, _, rows in slots}
+        kept.append((sampled, survey.sampled_rows))
+    sample = StreamSample(template, counts, reader, kept)
+    groups = sample.groups.assign(
+        split=[survey.split_of(*key) or Split.UNUSED for key in sample.groups[list(GROUP_KEYS[:3])].to_numpy()]
+    )
+    trained = np.ones(len(groups), dtype=bool) if splits is None else trained_on(groups, splits)
+    if processor is None:
+        survey.processor = fit_processor(sample, template, trained, genes, normalize, target_sum)
+    else:
+        survey.processor = further_processor(sample, processor, trained)
+    check_names(groups, survey.processor)
+    survey.controls, *rest = [sample.in_units_of(survey.processor, rows) for rows, _ in kept]
+    survey.sampled = rest[0] if rest else None
     check_controls(sorted(survey.trained - set(survey.control_rows)))
     return survey
 
@@ -329,83 +395,6 @@ def _check_contexts(asked: list[str] | None, found: set[str], complete: bool):
     for context in asked or []:
         if complete and context not in found:
             raise ValueError(f"contexts names {context!r}, which is not in the data; {closest(context, sorted(found))}")
-
-
-def _genes_of_model(source: CellStream, genes, input: str, gene_input: str | None) -> list[str]:
-    if isinstance(genes, (int, np.integer, str)):
-        raise ValueError(
-            f"genes={genes!r}: expected a list of gene names; highly variable genes are not chosen on a stream, choose "
-            "them on some files in memory (StateProcessor.fit) and give their names"
-        )
-    embedding = input.startswith("obsm/")
-    if gene_input is not None and not embedding:
-        raise ValueError(
-            f"gene_input={gene_input!r} is for a model on embeddings; input={input!r} is expression itself"
-        )
-    if embedding and gene_input is None:
-        return []
-    if genes is not None:
-        return [str(gene) for gene in genes]
-    if source.genes is None:
-        raise ValueError(
-            "the stream has no expression; name its columns gene_ids and gene_values, or use input='obsm/NAME'"
-        )
-    return list(source.genes)
-
-
-def _settle(
-    source: CellStream, template: StateProcessor, normalize: str, target_sum, block, rows: np.ndarray
-) -> tuple[StateProcessor, bool]:
-    """A processor that knows what the values are, and whether these cells showed it (cells that are all 0 do not)."""
-    settings = {name: getattr(template, name) for name in PROCESSOR_SETTINGS}
-    embedding, decoder = template.input.startswith("obsm/"), template.gene_input is not None
-    settled, values = True, Values.EMBEDDING
-    if not embedding or decoder:
-        kind = kind_of_values(block.expression(rows))
-        settled = kind != Values.ZEROS
-        settings["normalize"], values = resolve_normalisation(
-            normalize, {kind}, f"column {source.columns.gene_values!r}"
-        )
-    elif normalize == Normalize.COUNTS_TO_LOG1P:
-        raise ValueError(
-            f"normalize='counts_to_log1p' is for counts; input={template.input!r} is an embedding: use 'none'"
-        )
-    if embedding and values == Values.COUNTS:
-        raise ValueError("the gene decoder predicts log1p expression, the stream holds counts: use normalize='auto'")
-    if target_sum is not None:
-        settings["target_sum"] = resolve_target_sum(target_sum, settings["normalize"], "the stream", _no_median)
-    if embedding and source.columns.embedding is None:
-        raise ValueError(f"input={template.input!r} is an embedding; name its column with embedding=")
-    settings["values"] = Values.EMBEDDING if embedding else values
-    settings["feature_dim"] = block.embedding(rows).shape[1] if embedding else len(template.vocabulary.genes)
-    settings["perturbation_features"] = template.perturbation_features
-    return StateProcessor(vocabulary=template.vocabulary, **settings), settled
-
-
-def _no_median() -> np.ndarray:
-    raise ValueError(
-        "target_sum='median' is not taken on a stream, which would be read once more for it; give a number"
-    )
-
-
-def _fit(values: StateProcessor, counts: "Counter[CellKey]", splits: Splits | None) -> StateProcessor:
-    """The processor with the vocabularies of the training cells, as `load_cells` takes them."""
-    names, contexts, batches = set(), set(), set()
-    for key in counts:
-        if key.perturbation == values.control:
-            training = splits is None or (key.dataset in splits.training and splits.split_of_context(*key[:2]) is None)
-        else:
-            training = _split_of(splits, *key[:3]) == Split.TRAIN
-        if training:
-            names.update(values.split_combination(key.perturbation))
-            contexts.add(key.context)
-            batches.update([] if key.batch is None else [key.batch])
-    settings = {name: getattr(values, name) for name in (*PROCESSOR_SETTINGS, "feature_dim")}
-    settings["perturbation_features"] = values.perturbation_features
-    if values.perturbation_features is not None:
-        values.perturbation_features.check_covers(names, "of the training cells")
-    vocabulary = Vocabulary(values.vocabulary.genes, sorted(names), sorted(contexts), sorted(batches))
-    return StateProcessor(vocabulary=vocabulary, **settings)
 
 
 def _without_batch(counts: "Counter[CellKey]") -> dict[tuple[str, str, str], int]:

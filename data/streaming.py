@@ -16,7 +16,7 @@ from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
-from pertstate.data.stream_blocks import CellBlock, CellKey, CellReader
+from pertstate.data.stream_blocks import CellBlock, CellKey, FeatureReader
 from pertstate.data.stream_reading import START, CellStream, Position
 from pertstate.data.stream_state import read_stream_state, write_stream_state
 from pertstate.data.stream_survey import StreamSurvey, check_controls
@@ -148,7 +148,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     def _use(self, survey: StreamSurvey):
         self.survey, self.processor = survey, survey.processor
-        self._reader = CellReader(self.source, survey.processor)
+        self._reader = FeatureReader(self.source, survey.processor)
         self._trained = survey.trained
         names = {key[2] for key in survey.counts if survey.split_of(*key) == Split.TRAIN}
         # One width for all sentences, so that they stack.

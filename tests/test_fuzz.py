@@ -22,12 +22,12 @@ from pertstate import StateForPerturbation, StateProcessor
 from pertstate.configuration_state import StateConfig
 from pertstate.data import (
     CellStore,
-    load_cells,
     load_store,
     prepare,
     read_h5ad,
 )
 from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.cells import load
 from pertstate.data.info import describe
 from pertstate.data.matrices import RowReader
 from pertstate.data.reading import AnnDataFile
@@ -126,7 +126,7 @@ def prepared(path, source, folder):
 
 def in_memory(path, source, _):
     data = DataArguments(datasets=str(path), input=source, normalize="none")
-    cells, processor = load_cells(data.resolve_splits(), **data.processor_options())
+    cells, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
     return cells.features, None, processor.vocabulary.genes
 
 
@@ -494,7 +494,7 @@ def test_labels_of_every_type(tmp_path, suffix, column, expected):
     wanted = {f"cell{i}": expected[i % 2] for i in range(CELLS)}
     assert found.astype(str).to_dict() == wanted
     data = DataArguments(datasets=str(path))
-    cells, _ = load_cells(data.resolve_splits(), **data.processor_options())
+    cells, _ = load(data.file_source(), data.resolve_splits(), **data.fit_options())
     assert set(cells.groups["context"]) == set(expected)
 
 

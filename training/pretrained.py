@@ -11,6 +11,7 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.modeling_finetuning import VocabularyChange
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.base.processor_files import READING
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.data.arguments import DataArguments
 from pertstate.data.perturbation_features import read_perturbation_features
@@ -22,8 +23,6 @@ from pertstate.processing import StateProcessor
 
 # Fields of the model section that name a checkpoint.
 NAMING = ("pretrained", "pretrained_revision")
-# How the labels and cells of files are found; this may differ from one laboratory to the next.
-_READING = ("perturbation_key", "control", "context_key", "batch_key", "combination_separator", "input", "gene_input")
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ class Pretrained:
         config.validate()
         return config
 
-    def processor_for(self, data: DataArguments, given: frozenset[str], reading: dict | None) -> StateProcessor:
+    def processor_for(self, data: DataArguments, given: frozenset[str], reading: dict | None = None) -> StateProcessor:
         """
-        The checkpoint's processor as it reads the data of a run; what the data section leaves open is filled in there.
+        The checkpoint's processor as it reads the data of a run: what the data section leaves open is as in the checkpoint.
 
         Args:
             data ([`DataArguments`]), given (`frozenset[str]`): the section, and which of its fields were set.
@@ -101,23 +100,18 @@ class Pretrained:
             ValueError: the section contradicts the checkpoint.
         """
         own = self.processor
-        for name in _READING:
-            if reading is not None:
-                setattr(data, name, reading[name])
-            elif name not in given:
-                setattr(data, name, getattr(own, name))
-        self._check_data(data, given)
-        data.normalize = own.normalize  # type: ignore[assignment]  # what a processor was checked to be
-        settings = {name: getattr(data, name) for name in _READING}
+        asked = {name: value for name, value in data.reading.items() if name in given} if reading is None else reading
+        settings = {name: asked.get(name, getattr(own, name)) for name in READING}
+        self._check_data(data, given, settings)
         if data.perturbation_features is not None and own.perturbation_features is not None:
             further = read_perturbation_features(data.perturbation_features)
-            further.check_control(data.control)
+            further.check_control(settings["control"])
             settings["perturbation_features"] = own.perturbation_features.extended(further)
         genes = data.chosen_genes()
         vocabulary = own.vocabulary.merged(Vocabulary(genes)) if isinstance(genes, list) else own.vocabulary
         return own.with_vocabulary(vocabulary, **settings)
 
-    def _check_data(self, data: DataArguments, given: frozenset[str]):
+    def _check_data(self, data: DataArguments, given: frozenset[str], reading: dict):
         own = self.processor
         wrong: dict[str, object] = {}
         if data.normalize not in (Normalize.AUTO, own.normalize):
@@ -130,17 +124,18 @@ class Pretrained:
             wrong["genes_file" if data.genes is None else "genes"] = "none, only dimensions of an embedding"
         if data.hvg_on_all:
             wrong["hvg_on_all"] = False
-        if data.input.startswith("obsm/") != (own.values == Values.EMBEDDING):
+        if reading["input"].startswith("obsm/") != (own.values == Values.EMBEDDING):
             wrong["input"] = f"{own.input!r}, {own.values} values"
-        if (data.gene_input is None) != (own.gene_input is None):
+        if (reading["gene_input"] is None) != (own.gene_input is None):
             wrong["gene_input"] = own.gene_input
         if data.perturbation_features is not None and own.perturbation_features is None:
             wrong["perturbation_features"] = "perturbation ids"
-        if data.control != own.control and own.control in own.vocabulary.perturbations:
+        if reading["control"] != own.control and own.control in own.vocabulary.perturbations:
             wrong["control"] = f"{own.control!r}, which has weights of its own"
         for name, has in wrong.items():
+            found = reading[name] if name in reading else getattr(data, name)
             raise ValueError(
-                f"data.{name}={getattr(data, name)!r} contradicts the checkpoint {self.name}, which has {has}; leave it out"
+                f"data.{name}={found!r} contradicts the checkpoint {self.name}, which has {has}; leave it out"
                 + ("" if name in given else " (it comes from the store)")
             )
 

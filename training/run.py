@@ -16,10 +16,10 @@ from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.configuration_state import StateConfig
-from pertstate.data.cells import Cells, load_cells
+from pertstate.data.cells import Cells, load
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.splits import Splits
-from pertstate.data.store import load_store
+from pertstate.data.store import StoreSource
 from pertstate.data.stores import open_store
 from pertstate.families import FAMILIES
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
@@ -113,15 +113,14 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
     store = None if data.store is None else open_store(data.store)
     if store is not None:
         data.check_store(store.manifest, run.given)
-    if pretrained is not None:
-        reading = None if store is None else store.manifest.reading
-        options = {"processor": pretrained.processor_for(data, run.given, reading), **data.further_options()}
-    elif store is not None:
-        options = data.store_options()
+    if pretrained is None:
+        processor, options = None, data.fit_options()
     else:
-        options = {"contexts": data.contexts, "hvg_on_all": data.hvg_on_all, **data.processor_options()}
-    splits = data.resolve_splits(None if store is None else store.groups)
-    return *(load_cells(splits, **options) if store is None else load_store(store, splits, **options)), splits
+        processor = pretrained.processor_for(data, run.given, None if store is None else store.manifest.reading)
+        options = {"processor": processor, "controls_only": data.controls_only}
+    source = data.file_source(processor) if store is None else StoreSource(store, data.contexts, data.features())
+    splits = data.resolve_splits(source.groups)
+    return *load(source, splits, **options), splits
 
 
 def check_further(run: RunConfig):
@@ -129,7 +128,7 @@ def check_further(run: RunConfig):
     Whether the options of training a checkpoint further fit the run.
 
     Raises:
-        ValueError: they are set, and the run names no checkpoint; or it names one and trains on a stream.
+        ValueError: they are set, and the run names no checkpoint.
     """
     if run.model.get("pretrained") is None or is_published(run.model):
         asked = [f"training.{name}" for name in ("lora_rank", "freeze_backbone") if run.training.get(name)]
@@ -147,11 +146,6 @@ def check_further(run: RunConfig):
             f"push_to_hub: others can use an adapter only if they can load its base model, but model.pretrained="
             f"{run.model['pretrained']!r} is a folder; push that and name the repository in model.pretrained, or leave "
             "push_to_hub out and push what pertstate merge makes"
-        )
-    elif run.stream.path is not None:
-        raise ValueError(
-            f"model.pretrained={run.model['pretrained']!r} can be trained further on files or a store, but stream.path is "
-            "set; make a store (pertstate prepare), or leave stream.path out"
         )
 
 

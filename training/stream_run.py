@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Split
@@ -18,18 +19,18 @@ from pertstate.data.streams import datasets_of, manifest_of, open_stream
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.pretrained import Pretrained
 from pertstate.training.run_config import RunConfig
 
 
 # Fields of the data section that a stream has no use for.
-_UNUSED = ("datasets", "store", "hvg_on_all", "small_groups", "sentences_per_group", "sentence_cap")
-# How a store read its files: the columns of labels, and the rest.
+_UNUSED = ("datasets", "store", "hvg_on_all", "controls_only", "small_groups", "sentences_per_group", "sentence_cap")
+# The columns of labels, which a stream names itself.
 _LABEL_KEYS = ("perturbation_key", "context_key", "batch_key")
-_READING = ("control", "input", "gene_input", "combination_separator")
 
 
 def from_stream(
-    run: RunConfig, training_arguments: Callable, resume: str | None
+    run: RunConfig, training_arguments: Callable, resume: str | None, pretrained: Pretrained | None = None
 ) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
     """
     Arguments, processor, what makes the datasets of the splits from a config, and a description.
@@ -37,6 +38,7 @@ def from_stream(
     Args:
         training_arguments (`Callable`): makes the arguments of a run; it is told whether the run has validation data.
         resume (`str`, *optional*): checkpoint that is continued: its first look over the stream is not taken again.
+        pretrained ([`Pretrained`], *optional*): checkpoint that is trained further.
 
     Raises:
         ValueError: fields of the run contradict one another; see also [`survey_stream`].
@@ -50,7 +52,7 @@ def from_stream(
     args = training_arguments(run, has_validation=holds_out(splits, Split.VAL))
     source = open_stream(stream, data.contexts)
     if resume is None:
-        survey = first_look(run, args, source, splits, manifest)
+        survey = first_look(run, args, source, splits, manifest, pretrained)
     else:
         processor = StateProcessor.from_pretrained(resume)
         state = read_stream_state(resume, args.process_index, args.world_size)
@@ -87,28 +89,34 @@ def first_look(
     source: CellStream,
     splits: Splits,
     manifest: Manifest | None,
+    pretrained: Pretrained | None,
 ) -> StreamSurvey:
     """The first look over the stream; a store is read as its files were."""
-    options = run.data.survey_options()
-    if manifest is not None:
-        options |= {name: manifest.reading[name] for name in _READING}
-        if options["normalize"] == Normalize.AUTO:
+    data = run.data
+    options: dict[str, Any] = {name: getattr(data, name) for name in ("normalize", "target_sum")}
+    if pretrained is not None:
+        prepared = None if manifest is None else manifest.reading
+        options = {"processor": pretrained.processor_for(data, run.given, prepared)}
+    elif manifest is not None:
+        # The model reads files like those that the store was made of, and not the columns of the store.
+        options |= manifest.reading
+        if data.normalize == Normalize.AUTO:
             options["normalize"] = manifest.normalize
-        if options["target_sum"] is None and options["normalize"] == Normalize.COUNTS_TO_LOG1P:
+        if data.target_sum is None and options["normalize"] == Normalize.COUNTS_TO_LOG1P:
             options["target_sum"] = manifest.target_sum
-    survey = survey_stream(
+    else:
+        options |= {name: value for name, value in data.reading.items() if name not in _LABEL_KEYS}
+    if pretrained is None:
+        options |= {"genes": data.chosen_genes(), "perturbation_features": data.features()}
+    return survey_stream(
         source,
         splits,
+        control_matching=data.control_matching,
         seed=seed_of(args),
         progress=args.should_log and not args.disable_tqdm,
         **options,
         **run.stream.survey_options(),
     )
-    if manifest is not None:
-        # The model reads files like those that the store was made of, and not the columns of the store.
-        for name in _LABEL_KEYS:
-            setattr(survey.processor, name, manifest.reading[name])
-    return survey
 
 
 def seed_of(args: StateTrainingArguments) -> int:

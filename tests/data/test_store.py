@@ -23,13 +23,13 @@ from pertstate.data import (
     CellStore,
     SentenceCollator,
     SentenceDataset,
-    load_cells,
     load_store,
     prepare,
     simulate_screen,
 )
 from pertstate.data.arguments import DataArguments, PrepareArguments
-from pertstate.data.store import StoredRows
+from pertstate.data.cells import load
+from pertstate.data.store import StoredRows, StoreSource
 from pertstate.data.stores import open_store, write_parquet
 from pertstate.processing import StateProcessor
 
@@ -230,7 +230,7 @@ def test_genes_of_a_file(folder, tmp_path):
     (tmp_path / "genes.txt").write_text("gene_9\n\ngene_2\n", encoding="utf-8")
     named = arguments(folder, genes_file=str(tmp_path / "genes.txt"))
     assert prepare(named, tmp_path / "s", quiet=True).manifest.genes == ["gene_9", "gene_2"]
-    _, processor = load_cells(named.resolve_splits(), **named.processor_options())
+    _, processor = load(named.file_source(), named.resolve_splits(), **named.fit_options())
     assert processor.vocabulary.genes == ["gene_9", "gene_2"]
     with pytest.raises(ValueError, match="set one of `genes` and `genes_file`"):
         arguments(folder, genes_file="x", genes=3)
@@ -280,10 +280,10 @@ def test_variable_genes_are_those_of_training_cells_in_memory(folder, tmp_path):
     held = {"test_contexts": ["type_1"], "genes": 25}
     store = prepare(arguments(folder, **held), tmp_path / "s", quiet=True)
     data = arguments(folder, **held)
-    _, expected = load_cells(data.resolve_splits(), **data.processor_options())
+    _, expected = load(data.file_source(), data.resolve_splits(), **data.fit_options())
     assert store.manifest.genes == expected.vocabulary.genes and store.manifest.highly_variable == 25
     everything = prepare(arguments(folder), tmp_path / "all", quiet=True)
-    _, chosen = load_store(everything, data.resolve_splits(everything.groups), **data.store_options())
+    _, chosen = load(StoreSource(everything, data.contexts, data.features()), data.resolve_splits(everything.groups), **data.fit_options())
     assert chosen.vocabulary == expected.vocabulary
     other = prepare(arguments(folder, **held, hvg_on_all=True), tmp_path / "t", quiet=True)
     assert other.manifest.genes != store.manifest.genes
@@ -381,8 +381,8 @@ def test_cells_and_processor_equal_those_of_the_files(folder, tmp_path, fields, 
     store = prepare(
         arguments(folder, **stored), tmp_path / "s", PrepareArguments(layout=layout, shard_megabytes=1), quiet=True
     )
-    cells, processor = load_cells(data.resolve_splits(), contexts=data.contexts, **data.processor_options())
-    from_store, fitted = load_store(store, data.resolve_splits(store.groups), **data.store_options())
+    cells, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
+    from_store, fitted = load(StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options())
     assert fitted.vocabulary == processor.vocabulary and fitted.to_dict() == processor.to_dict()
     columns = [name for name in cells.groups.columns if name not in ("start", "stop")]
     assert from_store.groups[columns].equals(cells.groups[columns])
@@ -427,7 +427,7 @@ def datasets_of(store, **options) -> SentenceDataset:
 
 def test_sentences_are_those_of_the_cells_in_memory(store, folder):
     data = arguments(folder, test_contexts=["type_1"])
-    cells, processor = load_cells(data.resolve_splits(), **data.processor_options())
+    cells, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
     for options in ({"seed": 3}, {"control_matching": "batch", "sentences_per_group": "equal"}):
         stored, in_memory = datasets_of(store, **options), SentenceDataset(cells, processor, "train", 6, **options)
         for epoch in (0, 1):
@@ -516,8 +516,8 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
     np.savez(tmp_path / "vectors.npz", **{name: np.eye(4, 6)[i] for i, name in enumerate(names)})
     fields = {"perturbation_features": str(tmp_path / "vectors.npz"), "test_perturbations": ["pert_3"]}
     data = arguments(folder, **fields)
-    expected, processor = load_cells(data.resolve_splits(), **data.processor_options())
-    cells, fitted = load_store(store, data.resolve_splits(store.groups), **data.store_options())
+    expected, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
+    cells, fitted = load(StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options())
     assert fitted.vocabulary == processor.vocabulary and "pert_3" not in fitted.vocabulary.perturbations
     one, other = (SentenceDataset(c, p, "test", 6, seed=1) for c, p in ((expected, processor), (cells, fitted)))
     for key, value in one[0].items():
@@ -526,7 +526,7 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
     np.savez(tmp_path / "fewer.npz", **{name: np.ones(6) for name in names[:2]})
     lacking = arguments(folder, perturbation_features=str(tmp_path / "fewer.npz"))
     with pytest.raises(ValueError, match="2 of 4 perturbations of the training cells have no vector"):
-        load_store(store, lacking.resolve_splits(store.groups), **lacking.store_options())
+        load(StoreSource(store, features=lacking.features()), lacking.resolve_splits(store.groups), **lacking.fit_options())
 
 
 def test_what_contradicts_the_store_is_said(store, folder, tmp_path):

@@ -268,7 +268,24 @@ def test_the_processor_is_that_of_the_training_cells(tmp_path):
     own, other = looked.processor.to_dict(), fitted.to_dict()
     assert own.pop("context_key") == "context" and other.pop("context_key") == "cell_type" and own == other
     again = survey(store(tmp_path), splits, processor=looked.processor)
-    assert again.processor is looked.processor and again.counts == looked.counts
+    assert again.processor.to_dict() == looked.processor.to_dict() and again.counts == looked.counts
+    assert again.processor.vocabulary == looked.processor.vocabulary
+
+
+def test_genes_and_median_of_the_sample_are_those_of_the_training_cells(tmp_path):
+    """The sample holds every cell here, so it must say what the cells themselves say."""
+    data = screen()
+    splits = holding_out(["type_1"])
+    looked = survey(
+        store(tmp_path), splits, genes=20, target_sum="median", reservoir_cells=1000, baseline_cells=1000, eval_cells=1000
+    )
+    training = data[(data.obs["cell_type"] != "type_1").to_numpy()]
+    fitted = StateProcessor.fit(training, batch_key="batch", genes=20, target_sum="median")
+    assert looked.processor.vocabulary == fitted.vocabulary and len(fitted.vocabulary.genes) == 20
+    assert looked.processor.target_sum == fitted.target_sum != 10_000
+    cells = looked.to_cells("train")
+    # With the control cells of the context that is held out.
+    assert {tuple(row) for row in fitted.features(training)} < {tuple(row) for row in cells.features}
 
 
 # What is held out
@@ -754,8 +771,6 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         StreamColumns("perturbation", "context")
     with pytest.raises(KeyError, match=r"1 of the model's 2 genes are missing from the stream: \['gene_77'\]"):
         survey(source, genes=["gene_1", "gene_77"])
-    with pytest.raises(ValueError, match="highly variable genes are not chosen on a stream"):
-        survey(source, genes=20)
     with pytest.raises(ValueError, match="no control cells among 630 rows.*say which label marks"):
         survey(source, control="DMSO")
     with pytest.raises(ValueError, match="expected counts, found fractional"):

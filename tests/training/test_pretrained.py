@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoProcessor
 
 import pertstate.cli
 from pertstate import StateProcessor, train
-from pertstate.data import simulate_screen
+from pertstate.data import prepare, simulate_screen
+from pertstate.data.arguments import DataArguments
 from pertstate.families import FAMILIES
 from pertstate.hub.checkpoints import load_whole
 from pertstate.training.pretrained import is_published
@@ -111,6 +112,24 @@ def test_a_store_trains_further_as_the_file_does(folder):
         run(folder, "x", "second", {"datasets": None, "store": str(folder / "store"), "genes": ["gene_1", "gene_99"]})
 
 
+def test_a_stream_trains_further_as_the_file_does(folder):
+    """The same weights and the same names to start from; the sentences of a stream come in another order."""
+    data = {"datasets": {"screen": str(folder / "second.h5ad")}, "batch_key": "batch"}
+    store = prepare(DataArguments(**data), folder / "streamed", quiet=True)
+    content = {
+        "stream": {"path": str(store.path), "block_size": 64},
+        "model": {"pretrained": str(folder / "base")},
+        "training": {**TRAINING, "output_dir": str(folder / "from_stream"), "learning_rate": 0.0, "max_steps": 1},
+    }
+    (folder / "stream.yaml").write_text(yaml.safe_dump(content))
+    train.main([str(folder / "stream.yaml")])
+    run(folder, "of_files", "second", learning_rate=0.0, max_steps=1)
+    one, other = weights(folder / "from_stream"), weights(folder / "of_files")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    of_stream, of_files = (StateProcessor.from_pretrained(folder / name) for name in ("from_stream", "of_files"))
+    assert of_stream.to_dict() == of_files.to_dict() and of_stream.vocabulary == of_files.vocabulary
+
+
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
@@ -136,12 +155,6 @@ def test_a_store_trains_further_as_the_file_does(folder):
         ("data", "hvg_on_all", True, "data.hvg_on_all=True contradicts"),
         ("data", "input", "obsm/X_pca", "data.input='obsm/X_pca' contradicts .* which has 'X', log1p values"),
         ("data", "test_contexts", ["type_3", "type_4"], "the splits leave no cell for training"),
-        (
-            "stream",
-            "path",
-            "somewhere",
-            "can be trained further on files or a store, but stream.path is set; make a store",
-        ),
         ("training", "train_fully", ["output_head"], "train_fully: no effect without lora_rank"),
         ("training", "lora_rank", 0, "lora_rank must be at least 1, found 0; null trains the model itself"),
         (

@@ -220,7 +220,7 @@ def test_perturbations_as_vectors_from_a_stream(folder, tmp_path):
             "held-out context 'type_9' is not in the data; did you mean 'type_",
         ),
         (["--test_perturbations", "pert_9"], ValueError, "held-out perturbation 'pert_9' is not in the data"),
-        (["--genes", "10"], ValueError, "highly variable genes are not chosen on a stream"),
+        (["--genes", "0"], ValueError, "genes=0: expected between 1 and the"),
         (["--dataloader_num_workers", "1"], ValueError, "a stream is read by the process that trains"),
         (["--fill_cells", "0"], ValueError, "fill_cells=0: expected at least 1 row"),
     ],
