@@ -7,11 +7,11 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from transformers import ProcessorMixin
 
-from .base.cell_sentences import CellSentences
-from .base.cell_source import AnnDataSource, Block, Part, fit_processor
+from .base.anndata_source import AnnDataSource, Part
+from .base.cell_sentences import CellSentences, SentenceLayout
+from .base.cell_source import Block, fit_processor
 from .base.cell_values import (
     TARGET_SUM,
     cell_totals,
@@ -451,35 +451,30 @@ class StateProcessor(Travelling, ProcessorMixin):
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
         cut = {name: self.cut(rows, seed) for name, rows in groups.items()}
-        size = max(len(rows) for sentences in cut.values() for rows in sentences)
-        cells = {}
-        for name, sentences in cut.items():
-            rows = np.sort(np.concatenate(sentences))
-            values = self.features(adata, rows, missing_genes, input)
-            cells[name] = [values[np.searchsorted(rows, sentence)] for sentence in sentences]
+        values = {name: self.features(adata, np.sort(rows), missing_genes, input) for name, rows in groups.items()}
 
-        keys = [CONTROL_CELLS, CELL_MASK, CONTEXT_IDS, *encoded]
-        batch: dict[str, list] = {key: [] for key in (keys if self.batch_key is None else [*keys, BATCH_IDS])}
-        obs = []
-        for position, name in enumerate(names):
-            for context_name, sentences in cut.items():
-                for rows, of_controls in zip(sentences, cells[context_name]):
-                    real = np.arange(size) < len(rows)
-                    batch[CONTROL_CELLS].append(np.pad(of_controls, ((0, size - len(rows)), (0, 0))))
-                    batch[CELL_MASK].append(real)
-                    for key, values in encoded.items():
-                        batch[key].append(values[position])
-                    batch[CONTEXT_IDS].append(self.encode_contexts([context_name])[0])
-                    frame = {self.perturbation_key: name, self.context_key: context_name}
-                    if self.batch_key is not None:
-                        of_cells = labels["batch"].to_numpy()[rows]
-                        frame[self.batch_key] = of_cells
-                        batch[BATCH_IDS].append(np.pad(self.encode_batches(of_cells), (0, size - len(rows))))
-                    frame["control_barcode"] = adata.obs_names[rows].to_numpy()
-                    obs.append(pd.DataFrame(frame))
-        tensors = {key: torch.from_numpy(np.stack(value)) for key, value in batch.items()}
-        made = CellSentences(tensors)
-        made.obs = pd.concat(obs, ignore_index=True)
+        # Every sentence of every context, once for each perturbation.
+        drawn = [(name, rows) for name, sentences in cut.items() for rows in sentences]
+        layout = SentenceLayout([len(rows) for _, rows in drawn] * len(names))
+        controls = [values[name][np.searchsorted(np.sort(groups[name]), rows)] for name, rows in drawn]
+        of_perturbation = np.repeat(np.arange(len(names)), len(drawn))
+        contexts = self.encode_contexts([name for name, _ in drawn])
+        batch = {
+            CONTROL_CELLS: layout.spread(np.concatenate(controls * len(names))),
+            **{key: of_names[of_perturbation] for key, of_names in encoded.items()},
+            CONTEXT_IDS: np.tile(contexts, len(names)),
+        }
+        rows = np.concatenate([rows for _, rows in drawn])
+        obs = {
+            self.perturbation_key: np.repeat(names, len(rows)),
+            self.context_key: np.tile(labels["context"].to_numpy()[rows], len(names)),
+        }
+        if self.batch_key is not None:
+            of_cells = labels["batch"].to_numpy()[rows]
+            obs[self.batch_key] = np.tile(of_cells, len(names))
+            batch[BATCH_IDS] = layout.spread(np.tile(self.encode_batches(of_cells), len(names)))
+        made = CellSentences(layout.batch(batch, masked=True))
+        made.obs = pd.DataFrame({**obs, "control_barcode": np.tile(adata.obs_names[rows].to_numpy(), len(names))})
         made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
         return made
 

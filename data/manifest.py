@@ -28,7 +28,6 @@ _OPTIONAL = ("batch_key", "gene_input", "combination_separator")
 _COUNTS = ("uint8", "uint16", "uint32")
 
 
-
 @dataclass
 class Manifest:
     """

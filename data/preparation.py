@@ -23,7 +23,8 @@ import scipy.sparse as sp
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pertstate.base.cell_source import GROUP_KEYS, Places, Recipe, check_controls, choose_genes, settle_values
+from pertstate.base.anndata_source import Places, Recipe
+from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes, settle_values
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
 from pertstate.base.messages import closest, given
@@ -173,26 +174,30 @@ def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
         left = len(everything) - len(source.genes)
         notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
 
-    def trained() -> np.ndarray:
+    def learned_from(split: bool) -> np.ndarray:
+        """The groups to learn from: those for training; all, where nothing depends on the split."""
+        if not split:
+            return np.ones(len(source.groups), dtype=bool)
         return trained_on(assign_splits(source.groups, splits, source.reader.control), splits)
 
     check_controls(source.groups, source.reader)
-    with _progress(source, "count", quiet or data.target_sum != "median"):
-        values = settle_values(source, source.reader, trained(), data.normalize, data.target_sum)
+    median = data.target_sum == "median"
+    with _progress(source, "count", quiet or not median):
+        values = settle_values(source, source.reader, learned_from(median), data.normalize, data.target_sum)
     if options.knockdown_filter:
         if source.expression is None:
             raise ValueError("prepare.knockdown_filter needs expression: set gene_input beside the embedding")
         with _progress(source, "judge knock-downs", quiet):
             notes += filter_knockdowns(source, options, values.target_sum)
     asked = data.chosen_genes()
-    wanted = np.ones(len(source.groups), dtype=bool) if data.hvg_on_all else trained()
-    with _progress(source, "choose genes", quiet or not isinstance(asked, int)):
-        genes = choose_genes(source, values.target_sum, wanted, asked)
+    number = isinstance(asked, int)
+    with _progress(source, "choose genes", quiet or not number):
+        genes = choose_genes(source, values.target_sum, learned_from(number and not data.hvg_on_all), asked)
     columns = _obs_columns(source.parts, source.reader, options.obs_columns, notes)
     recipe = source.recipe(genes)
     groups = source.groups[[name for name in GROUP_KEYS if name in source.groups]]
     layout = _Layout(groups, source.sizes, recipe, options, columns, _cells_of_shard(source.parts, recipe, options))
-    variable = asked if isinstance(asked, int) and source.expression is not None else None
+    variable = asked if number and source.expression is not None else None
     return _Plan(source, layout, values, variable, notes)
 
 

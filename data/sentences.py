@@ -2,12 +2,14 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
+from pertstate.base.cell_sentences import SentenceLayout
+from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.messages import closest
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
@@ -219,47 +221,28 @@ class SentenceDataset(TrainingSentences):
         """The batch of these sentences, collated."""
         drawn = [self.rows(i) for i in indices]
         groups = np.array([index for index, _, _ in drawn])
-        sizes = np.array([len(targets) for _, targets, _ in drawn])
-        shape = (len(drawn), int(sizes.max()))
-        mask = np.arange(shape[1]) < sizes[:, None]
         targets, controls = [rows for _, rows, _ in drawn], [rows for _, _, rows in drawn]
+        layout = SentenceLayout([len(rows) for rows in targets])
         batch = {
-            CONTROL_CELLS: self._padded(self.cells.features, controls, shape),
-            LABELS: self._padded(self.cells.features, targets, shape),
+            CONTROL_CELLS: self._read(layout, self.cells.features, controls),
+            LABELS: self._read(layout, self.cells.features, targets),
             **{key: values[self._perturbation[groups]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[groups],
         }
         if self.has_batches:
-            batch[BATCH_IDS] = np.zeros(shape, dtype=np.int64)
-            batch[BATCH_IDS][mask] = self.batch_ids(np.concatenate(controls))
+            batch[BATCH_IDS] = layout.spread(self.batch_ids(np.concatenate(controls)))
         if self.cells.genes is not None:
-            batch[GENE_LABELS] = self._padded(self.cells.genes, targets, shape)
-        if sizes.min() < shape[1]:
-            batch[CELL_MASK] = mask
-        return SentenceBatch({key: torch.from_numpy(value) for key, value in batch.items()})
+            batch[GENE_LABELS] = self._read(layout, self.cells.genes, targets)
+        return SentenceBatch(layout.batch(batch))
 
     def batch_ids(self, rows: np.ndarray) -> np.ndarray:
         """The id of the experimental batch of each of some cells; -1 for one that the processor does not know."""
         return self._batch_of_group[np.searchsorted(self._first_of_group, rows, side="right") - 1]
 
     @staticmethod
-    def _padded(matrix, rows: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-        """The cells of each sentence, `(B, S, D)`, zeros after the last of a short one."""
-        cells = np.empty((*shape, matrix.shape[1]), dtype=np.float32)
-        if all(len(taken) == shape[1] for taken in rows):  # no padding: all sentences in one go
-            SentenceDataset._read(matrix, np.concatenate(rows), cells.reshape(-1, matrix.shape[1]))
-            return cells
-        for sentence, taken in zip(cells, rows):
-            SentenceDataset._read(matrix, taken, sentence[: len(taken)])
-            sentence[len(taken) :] = 0
-        return cells
-
-    @staticmethod
-    def _read(matrix, rows: np.ndarray, out: np.ndarray):
-        if isinstance(matrix, np.ndarray):
-            np.take(matrix, rows, axis=0, out=out, mode="clip")
-        else:
-            matrix.take(rows, out=out)
+    def _read(layout: SentenceLayout, matrix, rows: list[np.ndarray]) -> np.ndarray:
+        take = partial(np.take, matrix, axis=0, mode="clip") if isinstance(matrix, np.ndarray) else matrix.take
+        return layout.read(rows, matrix.shape[1], lambda taken, out: take(taken, out=out))
 
 
 class SentenceBatch(dict):
@@ -291,20 +274,12 @@ class SentenceCollator:
     def __call__(self, sentences: "list[dict[str, np.ndarray]] | SentenceBatch") -> dict[str, torch.Tensor]:
         if isinstance(sentences, SentenceBatch):
             return dict(sentences)
-        sizes = np.array([len(sentence[CONTROL_CELLS]) for sentence in sentences])
-        longest = int(sizes.max())
+        layout = SentenceLayout([len(sentence[CONTROL_CELLS]) for sentence in sentences])
         batch = {}
-        for key, first in sentences[0].items():
-            if key in self.per_cell:
-                padded = np.zeros((len(sentences), longest, *first.shape[1:]), dtype=first.dtype)
-                for row, sentence in zip(padded, sentences):
-                    row[: len(sentence[key])] = sentence[key]
-                batch[key] = torch.from_numpy(padded)
-            else:
-                batch[key] = torch.from_numpy(np.stack([sentence[key] for sentence in sentences]))
-        if sizes.min() < longest:
-            batch[CELL_MASK] = torch.from_numpy(np.arange(longest) < sizes[:, None])
-        return batch
+        for key in sentences[0]:
+            values = [sentence[key] for sentence in sentences]
+            batch[key] = layout.spread(np.concatenate(values)) if key in self.per_cell else np.stack(values)
+        return layout.batch(batch)
 
 
 def _make_groups(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pertstate.base.cell_source import AnnDataSource, Part, PartReader, Recipe
+from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Recipe
 from pertstate.data.reading import AnnDataFile, naming
 from pertstate.processing import StateProcessor
 
@@ -50,9 +50,7 @@ class FileSource(AnnDataSource):
 
     parts: list[FilePart]
 
-    def __init__(
-        self, datasets: dict[str, list[Path]], reader: StateProcessor, contexts: list[str] | None = None
-    ):
+    def __init__(self, datasets: dict[str, list[Path]], reader: StateProcessor, contexts: list[str] | None = None):
         parts = [FilePart(dataset, path=path) for dataset, paths in datasets.items() for path in paths]
         super().__init__(parts, reader, contexts)
 

@@ -273,7 +273,9 @@ def survey_stream(
         raise ValueError(
             f"gene_input={template.gene_input!r} is for a model on embeddings; input={template.input!r} is expression itself"
         )
-    listed = list(map(str, genes)) if isinstance(genes, list) else None if processor is None else processor.vocabulary.genes
+    listed = (
+        list(map(str, genes)) if isinstance(genes, list) else None if processor is None else processor.vocabulary.genes
+    )
     batch_names: list[str] = []
     reader = CellReader(
         source,
@@ -348,7 +350,9 @@ def survey_stream(
     of_controls, slots = _gather([controls])
     for owner, part, rows in slots:
         survey.control_rows.setdefault(owner, {})[part] = rows
-    control_rows = {(*owner, template.control): np.concatenate([*of.values()]) for owner, of in survey.control_rows.items()}
+    control_rows = {
+        (*owner, template.control): np.concatenate([*of.values()]) for owner, of in survey.control_rows.items()
+    }
     kept = [(of_controls, control_rows)]
     if any(reservoirs.owners() for reservoirs in samples.values()):
         sampled, slots = _gather([reservoirs for reservoirs in samples.values() if reservoirs.owners()])

@@ -283,7 +283,11 @@ def test_variable_genes_are_those_of_training_cells_in_memory(folder, tmp_path):
     _, expected = load(data.file_source(), data.resolve_splits(), **data.fit_options())
     assert store.manifest.genes == expected.vocabulary.genes and store.manifest.highly_variable == 25
     everything = prepare(arguments(folder), tmp_path / "all", quiet=True)
-    _, chosen = load(StoreSource(everything, data.contexts, data.features()), data.resolve_splits(everything.groups), **data.fit_options())
+    _, chosen = load(
+        StoreSource(everything, data.contexts, data.features()),
+        data.resolve_splits(everything.groups),
+        **data.fit_options(),
+    )
     assert chosen.vocabulary == expected.vocabulary
     other = prepare(arguments(folder, **held, hvg_on_all=True), tmp_path / "t", quiet=True)
     assert other.manifest.genes != store.manifest.genes
@@ -382,7 +386,9 @@ def test_cells_and_processor_equal_those_of_the_files(folder, tmp_path, fields, 
         arguments(folder, **stored), tmp_path / "s", PrepareArguments(layout=layout, shard_megabytes=1), quiet=True
     )
     cells, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
-    from_store, fitted = load(StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options())
+    from_store, fitted = load(
+        StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options()
+    )
     assert fitted.vocabulary == processor.vocabulary and fitted.to_dict() == processor.to_dict()
     columns = [name for name in cells.groups.columns if name not in ("start", "stop")]
     assert from_store.groups[columns].equals(cells.groups[columns])
@@ -517,7 +523,9 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
     fields = {"perturbation_features": str(tmp_path / "vectors.npz"), "test_perturbations": ["pert_3"]}
     data = arguments(folder, **fields)
     expected, processor = load(data.file_source(), data.resolve_splits(), **data.fit_options())
-    cells, fitted = load(StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options())
+    cells, fitted = load(
+        StoreSource(store, data.contexts, data.features()), data.resolve_splits(store.groups), **data.fit_options()
+    )
     assert fitted.vocabulary == processor.vocabulary and "pert_3" not in fitted.vocabulary.perturbations
     one, other = (SentenceDataset(c, p, "test", 6, seed=1) for c, p in ((expected, processor), (cells, fitted)))
     for key, value in one[0].items():
@@ -526,7 +534,11 @@ def test_perturbations_as_vectors_from_a_store(store, folder, tmp_path):
     np.savez(tmp_path / "fewer.npz", **{name: np.ones(6) for name in names[:2]})
     lacking = arguments(folder, perturbation_features=str(tmp_path / "fewer.npz"))
     with pytest.raises(ValueError, match="2 of 4 perturbations of the training cells have no vector"):
-        load(StoreSource(store, features=lacking.features()), lacking.resolve_splits(store.groups), **lacking.fit_options())
+        load(
+            StoreSource(store, features=lacking.features()),
+            lacking.resolve_splits(store.groups),
+            **lacking.fit_options(),
+        )
 
 
 def test_what_contradicts_the_store_is_said(store, folder, tmp_path):

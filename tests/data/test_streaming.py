@@ -277,7 +277,13 @@ def test_genes_and_median_of_the_sample_are_those_of_the_training_cells(tmp_path
     data = screen()
     splits = holding_out(["type_1"])
     looked = survey(
-        store(tmp_path), splits, genes=20, target_sum="median", reservoir_cells=1000, baseline_cells=1000, eval_cells=1000
+        store(tmp_path),
+        splits,
+        genes=20,
+        target_sum="median",
+        reservoir_cells=1000,
+        baseline_cells=1000,
+        eval_cells=1000,
     )
     training = data[(data.obs["cell_type"] != "type_1").to_numpy()]
     fitted = StateProcessor.fit(training, batch_key="batch", genes=20, target_sum="median")

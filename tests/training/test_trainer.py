@@ -163,7 +163,9 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     trainer.save_model(str(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
+        "anndata_source.py",
         "cell_sentences.py",
+        "cell_source.py",
         "cell_values.py",
         "checkpoint_files.py",
         "config.json",

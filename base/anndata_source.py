@@ -1,0 +1,359 @@
+"""Cells of AnnData objects, in memory or read from files, as a source."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from .cell_source import GROUP_KEYS, Block, LazyBlock, WholeSource, check_contexts, with_rows
+from .cell_values import (
+    block_of_rows,
+    cell_totals,
+    check_finite,
+    kind_of_values,
+    matrix_of,
+    shared_genes,
+    take_rows,
+    wrong_kind,
+)
+from .constants import Values
+from .messages import given
+
+
+if TYPE_CHECKING:
+    from ..processing import StateProcessor
+
+
+VALUES_OF_BLOCK = 1 << 22
+LABELS_OF_BLOCK = 1 << 16
+_FIRST_CELLS = 2000  # which show what kind the values are; every cell is checked against it later
+
+
+@dataclass
+class Part:
+    """
+    An AnnData whose cells belong to a source.
+
+    Args:
+        dataset (`str`): its dataset.
+        data (`AnnData`): the cells.
+        var_names (`pandas.Index`): its genes.
+        codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
+    """
+
+    dataset: str
+    data: Any = None
+    var_names: pd.Index | None = None
+    codes: np.ndarray | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[ad.AnnData]:
+        """The AnnData, or what reads a file like one. Errors within name the file."""
+        yield self.data
+
+    def obs(self, data: ad.AnnData, rows: slice, columns: list[str]) -> pd.DataFrame:
+        """Some columns of obs of some cells of what `open` gave; all columns where one of them is missing."""
+        return (data.obs[columns] if set(columns) <= set(data.obs) else data.obs).iloc[rows]
+
+    @property
+    def changed(self) -> str:
+        """The first words of errors about data that changed while they were read."""
+        return "the data"
+
+
+@dataclass
+class Recipe:
+    """
+    What is read of each part.
+
+    Args:
+        expression (`str`, *optional*): where expression is, `"X"` or `"layers/NAME"`.
+        embedding (`str`, *optional*): where the embedding is, `"obsm/NAME"`.
+        kind (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`.
+        genes (`list[str]`): the genes that are taken, in order.
+    """
+
+    expression: str | None
+    embedding: str | None
+    kind: str | None
+    genes: list[str]
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of what is read, one or both."""
+        return [name for name in (self.expression, self.embedding) if name is not None]
+
+
+class PartReader:
+    """Blocks of the cells of an open part, checked."""
+
+    def __init__(self, data: ad.AnnData, part: Part, recipe: Recipe):
+        self.data, self.part, self.recipe = data, part, recipe
+        self._codes: np.ndarray = part.codes
+        if len(self._codes) != data.n_obs:
+            raise ValueError(
+                f"{part.changed} changed while it was read: it had {len(self._codes)} cells, now {data.n_obs}"
+            )
+        self._matrices = {name: matrix_of(data, name) for name in recipe.matrices}
+        self._columns = data.var_names.get_indexer(recipe.genes)
+        if (self._columns < 0).any():
+            raise ValueError(f"{part.changed} changed while it was read: it lacks genes that it had")
+        self._all_genes = np.array_equal(self._columns, np.arange(len(data.var_names)))
+
+    def slices(self) -> list[slice]:
+        """Ranges of rows that fit in memory."""
+        return block_of_rows(self._matrices[self.recipe.matrices[0]], VALUES_OF_BLOCK)
+
+    def read(self, rows: slice, wanted: np.ndarray | None = None) -> Block:
+        """
+        The cells in a range of rows, without those that are left out.
+
+        Args:
+            wanted (`np.ndarray` of shape `(groups,)`, *optional*): whether a group's cells are wanted.
+        """
+        codes = self._codes[rows]
+        keep = codes >= 0
+        if wanted is not None:
+            keep &= wanted[codes]
+        taken = np.flatnonzero(keep) + rows.start
+        expression = totals = embedding = None
+        name, kind = self.recipe.expression, str(self.recipe.kind)
+        if name is not None:
+            matrix = sp.csr_matrix(take_rows(self._matrices[name], rows))
+            matrix = matrix if keep.all() else matrix[keep]
+            check_finite(matrix, self.data, taken, name, nonnegative=True)
+            if kind_of_values(matrix) not in (kind, Values.ZEROS):
+                error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
+                raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
+            if kind == Values.COUNTS:
+                totals = cell_totals(matrix)
+            expression = matrix if self._all_genes else matrix[:, self._columns]
+            expression.eliminate_zeros()
+        if self.recipe.embedding is not None:
+            values = take_rows(self._matrices[self.recipe.embedding], rows)
+            values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)[keep]
+            check_finite(values, self.data, taken, self.recipe.embedding)
+            embedding = values
+        return Block(taken, codes[keep], expression, totals, embedding)
+
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:
+        """The blocks that hold wanted cells, in order, each with its range of rows."""
+        for _, rows in self.counts(wanted):
+            yield rows, self.read(rows, wanted)
+
+    def counts(self, wanted: np.ndarray | None) -> list[tuple[int, slice]]:
+        """The number of wanted cells in each block that holds some, and its range of rows."""
+        counted = [(self._count(rows, wanted), rows) for rows in self.slices()]
+        return [(cells, rows) for cells, rows in counted if cells]
+
+    def _count(self, rows: slice, wanted: np.ndarray | None) -> int:
+        codes = self._codes[rows]
+        return int((codes >= 0).sum() if wanted is None else ((codes >= 0) & wanted[codes]).sum())
+
+
+class Places:
+    """
+    The place of each cell where cells stand group by group, and those of a group in the order in which they come.
+
+    Args:
+        sizes (`np.ndarray` of shape `(groups,)`): cells of each group.
+    """
+
+    def __init__(self, sizes: np.ndarray):
+        self._next = np.cumsum(sizes, dtype=np.int64) - sizes
+
+    def copy(self) -> "Places":
+        """The places as they stand now."""
+        other = Places(np.zeros(0, dtype=np.int64))
+        other._next = self._next.copy()
+        return other
+
+    def pass_over(self, codes: np.ndarray):
+        """Leave room for the cells of these groups; -1 is no group."""
+        self._next += np.bincount(codes[codes >= 0], minlength=len(self._next))
+
+    def take(self, codes: np.ndarray) -> np.ndarray:
+        """The places of the next cells, which are of these groups."""
+        order = np.argsort(codes, kind="stable")
+        ordered = codes[order]
+        first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(codes) else np.zeros(0, dtype=np.int64)
+        sizes = np.diff(np.r_[first, len(codes)])
+        places = np.empty(len(codes), dtype=np.int64)
+        places[order] = self._next[ordered] + np.arange(len(codes)) - np.repeat(first, sizes)
+        self._next[ordered[first]] += sizes
+        return places
+
+
+class AnnDataSource(WholeSource):
+    """
+    Cells of one or several AnnData objects, read block by block.
+
+    Args:
+        parts (`list[Part]`): the objects; their groups are found here.
+        reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie.
+        contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
+
+    Raises:
+        KeyError: a column, layer or obsm entry is missing; what exists is listed.
+        ValueError: a label is wrong, a context is not there, genes stand twice or are not shared, widths of embeddings
+            differ, or there are no cells.
+    """
+
+    def __init__(self, parts: Sequence[Part], reader: "StateProcessor", contexts: list[str] | None = None):
+        self.parts, self.reader = list(parts), reader
+        embedded = reader.input.startswith("obsm/")
+        if reader.gene_input is not None and not embedded:
+            raise ValueError(
+                f"gene_input={reader.gene_input!r} feeds the gene decoder of a model on embeddings; input="
+                f"{reader.input!r} is expression itself: leave gene_input out"
+            )
+        self.expression = reader.gene_input if embedded else reader.input
+        self._embedding = reader.input if embedded else None
+        self._kinds: set[str] | None = None
+        self._read_labels(contexts)
+        self.embedding_dim = self._width()
+        self.genes = self._shared_genes()
+
+    # Groups
+
+    def _read_labels(self, contexts: list[str] | None):
+        reader = self.reader
+        keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
+        numbers: dict[tuple, int] = {}
+        for part in self.parts:
+            with part.open() as data:
+                part.var_names, part.codes = data.var_names, np.empty(data.n_obs, dtype=np.int32)
+                for start in range(0, data.n_obs, LABELS_OF_BLOCK):
+                    rows = slice(start, min(start + LABELS_OF_BLOCK, data.n_obs))
+                    labels = reader.labels_of(part.obs(data, rows, reader.label_columns))
+                    labels = labels.assign(dataset=part.dataset).reset_index(drop=True)
+                    grouped = labels.groupby(keys, sort=False, observed=True)
+                    names = [tuple(name) for name in grouped.size().index]
+                    of_block = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int32)
+                    part.codes[rows] = of_block[grouped.ngroup().to_numpy()] if len(names) else -1
+        groups = pd.DataFrame(list(numbers), columns=keys, dtype=object)
+        check_contexts(contexts, groups)
+        order = groups.sort_values(keys, kind="stable").index.to_numpy()
+        rank = np.empty(len(order), dtype=np.int32)
+        rank[order] = np.arange(len(order))
+        self._renumber(rank)
+        self.groups = groups.iloc[order].reset_index(drop=True)
+        used = (
+            np.ones(len(groups), dtype=bool) if contexts is None else self.groups["context"].isin(contexts).to_numpy()
+        )
+        self._renumber(np.where(used, np.arange(len(groups)), -1))
+        self.drop_empty()
+
+    def _renumber(self, number: np.ndarray):
+        """Give each group another number; -1 leaves its cells out."""
+        for part in self.parts:
+            codes: np.ndarray = part.codes
+            if len(number):
+                part.codes = np.where(codes >= 0, number[codes], -1).astype(np.int32)
+
+    def drop_empty(self):
+        """Drop the groups that have no cells (any more), and find the rows of the others. ValueError if none is left."""
+        keys = [name for name in GROUP_KEYS if name in self.groups]
+        sizes = np.sum(
+            [np.bincount(part.codes[part.codes >= 0], minlength=len(self.groups)) for part in self.parts], axis=0
+        )
+        if not sizes.any():
+            raise ValueError("the files hold no cells, and so no control cells")
+        self._renumber(np.where(sizes > 0, np.cumsum(sizes > 0) - 1, -1))
+        self.parts = [part for part in self.parts if (part.codes >= 0).any()]
+        self.groups = with_rows(self.groups.loc[sizes > 0, keys].reset_index(drop=True), sizes[sizes > 0])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Cells of each group."""
+        return (self.groups["stop"] - self.groups["start"]).to_numpy()
+
+    # Values
+
+    def _width(self) -> int | None:
+        if self._embedding is None:
+            return None
+        widths = set()
+        for part in self.parts:
+            with part.open() as data:
+                widths.add(matrix_of(data, self._embedding).shape[1])
+        if len(widths) > 1:
+            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(widths)}")
+        return widths.pop()
+
+    def _shared_genes(self) -> list[str]:
+        if self.expression is None:
+            return []
+        for part in self.parts:
+            with part.open() as data:
+                shared_genes([data])  # an error about one file names it
+        return [str(gene) for gene in shared_genes(self.parts)]
+
+    def kinds(self) -> set[str]:
+        if self._kinds is None:
+            self._kinds = set()
+            for part in self.parts if self.expression is not None else ():
+                with part.open() as data:
+                    taken = np.flatnonzero(part.codes >= 0)[:_FIRST_CELLS]
+                    rows = slice(0, _FIRST_CELLS) if len(taken) == _FIRST_CELLS == taken[-1] + 1 else taken
+                    self._kinds.add(
+                        kind_of_values(take_rows(matrix_of(data, given("expression", self.expression)), rows))
+                    )
+        return self._kinds
+
+    def recipe(self, genes: list[str] | None = None) -> Recipe:
+        """What is read of each part, with these genes; by default those of the source."""
+        kinds = self.kinds() - {Values.ZEROS}
+        kind = Values.COUNTS if kinds == {Values.COUNTS} else Values.LOG1P
+        if genes is None or self.expression is None:
+            genes = self.genes
+        return Recipe(self.expression, self._embedding, kind if self.expression else None, genes)
+
+    @contextmanager
+    def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
+        recipe = self.recipe(genes)
+        with ExitStack() as stack:
+            found = []
+            for part in self.parts:
+                # One part may be wanted as a whole and another one not at all; only the former are opened.
+                if wanted is None or wanted[part.codes[part.codes >= 0]].any():
+                    reading = PartReader(stack.enter_context(part.open()), part, recipe)
+                    found += [
+                        (cells, partial(self._read, reading, rows, wanted)) for cells, rows in reading.counts(wanted)
+                    ]
+            yield found
+
+    def _read(self, reading: PartReader, rows: slice, wanted: np.ndarray | None) -> Block:
+        block = reading.read(rows, wanted)
+        self._tell(rows.stop - rows.start)
+        return block
+
+    def features(self, processor: "StateProcessor") -> tuple[np.ndarray, np.ndarray | None]:
+        cells, decoded = int(self.groups["stop"].iloc[-1]), processor.gene_input is not None
+        features = np.empty((cells, processor.feature_dim), dtype=np.float32)
+        genes = np.empty((cells, len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
+        places = Places(self.sizes)
+        for _, block in self.read_parts(self.recipe(processor.vocabulary.genes)):
+            rows = places.take(block.codes)
+            features[rows] = processor.features_of(block)
+            if genes is not None:
+                genes[rows] = block.log1p(processor.target_sum).toarray()
+        return features, genes
+
+    def read_parts(self, recipe: Recipe) -> Iterator[tuple[int, Block]]:
+        """All cells, one part after another: the number of the part, and some of its cells."""
+        for number, part in enumerate(self.parts):
+            with part.open() as data:
+                for rows, block in PartReader(data, part, recipe).blocks():
+                    yield number, block
+                    self._tell(rows.stop - rows.start)
+
+    def _tell(self, cells: int):
+        if self.progress is not None:
+            self.progress(cells)
