@@ -45,12 +45,16 @@ class Part:
         data (`AnnData`): the cells.
         var_names (`pandas.Index`): its genes.
         codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
+        kind (`str`, *optional*): what its first cells show its expression to be, see [`Values`].
+        width (`int`, *optional*): dimensions of its embedding.
     """
 
     dataset: str
     data: Any = None
     var_names: pd.Index | None = None
     codes: np.ndarray | None = None
+    kind: str | None = None
+    width: int | None = None
 
     @contextmanager
     def open(self) -> Iterator[ad.AnnData]:
@@ -215,14 +219,17 @@ class AnnDataSource(WholeSource):
             )
         self.expression = reader.gene_input if embedded else reader.input
         self._embedding = reader.input if embedded else None
-        self._kinds: set[str] | None = None
-        self._read_labels(contexts)
-        self.embedding_dim = self._width()
-        self.genes = self._shared_genes()
+        self._look(contexts)
+        self.genes = [] if self.expression is None else [str(gene) for gene in shared_genes(self.parts)]
+        widths = {part.width for part in self.parts}
+        if len(widths) > 1:
+            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(widths)}")
+        self.embedding_dim = widths.pop()
 
     # Groups
 
-    def _read_labels(self, contexts: list[str] | None):
+    def _look(self, contexts: list[str] | None):
+        """Open each part once: for its labels, its genes, and what its first cells show."""
         reader = self.reader
         keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
         numbers: dict[tuple, int] = {}
@@ -237,6 +244,11 @@ class AnnDataSource(WholeSource):
                     names = [tuple(name) for name in grouped.size().index]
                     of_block = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int32)
                     part.codes[rows] = of_block[grouped.ngroup().to_numpy()] if len(names) else -1
+                if self.expression is not None:
+                    shared_genes([data])  # an error about one file names it
+                    part.kind = kind_of_values(take_rows(matrix_of(data, self.expression), slice(0, _FIRST_CELLS)))
+                if self._embedding is not None:
+                    part.width = matrix_of(data, self._embedding).shape[1]
         groups = pd.DataFrame(list(numbers), columns=keys, dtype=object)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()
@@ -276,44 +288,15 @@ class AnnDataSource(WholeSource):
 
     # Values
 
-    def _width(self) -> int | None:
-        if self._embedding is None:
-            return None
-        widths = set()
-        for part in self.parts:
-            with part.open() as data:
-                widths.add(matrix_of(data, self._embedding).shape[1])
-        if len(widths) > 1:
-            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(widths)}")
-        return widths.pop()
-
-    def _shared_genes(self) -> list[str]:
-        if self.expression is None:
-            return []
-        for part in self.parts:
-            with part.open() as data:
-                shared_genes([data])  # an error about one file names it
-        return [str(gene) for gene in shared_genes(self.parts)]
-
     def kinds(self) -> set[str]:
-        if self._kinds is None:
-            self._kinds = set()
-            for part in self.parts if self.expression is not None else ():
-                with part.open() as data:
-                    taken = np.flatnonzero(part.codes >= 0)[:_FIRST_CELLS]
-                    rows = slice(0, _FIRST_CELLS) if len(taken) == _FIRST_CELLS == taken[-1] + 1 else taken
-                    self._kinds.add(
-                        kind_of_values(take_rows(matrix_of(data, given("expression", self.expression)), rows))
-                    )
-        return self._kinds
+        return {given("the kind of values", part.kind) for part in self.parts}
 
     def recipe(self, genes: list[str] | None = None) -> Recipe:
         """What is read of each part, with these genes; by default those of the source."""
-        kinds = self.kinds() - {Values.ZEROS}
-        kind = Values.COUNTS if kinds == {Values.COUNTS} else Values.LOG1P
-        if genes is None or self.expression is None:
-            genes = self.genes
-        return Recipe(self.expression, self._embedding, kind if self.expression else None, genes)
+        if self.expression is None:
+            return Recipe(None, self._embedding, None, [])
+        kind = Values.COUNTS if self.kinds() - {Values.ZEROS} == {Values.COUNTS} else Values.LOG1P
+        return Recipe(self.expression, self._embedding, kind, self.genes if genes is None else genes)
 
     @contextmanager
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:

@@ -14,6 +14,8 @@ from .messages import closest, given, some
 
 # Total counts that a cell is scaled to by default.
 TARGET_SUM = 1e4
+# So many values, zeros included, are read at once to choose genes.
+_SMALL = 1 << 26
 # log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
 _LARGEST_LOG1P = 20.0
 
@@ -362,6 +364,8 @@ def variable_genes(
         genes (`list[str]`): names of the columns.
         number (`int`): how many to choose.
     """
+    if sum(cells for cells, _ in blocks) * len(genes) <= _SMALL:
+        return highly_variable_genes(sp.vstack([read() for _, read in blocks], format="csr"), genes, number)
     try:
         import dask
         import dask.array as da
