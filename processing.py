@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 
 import anndata as ad
 import numpy as np
@@ -36,9 +37,11 @@ from .base.constants import (
     Normalize,
     Values,
 )
+from .base.doses import DoseScale, check_doses
+from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.modeling_perturbation import PerturbationOutput
-from .base.processor_files import PROCESSOR_SETTINGS, read_processor_tables
+from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
 from .base.vocabulary import (
     PERTURBATION_FEATURES_FILE,
@@ -47,8 +50,6 @@ from .base.vocabulary import (
     Vocabulary,
     control_rows,
     encode_ids,
-    read_labels,
-    split_combination,
 )
 
 
@@ -116,12 +117,27 @@ class StateProcessor(Travelling, ProcessorMixin):
         set_size: int = 128,
         perturbation_features: PerturbationFeatures | None = None,
         predicts: str | None = None,
+        control_labels: list[str] | dict[str, list[str]] | None = None,
+        context: str | None = None,
+        perturbation_map: dict[str, str] | None = None,
+        unlabelled: str = "error",
+        exclude: dict[str, list] | None = None,
+        include: dict[str, list] | None = None,
+        dose_key: str | None = None,
+        dose_encoding: str = "log",
+        doses: dict[str, list[float]] | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
-        self.control = control
-        self.context_key = context_key
+        self.control, self.control_labels = control, control_labels
+        if control_labels is None:
+            self.control, self.control_labels = control_settings(control).values()
+        self.context_key = None if context is not None else context_key
+        self.context = context
         self.batch_key = batch_key
+        self.perturbation_map, self.unlabelled = perturbation_map, unlabelled
+        self.exclude, self.include = exclude, include
+        self.dose_key, self.dose_encoding, self.doses = dose_key, dose_encoding, doses
         self.input = input
         self.gene_input = gene_input
         self.values = values
@@ -132,13 +148,17 @@ class StateProcessor(Travelling, ProcessorMixin):
         self.feature_dim = feature_dim if feature_dim is not None else len(self.vocabulary.genes)
         self.set_size = set_size
         if perturbation_features is not None:
-            perturbation_features.check_control(control)
+            perturbation_features.check_control(self.control)
         self.perturbation_features = perturbation_features
         self.chat_template = None  # the inherited save looks for it
         self._ids = {
             kind: {name: i for i, name in enumerate(getattr(self.vocabulary, kind))}
             for kind in ("perturbations", "contexts", "batches")
         }
+        known = self._ids["perturbations"] if perturbation_features is None else perturbation_features.index
+        settings = {field.name: getattr(self, field.name) for field in fields(LabelSettings)}
+        self.label_reader = LabelReader(LabelSettings(**settings), whole=known)
+        self._scale = DoseScale(dose_encoding, doses or {})
 
     # Learning from data
 
@@ -158,6 +178,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         set_size: int = 128,
         target_sum: float | str | None = None,
         perturbation_features: PerturbationFeatures | None = None,
+        **reading,
     ) -> "StateProcessor":
         r"""
         Learn gene order, normalisation and vocabularies from training cells (one AnnData or several).
@@ -179,6 +200,8 @@ class StateProcessor(Travelling, ProcessorMixin):
             perturbation_features ([`PerturbationFeatures`], *optional*): vectors of at least the perturbations of the
                 training cells. The model takes them instead of ids.
 
+            reading: further arguments of the class that say how labels and values are read, `dose_key` for one.
+
             The other arguments are those of the class.
 
         Raises:
@@ -199,6 +222,7 @@ class StateProcessor(Travelling, ProcessorMixin):
             combination_separator=combination_separator or None,
             set_size=set_size,
             perturbation_features=perturbation_features,
+            **reading,
         )
         source = AnnDataSource([Part("", data) for data in adatas], reader)
         everything = np.ones(len(source.groups), dtype=bool)
@@ -224,8 +248,9 @@ class StateProcessor(Travelling, ProcessorMixin):
         output = super().to_dict()
         output.pop("vocabulary")
         output.pop("perturbation_features")
-        if self.predicts is None:
-            output.pop("predicts")
+        # What is at its default is not written: older versions read such a checkpoint too.
+        for name in [name for name, value in output.items() if is_default(name, value)]:
+            output.pop(name)
         # So that a checkpoint whose perturbation features are missing differs from one that never had any.
         if self.perturbation_features is not None:
             output["perturbation_dim"] = self.perturbation_features.dim
@@ -255,38 +280,46 @@ class StateProcessor(Travelling, ProcessorMixin):
 
     # Labels
 
-    def labels(self, adata: ad.AnnData) -> pd.DataFrame:
-        """Columns `perturbation`, `context` and (with a `batch_key`) `batch` of each cell, as plain strings."""
-        return self.labels_of(adata.obs)
+    def labels(self, adata: ad.AnnData, dataset: str | None = None) -> pd.DataFrame:
+        """
+        Columns `perturbation`, `context` and (with a `batch_key`) `batch` of each cell, as plain strings; None in cells that
+        are left out. A perturbation has its canonical name, see [`LabelReader`].
 
-    def labels_of(self, obs: pd.DataFrame) -> pd.DataFrame:
+        Args:
+            dataset (`str`, *optional*): the cells' dataset, where the labels of controls differ between datasets.
+        """
+        return self.labels_of(adata.obs, dataset)
+
+    def labels_of(self, obs: pd.DataFrame, dataset: str | None = None) -> pd.DataFrame:
         """[`StateProcessor.labels`] of the cells of a table; of its columns, only `label_columns` are read."""
-        columns = {"perturbation": self.perturbation_key, "context": self.context_key}
-        if self.batch_key is not None:
-            columns["batch"] = self.batch_key
-        return read_labels(obs, columns)
+        return self.label_reader.read(obs, dataset)
 
     @property
     def label_columns(self) -> list[str]:
         """The columns of obs that labels are read from."""
-        keys = (self.perturbation_key, self.context_key, self.batch_key)
-        return list(dict.fromkeys(key for key in keys if key is not None))
+        return self.label_reader.columns
+
+    def canonical(self, name: str) -> str:
+        """The canonical name of a perturbation, as [`StateProcessor.labels`] gives it."""
+        return self.label_reader.named(str(name))
 
     def split_combination(self, name: str) -> list[str]:
-        """The perturbations in a label: none for the control, several for a combination."""
-        ids, features = self._ids["perturbations"], self.perturbation_features
-        if name == self.control and name not in ids:
-            return []
-        known = ids if features is None else features.index
-        return split_combination(name, known, self.control, self.combination_separator)
+        """The perturbations in a name: none for the control, several for a combination. Doses are left out."""
+        return [part for part, _ in self._parts(name)]
+
+    def _parts(self, name: str) -> list[tuple[str, float | None]]:
+        if name == self.control and name in self._ids["perturbations"]:
+            return [(name, None)]  # a converted checkpoint, in which the control has weights of its own
+        return self.label_reader.parts(name)
 
     def encode(self, names, doses: list[float] | None = None) -> dict[str, np.ndarray]:
         """
         Labels of perturbations as the model takes them, by batch key.
 
         Args:
-            names (sequence of `str`): labels; `"A+B"` is a combination.
-            doses (`list[float]`, *optional*): weight of each perturbation of a combination, 1 by default.
+            names (sequence of `str`): labels; `"A+B"` is a combination, `"A@0.1"` has a dose where the model knows doses.
+            doses (`list[float]`, *optional*): weight of each perturbation of a combination, 1 by default, for a model that was
+                trained without doses.
 
         Returns:
             For a model on ids `perturbation_ids` (N, K) int64, padded with -1, all -1 being the control, and with
@@ -295,18 +328,34 @@ class StateProcessor(Travelling, ProcessorMixin):
 
         Raises:
             KeyError: a perturbation is not in the vocabulary, or has no vector; the error names the nearest ones.
-            ValueError: the number of doses is not that of the perturbations applied together.
+            ValueError: the number of doses is not that of the perturbations applied together; a dose is missing, or no number
+                above 0.
         """
-        parts = [self.split_combination(str(name)) for name in names]
+        found = [self._parts(str(name)) for name in names]
+        parts = [[part for part, _ in of_name] for of_name in found]
         together = max([1, *map(len, parts)])
-        if doses is not None and len(doses) != together:
-            raise ValueError(f"doses: expected {together} (one for each perturbation together), found {len(doses)}")
+        if self.dose_key is not None:
+            weights = [[self._scale.weight(*part) for part in of_name] for of_name in found]
+        elif doses is not None:
+            check_doses(doses)
+            if len(doses) != together:
+                raise ValueError(f"doses: expected {together} (one for each perturbation together), found {len(doses)}")
+            weights = [list(doses) for _ in found]
+        else:
+            weights = None
         if self.perturbation_features is not None:
-            return {PERTURBATION_FEATURES: self.perturbation_features.encode(parts, doses)}
+            return {PERTURBATION_FEATURES: self.perturbation_features.encode(parts, weights)}
         encoded = {PERTURBATION_IDS: encode_ids(parts, self._ids["perturbations"])}
-        if doses is not None:
-            encoded[PERTURBATION_DOSES] = np.tile(np.array(doses, dtype=np.float32), (len(parts), 1))
+        if weights is not None:
+            padded = [of_name + [0.0] * (together - len(of_name)) for of_name in weights]
+            encoded[PERTURBATION_DOSES] = np.array(padded, dtype=np.float32).reshape(-1, together)
         return encoded
+
+    def unseen_doses(self, names) -> list[str]:
+        """Those of some names of perturbations that have a dose which no training cell had."""
+        if self.dose_key is None:
+            return []
+        return [name for name in names if any(self._scale.is_new(*part) for part in self._parts(name))]
 
     def add_perturbation_features(self, names, vectors):
         """

@@ -1,5 +1,6 @@
 """Cells of AnnData objects, in memory or read from files, as a source."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Values
-from .messages import given
+from .messages import given, some
 
 
 if TYPE_CHECKING:
     from ..processing import StateProcessor
 
+
+logger = logging.getLogger(__name__)
 
 VALUES_OF_BLOCK = 1 << 22
 LABELS_OF_BLOCK = 1 << 16
@@ -230,26 +233,22 @@ class AnnDataSource(WholeSource):
 
     def _look(self, contexts: list[str] | None):
         """Open each part once: for its labels, its genes, and what its first cells show."""
-        reader = self.reader
-        keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
-        numbers: dict[tuple, int] = {}
+        groups = self._read_labels()
+        whole = self.reader.label_reader.keep_whole()
+        if whole:
+            logger.warning(
+                f"{len(whole)} labels contain {self.reader.combination_separator!r} and are kept whole, as a part of them stands "
+                f"nowhere else in the data: {some(whole)}"
+            )
+            groups = self._read_labels()
         for part in self.parts:
             with part.open() as data:
-                part.var_names, part.codes = data.var_names, np.empty(data.n_obs, dtype=np.int32)
-                for start in range(0, data.n_obs, LABELS_OF_BLOCK):
-                    rows = slice(start, min(start + LABELS_OF_BLOCK, data.n_obs))
-                    labels = reader.labels_of(part.obs(data, rows, reader.label_columns))
-                    labels = labels.assign(dataset=part.dataset).reset_index(drop=True)
-                    grouped = labels.groupby(keys, sort=False, observed=True)
-                    names = [tuple(name) for name in grouped.size().index]
-                    of_block = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int32)
-                    part.codes[rows] = of_block[grouped.ngroup().to_numpy()] if len(names) else -1
                 if self.expression is not None:
                     shared_genes([data])  # an error about one file names it
                     part.kind = kind_of_values(take_rows(matrix_of(data, self.expression), slice(0, _FIRST_CELLS)))
                 if self._embedding is not None:
                     part.width = matrix_of(data, self._embedding).shape[1]
-        groups = pd.DataFrame(list(numbers), columns=keys, dtype=object)
+        keys = list(groups.columns)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()
         rank = np.empty(len(order), dtype=np.int32)
@@ -261,6 +260,25 @@ class AnnDataSource(WholeSource):
         )
         self._renumber(np.where(used, np.arange(len(groups)), -1))
         self.drop_empty()
+
+    def _read_labels(self) -> pd.DataFrame:
+        """The groups of all cells, in the order in which they come; each part learns the groups of its cells."""
+        reader = self.reader
+        keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
+        numbers: dict[tuple, int] = {}
+        for part in self.parts:
+            with part.open() as data:
+                part.var_names, part.codes = data.var_names, np.full(data.n_obs, -1, dtype=np.int32)
+                for start in range(0, data.n_obs, LABELS_OF_BLOCK):
+                    rows = slice(start, min(start + LABELS_OF_BLOCK, data.n_obs))
+                    labels = reader.labels_of(part.obs(data, rows, reader.label_columns), part.dataset)
+                    grouped = labels.assign(dataset=part.dataset).groupby(keys, sort=False, observed=True)
+                    names = [tuple(name) for name in grouped.size().index]
+                    of_block = np.array(
+                        [*(numbers.setdefault(name, len(numbers)) for name in names), -1], dtype=np.int32
+                    )
+                    part.codes[rows] = of_block[grouped.ngroup().to_numpy()]  # a cell that is left out has -1
+        return pd.DataFrame(list(numbers), columns=keys, dtype=object)
 
     def _renumber(self, number: np.ndarray):
         """Give each group another number; -1 leaves its cells out."""

@@ -155,7 +155,8 @@ def fit_processor(
     settled = settle_values(source, template, trained, normalize, target_sum)
     names = training_names(source.groups[trained], settled, [])
     chosen = choose_genes(source, settled.target_sum, trained if chosen_on is None else chosen_on, genes)
-    return settled.with_vocabulary(replace(names, genes=chosen), feature_dim=source.embedding_dim)
+    doses = training_doses(source.groups[trained], settled)
+    return settled.with_vocabulary(replace(names, genes=chosen), feature_dim=source.embedding_dim, doses=doses)
 
 
 def check_contexts(contexts: list[str] | None, groups: pd.DataFrame):
@@ -171,8 +172,9 @@ def check_controls(groups: pd.DataFrame, template: "StateProcessor"):
     names = set(groups["perturbation"])
     if template.control not in names:
         raise ValueError(
-            f"no control cells: no cell has obs[{template.perturbation_key!r}] == {template.control!r}, found "
-            f"{some(sorted(names))}; say which label marks the controls with control="
+            f"no control cells: no cell has obs[{template.perturbation_key!r}] == "
+            f"{template.control_labels or template.control!r}, found {some(sorted(names))}; say which label marks the controls "
+            "with control="
         )
 
 
@@ -254,6 +256,17 @@ def training_names(groups: pd.DataFrame, reader: "StateProcessor", genes: list[s
         reader.perturbation_features.check_covers(singles, "of the training cells")
     batches = sorted(groups["batch"].unique()) if "batch" in groups else []
     return Vocabulary(genes, singles, sorted(groups["context"].unique()), batches)
+
+
+def training_doses(groups: pd.DataFrame, reader: "StateProcessor") -> dict[str, list[float]] | None:
+    """The doses of each perturbation of groups that are trained on, and those that the reader knows; None without doses."""
+    if reader.dose_key is None:
+        return None
+    found = {name: set(doses) for name, doses in (reader.doses or {}).items()}
+    for name in groups["perturbation"].unique():
+        for part, dose in reader.label_reader.parts(name):
+            found.setdefault(part, set()).add(given("a dose", dose))
+    return {name: sorted(doses) for name, doses in sorted(found.items())}
 
 
 def further_processor(source: CellSource, processor: "StateProcessor", trained: np.ndarray) -> "StateProcessor":

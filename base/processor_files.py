@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract
 from .checkpoint_files import LARGEST_SIZE, find_file, read_json
 from .configuration_perturbation import PerturbationConfig
 from .constants import Normalize, Values
+from .labels import LabelSettings
 from .messages import closest
 from .vocabulary import (
     PERTURBATION_FEATURES_FILE,
@@ -25,8 +26,20 @@ def _is_name(value) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _are_names(value) -> bool:
+    return _is_name(value) or (isinstance(value, list) and value != [] and all(map(_is_name, value)))
+
+
+def _is_table(value, of: Callable) -> bool:
+    return isinstance(value, dict) and all(_is_name(key) and of(item) for key, item in value.items())
+
+
 def _is_count(value) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def _is_dose(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _is_place(value) -> bool:
@@ -39,10 +52,10 @@ def _is_number_of_counts(value) -> bool:
 
 # The check of each setting, and how errors describe what is expected. Settings of the second table may be absent.
 _SETTINGS: dict[str, tuple[Callable, str]] = {
-    "perturbation_key": (_is_name, "the name of a column"),
+    "perturbation_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
     "control": (_is_name, "a label"),
-    "context_key": (_is_name, "the name of a column"),
-    "batch_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
+    "context_key": (lambda value: value is None or _are_names(value), "the names of columns, or null"),
+    "batch_key": (lambda value: value is None or _are_names(value), "the names of columns, or null"),
     "input": (_is_place, "'X', 'layers/NAME' or 'obsm/NAME'"),
     "gene_input": (lambda value: value is None or _is_place(value), "'X', 'layers/NAME' or null"),
     "values": (
@@ -58,13 +71,47 @@ _SETTINGS: dict[str, tuple[Callable, str]] = {
 _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "predicts": (lambda value: value in (None, Values.LOG1P), "'log1p' or null"),
     "perturbation_dim": (_is_count, "the width of a vector"),
+    "control_labels": (
+        lambda value: value is None or _are_names(value) or _is_table(value, _are_names),
+        "a list of labels, or one for each dataset",
+    ),
+    "context": (lambda value: value is None or _is_name(value), "the name of a context, or null"),
+    "perturbation_map": (lambda value: value is None or _is_table(value, _is_name), "labels and their names, or null"),
+    "unlabelled": (lambda value: value in ("error", "drop"), "'error' or 'drop'"),
+    "exclude": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
+    "include": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
+    "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
+    "dose_encoding": (lambda value: value in ("log", "linear"), "'log' or 'linear'"),
+    "doses": (
+        lambda value: value is None or _is_table(value, lambda of: isinstance(of, list) and all(map(_is_dose, of))),
+        "the doses of each perturbation, or null",
+    ),
 }
 # How labels and values are found in an AnnData; this differs from one laboratory to the next.
-READING = ("perturbation_key", "control", "context_key", "batch_key", "input", "gene_input", "combination_separator")
+READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_input")
 # What a processor remembers beside its vocabulary and the width of its features.
-PROCESSOR_SETTINGS = (*(name for name in _SETTINGS if name != "feature_dim"), "predicts")
+PROCESSOR_SETTINGS = tuple(
+    dict.fromkeys(
+        (*(name for name in _SETTINGS if name != "feature_dim"), *READING, "predicts", "dose_encoding", "doses")
+    )
+)
+OPTIONAL_SETTINGS = tuple(name for name in _OPTIONAL_SETTINGS if name != "perturbation_dim")
 # What transformers writes beside them.
 _OF_LIBRARY = ("auto_map", "processor_class")
+
+
+def is_default(name: str, value) -> bool:
+    """Whether an optional setting is what it is where it is absent."""
+    return name in OPTIONAL_SETTINGS and (
+        value is None or (name, value) in (("unlabelled", "error"), ("dose_encoding", "log"))
+    )
+
+
+def fits_reading(reading: dict) -> bool:
+    """Whether settings are those of `READING`, each as it must be; the optional ones may be absent."""
+    known = {**_SETTINGS, **_OPTIONAL_SETTINGS}
+    needed = {name for name in READING if name in _SETTINGS}
+    return needed <= set(reading) <= set(READING) and all(known[name][0](value) for name, value in reading.items())
 
 
 def check_settings(settings: dict, path: str | os.PathLike):

@@ -160,7 +160,7 @@ class PerturbationFeatures:
             + "; add their vectors, or leave out the cells"
         )
 
-    def encode(self, parts: list[list[str]], doses: "list[float] | None" = None) -> np.ndarray:
+    def encode(self, parts: list[list[str]], doses: "list[list[float]] | None" = None) -> np.ndarray:
         """
         The sum of the vectors of the perturbations that are applied together, each times its dose (1 by default), for
         each item of `parts`: `(len(parts), P)` float32. An item without perturbations, the control, gives zeros.
@@ -169,14 +169,14 @@ class PerturbationFeatures:
             KeyError: a perturbation has no vector; the message names the nearest ones.
         """
         encoded = np.zeros((len(parts), self.dim), dtype=np.float32)
-        for row, together in zip(encoded, parts):
+        for number, (row, together) in enumerate(zip(encoded, parts)):
             for position, name in enumerate(together):
                 if name not in self.index:
                     raise KeyError(
                         f"perturbation {name!r} has no vector among this model's {len(self)} perturbation features (add "
                         f"one with --perturbation-features); {closest(name, self.names)}"
                     )
-                row += self.vectors[self.index[name]] * np.float32(1 if doses is None else doses[position])
+                row += self.vectors[self.index[name]] * np.float32(1 if doses is None else doses[number][position])
         return encoded
 
     def extended(self, other: "PerturbationFeatures") -> "PerturbationFeatures":
@@ -235,55 +235,6 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def read_labels(obs: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
-    """
-    Columns of obs under the names that `columns` gives them, as plain strings.
-
-    Raises:
-        KeyError: there is no such column; those that exist are listed.
-        ValueError: a label is empty or blank, or holds a NUL character.
-    """
-    frame = {}
-    for name, key in columns.items():
-        if key not in obs:
-            raise KeyError(
-                f"obs has no column {key!r} ({name}), found {some(obs.columns)}; "
-                f"{closest(key, obs.columns) if len(obs.columns) else 'add it'}"
-            )
-        column = obs[key]
-        if column.isna().any():
-            first = obs.index[column.isna().to_numpy()][0]
-            raise ValueError(f"obs[{key!r}] is empty in {int(column.isna().sum())} cells, first in {first!r}")
-        frame[name] = column.astype(str).to_numpy()
-        blank = np.isin(frame[name], [label for label in pd.unique(frame[name]) if not label.strip()])
-        if blank.any():
-            first = obs.index[blank][0]
-            raise ValueError(f"obs[{key!r}] is blank in {int(blank.sum())} cells, first in {first!r}")
-        # In some places pandas and numpy see the whole of a text with a NUL, in others only what stands before the NUL.
-        given = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
-        cut = next((label for label in given if isinstance(label, str) and "\0" in label), None)
-        if cut is not None:
-            raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
-    return pd.DataFrame(frame, index=obs.index)
-
-
-def split_combination(name: str, known, control: str, separator: str | None) -> list[str]:
-    """The perturbations in a label: itself if it is `known`, several for a combination, none for the control.
-
-    Raises:
-        ValueError: the separator has nothing on one of its sides.
-    """
-    if name in known:
-        return [name]
-    parts = name.split(separator) if separator else [name]
-    if not all(part.strip() for part in parts):
-        raise ValueError(
-            f"perturbation {name!r} has an empty part around {separator!r}; where the character belongs to a name, set "
-            "combination_separator=None"
-        )
-    return [part.strip() for part in parts if part.strip() != control]
-
-
 def control_rows(
     labels: pd.DataFrame, control: str, perturbation_key: str, context: "str | list[str] | None"
 ) -> dict[str, np.ndarray]:
@@ -300,7 +251,7 @@ def control_rows(
         KeyError: a context is not in the data.
         ValueError: a context has no control cells, or there is no context.
     """
-    present = pd.unique(labels["context"])
+    present = pd.unique(labels["context"].dropna())
     wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
     if not wanted:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from pertstate.base.constants import Split
+from pertstate.base.labels import control_settings
 from pertstate.base.messages import closest
 from pertstate.base.processor_files import READING
 from pertstate.base.vocabulary import PerturbationFeatures
@@ -16,7 +17,7 @@ from pertstate.data.options import as_declared
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import expand_paths
 from pertstate.data.source import FileSource
-from pertstate.data.splits import Splits
+from pertstate.data.splits import Splits, meant
 from pertstate.processing import StateProcessor
 
 
@@ -39,8 +40,11 @@ class DataArguments:
         test_contexts, val_contexts (`list[str]`): contexts held out whole, in every dataset that has them.
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
         contexts (`list[str]`, *optional*): use only these contexts of the files.
-        perturbation_key, control, context_key, batch_key, input, genes, normalize, combination_separator,
-            gene_input, target_sum: see [`StateProcessor.fit`].
+        control (`str`, `list[str]` or `dict`): the label of control cells, or a list of labels; a label may be a pattern such
+            as `non-targeting*`. A dictionary gives each dataset its own.
+        perturbation_key, context_key, context, batch_key, perturbation_map, unlabelled, exclude, include, dose_key,
+            dose_encoding, input, genes, normalize, combination_separator, gene_input, target_sum: see [`StateProcessor`] and
+            [`StateProcessor.fit`].
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
             unseen perturbations can be predicted. See [`read_perturbation_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
@@ -61,9 +65,16 @@ class DataArguments:
     val_perturbations: list[str] = field(default_factory=list)
     contexts: list[str] | None = None
     perturbation_key: str = "perturbation"
-    control: str = "control"
-    context_key: str = "cell_type"
-    batch_key: str | None = None
+    control: str | list[str] | dict[str, Any] = "control"
+    context_key: str | list[str] = "cell_type"
+    context: str | None = None
+    batch_key: str | list[str] | None = None
+    perturbation_map: dict[str, str] | None = None
+    unlabelled: Literal["error", "drop"] = "error"
+    exclude: dict[str, Any] | None = None
+    include: dict[str, Any] | None = None
+    dose_key: str | None = None
+    dose_encoding: Literal["log", "linear"] = "log"
     input: str = "X"
     genes: int | list[str] | None = None
     normalize: Literal["auto", "counts_to_log1p", "none"] = "auto"
@@ -102,12 +113,16 @@ class DataArguments:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The fields that say how labels and values are found in files."""
-        return {name: getattr(self, name) for name in READING}
+        """The settings of a processor that say how labels and values are found in files."""
+        own = {name: getattr(self, name) for name in READING if name != "control_labels"}
+        own |= control_settings(self.control)
+        for name in ("exclude", "include"):
+            own[name] = own[name] and {key: of if isinstance(of, list) else [of] for key, of in own[name].items()}
+        return own | ({} if self.context is None else {"context_key": None})
 
     def reader(self) -> StateProcessor:
         """A processor that reads files as the section says, and knows nothing else yet but perturbation features."""
-        return StateProcessor(**self.reading, perturbation_features=self.features())
+        return StateProcessor(**self.reading, dose_encoding=self.dose_encoding, perturbation_features=self.features())
 
     def features(self) -> PerturbationFeatures | None:
         """The vectors of the perturbations, where the section names a file of them."""
@@ -150,10 +165,11 @@ class DataArguments:
         Raises:
             ValueError: the run sets a field that says how files are read, and the store was prepared with another value.
         """
-        for name, prepared in manifest.reading.items():
-            if name in given and getattr(self, name) != prepared:
+        own = self.reading
+        for name, prepared in {**dict.fromkeys(READING), "unlabelled": "error", **manifest.reading}.items():
+            if name in given and own[name] != prepared:
                 raise ValueError(
-                    f"data.{name}={getattr(self, name)!r}, but the store was prepared with {prepared!r}; leave it out, or "
+                    f"data.{name}={own[name]!r}, but the store was prepared with {prepared!r}; leave it out, or "
                     "prepare the store anew"
                 )
 
@@ -164,19 +180,21 @@ class DataArguments:
         named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
         return {name: expand_paths(pattern) for name, pattern in named.items()}
 
-    def resolve_splits(self, groups: pd.DataFrame | None = None) -> Splits:
+    def resolve_splits(self, groups: pd.DataFrame | None = None, reader: StateProcessor | None = None) -> Splits:
         """
         The [`Splits`] that the section describes.
 
         Args:
             groups (`pandas.DataFrame`, *optional*): the groups of the source whose cells are split; by default those of the
                 files, whose labels are read for it.
+            reader ([`StateProcessor`], *optional*): reads the labels, instead of that of the section.
         """
         stored = self.store is not None
         groups = self.file_source().groups if groups is None else groups
         names = sorted(groups["dataset"].unique())
+        reader = self.reader() if reader is None else reader
         if self.splits is not None:
-            return Splits.from_toml(self.splits, names if stored else None)
+            return Splits.from_toml(self.splits, names if stored else None).canonical(reader.canonical, groups)
         if not stored:
             datasets = self.files()
         elif isinstance(self.datasets, dict) and sorted(self.datasets) != names:
@@ -196,6 +214,7 @@ class DataArguments:
                     f"data: held-out context {context!r} is not in the data; {closest(context, sorted({c for _, c in present}))}"
                 )
         everything = sorted({p for names in present.values() for p in names})
+        held = {split: meant(names, reader.canonical, everything) for split, names in held.items()}
         for name in (n for names in held.values() for n in names):
             if name not in everything:
                 raise ValueError(
@@ -216,10 +235,8 @@ class DataArguments:
         if self.splits is not None:
             return Splits.from_toml(self.splits, datasets)
         contexts = {**dict.fromkeys(self.val_contexts, Split.VAL), **dict.fromkeys(self.test_contexts, Split.TEST)}
-        names = {
-            **dict.fromkeys(self.val_perturbations, Split.VAL),
-            **dict.fromkeys(self.test_perturbations, Split.TEST),
-        }
+        named = ((Split.VAL, self.val_perturbations), (Split.TEST, self.test_perturbations))
+        names = {self.reader().canonical(name): split for split, listed in named for name in listed}
         return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
 
 

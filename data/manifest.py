@@ -14,7 +14,7 @@ from pertstate._version import __version__
 from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
-from pertstate.base.processor_files import READING
+from pertstate.base.processor_files import fits_reading
 
 
 STORE_FILE = "store.json"
@@ -24,7 +24,6 @@ FORMAT_VERSION = 1
 GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
-_OPTIONAL = ("batch_key", "gene_input", "combination_separator")
 _COUNTS = ("uint8", "uint16", "uint32")
 
 
@@ -118,9 +117,7 @@ class Manifest:
         fits = {
             "cells": _is_count(self.cells, 1),
             "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
-            "reading": isinstance(self.reading, dict)
-            and set(self.reading) == set(READING)
-            and all(type(value) is str or value is None and key in _OPTIONAL for key, value in self.reading.items()),
+            "reading": isinstance(self.reading, dict) and fits_reading(self.reading),
             "expression": self.expression in (None, Values.COUNTS, Values.LOG1P),
             "layout": self.layout in ("sparse", "dense"),
             "dtype": self.dtype in (_COUNTS if self.expression == Values.COUNTS else ("float32", "float16")),

@@ -28,7 +28,7 @@ from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes,
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
 from pertstate.base.messages import closest, given
-from pertstate.base.processor_files import READING
+from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on
 from pertstate.data.knockdown import filter_knockdowns
@@ -167,7 +167,7 @@ class _Plan:
 
 def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
     source = data.file_source()
-    splits = data.resolve_splits(source.groups)
+    splits = data.resolve_splits(source.groups, source.reader)
     notes: list[str] = []
     everything = set().union(*(file.var_names for file in source.parts))
     if source.expression is not None and len(everything) > len(source.genes):
@@ -214,7 +214,7 @@ def _progress(source: FileSource, what: str, quiet: bool) -> Iterator[None]:
 
 def _obs_columns(sources, reader: StateProcessor, asked: list[str] | None, notes: list[str]) -> dict[str, str]:
     """The columns of `obs` to keep, each with the type that holds its values of all files, by Arrow's name for it."""
-    labels = {reader.perturbation_key, reader.context_key, reader.batch_key}
+    labels = {key for key in (reader.perturbation_key, reader.context_key, reader.batch_key) if isinstance(key, str)}
     kinds: dict[str, set[str]] = {}
     for source in sources:
         with AnnDataFile(source.path) as data:
@@ -431,7 +431,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
     manifest = Manifest(
         cells=plan.layout.cells,
         genes=recipe.genes,
-        reading={name: getattr(plan.processor, name) for name in READING},
+        reading={name: value for name in READING if not is_default(name, value := getattr(plan.processor, name))},
         expression=recipe.kind,
         layout="dense" if plan.layout.options.layout == "dense" else "sparse",
         dtype=np.dtype(values.to_pandas_dtype()).name,

@@ -1,9 +1,13 @@
 """Which (dataset, context, perturbation) is for training, for validation and for test."""
 
 import os
+import re
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import pandas as pd
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest
@@ -129,6 +133,21 @@ class Splits:
             fewshot={pair(key): held for key, held in content.get("fewshot", {}).items()},
         )
 
+    def canonical(self, name_of: Callable[[str], str], groups: pd.DataFrame) -> "Splits":
+        """
+        The same with canonical names of perturbations; a name without a dose stands for all its doses.
+
+        Args:
+            name_of (`Callable`): gives the canonical name of a name.
+            groups (`pandas.DataFrame`): columns `dataset`, `context` and `perturbation`, of the cells.
+        """
+        there = {pair: list(of) for pair, of in groups.groupby(["dataset", "context"])["perturbation"]}
+        fewshot = {
+            pair: {split: meant(names, name_of, there.get(pair, [])) for split, names in held.items()}
+            for pair, held in self.fewshot.items()
+        }
+        return replace(self, fewshot=fewshot)
+
     def assign(self, present: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str, str], str | None]:
         """
         The split of every (dataset, context, perturbation); None for what is neither trained on nor held out.
@@ -181,3 +200,12 @@ class Splits:
     def split_of_context(self, dataset: str, context: str) -> str | None:
         """The split that a context is held out for as a whole, or None."""
         return self.zeroshot.get((dataset, context), self.contexts.get(context))
+
+
+def meant(names: list[str], name_of: Callable[[str], str], present: list[str]) -> list[str]:
+    """The perturbations that some names stand for: each itself, or all its doses among those that are present."""
+    found: list[str] = []
+    for name in map(name_of, names):
+        doses = [one for one in present if re.sub(r"@[\d.e+-]+(?=\D|$)", "", one) == name]
+        found += [name] if name in present or not doses else sorted(set(doses))
+    return found

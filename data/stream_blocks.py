@@ -65,6 +65,10 @@ class CellBlock:
             column = getattr(columns, field)
             if column is not None:
                 codes, names[field] = self._labels(column)
+                if field == "perturbation" and self.source.label_reader is not None:
+                    found = [self.source.label_reader.canonical(name, self.source.name) for name in names[field]]
+                    names[field], place = np.unique(np.array(found, dtype=object), return_inverse=True)
+                    codes = place.astype(np.int64)[codes]
                 code = code * len(names[field]) + codes[self.mine]
         present, inverse = np.unique(code, return_inverse=True)
         order = np.argsort(inverse, kind="stable")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from pertstate.base.labels import LabelReader
 from pertstate.base.messages import closest, some
 from pertstate.data.stream_blocks import CellBlock
 
@@ -173,6 +174,8 @@ class CellStream:
             if stream.column_names is not None and column not in stream.column_names:
                 raise KeyError(f"the stream has no column {column!r}; {closest(column, stream.column_names)}")
         self.columns, self.name, self.block_size = columns, name, block_size
+        # Parses the labels of perturbations; those of a store are canonical already.
+        self.label_reader: LabelReader | None = None
         self.contexts = None if contexts is None else list(contexts)
         self._tables = stream.select_columns(columns.names).with_format("arrow")
         self.num_shards = stream.num_shards

@@ -268,6 +268,8 @@ def survey_stream(
     if template is None:
         keys = {"perturbation_key": columns.perturbation, "context_key": columns.context, "batch_key": columns.batch}
         template = StateProcessor(**{**keys, **reading})
+    if columns.dataset is None:
+        source.label_reader = template.label_reader
     embedded = template.input.startswith("obsm/")
     if template.gene_input is not None and not embedded:
         raise ValueError(

@@ -1,0 +1,441 @@
+"""What the labels of a cell say: its perturbation in one canonical spelling, its context, its batch. Read in one place."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .doses import check_doses, dose_text
+from .messages import closest, some
+
+
+# Texts that stand for "no label".
+MISSING = ("", "nan", "none", "na", "n/a", "<na>", "null", "unassigned")
+JOINED = "|"  # joins the values of several columns
+_DOSE = "@"  # stands between a perturbation and its dose
+_BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    r"""
+    How labels are found in obs. All values can be written as JSON.
+
+    Args:
+        perturbation_key (`str`, *optional*): column of the perturbations. None: every cell is a control.
+        control (`str`): the name that control cells get.
+        control_labels (`list[str]` or `dict[str, list[str]]`, *optional*): the labels that mark controls, or those of each
+            dataset: names, or patterns such as `non-targeting*`. By default `control` alone.
+        context_key (`str` or `list[str]`, *optional*): column of the contexts, or several, whose values are joined with "|".
+            None: `context` says it.
+        context (`str`, *optional*): the context of all cells, where no column says it.
+        batch_key (`str` or `list[str]`, *optional*): column, or columns, of the experimental batch.
+        combination_separator (`str`, *optional*): joins perturbations applied together.
+        perturbation_map (`dict[str, str]`, *optional*): labels of the data to names of perturbations. A key is a label, or a
+            pattern with one `*`, whose text replaces the `*` of the name: `{"*_g1": "*", "*_g2": "*"}`.
+        unlabelled (`str`): what becomes of cells without a label: `"error"`, or `"drop"`.
+        exclude, include (`dict[str, list]`, *optional*): columns of obs, each with values: cells with one of them are left
+            out, or they alone are used.
+        dose_key (`str`, *optional*): column of the dose: a number, or for a combination one for each part, `"1;0.5"`.
+    """
+
+    perturbation_key: str | None = "perturbation"
+    control: str = "control"
+    control_labels: "list[str] | dict[str, list[str]] | None" = None
+    context_key: str | list[str] | None = "cell_type"
+    context: str | None = None
+    batch_key: str | list[str] | None = None
+    combination_separator: str | None = "+"
+    perturbation_map: dict[str, str] | None = None
+    unlabelled: str = "error"
+    exclude: dict[str, list] | None = None
+    include: dict[str, list] | None = None
+    dose_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.unlabelled not in ("error", "drop"):
+            raise ValueError(f"unlabelled={self.unlabelled!r}; {closest(self.unlabelled, ('error', 'drop'))}")
+        if (self.context_key is None) == (self.context is None):
+            raise ValueError(
+                f"set one of context_key (found {self.context_key!r}), the column with each cell's context, and context "
+                f"(found {self.context!r}), the context of all cells"
+            )
+        for name, value in (("exclude", self.exclude), ("include", self.include)):
+            if value is not None and not (isinstance(value, dict) and all(isinstance(v, list) for v in value.values())):
+                raise ValueError(f"{name}={value!r}: expected columns of obs, each with a list of values")
+        for label, name in (self.perturbation_map or {}).items():
+            if label.count("*") > 1 or name.count("*") > label.count("*"):
+                raise ValueError(
+                    f"perturbation_map has {label!r}: {name!r}; expected a label and its name, or a pattern with one '*' and "
+                    "a name with at most one"
+                )
+
+
+def control_settings(control: "str | list[str] | dict[str, Any]") -> dict[str, Any]:
+    """
+    The settings `control` and `control_labels` of what a run says of its controls: a name, a pattern, a list of them, or
+    one of these for each dataset.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(control, str) and "*" not in control:
+        return {"control": control, "control_labels": None}
+    per_dataset = control if isinstance(control, dict) else {"": control}
+    labels = {dataset: [of] if isinstance(of, str) else of for dataset, of in per_dataset.items()}
+    if not labels or not all(
+        isinstance(of, list) and of and all(isinstance(x, str) for x in of) for of in labels.values()
+    ):
+        raise ValueError(f"control={control!r}: expected a name, a pattern such as 'non-targeting*', or a list of them")
+    first = next(iter(labels.values()))[0]
+    name = first.split("*")[0].strip("_-. ") or "control"
+    return {"control": name, "control_labels": labels if isinstance(control, dict) else labels[""]}
+
+
+@dataclass
+class LabelReader:
+    """
+    Reads labels. Each distinct label is parsed once: the canonical name has its parts in alphabetical order, without parts
+    that are controls, so that `A+ctrl`, `ctrl+A` and `A` are one name, and so are `A+B` and `B+A`.
+
+    A separator within brackets, or with nothing on one side of it, does not separate (`(+)-JQ1`). With a `dose_key` a
+    canonical name says the dose of each part: `A@0.1+B@10`.
+
+    Args:
+        settings ([`LabelSettings`]): how labels are found.
+        whole (collection of `str`): names that contain the separator and stay whole.
+    """
+
+    settings: LabelSettings
+    whole: Collection[str] = ()
+    _seen: dict[tuple, str] = field(default_factory=dict)
+
+    # Names
+
+    def is_control(self, label: str, dataset: str | None = None) -> bool:
+        """Whether a label, or a part of one, marks controls."""
+        labels = self.settings.control_labels
+        if labels is None:
+            return label == self.settings.control
+        if isinstance(labels, Mapping):
+            if dataset is not None:
+                labels = labels.get(dataset, [self.settings.control])
+            else:
+                labels = [one for of in labels.values() for one in of]
+        return any(label == one or ("*" in one and fnmatchcase(label, one)) for one in labels)
+
+    def canonical(self, label: str, dataset: str | None = None, dose: Any = None) -> str:
+        """
+        The canonical name of a label of the data.
+
+        Args:
+            label (`str`): the label.
+            dataset (`str`, *optional*): whose controls are meant, where they differ.
+            dose (`float` or `str`, *optional*): of the label's parts, separated by ";", or the one dose of all of them.
+
+        Raises:
+            ValueError: a dose is not a number above 0, or their number is not that of the parts; or a perturbation is called
+                as the controls are.
+        """
+        key = (label, dataset, dose)
+        if key not in self._seen:
+            self._seen[key] = self._parse(label.strip(), dataset, dose)
+        return self._seen[key]
+
+    def _parse(self, label: str, dataset: str | None, dose: Any) -> str:
+        settings = self.settings
+        if self.is_control(label, dataset):
+            return settings.control
+        parts = [self._mapped(part) for part in self._split(self._mapped(label))]
+        if not self.settings.dose_key:
+            named = [part for part in parts if not self.is_control(part, dataset)]
+            name = (settings.combination_separator or "").join(sorted(named)) or settings.control
+            if named and name == settings.control:
+                raise ValueError(
+                    f"the perturbation {label!r} is called {name!r}, as the controls are by control={settings.control_labels!r}; "
+                    "name it otherwise, or list it among the controls"
+                )
+            return name
+        doses = self._doses(label, parts, dose, dataset)
+        named = [f"{part}{_DOSE}{of}" for part, of in zip(parts, doses) if not self.is_control(part, dataset)]
+        return (settings.combination_separator or "").join(sorted(named)) or settings.control
+
+    def named(self, name: str) -> str:
+        """The canonical name of what a person wrote: as `canonical`, but a dose is part of the name (`A@0.1`), or absent."""
+        parts = [part for part in self._split(name.strip()) if not self.is_control(part)]
+        if self.settings.dose_key:
+            parts = [
+                part if dose is None else f"{of}{_DOSE}{dose_text(dose)}"
+                for part in parts
+                for of, dose in [split_dose(part)]
+            ]
+        return (self.settings.combination_separator or "").join(sorted(parts)) or self.settings.control
+
+    def _mapped(self, label: str) -> str:
+        """The name that `perturbation_map` gives a label; exact labels go before patterns."""
+        table = self.settings.perturbation_map or {}
+        if label in table:
+            return table[label]
+        for pattern, name in table.items():
+            before, star, after = pattern.partition("*")
+            fits = star and len(label) > len(before) + len(after) and label.startswith(before) and label.endswith(after)
+            if fits:
+                return name.replace("*", label[len(before) : len(label) - len(after)])
+        return label
+
+    def _split(self, label: str) -> list[str]:
+        separator = self.settings.combination_separator
+        if not separator or separator not in label or label in self.whole:
+            return [label]
+        parts, depth, start = [], 0, 0
+        for i, character in enumerate(label):
+            depth = max(0, depth + _BRACKETS.get(character, 0))
+            if depth == 0 and label.startswith(separator, i) and i >= start:
+                parts.append(label[start:i])
+                start = i + len(separator)
+        parts = [part.strip() for part in (*parts, label[start:])]
+        return parts if all(parts) else [label]
+
+    def _doses(self, label: str, parts: list[str], dose: Any, dataset: str | None) -> list[str]:
+        texts = str(dose).split(";") if isinstance(dose, str) else [dose]
+        if len(texts) == 1:
+            texts = texts * len(parts)
+        if len(texts) != len(parts):
+            raise ValueError(
+                f"{label!r} has {len(parts)} parts and the doses {dose!r}; expected one dose, or one for each part"
+            )
+        return [self._dose(label, part, text, dataset) for part, text in zip(parts, texts)]
+
+    def _dose(self, label: str, part: str, dose: Any, dataset: str | None) -> str:
+        if self.is_control(part, dataset):
+            return ""
+        try:
+            number = float(dose)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ValueError(
+                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0 (cells that got nothing "
+                "are controls: give them the control's label)"
+            )
+        return dose_text(number)
+
+    def parts(self, name: str) -> list[tuple[str, float | None]]:
+        """The single perturbations of a canonical name, each with its dose or None; none for the control."""
+        if name == self.settings.control:
+            return []
+        parts = [name] if name in self.whole else self._split(name)
+        parts = [part for part in parts if not self.is_control(part)]
+        return [split_dose(part) if self.settings.dose_key else (part, None) for part in parts]
+
+    def at_doses(self, name: str, doses: list[float]) -> str:
+        """
+        The canonical name of a perturbation at doses.
+
+        Args:
+            doses (`list[float]`): one for each perturbation applied together, in the order of the name as it is written.
+
+        Raises:
+            ValueError: a dose is not a number above 0, or there is not one for each perturbation.
+        """
+        parts = [split_dose(part)[0] for part in self._split(name.strip()) if not self.is_control(part)]
+        if len(doses) != len(parts):
+            raise ValueError(f"doses: expected {len(parts)} (one for each perturbation together), found {len(doses)}")
+        check_doses(doses)
+        dosed = sorted(f"{part}{_DOSE}{dose_text(dose)}" for part, dose in zip(parts, doses))
+        return (self.settings.combination_separator or "").join(dosed) or self.settings.control
+
+    def keep_whole(self) -> list[str]:
+        """
+        Of all labels read so far, those that the separator cuts into a part that stands nowhere else: neither alone, nor with
+        a control, nor in another combination. They are kept whole from now on; labels must then be read again.
+        """
+        labels = sorted({label.strip() for label, *_ in self._seen})
+        cut = {
+            label: [part for part in self._split(self._mapped(label)) if not self.is_control(part)] for label in labels
+        }
+        seen: dict[str, set[frozenset[str]]] = {}
+        for parts in cut.values():
+            for part in parts:
+                seen.setdefault(part, set()).add(frozenset(parts))
+        alone = {parts[0] for parts in cut.values() if len(parts) == 1}
+        found = [
+            label
+            for label, parts in cut.items()
+            if len(parts) > 1 and any(part not in alone and len(seen[part]) == 1 for part in parts)
+        ]
+        if found:
+            self.whole = {*self.whole, *found}
+            self._seen.clear()
+        return found
+
+    # Cells
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of obs that are read."""
+        settings = self.settings
+        keys = [
+            settings.perturbation_key,
+            *_listed(settings.context_key),
+            *_listed(settings.batch_key),
+            settings.dose_key,
+        ]
+        keys += [*(settings.exclude or ()), *(settings.include or ())]
+        return list(dict.fromkeys(key for key in keys if key is not None))
+
+    def read(self, obs: pd.DataFrame, dataset: str | None = None) -> pd.DataFrame:
+        """
+        The labels of the cells of a table: columns `perturbation` (canonical), `context` and, where there are batches,
+        `batch`, as plain strings. Cells that are left out have None in all of them.
+
+        Raises:
+            KeyError: a column is missing; those that exist are listed.
+            ValueError: a label is empty, blank, or holds a NUL character (unless such cells are dropped); a dose is wrong.
+        """
+        settings = self.settings
+        columns = {"perturbation": _listed(settings.perturbation_key), "context": _listed(settings.context_key)}
+        if settings.batch_key is not None:
+            columns["batch"] = _listed(settings.batch_key)
+        given = {key: _column(obs, key, name) for name, keys in columns.items() for key in keys}
+        kept = np.ones(len(obs), dtype=bool)
+        for table, wanted in ((settings.include, True), (settings.exclude, False)):
+            for key, values in (table or {}).items():
+                kept &= _is_one_of(_column(obs, key, "filter"), values) == wanted
+        read: dict[str, np.ndarray] = {}
+        for name, keys in columns.items():
+            parts = []
+            for key in keys:
+                labels = _Texts(
+                    given[key], partial(self.is_control, dataset=dataset) if name == "perturbation" else None
+                )
+                if settings.unlabelled == "drop":
+                    kept &= ~labels.missing()
+                labels.check(key, kept)
+                parts.append(labels.texts())
+            read[name] = parts[0] if len(parts) == 1 else _joined(parts)
+        if settings.context is not None:
+            read["context"] = np.full(len(obs), settings.context, dtype=object)
+        if settings.perturbation_key is None:
+            read["perturbation"] = np.full(len(obs), settings.control, dtype=object)
+        elif settings.dose_key is None:
+            read["perturbation"] = self._canonical_names(read["perturbation"], kept, dataset)
+        else:
+            doses = _column(obs, settings.dose_key, "dose")
+            read["perturbation"] = self._dosed_names(read["perturbation"], doses, kept, dataset)
+        frame = pd.DataFrame({name: read[name] for name in columns}, index=obs.index)
+        if not kept.all():
+            frame.loc[~kept] = None
+        return frame
+
+    def _canonical_names(self, labels: np.ndarray, kept: np.ndarray, dataset: str | None) -> np.ndarray:
+        codes, names = pd.factorize(labels)
+        used = np.zeros(len(names), dtype=bool)
+        used[codes[kept]] = True
+        return np.array([self.canonical(n, dataset) if use else None for n, use in zip(names, used)], dtype=object)[
+            codes
+        ]
+
+    def _dosed_names(self, labels: np.ndarray, doses: pd.Series, kept: np.ndarray, dataset: str | None) -> np.ndarray:
+        codes, names = pd.factorize(labels)
+        dose_codes, values = pd.factorize(doses.astype(object), use_na_sentinel=False)
+        pair = codes * max(1, len(values)) + dose_codes
+        found = np.full(len(labels), None, dtype=object)
+        for number in np.unique(pair[kept]):
+            name, dose = divmod(int(number), len(values))
+            found[pair == number] = self.canonical(names[name], dataset, values[dose])
+        return found
+
+
+def split_dose(part: str) -> tuple[str, float | None]:
+    """A part of a name without its dose, and the dose; None where it has none."""
+    name, at, dose = part.rpartition(_DOSE)
+    try:
+        return (name, float(dose)) if at else (part, None)
+    except ValueError:
+        return part, None
+
+
+def _listed(keys: str | list[str] | None) -> list[str]:
+    return [] if keys is None else [keys] if isinstance(keys, str) else list(keys)
+
+
+def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
+    if key not in obs:
+        raise KeyError(
+            f"obs has no column {key!r} ({name}), found {some(obs.columns)}; "
+            f"{closest(key, obs.columns) if len(obs.columns) else 'add it'}"
+        )
+    return obs[key]
+
+
+class _Texts:
+    """A column as plain strings, each distinct one looked at once."""
+
+    def __init__(self, column: pd.Series, is_label: Callable[[str], bool] | None = None):
+        self.index = column.index
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            self.codes, values = column.cat.codes.to_numpy(), column.cat.categories
+        else:
+            self.codes, values = pd.factorize(column)
+        self.names = np.array([str(value) for value in values], dtype=object)
+        # A word that usually says "no label" may be that of the controls.
+        self.gone = np.array(
+            [name.strip().lower() in MISSING and not (is_label and is_label(name)) for name in self.names]
+        )
+
+    def missing(self) -> np.ndarray:
+        """Which cells have no label."""
+        return (self.codes < 0) | (np.append(self.gone, True)[self.codes] if len(self.names) else True)
+
+    def check(self, key: str, kept: np.ndarray):
+        """ValueError if one of the cells that are kept has no label, or one with a NUL character."""
+        missing = self.missing() & kept
+        if missing.any():
+            at = int(np.flatnonzero(missing)[0])
+            label = "" if self.codes[at] < 0 else self.names[self.codes[at]]
+            what = "is empty" if self.codes[at] < 0 else "is blank" if not label.strip() else f"says {label!r}"
+            raise ValueError(
+                f"obs[{key!r}] {what} in {int(missing.sum())} cells, first in {self.index[at]!r}; label them, or set "
+                "unlabelled: drop"
+            )
+        # In some places pandas and numpy see the whole of a text with a NUL, in others only what stands before the NUL.
+        cut = next((name for name in self.names if "\0" in name), None)
+        if cut is not None:
+            raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
+
+    def texts(self) -> np.ndarray:
+        """The string of each cell; of one without a label, any."""
+        return self.names[self.codes] if len(self.names) else np.full(len(self.codes), "", dtype=object)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    codes, names = pd.factorize(pd.MultiIndex.from_arrays(parts))
+    return np.array([JOINED.join(name) for name in names], dtype=object)[codes]
+
+
+def _is_one_of(column: pd.Series, values: list) -> np.ndarray:
+    """Which cells have one of some values; numbers and truth values also where they are given, or stand, as texts."""
+    wanted = {_comparable(value) for value in values}
+    codes, names = pd.factorize(column.astype(object), use_na_sentinel=False)
+    return np.array([_comparable(name) in wanted for name in names], dtype=bool)[codes]
+
+
+def _comparable(value) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+        return None
+    text = str(value).strip()
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+__all__ = ["LabelReader", "LabelSettings"]
