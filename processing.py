@@ -1,7 +1,7 @@
 """StateProcessor: AnnData to cell sentences, and predictions back to AnnData."""
 
-import json
 import os
+import warnings
 from dataclasses import fields
 
 import anndata as ad
@@ -18,7 +18,6 @@ from .base.cell_values import (
     cell_totals,
     check_finite,
     dense_genes,
-    describe_values,
     gene_columns,
     matrix_of,
     normalize_counts,
@@ -41,6 +40,7 @@ from .base.doses import DoseScale, check_doses
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.modeling_perturbation import PerturbationOutput
+from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
 from .base.vocabulary import (
@@ -53,7 +53,13 @@ from .base.vocabulary import (
 )
 
 
-class StateProcessor(Travelling, ProcessorMixin):
+NO_DOSES = (
+    "this model was trained without doses: what it predicts at a dose is 'the effect times the dose', which no cell was measured "
+    "for; train with dose_key to learn doses"
+)
+
+
+class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
@@ -89,6 +95,9 @@ class StateProcessor(Travelling, ProcessorMixin):
             [`StateProcessor.predict_log1p`].
 
             - `"log1p"`: log1p expression, scaled to `target_sum` counts a cell over the model's genes
+        control_labels, context, perturbation_map, unlabelled, exclude, include, dose_key: see [`LabelSettings`].
+        dose_encoding (`str`): how a dose becomes the weight of a perturbation, `"log"` or `"linear"`; see [`DoseScale`].
+        doses (`dict[str, list[float]]`, *optional*): the doses of each perturbation in the training cells.
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
@@ -478,7 +487,8 @@ class StateProcessor(Travelling, ProcessorMixin):
             adata (`AnnData`): holds control cells (`obs[perturbation_key] == control`); other cells are not used.
             perturbation (`str` or `list[str]`): what to predict; `"A+B"` is a combination.
             context (`str` or `list[str]`, *optional*): these contexts, all of the data by default.
-            doses (`list[float]`, *optional*): weight of each perturbation of a combination, 1 by default.
+            doses (`list[float]`, *optional*): dose of each perturbation of a combination, in the order of the name. A model that
+                was trained without doses takes them as weights (1 by default), with a warning.
             missing_genes (`str`): `"error"`, or `"zero"` to read genes that the data lack as unexpressed.
             input (`str`, *optional*): read cells from here instead of the processor's `input`.
             seed (`int`, *optional*): shuffle the controls of each context before they are cut into sentences.
@@ -493,10 +503,19 @@ class StateProcessor(Travelling, ProcessorMixin):
             KeyError: an unknown perturbation or context, a missing gene, column or entry.
             ValueError: no control cells in a context, NaN or negative values, counts where log1p is expected.
         """
-        names = [perturbation] if isinstance(perturbation, str) else list(dict.fromkeys(perturbation))
-        if not names:
+        given_names = [perturbation] if isinstance(perturbation, str) else list(perturbation)
+        if not given_names:
             raise ValueError("perturbation: expected at least one name, found an empty list")
-        encoded = self.encode(names, doses)
+        if doses is not None and self.dose_key is not None:
+            names = [self.label_reader.at_doses(name, doses) for name in given_names]
+        else:
+            # Weights follow the order in which a name is written.
+            names = [self.canonical(name) if doses is None else str(name) for name in given_names]
+        names = list(dict.fromkeys(names))
+        weights = doses if self.dose_key is None else None
+        if weights is not None:
+            warnings.warn(NO_DOSES, stacklevel=2)
+        encoded = self.encode(names, weights)
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
         cut = {name: self.cut(rows, seed) for name, rows in groups.items()}
@@ -514,16 +533,18 @@ class StateProcessor(Travelling, ProcessorMixin):
             CONTEXT_IDS: np.tile(contexts, len(names)),
         }
         rows = np.concatenate([rows for _, rows in drawn])
-        obs = {
-            self.perturbation_key: np.repeat(names, len(rows)),
-            self.context_key: np.tile(labels["context"].to_numpy()[rows], len(names)),
-        }
+        batches = None
         if self.batch_key is not None:
-            of_cells = labels["batch"].to_numpy()[rows]
-            obs[self.batch_key] = np.tile(of_cells, len(names))
-            batch[BATCH_IDS] = layout.spread(np.tile(self.encode_batches(of_cells), len(names)))
+            batches = np.tile(labels["batch"].to_numpy()[rows], len(names))
+            batch[BATCH_IDS] = layout.spread(self.encode_batches(batches))
         made = CellSentences(layout.batch(batch, masked=True))
-        made.obs = pd.DataFrame({**obs, "control_barcode": np.tile(adata.obs_names[rows].to_numpy(), len(names))})
+        made.obs = self.output_obs(
+            np.repeat(names, len(rows)),
+            np.tile(labels["context"].to_numpy()[rows], len(names)),
+            np.tile(adata.obs_names[rows].to_numpy(), len(names)),
+            batches,
+            weights,
+        )
         made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
         return made
 
@@ -559,37 +580,7 @@ class StateProcessor(Travelling, ProcessorMixin):
         controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
         genes = outputs.gene_predictions
         genes = None if genes is None else genes.detach().float().cpu().numpy()[mask]
-        obs = sentences.obs.copy()
-        obs.index = obs["control_barcode"].astype(str) + "|" + obs[self.perturbation_key].astype(str)
-        return self.to_anndata(predictions[mask], controls, genes, obs, sentences.controls, checkpoint)
-
-    def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
-        """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
-        uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
-        if self.values == Values.EMBEDDING:
-            obsm = {"control": controls}
-            if genes is not None:
-                var = pd.DataFrame(index=self.vocabulary.genes)
-                return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
-            var = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
-            return ad.AnnData(predictions, obs=obs, var=var, obsm=obsm, uns=uns)
-        var = pd.DataFrame(index=self.vocabulary.genes)
-        return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
-
-    def predicted_values(self, decoded: bool) -> str:
-        """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""
-        scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
-        return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
-
-    def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
-        """What a predicted AnnData says of itself in `uns["pertstate"]`."""
-        return {
-            "X": self.predicted_values(decoded),
-            "checkpoint": checkpoint or "not recorded",
-            "controls": controls_note,
-            # How to read real cells, so that they can be compared with these.
-            "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
-        }
+        return self.to_anndata(predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

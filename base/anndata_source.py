@@ -277,7 +277,8 @@ class AnnDataSource(WholeSource):
                     of_block = np.array(
                         [*(numbers.setdefault(name, len(numbers)) for name in names), -1], dtype=np.int32
                     )
-                    part.codes[rows] = of_block[grouped.ngroup().to_numpy()]  # a cell that is left out has -1
+                    numbered = grouped.ngroup().fillna(-1).astype(np.int64).to_numpy()  # -1: a cell that is left out
+                    part.codes[rows] = of_block[numbered]
         return pd.DataFrame(list(numbers), columns=keys, dtype=object)
 
     def _renumber(self, number: np.ndarray):

@@ -20,6 +20,7 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Normalize, Values
+from .labels import suggested_controls
 from .messages import closest, given, some
 from .vocabulary import Vocabulary
 
@@ -171,10 +172,12 @@ def check_controls(groups: pd.DataFrame, template: "StateProcessor"):
     """ValueError if no group is of control cells."""
     names = set(groups["perturbation"])
     if template.control not in names:
+        suggested = suggested_controls(sorted(names))
+        hint = "" if suggested is None else f"{suggested!r}"
         raise ValueError(
             f"no control cells: no cell has obs[{template.perturbation_key!r}] == "
             f"{template.control_labels or template.control!r}, found {some(sorted(names))}; say which label marks the controls "
-            "with control="
+            f"with control={hint}"
         )
 
 

@@ -1,6 +1,7 @@
 """What the labels of a cell say: its perturbation in one canonical spelling, its context, its batch. Read in one place."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,6 +17,12 @@ from .messages import closest, some
 
 # Texts that stand for "no label".
 MISSING = ("", "nan", "none", "na", "n/a", "<na>", "null", "unassigned")
+# The labels that public screens give their controls, with any number behind.
+_CONTROLS = re.compile(
+    r"(non[-_ ]?targeting|nt|ntc|ntg|neg(ative)?[-_ ]?(c(on)?tro?l)?|c(on)?tro?l|dmso([-_ ]tf)?|vehicle|unperturbed|untreated|mock"
+    r"|pbs|safe[-_ ]?(targeting|harbor)|scrambled?)[-_. \d]*",
+    re.IGNORECASE,
+)
 JOINED = "|"  # joins the values of several columns
 _DOSE = "@"  # stands between a perturbation and its dose
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
@@ -350,6 +357,20 @@ class LabelReader:
             name, dose = divmod(int(number), len(values))
             found[pair == number] = self.canonical(names[name], dataset, values[dose])
         return found
+
+
+def looks_like_control(label: str) -> bool:
+    """Whether a label is one that public screens give their controls."""
+    return _CONTROLS.fullmatch(label.strip()) is not None
+
+
+def suggested_controls(labels: list[str]) -> str | list[str] | None:
+    """The option `control` that a person may mean: the labels that look like controls, as a pattern where they are many."""
+    found = sorted(label for label in labels if looks_like_control(label))
+    stems = {label.strip().rstrip("-_. 0123456789") for label in found}
+    if len(found) > 3 and len(stems) == 1:
+        return f"{stems.pop()}*"
+    return None if not found else found[0] if len(found) == 1 else found
 
 
 def split_dose(part: str) -> tuple[str, float | None]:

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from pertstate.cli.reading import add_reading_arguments, reading_of
+
 
 HELP = "Score predicted cells against real ones, next to two baselines: no change and the perturbation mean."
 
@@ -12,9 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
     parser.add_argument("--train", required=True, metavar="TRAIN.h5ad", help="cells that the baselines learn from")
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
-    parser.add_argument("--perturbation-key", help="obs column, if the predicted file does not record it")
-    parser.add_argument("--context-key", help="obs column, if the predicted file does not record it")
-    parser.add_argument("--control", help="label of control cells, if the predicted file does not record it")
+    add_reading_arguments(parser)
+    parser.add_argument("--context", help="the context of all real cells, where the files have no such column")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace):
 
     if args.output:
         check_table_path(args.output)
-    keys = {name: getattr(args, name) for name in ("perturbation_key", "context_key", "control", "input")}
+    keys = {**reading_of(args), "context": args.context, "input": args.input}
     table, notes = evaluate(args.predicted, args.real, args.train, quiet=args.quiet, **keys)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

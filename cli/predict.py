@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pertstate.cli.reading import add_reading_arguments, reading_of
+
 
 HELP = "Predict perturbed cells from the control cells of an .h5ad."
 
@@ -26,7 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="FILE",
         help="vectors of further perturbations, for a model on perturbation features: .safetensors, .npz, .csv, .parquet",
     )
-    parser.add_argument("--context", nargs="+", metavar="NAME", help="contexts (cell types or lines); by default all")
+    parser.add_argument(
+        "--dose",
+        nargs="+",
+        type=float,
+        metavar="D",
+        help="predict each perturbation at each of these doses, for a model that was trained with dose_key",
+    )
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        metavar="NAME",
+        help="contexts (cell types or lines); by default all. One name is that of all cells where the file has no such column",
+    )
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--all-are-controls",
+        action="store_true",
+        help="every cell of the file is a control; no perturbation column is read",
+    )
     parser.add_argument(
         "--cells-per-perturbation",
         type=int,
@@ -105,6 +125,9 @@ def run(args: argparse.Namespace):
         sample_counts=args.sample_counts,
         checkpoint=loaded,
         quiet=args.quiet,
+        reading=reading_of(args),
+        all_are_controls=args.all_are_controls,
+        doses=args.dose,
     )
     print(
         f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"

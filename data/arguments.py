@@ -43,8 +43,9 @@ class DataArguments:
         control (`str`, `list[str]` or `dict`): the label of control cells, or a list of labels; a label may be a pattern such
             as `non-targeting*`. A dictionary gives each dataset its own.
         perturbation_key, context_key, context, batch_key, perturbation_map, unlabelled, exclude, include, dose_key,
-            dose_encoding, input, genes, normalize, combination_separator, gene_input, target_sum: see [`StateProcessor`] and
-            [`StateProcessor.fit`].
+            combination_separator: see [`LabelSettings`].
+        dose_encoding: see [`StateProcessor`].
+        input, genes, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
             unseen perturbations can be predicted. See [`read_perturbation_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.

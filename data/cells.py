@@ -143,6 +143,7 @@ def load(
         KeyError, ValueError: see [`Splits`] and [`fit_processor`]; the source lacks something that is asked for, or does
             not hold what the processor reads.
     """
+    splits = splits.canonical(source.reader.canonical, source.groups)
     groups = assign_splits(source.groups, splits, source.reader.control)
     groups = controls_alone(groups) if controls_only else groups
     trained = trained_on(groups, splits, controls_only)
@@ -183,21 +184,12 @@ def load_cells(
 
 def check_names(groups: pd.DataFrame, processor: StateProcessor):
     """
-    Check that every perturbation has one name, and that a model can be asked for each held-out one.
+    Check that a model can be asked for each held-out perturbation.
 
     Raises:
-        ValueError: one perturbation has two labels in the data, for example `A+B` and `B+A`, or `A` and `A+control`:
-            its cells could be in two splits. Or a held-out perturbation has no training cell in any context; or, with
-            perturbation features, it has no vector.
+        ValueError: a held-out perturbation has no training cell in any context; or, with perturbation features, it has no
+            vector.
     """
-    by_parts: dict[tuple[str, ...], str] = {}
-    for name in pd.unique(groups["perturbation"]):
-        first = by_parts.setdefault(tuple(sorted(processor.split_combination(name))), name)
-        if first != name:
-            raise ValueError(
-                f"labels {first!r} and {name!r} name the same perturbation; give all of its cells one label, or set "
-                "combination_separator to null if they differ"
-            )
     known, features = set(processor.vocabulary.perturbations), processor.perturbation_features
     for split in (Split.VAL, Split.TEST):
         names = pd.unique(groups.loc[groups["split"] == split, "perturbation"])

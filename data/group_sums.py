@@ -124,7 +124,17 @@ class GroupSums:
         return {context: (self._mean(perturbed), self._mean(of)) for context, (perturbed, of) in of_context.items()}
 
     def means(self, processor: StateProcessor) -> TrainingMeans:
-        """What a model is fitted to, with names as the numbers that the processor gives them."""
+        """
+        What a model is fitted to, with names as the numbers that the processor gives them.
+
+        Raises:
+            ValueError: the perturbations have doses, which no family that is fitted knows.
+        """
+        if processor.dose_key is not None:
+            raise ValueError(
+                f"dose_key={processor.dose_key!r}: families that are fitted in one pass know no doses; train another family, or "
+                "leave dose_key out"
+            )
         changes = self.changes()
         encoded = processor.encode(list(changes))
         # A context that came up after the first look over a stream has no number.

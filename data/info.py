@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from pertstate.base.cell_values import kind_of_values, matrix_of, take_rows
 from pertstate.base.constants import Values
+from pertstate.base.labels import control_settings, looks_like_control, suggested_controls
 from pertstate.base.messages import closest, some
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
@@ -32,18 +33,6 @@ _KEYS = {
     "context_key": ("cell_type", "cell_line", "celltype", "cell_line_id", "context"),
     "batch_key": ("batch", "gem_group", "plate", "replicate", "donor", "sample"),
 }
-_CONTROLS = (
-    "control",
-    "non-targeting",
-    "nt",
-    "ctrl",
-    "dmso",
-    "dmso_tf",
-    "vehicle",
-    "unperturbed",
-    "negative_control",
-    "pbs",
-)
 _LARGEST_TABLE = 12
 
 
@@ -128,16 +117,26 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
                 problems.append(f"no column found for {name}; obs has {some(columns)}")
         if perturbation_key is None or context_key is None:
             return "\n".join([*lines, *verdict(problems, "")])
-        reader = StateProcessor(perturbation_key=perturbation_key, context_key=context_key, batch_key=keys["batch_key"])
+        raw = data.some_obs(slice(None), [perturbation_key])[perturbation_key].dropna().astype(str).unique().tolist()
+        found = control or suggested_controls(raw)
+        keys_of = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": keys["batch_key"]}
+        reader = StateProcessor(**keys_of, **control_settings(found or "control"))
         labels = read_labels(data, reader).assign(dataset=path.stem)
     names = labels["perturbation"].unique()
-    control = control or next((n for n in names if n.lower() in _CONTROLS), None)
+    control = None if found is None else reader.control
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
     lines += ["", _table(groups, control), ""]
     if control is None:
         problems.append(f"no label looks like the control, found {some(names)}; name it with control=")
+    if not isinstance(found, str) or "*" in found:
+        alike = [name for name in raw if reader.label_reader.is_control(name)]
+        if len(alike) > 1:
+            lines.append(f"{len(alike)} labels look like controls and are taken together: {some(sorted(alike))}\n")
+    others = [name for name in names if name != control and looks_like_control(name)]
+    if others:
+        lines.append(f"these labels look like controls too: {some(others)}; list all of them in control: [..]")
     problems += _problems_of_labels(groups, control)
-    section = {**keys, "control": control, "input": input if input != "X" else None}
+    section = {**keys, "control": found, "input": input if input != "X" else None}
     yaml = [
         f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items() if value is not None
     ]

@@ -2,7 +2,6 @@
 
 import os
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,6 +157,10 @@ class AnnDataFile:
         with self._reading():
             return list(self.obs.columns) if self._whole_obs else [str(c) for c in self._obs.attrs["column-order"]]
 
+    def some_obs(self, rows: slice, columns: list[str]) -> pd.DataFrame:
+        """Some columns of obs of some cells; all columns where one of them is missing."""
+        return self.obs_rows(rows, columns) if set(columns) <= set(self.obs_columns) else self.obs.iloc[rows]
+
     def obs_rows(self, rows: slice, columns: list[str]) -> pd.DataFrame:
         """Some columns of `obs` for a range of cells, indexed by barcode; nothing else is read."""
         if self._whole_obs or "obs" in self.__dict__:
@@ -215,24 +218,11 @@ class AnnDataFile:
             self._file.close()
 
 
-@dataclass
-class _Labelled:
-    """Some cells with what [`StateProcessor.labels`] reads of them."""
-
-    obs: pd.DataFrame
-
-    @property
-    def obs_names(self) -> pd.Index:
-        return self.obs.index
-
-
-def read_labels(data: AnnDataFile, reader: StateProcessor, rows: slice = slice(None)) -> pd.DataFrame:
+def read_labels(
+    data: AnnDataFile, reader: StateProcessor, rows: slice = slice(None), dataset: str | None = None
+) -> pd.DataFrame:
     """[`StateProcessor.labels`] of a range of cells. Only the columns that it needs are read."""
-    keys = (reader.perturbation_key, reader.context_key, reader.batch_key)
-    wanted = list(dict.fromkeys(key for key in keys if key is not None))
-    if not set(wanted) <= set(data.obs_columns):
-        return reader.labels(data)  # says what is missing
-    return reader.labels(_Labelled(data.obs_rows(rows, wanted)))
+    return reader.labels_of(data.some_obs(rows, reader.label_columns), dataset)
 
 
 def _existing(path: str | os.PathLike) -> Path:

@@ -29,7 +29,7 @@ class FilePart(Part):
             yield data
 
     def obs(self, data: AnnDataFile, rows: slice, columns: list[str]) -> pd.DataFrame:
-        return data.obs_rows(rows, columns) if set(columns) <= set(data.obs_columns) else data.obs.iloc[rows]
+        return data.some_obs(rows, columns)
 
     @property
     def changed(self) -> str:

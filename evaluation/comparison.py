@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pertstate.base.constants import Values
 from pertstate.base.files import whole_file
+from pertstate.base.labels import control_settings
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
@@ -44,8 +45,8 @@ def evaluate(
         real: `.h5ad` with the real perturbed and control cells.
         train: `.h5ad` with the cells that the model was trained on.
         quiet (`bool`): no progress bar.
-        keys: `perturbation_key`, `context_key`, `control`, `input`, `normalize`: how to read a real file, if `predicted`
-            does not say it.
+        keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, where
+            they are not as `predicted` says.
 
     Returns:
         `(DataFrame, list[str])`: one row for each context, perturbation and method, with the columns of `METRICS` and
@@ -63,8 +64,8 @@ def evaluate(
         if ceiling is not None:
             notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: {predicted} was {ceiling}")
         scored = reader.labels(guess), processor.labels(truth)
-        pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].drop_duplicates().to_numpy()]
-        there = set(map(tuple, scored[1][["context", "perturbation"]].drop_duplicates().to_numpy()))
+        pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
+        there = set(map(tuple, scored[1][["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
         common = [pair for pair in pairs if pair in there and pair[1] != processor.control]
         missing = [" / ".join(pair) for pair in pairs if pair not in there]
         if not common:
@@ -85,7 +86,7 @@ def evaluate(
         seen = train_cells.isin(real_cells[evaluated])
         if seen.any():
             notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
-        rows = np.flatnonzero(~seen)
+        rows = np.flatnonzero(~seen & labels["perturbation"].notna().to_numpy())
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
         changes = MeanChanges.fit(
             AsPredicted(_Rows(processor, training, rows[order]), processor),
@@ -183,21 +184,28 @@ class _Rows:
 def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
+    if "control" in settings:
+        settings |= control_settings(settings["control"])
     recorded = guess.uns.get("pertstate", {}).get("processor")
     if recorded is not None:
         settings = {**json.loads(str(recorded)), **settings}
     if settings.get("gene_input") is not None:
         # The expression that a gene decoder predicts is in X. The real expression is where the decoder's target was.
         settings |= {"input": settings["gene_input"], "gene_input": None, "values": Values.LOG1P}
+    if settings.get("context") is not None:
+        settings["context_key"] = None
+    settings |= control_settings(settings.get("control", "control")) if "control_labels" not in settings else {}
     settings["batch_key"] = None
     if settings.get("values") == Values.EMBEDDING:
         settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
     else:
         settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
-    # Predictions are not checked: a model's counts are not whole numbers, and its expression may be negative.
-    labels = {name: settings[name] for name in ("perturbation_key", "context_key", "control") if name in settings}
-    as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **labels)
-    return as_they_are, StateProcessor(**settings)
+    truth = StateProcessor(**settings)
+    # The columns of predictions are those that were recorded, whatever those of the real cells are. Their values are not
+    # checked: a model's counts are not whole numbers, and its expression may be negative.
+    recorded_by = truth if recorded is None else StateProcessor(**json.loads(str(recorded)))
+    as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **recorded_by.of_output())
+    return as_they_are, truth
 
 
 def _is(frame: pd.DataFrame, context: str, perturbation: str) -> np.ndarray:

@@ -17,12 +17,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pertstate.base.constants import BATCH_IDS, CELL_MASK, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
+from pertstate.base.cell_sentences import SentenceLayout
+from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import whole_file
+from pertstate.base.messages import some
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
-from pertstate.data.reading import AnnDataFile
-from pertstate.processing import StateProcessor
+from pertstate.data.reading import AnnDataFile, read_labels
+from pertstate.evaluation.others_data import read_as
+from pertstate.processing import NO_DOSES, StateProcessor
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,9 @@ def predict(
     sample_counts: int | None = None,
     checkpoint: str | None = None,
     quiet: bool = False,
+    reading: dict[str, str | None] | None = None,
+    all_are_controls: bool = False,
+    doses: list[float] | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
@@ -80,12 +86,14 @@ def predict(
             by default. Each of them is used once for each perturbation. (A model that is a ceiling is given the perturbed
             cells instead, and at most this many.)
         seed (`int`): of the draw, and of the order in which cells are put into sentences.
-        batch_size (`int`): sentences in one forward pass.
+        batch_size (`int`): full sentences in one forward pass; of shorter ones, as many as there is room for.
         missing_genes, input: see [`StateProcessor.__call__`].
         sample_counts (`int`, *optional*): for a model on counts. Write cells that are drawn with this seed and have the
             noise of real counts, instead of the model's expectation.
         checkpoint (`str`, *optional*): where the model came from, recorded in the output.
         quiet (`bool`): no progress bar.
+        reading, all_are_controls: how to read a file that was made elsewhere, see [`read_as`].
+        doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
@@ -109,7 +117,10 @@ def predict(
         raise ValueError(f"{output} is the input file; write the predictions elsewhere")
     model.eval()
     with AnnDataFile(adata_path) as data:
-        labels = processor.labels(data)
+        uses_batches = bool(model.config.embeds_batches)
+        processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
+        perturbations = _at_doses(processor, perturbations, doses)
+        labels = read_labels(data, processor)
         groups = processor.control_groups(labels, contexts)
         chosen = {}
         for context, rows in groups.items():
@@ -121,6 +132,9 @@ def predict(
         )
         if model.is_ceiling:
             arms = _observed(arms, labels, cells_per_perturbation, seed)
+        new_doses = processor.unseen_doses(dict.fromkeys(arm.perturbation for arm in arms))
+        if new_doses:
+            logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
         total = sum(len(arm.cells) for arm in arms)
         note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
         uns = processor.describe_output(model.config.gene_dim is not None, note, checkpoint)
@@ -136,30 +150,25 @@ def predict(
             _write_frame(file, processor, labels, arms, model.config, uns)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
             writer = _Writer(file, processor, model.config, total)
-            for context, rows, of_rows in _alike(arms):
-                sentences = processor.cut(rows)
-                offset = 0
-                for start in range(0, len(sentences), batch_size):
-                    block = sentences[start : start + batch_size]
-                    batch, cells = _block(processor, data, labels, context, block, missing_genes, input, model.device)
-                    if model.is_ceiling:
-                        batch[LABELS] = batch[CONTROL_CELLS]
-                    for arm in of_rows:
-                        for key, values in arm.encoded.items():
-                            repeated = np.repeat(values[None], len(block), axis=0)
-                            batch[key] = torch.from_numpy(repeated).to(model.device)
-                        mask = batch[CELL_MASK].cpu().numpy()
-                        if generator is None:
-                            outputs = model(**batch)
-                            if outputs.unseen is not None and outputs.unseen.any():
-                                unseen[arm.context, arm.perturbation] = None
-                            writer.write(arm.first + offset, outputs, mask, cells)
-                        else:
-                            drawn = model.sample_counts(**batch, generator=generator).cpu().numpy()[mask]
-                            writer.write_main(arm.first + offset, processor.as_predicted(drawn), cells)
-                        check_disk()
-                        bar.update(len(cells))
-                    offset += len(cells)
+            reader = _Reader(processor, data, labels, missing_genes, input, model.device)
+            for packed in _packs(processor, arms, batch_size, alone=generator is not None):
+                batch, cells, mask = reader.batch(packed)
+                if model.is_ceiling:
+                    batch[LABELS] = batch[CONTROL_CELLS]
+                if generator is None:
+                    outputs = model(**batch)
+                    if outputs.unseen is not None:
+                        for flag, unit in zip(
+                            outputs.unseen.tolist(), np.repeat(packed, [len(u.sentences) for u in packed])
+                        ):
+                            if flag:
+                                unseen[unit.arm.context, unit.arm.perturbation] = None
+                    writer.write(packed, outputs, mask, cells)
+                else:
+                    drawn = model.sample_counts(**batch, generator=generator).cpu().numpy()[mask]
+                    writer.write_main(packed, drawn, cells, counts=True)
+                check_disk()
+                bar.update(len(cells))
     if unseen:
         logger.warning(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
@@ -188,6 +197,27 @@ def counted_elsewhere() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnseenWarning)
         yield
+
+
+def _at_doses(processor, perturbations: list[str] | None, doses: list[float] | None) -> list[str] | None:
+    """Canonical names of what is asked for, at each dose.
+
+    Raises:
+        ValueError: doses are given and no perturbation is named, or the model knows no doses.
+    """
+    if doses is None:
+        return None if perturbations is None else list(dict.fromkeys(map(processor.canonical, perturbations)))
+    if perturbations is None:
+        raise ValueError("doses: name the perturbations that are predicted at them (--perturbation, or --all)")
+    if processor.dose_key is None:
+        raise ValueError(f"doses={doses}: {NO_DOSES}")
+    of_parts = [len(processor.split_combination(name)) for name in perturbations]
+    names = [
+        processor.label_reader.at_doses(name, [dose] * number)
+        for name, number in zip(perturbations, of_parts)
+        for dose in doses
+    ]
+    return list(dict.fromkeys(names))
 
 
 def _plan(processor, labels, chosen, perturbations) -> list[Arm]:
@@ -229,30 +259,88 @@ def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: 
     return found
 
 
-def _alike(arms: list[Arm]) -> Iterator[tuple[str, np.ndarray, list[Arm]]]:
-    """Successive arms that use the same cells, together: those cells are read once for all of them."""
+@dataclass(eq=False)
+class Unit:
+    """
+    Some sentences of an arm, which are predicted together.
+
+    Args:
+        arm ([`Arm`]): whose they are.
+        sentences (`list[np.ndarray]`): the rows of the input that each holds.
+        first (`int`): the first row of the output that they fill.
+    """
+
+    arm: Arm
+    sentences: list[np.ndarray]
+    first: int
+
+    @property
+    def cells(self) -> int:
+        return sum(map(len, self.sentences))
+
+
+def _units(processor, arms: list[Arm], batch_size: int) -> Iterator[Unit]:
+    """All sentences of the experiment. Arms that use the same cells follow one another in each part of these cells."""
     for _, group in itertools.groupby(arms, key=lambda arm: id(arm.cells)):
-        of_rows = list(group)
-        yield of_rows[0].context, of_rows[0].cells, of_rows
+        alike = list(group)
+        sentences = processor.cut(alike[0].cells)
+        offset = 0
+        for start in range(0, len(sentences), batch_size):
+            block = sentences[start : start + batch_size]
+            for arm in alike:
+                yield Unit(arm, block, arm.first + offset)
+            offset += sum(map(len, block))
 
 
-def _block(processor, data, labels, context, block, missing_genes, input, device):
-    """The tensors of a few sentences, and their cells `(cells, feature_dim)` in the order of the sentences."""
-    rows = np.concatenate(block)
-    order = np.argsort(rows)
-    values = np.empty((len(rows), processor.feature_dim), dtype=np.float32)
-    values[order] = processor.features(data, rows[order], missing_genes, input)
-    sizes = np.array([len(sentence) for sentence in block])
-    mask = np.arange(sizes.max()) < sizes[:, None]
-    cells = np.zeros((*mask.shape, processor.feature_dim), dtype=np.float32)
-    cells[mask] = values
-    batch = {CONTROL_CELLS: cells, CELL_MASK: mask}
-    batch[CONTEXT_IDS] = np.repeat(processor.encode_contexts([context]), len(block))
-    if processor.batch_key is not None:
-        ids = np.zeros(mask.shape, dtype=np.int64)
-        ids[mask] = processor.encode_batches(labels["batch"].to_numpy()[rows])
-        batch[BATCH_IDS] = ids
-    return {key: torch.from_numpy(value).to(device) for key, value in batch.items()}, values
+def _packs(processor, arms: list[Arm], batch_size: int, alone: bool) -> Iterator[list[Unit]]:
+    """
+    Units that go through the model in one pass: together no more than `batch_size` full sentences, padding counted.
+
+    Args:
+        alone (`bool`): one unit in each pass.
+    """
+    room = batch_size * processor.set_size
+    packed: list[Unit] = []
+    width = sentences = 0
+    for unit in _units(processor, arms, batch_size):
+        wider = max(width, *map(len, unit.sentences))
+        if packed and (alone or (sentences + len(unit.sentences)) * wider > room):
+            yield packed
+            packed, sentences, wider = [], 0, max(map(len, unit.sentences))
+        packed.append(unit)
+        width, sentences = wider, sentences + len(unit.sentences)
+    if packed:
+        yield packed
+
+
+class _Reader:
+    """Makes the batches of a pass. Cells that several perturbations start from are read once, as long as they follow."""
+
+    def __init__(self, processor, data, labels: pd.DataFrame, missing_genes: str, input: str | None, device):
+        self.processor, self.data, self.labels, self.device = processor, data, labels, device
+        self._options = (missing_genes, input)
+        self._rows, self._values = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
+
+    def batch(self, packed: list[Unit]) -> tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]:
+        """The tensors of some units, their cells `(cells, feature_dim)` in the order of the sentences, and their mask."""
+        processor, sentences = self.processor, [rows for unit in packed for rows in unit.sentences]
+        rows = np.concatenate(sentences)
+        wanted = np.unique(rows)
+        if not np.array_equal(wanted, self._rows):
+            self._rows, self._values = wanted, processor.features(self.data, wanted, *self._options)
+        cells = self._values[np.searchsorted(wanted, rows)]
+        layout = SentenceLayout([len(of) for of in sentences])
+        each = np.repeat(np.arange(len(packed)), [len(unit.sentences) for unit in packed])
+        batch = {
+            CONTROL_CELLS: layout.spread(cells),
+            CONTEXT_IDS: processor.encode_contexts([unit.arm.context for unit in packed])[each],
+        }
+        for key in packed[0].arm.encoded:
+            batch[key] = np.stack([unit.arm.encoded[key] for unit in packed])[each]
+        if processor.batch_key is not None:
+            batch[BATCH_IDS] = layout.spread(processor.encode_batches(self.labels["batch"].to_numpy()[rows]))
+        tensors = layout.batch(batch, masked=True)
+        return {key: value.to(self.device) for key, value in tensors.items()}, cells, layout.mask
 
 
 @contextmanager
@@ -317,19 +405,18 @@ class _Disk:
 
 def _write_frame(file, processor, labels, arms, config, uns):
     """Write all of the output but its matrices."""
-    obs = []
-    for arm in arms:
-        rows = np.concatenate(processor.cut(arm.cells))
-        frame = pd.DataFrame({"control_barcode": labels.index.to_numpy()[rows]})
-        frame[processor.perturbation_key] = arm.perturbation
-        frame[processor.context_key] = arm.context
-        if processor.batch_key is not None:
-            frame[processor.batch_key] = labels["batch"].to_numpy()[rows]
-        obs.append(frame)
-    obs = pd.concat(obs, ignore_index=True)
-    obs.index = obs["control_barcode"].astype(str) + "|" + obs[processor.perturbation_key].astype(str)
+    rows = np.concatenate([np.concatenate(processor.cut(arm.cells)) for arm in arms])
+    sizes = [len(arm.cells) for arm in arms]
+    obs = processor.output_obs(
+        np.repeat(np.array([arm.perturbation for arm in arms], dtype=object), sizes),
+        np.repeat(np.array([arm.context for arm in arms], dtype=object), sizes),
+        labels.index.to_numpy()[rows],
+        labels["batch"].to_numpy()[rows] if "batch" in labels else None,
+    )
     names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
-    obs = obs.astype({name: "category" for name in obs.columns if name != "control_barcode"})
+    obs = obs.astype(
+        {name: "category" for name in obs.columns if name != "control_barcode" and obs[name].dtype == object}
+    )
     ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns={"pertstate": uns}))
 
 
@@ -354,15 +441,29 @@ class _Writer:
         dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
         return dataset
 
-    def write(self, first: int, outputs, mask: np.ndarray, controls: np.ndarray):
+    def write(self, packed: list[Unit], outputs, mask: np.ndarray, controls: np.ndarray):
         predictions = outputs.predictions.float().cpu().numpy()[mask]
         if self.embedding is not None:
-            self.embedding[first : first + len(controls)] = predictions
+            for rows, part in _places(packed):
+                self.embedding[rows] = predictions[part]
             predictions = outputs.gene_predictions.float().cpu().numpy()[mask]
-        self.write_main(first, predictions, controls)
+        self.write_main(packed, predictions, controls)
 
-    def write_main(self, first: int, predictions: np.ndarray, controls: np.ndarray):
-        """Write X and the control cells of some rows."""
-        rows = slice(first, first + len(controls))
-        self.main[rows] = predictions
-        self.control[rows] = self.processor.as_predicted(controls)
+    def write_main(self, packed: list[Unit], predictions: np.ndarray, controls: np.ndarray, counts: bool = False):
+        """Write X and the control cells of some units; `counts` that were drawn are written as predictions are."""
+        predictions = self.processor.as_predicted(predictions) if counts else predictions
+        controls = self.processor.as_predicted(controls)
+        for rows, part in _places(packed):
+            self.main[rows] = predictions[part]
+            self.control[rows] = controls[part]
+
+
+def _places(packed: list[Unit]) -> Iterator[tuple[slice, slice]]:
+    """Rows of the output, and the cells of a pass that belong there. Units that follow one another there go together."""
+    start = done = 0
+    for unit, following in itertools.zip_longest(packed, packed[1:]):
+        done += unit.cells
+        if following is None or following.first != unit.first + unit.cells:
+            first = unit.first + unit.cells - (done - start)
+            yield slice(first, first + done - start), slice(start, done)
+            start = done

@@ -13,7 +13,8 @@ from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Split, Values
 from pertstate.base.hub_names import is_repository
-from pertstate.base.messages import closest
+from pertstate.base.labels import looks_like_control
+from pertstate.base.messages import closest, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.configuration_state import StateConfig
 from pertstate.data.cells import Cells, load
@@ -244,6 +245,9 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
         + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
     ]
+    alike = [name for name in vocabulary.perturbations if looks_like_control(name)]
+    if alike:
+        lines.append(f"these perturbations look like controls: {some(alike)}; if they are, list them in control: [..]")
     if processor.perturbation_features is not None:
         features = processor.perturbation_features
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")

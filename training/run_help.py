@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.labels import LabelSettings
 from pertstate.base.messages import closest
 from pertstate.configuration_state import StateConfig
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
@@ -32,6 +33,8 @@ Many devices: accelerate launch -m pertstate.train CONFIG.yaml [--any_field valu
 
 # What a description may refer to: `see [`NAME`]`.
 _REFERENCES = {
+    "LabelSettings": (LabelSettings,),
+    "StateProcessor": (StateProcessor,),
     "StateProcessor.fit": (StateProcessor.fit, StateProcessor),
     "SentenceDataset": (SentenceDataset,),
     "SentenceStream": (SentenceStream,),

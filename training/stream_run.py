@@ -27,6 +27,8 @@ from pertstate.training.run_config import RunConfig
 _UNUSED = ("datasets", "store", "hvg_on_all", "controls_only", "small_groups", "sentences_per_group", "sentence_cap")
 # The columns of labels, which a stream names itself.
 _LABEL_KEYS = ("perturbation_key", "context_key", "batch_key")
+# What is said of other columns of obs, which the parquet files of a stream do not name.
+_OF_OBS = ("context", "dose_key", "exclude", "include", "unlabelled")
 
 
 def from_stream(
@@ -71,7 +73,7 @@ def check_fields(data: DataArguments, manifest: Manifest | None):
         ValueError: fields are set that a stream has no use for; they are listed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(data)}
-    unused = [*_UNUSED, *(_LABEL_KEYS if manifest is None else ())]
+    unused = [*_UNUSED, *((*_LABEL_KEYS, *_OF_OBS) if manifest is None else ())]
     set_here = [name for name in unused if getattr(data, name) != defaults[name]]
     if set_here:
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")

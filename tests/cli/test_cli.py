@@ -162,7 +162,7 @@ def test_all_and_named_perturbations_and_contexts(folder, tmp_path, capsys):
     assert pairs("--all") == {(c, p) for c in contexts for p in singles}
     assert "120 cells, 3 perturbations in 2 contexts" in capsys.readouterr().out
     assert pairs("--perturbation", "pert_2", "pert_2+pert_0", "pert_2") == {
-        (c, p) for c in contexts for p in ("pert_2", "pert_2+pert_0")
+        (c, p) for c in contexts for p in ("pert_2", "pert_0+pert_2")
     }
     assert pairs("--context", "type_1", "--perturbation", "pert_2") == {("type_1", "pert_2")}
     with pytest.raises(SystemExit):

@@ -5,6 +5,7 @@ import warnings
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 from pertstate.data import Splits, load_cells, simulate_screen
@@ -354,7 +355,7 @@ def test_nothing_held_out(files):
         ({"hvg_on_all": "maybe"}, "data.hvg_on_all: expected bool, found 'maybe'"),
         ({"test_contexts": False}, "data.test_contexts: expected list, found False; put a name that looks like"),
         ({"test_contexts": [["type_0"]]}, "data.test_contexts: expected list"),
-        ({"control": None}, "data.control: expected str, found None"),
+        ({"control": None}, "data.control: expected str | list | dict, found None"),
         ({"genes": 2.5}, "data.genes: expected int | list | None, found 2.5"),
         ({"genes": True}, "data.genes: expected int | list | None, found True"),
     ],
@@ -370,13 +371,17 @@ def test_names_that_are_numbers(files):
     assert DataArguments(datasets="x", genes=5).genes == 5
 
 
-@pytest.mark.parametrize("twin", ["pert_1+pert_0", "pert_0+pert_1+control"])
-def test_one_perturbation_under_two_names_is_refused(tmp_path, twin):
+@pytest.mark.parametrize("twin", ["pert_1+pert_0", "pert_0+pert_1+control", "control+pert_1 + pert_0"])
+def test_one_perturbation_under_two_names_is_one_group(tmp_path, twin):
     adata = simulate_screen(num_contexts=1, num_perturbations=2, num_genes=20, cells_per_group=6, combinations=[(0, 1)])
     adata.obs["perturbation"] = adata.obs["perturbation"].astype(str)
+    adata.copy().write_h5ad(tmp_path / "one.h5ad")
     adata.obs.iloc[-3:, adata.obs.columns.get_loc("perturbation")] = twin
-    adata.write_h5ad(tmp_path / "screen.h5ad")
-    with pytest.raises(
-        ValueError, match=r"'pert_0\+pert_1' and .* name the same perturbation; give all of its cells one"
-    ):
-        load_cells(Splits({"screen": [tmp_path / "screen.h5ad"]}, {"screen"}))
+    adata.write_h5ad(tmp_path / "two.h5ad")
+    held = {"fewshot": {("screen", "type_0"): {"test": [twin]}}}
+    (one, of_one), (two, of_two) = (
+        load_cells(Splits({"screen": [tmp_path / f"{name}.h5ad"]}, {"screen"}, **held)) for name in ("one", "two")
+    )
+    pd.testing.assert_frame_equal(one.groups, two.groups)
+    assert two.groups.set_index("perturbation").loc["pert_0+pert_1", "split"] == "test"
+    assert np.array_equal(one.features, two.features) and of_one.vocabulary == of_two.vocabulary

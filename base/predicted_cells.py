@@ -1,0 +1,95 @@
+"""Predicted cells as an AnnData: what they are, and whose they are."""
+
+import json
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+from .cell_values import describe_values
+from .constants import Normalize, Values
+from .doses import dose_text
+from .processor_files import PROCESSOR_SETTINGS
+
+
+class PredictedCells:
+    """What a processor says of predictions; a part of [`StateProcessor`]."""
+
+    def output_columns(self) -> dict[str, str]:
+        """The columns of obs in an output that hold perturbation, context and batch: those of the data, where each is one."""
+        keys = {"perturbation": self.perturbation_key, "context": self.context_key, "batch": self.batch_key}
+        return {name: key if isinstance(key, str) else name for name, key in keys.items()}
+
+    def of_output(self) -> dict:
+        """The settings by which the labels of an output are read, and nothing is left out or named anew."""
+        columns = self.output_columns()
+        return {
+            "perturbation_key": columns["perturbation"],
+            "context_key": columns["context"],
+            "control": self.control,
+            "combination_separator": self.combination_separator,
+            "dose_key": self.dose_key,
+        }
+
+    def output_obs(self, names, contexts, barcodes, batches=None, doses: list[float] | None = None) -> pd.DataFrame:
+        """
+        The obs of predicted cells.
+
+        Args:
+            names (sequence of `str`): the canonical name of each cell's perturbation.
+            contexts, barcodes, batches (sequences of `str`): the context of each cell; barcode and batch of its control cell.
+            doses (`list[float]`, *optional*): weights of a model without doses, the same for all cells.
+        """
+        columns = self.output_columns()
+        codes, unique = pd.factorize(np.asarray(names, dtype=object))
+        plain, dosed, labels = [], [], []
+        for name in unique:
+            parts = self.label_reader.parts(name)
+            weights = doses if doses is not None else [dose for _, dose in parts if dose is not None]
+            plain.append((self.combination_separator or "").join(part for part, _ in parts) or name)
+            dosed.append(";".join(map(dose_text, weights)))
+            labels.append(name if doses is None else f"{name}@{dosed[-1]}")
+        frame = {columns["perturbation"]: np.array(plain, dtype=object)[codes], columns["context"]: contexts}
+        if batches is not None:
+            frame[columns["batch"]] = batches
+        if self.dose_key is not None or doses is not None:
+            values = np.array(dosed, dtype=object)
+            single = all(text and ";" not in text for text in dosed)
+            frame[self.dose_key or "dose"] = (values.astype(float) if single else values)[codes]
+        obs = pd.DataFrame(frame)
+        obs["control_barcode"] = np.asarray(barcodes)
+        obs.index = pd.Index(
+            obs["control_barcode"].astype(str).to_numpy() + "|" + np.array(labels, dtype=object)[codes]
+        )
+        return obs
+
+    def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
+        """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
+        uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
+        if self.values == Values.EMBEDDING:
+            obsm = {"control": controls}
+            if genes is not None:
+                var = pd.DataFrame(index=self.vocabulary.genes)
+                return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
+            var = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
+            return ad.AnnData(predictions, obs=obs, var=var, obsm=obsm, uns=uns)
+        var = pd.DataFrame(index=self.vocabulary.genes)
+        return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
+
+    def predicted_values(self, decoded: bool) -> str:
+        """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""
+        scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
+        return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
+
+    def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
+        """What a predicted AnnData says of itself in `uns["pertstate"]`."""
+        return {
+            "X": self.predicted_values(decoded),
+            "checkpoint": checkpoint or "not recorded",
+            "controls": controls_note,
+            # How to read real cells, so that they can be compared with these.
+            "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
+        }
+
+
+__all__ = ["PredictedCells"]
