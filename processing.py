@@ -10,17 +10,15 @@ import pandas as pd
 import scipy.sparse as sp
 from transformers import ProcessorMixin
 
-from .base.anndata_source import AnnDataSource, Part
+from .base.anndata_source import AnnDataSource, Part, scale_of
 from .base.cell_sentences import CellSentences, SentenceLayout
 from .base.cell_source import Block, fit_processor
 from .base.cell_values import (
     TARGET_SUM,
-    cell_totals,
     check_finite,
     dense_genes,
     gene_columns,
     matrix_of,
-    normalize_counts,
     read_expression,
     take_rows,
 )
@@ -36,13 +34,14 @@ from .base.constants import (
     Normalize,
     Values,
 )
-from .base.doses import DoseScale, check_doses
+from .base.doses import DoseScale, check_weights
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.modeling_perturbation import PerturbationOutput
 from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
+from .base.value_scale import Scale, differ, other_scale
 from .base.vocabulary import (
     PERTURBATION_FEATURES_FILE,
     VOCABULARY_FILE,
@@ -98,6 +97,8 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         control_labels, context, perturbation_map, unlabelled, exclude, include, dose_key: see [`LabelSettings`].
         dose_encoding (`str`): how a dose becomes the weight of a perturbation, `"log"` or `"linear"`; see [`DoseScale`].
         doses (`dict[str, list[float]]`, *optional*): the doses of each perturbation in the training cells.
+        scale (`dict`, *optional*): what log1p values of the training cells sum to (`total`) after `expm1`, where that is
+            certain; and that counts were not whole (`values`).
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
@@ -135,6 +136,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         dose_key: str | None = None,
         dose_encoding: str = "log",
         doses: dict[str, list[float]] | None = None,
+        scale: dict | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -147,6 +149,9 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         self.perturbation_map, self.unlabelled = perturbation_map, unlabelled
         self.exclude, self.include = exclude, include
         self.dose_key, self.dose_encoding, self.doses = dose_key, dose_encoding, doses
+        self.scale = scale
+        self.trained_scale = None if scale is None else Scale(**scale)
+        self._scales: tuple[Scale, Scale] | None = None
         self.input = input
         self.gene_input = gene_input
         self.values = values
@@ -249,7 +254,9 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
         if self.values == Values.EMBEDDING:
             kept["feature_dim"] = self.feature_dim
-        return type(self)(vocabulary=vocabulary, **{**kept, **settings})
+        other = type(self)(vocabulary=vocabulary, **{**kept, **settings})
+        other.label_reader.whole = {*other.label_reader.whole, *self.label_reader.whole}
+        return other
 
     # Saving and loading
 
@@ -346,7 +353,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         if self.dose_key is not None:
             weights = [[self._scale.weight(*part) for part in of_name] for of_name in found]
         elif doses is not None:
-            check_doses(doses)
+            check_weights(doses)
             if len(doses) != together:
                 raise ValueError(f"doses: expected {together} (one for each perturbation together), found {len(doses)}")
             weights = [list(doses) for _ in found]
@@ -430,43 +437,36 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
     def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
         columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
         present = columns[columns >= 0]
-        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum)
+        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum, self._scales)
         return dense_genes(read, columns)
 
     @property
     def expects(self) -> str:
         """What expression must be where it is read: `"counts"` or `"log1p"`."""
-        raw = self.normalize == Normalize.COUNTS_TO_LOG1P or self.values == Values.COUNTS
-        return Values.COUNTS if raw else Values.LOG1P
+        if self.normalize != Normalize.COUNTS_TO_LOG1P and self.values != Values.COUNTS:
+            return Values.LOG1P
+        whole = self.trained_scale is None or self.trained_scale.values not in (Values.FRACTIONAL, Values.LINEAR)
+        return Values.COUNTS if whole else Values.FRACTIONAL
 
-    # Units of the predictions
-
-    def predict_log1p(self, target_sum: float | None):
+    def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
         """
-        Record that a model on counts predicts log1p expression. Real cells are converted alike before they are compared.
+        Check that log1p values of some data sum to what those of the training cells did; by the first cells of the data.
 
         Args:
-            target_sum (`float`, *optional*): total counts of a cell, over the model's genes, that expression is scaled to.
-                None: it is not scaled.
+            input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
+            convert (`bool`): from now on, convert the values that are read.
+
+        Raises:
+            ValueError: they sum to something else, or are of another base, and are not to be converted.
         """
-        self.check_counts()
-        self.predicts, self.target_sum = Values.LOG1P, target_sum
-
-    def check_counts(self):
-        """ValueError where the model's features are not raw counts, which some families need."""
-        if self.values != Values.COUNTS:
-            raise ValueError(
-                f"this model is trained on raw counts, found {self.values} (input={self.input!r}, normalize="
-                f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
-            )
-
-    def as_predicted(self, features: np.ndarray) -> np.ndarray:
-        """Features of real cells `(cells, feature_dim)` in the units of the predictions, to compare with them."""
-        if self.predicts is None:
-            return features
-        if self.target_sum is None:
-            return np.log1p(features)
-        return normalize_counts(features, cell_totals(features), self.target_sum)
+        source = self.gene_input if self.values == Values.EMBEDDING else input or self.input
+        if self.trained_scale is None or source is None or source.startswith("obsm/"):
+            return
+        found = scale_of(adata, source)
+        if differ(self.trained_scale, found):
+            if not convert:
+                raise ValueError(other_scale(self.trained_scale, found, source))
+            self._scales = (found, self.trained_scale)
 
     # Sentences
 
@@ -516,6 +516,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         if weights is not None:
             warnings.warn(NO_DOSES, stacklevel=2)
         encoded = self.encode(names, weights)
+        self.check_scale(adata, input)
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
         cut = {name: self.cut(rows, seed) for name, rows in groups.items()}

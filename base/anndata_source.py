@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .cell_values import (
     block_of_rows,
     cell_totals,
     check_finite,
+    fits,
     kind_of_values,
     matrix_of,
     shared_genes,
@@ -25,6 +26,7 @@ from .cell_values import (
 )
 from .constants import Values
 from .messages import given, some
+from .value_scale import Scale, converted, differ, look_at
 
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class Part:
         data (`AnnData`): the cells.
         var_names (`pandas.Index`): its genes.
         codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
-        kind (`str`, *optional*): what its first cells show its expression to be, see [`Values`].
+        scale ([`Scale`], *optional*): what its first cells show its expression to be.
         width (`int`, *optional*): dimensions of its embedding.
     """
 
@@ -56,7 +58,7 @@ class Part:
     data: Any = None
     var_names: pd.Index | None = None
     codes: np.ndarray | None = None
-    kind: str | None = None
+    scale: Scale | None = None
     width: int | None = None
 
     @contextmanager
@@ -84,12 +86,14 @@ class Recipe:
         embedding (`str`, *optional*): where the embedding is, `"obsm/NAME"`.
         kind (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`.
         genes (`list[str]`): the genes that are taken, in order.
+        scale ([`Scale`], *optional*): what log1p values are converted to.
     """
 
     expression: str | None
     embedding: str | None
     kind: str | None
     genes: list[str]
+    scale: Scale | None = None
 
     @property
     def matrices(self) -> list[str]:
@@ -135,11 +139,13 @@ class PartReader:
             matrix = sp.csr_matrix(take_rows(self._matrices[name], rows))
             matrix = matrix if keep.all() else matrix[keep]
             check_finite(matrix, self.data, taken, name, nonnegative=True)
-            if kind_of_values(matrix) not in (kind, Values.ZEROS):
+            if not fits(kind, kind_of_values(matrix)):
                 error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
-            if kind == Values.COUNTS:
+            if kind in Values.RAW:
                 totals = cell_totals(matrix)
+            elif self.recipe.scale is not None and self.part.scale is not None:
+                matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
         if self.recipe.embedding is not None:
@@ -205,6 +211,7 @@ class AnnDataSource(WholeSource):
         parts (`list[Part]`): the objects; their groups are found here.
         reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie.
         contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
+        convert_scale (`bool`): convert log1p values of parts whose cells sum to another total.
 
     Raises:
         KeyError: a column, layer or obsm entry is missing; what exists is listed.
@@ -212,8 +219,14 @@ class AnnDataSource(WholeSource):
             differ, or there are no cells.
     """
 
-    def __init__(self, parts: Sequence[Part], reader: "StateProcessor", contexts: list[str] | None = None):
-        self.parts, self.reader = list(parts), reader
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        reader: "StateProcessor",
+        contexts: list[str] | None = None,
+        convert_scale: bool = False,
+    ):
+        self.parts, self.reader, self.convert_scale = list(parts), reader, convert_scale
         embedded = reader.input.startswith("obsm/")
         if reader.gene_input is not None and not embedded:
             raise ValueError(
@@ -245,7 +258,10 @@ class AnnDataSource(WholeSource):
             with part.open() as data:
                 if self.expression is not None:
                     shared_genes([data])  # an error about one file names it
-                    part.kind = kind_of_values(take_rows(matrix_of(data, self.expression), slice(0, _FIRST_CELLS)))
+                    part.scale = scale_of(data, self.expression)
+                    first = np.flatnonzero(part.codes[:_FIRST_CELLS] >= 0)
+                    matrix = take_rows(matrix_of(data, self.expression), first)
+                    check_finite(matrix, data, first, self.expression, nonnegative=True)
                 if self._embedding is not None:
                     part.width = matrix_of(data, self._embedding).shape[1]
         keys = list(groups.columns)
@@ -308,14 +324,38 @@ class AnnDataSource(WholeSource):
     # Values
 
     def kinds(self) -> set[str]:
-        return {given("the kind of values", part.kind) for part in self.parts}
+        return {given("a scale", part.scale).values for part in self.parts}
+
+    def scale(self) -> Scale | None:
+        """
+        What the values are, of all parts: those of another total or base are converted to the first, where that is asked for.
+
+        Raises:
+            ValueError: parts differ, and it is not asked for.
+        """
+        if self.expression is None:
+            return None
+        scales = [given("a scale", part.scale) for part in self.parts]
+        first = next((of for of in scales if of.total is not None), scales[0])
+        wanted = replace(first, base=None)
+        for part, of in zip(self.parts, scales):
+            if differ(wanted, replace(of, base=None)) and not self.convert_scale:
+                raise ValueError(
+                    f"{self.expression} holds {first.describe()} in one file and {of.describe()} in {part.changed}; scale them "
+                    "alike, or convert them with convert_scale: true"
+                )
+        return wanted
 
     def recipe(self, genes: list[str] | None = None) -> Recipe:
         """What is read of each part, with these genes; by default those of the source."""
         if self.expression is None:
             return Recipe(None, self._embedding, None, [])
-        kind = Values.COUNTS if self.kinds() - {Values.ZEROS} == {Values.COUNTS} else Values.LOG1P
-        return Recipe(self.expression, self._embedding, kind, self.genes if genes is None else genes)
+        kinds = self.kinds() - {Values.ZEROS}
+        kind = Values.LOG1P if Values.LOG1P in kinds or not kinds else Values.FRACTIONAL
+        kind = Values.COUNTS if kinds == {Values.COUNTS} else kind
+        if kind == Values.FRACTIONAL and not self.scaled:
+            kind = Values.LOG1P
+        return Recipe(self.expression, self._embedding, kind, self.genes if genes is None else genes, self.scale())
 
     @contextmanager
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
@@ -359,3 +399,14 @@ class AnnDataSource(WholeSource):
     def _tell(self, cells: int):
         if self.progress is not None:
             self.progress(cells)
+
+
+def scale_of(data: ad.AnnData, source: str) -> Scale:
+    """What expression is, by those of the first cells of the data that hold no wrong values."""
+    matrix = sp.csr_matrix(take_rows(matrix_of(data, source), slice(0, _FIRST_CELLS)))
+    wrong = ~np.isfinite(matrix.data) | (matrix.data < 0)
+    if wrong.any():
+        matrix = matrix[np.diff(np.r_[0, np.cumsum(wrong)][matrix.indptr]) == 0]
+    said = data.uns.get("log1p", {}) if source == "X" else {}
+    base = said.get("base") if isinstance(said, dict) else None
+    return look_at(matrix, None if base is None else float(base))

@@ -12,6 +12,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from .cell_values import (
+    fits,
     listed_genes,
     normalize_counts,
     resolve_normalisation,
@@ -22,6 +23,7 @@ from .cell_values import (
 from .constants import Normalize, Values
 from .labels import suggested_controls
 from .messages import closest, given, some
+from .value_scale import Scale, differ, other_scale
 from .vocabulary import Vocabulary
 
 
@@ -79,6 +81,7 @@ class CellSource(ABC):
         expression (`str`, *optional*): where expression is read, for errors; None if there is none.
         embedding_dim (`int`, *optional*): dimensions of the embedding; None if there is none.
         normalize (`str`), target_sum (`float`, *optional*): what is done to the values where a run does not say it.
+        scaled (`bool`): whether expression that is neither counts nor log1p is scaled and then log1p-transformed.
         progress (`Callable[[int], Any]`, *optional*): is told how many cells were read, block by block.
     """
 
@@ -90,10 +93,15 @@ class CellSource(ABC):
     normalize: str = Normalize.AUTO
     target_sum: float | None = None
     progress: Callable[[int], Any] | None = None
+    scaled: bool = True
 
     @abstractmethod
     def kinds(self) -> set[str]:
         """What kinds of values the expression holds, see [`Values`]."""
+
+    @abstractmethod
+    def scale(self) -> Scale | None:
+        """What the expression is, if there is any. ValueError where parts of the data differ."""
 
     @abstractmethod
     def blocks(
@@ -195,6 +203,10 @@ def settle_values(
     asked = source.normalize if normalize == Normalize.AUTO else normalize
     if source.expression is not None:
         settings["normalize"], values = resolve_normalisation(asked, source.kinds(), source.expression)
+        source.scaled = settings["normalize"] == Normalize.COUNTS_TO_LOG1P
+        scale = source.scale()
+        if scale is not None:
+            settings["scale"] = scale.for_checkpoint()
         if embedded and values == Values.COUNTS:
             raise ValueError(
                 f"the gene decoder predicts log1p expression, {source.expression} holds counts: use normalize='auto'"
@@ -289,8 +301,13 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
     if processor.vocabulary.genes:
         if source.expression is None:
             raise ValueError("the checkpoint reads expression, the data hold only an embedding")
-        for kind in source.kinds() - {processor.expects, Values.ZEROS}:
-            raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
+        for kind in source.kinds():
+            if not fits(processor.expects, kind):
+                raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
+        source.scaled = processor.normalize == Normalize.COUNTS_TO_LOG1P
+        found = source.scale()
+        if found is not None and processor.trained_scale is not None and differ(processor.trained_scale, found):
+            raise ValueError(other_scale(processor.trained_scale, found, source.expression))
         listed_genes(processor.vocabulary.genes, pd.Index(source.genes))
     return processor.with_vocabulary(processor.vocabulary.merged(training_names(source.groups[trained], processor, [])))
 

@@ -10,14 +10,13 @@ import torch
 
 from .constants import Normalize, Values
 from .messages import closest, given, some
+from .value_scale import LARGEST_LOG1P, Scale, converted, other_matrices
 
 
 # Total counts that a cell is scaled to by default.
 TARGET_SUM = 1e4
 # So many values, zeros included, are read at once to choose genes.
 _SMALL = 1 << 26
-# log1p of 10,000 counts per cell stays below 9.3, and below 16 for any target sum in use.
-_LARGEST_LOG1P = 20.0
 
 
 def check_numbers(dtype: np.dtype, name: str):
@@ -113,7 +112,11 @@ def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool
     feature = f"dimension {column}" if source.startswith("obsm/") else f"gene {adata.var_names[column]!r}"
     raise ValueError(
         f"{source} holds {value} in cell {cell!r}, {feature} ({int(bad.sum())} such values read); expected finite"
-        + (" and non-negative expression (scaled or centred values are not expression)" if nonnegative else " values")
+        + (
+            f" and non-negative expression (scaled or centred values are not expression){other_matrices(adata, source)}"
+            if nonnegative
+            else " values"
+        )
     )
 
 
@@ -124,7 +127,12 @@ def kind_of_values(matrix) -> str:
         return Values.ZEROS
     if np.issubdtype(data.dtype, np.integer) or np.array_equal(data, np.rint(data)):
         return Values.COUNTS
-    return Values.LINEAR if data.max() > _LARGEST_LOG1P else Values.LOG1P
+    return Values.LINEAR if data.max() > LARGEST_LOG1P else Values.LOG1P
+
+
+def fits(expected: str, kind: str) -> bool:
+    """Whether values of a kind, as `kind_of_values` says of some cells, may be of the kind expected of all."""
+    return kind in (expected, Values.ZEROS) or expected == Values.FRACTIONAL
 
 
 def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) -> str:
@@ -133,31 +141,44 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) 
         Values.COUNTS: "whole numbers (counts)",
         Values.LOG1P: "fractional values (log1p already?)",
         Values.LINEAR: "fractional values too large for log1p (normalised, not yet log1p?)",
+        Values.FRACTIONAL: "fractional counts (corrected or imputed?)",
     }[kind]
-    if expected == Values.COUNTS:
+    if expected in Values.RAW:
         return (
             f"{source}: expected counts, found {found}; this processor normalises by itself, so give it the raw counts "
             "(input='layers/counts' where they lie in a layer)"
         )
-    if kind == Values.COUNTS:
-        fix = f"sc.pp.normalize_total(adata, target_sum={given('target_sum', target_sum):g}); sc.pp.log1p(adata)"
+    if kind == Values.LINEAR:
+        fix = "run sc.pp.log1p(adata) if all cells sum to the same, or sc.pp.normalize_total(adata) before it if they do not"
     else:
-        fix = "sc.pp.log1p(adata)"
-    return f"{source}: expected log1p expression, found {found}; run {fix}, or read another layer with input="
+        scaled = f"sc.pp.normalize_total(adata, target_sum={given('target_sum', target_sum):g})"
+        fix = f"run {scaled}; sc.pp.log1p(adata)"
+    return f"{source}: expected log1p expression, found {found}; {fix}, or read another layer with input="
 
 
 def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str, str]:
     """The settings (normalize, values), from what was asked for and the kinds of values in the files."""
     kinds = found - {Values.ZEROS}
+    scalable = kinds <= {*Values.RAW, Values.LINEAR}
+    if asked == Normalize.COUNTS_TO_LOG1P and kinds and scalable:
+        return Normalize.COUNTS_TO_LOG1P, Values.LOG1P
     if len(kinds) > 1:
         raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
     kind = kinds.pop() if kinds else Values.LOG1P
-    if kind == Values.LINEAR:
-        raise ValueError(wrong_kind(source, Values.LOG1P, kind, TARGET_SUM))
-    if asked == Normalize.COUNTS_TO_LOG1P and kind != Values.COUNTS:
+    if asked == Normalize.COUNTS_TO_LOG1P:
         raise ValueError(wrong_kind(source, Values.COUNTS, kind, TARGET_SUM))
+    if asked == Normalize.AUTO and kind in (Values.FRACTIONAL, Values.LINEAR):
+        what = (
+            "fractional counts (corrected, imputed ..)"
+            if kind == Values.FRACTIONAL
+            else "normalised values without log1p"
+        )
+        raise ValueError(
+            f"{source} seems to hold {what}: set normalize='counts_to_log1p', which scales each cell to target_sum and takes "
+            "log1p; or normalize='none', if they are log1p values all the same"
+        )
     if asked == Normalize.NONE:
-        return Normalize.NONE, kind
+        return Normalize.NONE, Values.COUNTS if kind == Values.COUNTS else Values.LOG1P
     return (Normalize.COUNTS_TO_LOG1P, Values.LOG1P) if kind == Values.COUNTS else (Normalize.NONE, Values.LOG1P)
 
 
@@ -210,7 +231,14 @@ def normalize_counts(
 
 
 def read_expression(
-    adata: ad.AnnData, source: str, rows, columns, expected: str, as_log1p: bool, target_sum: float | None
+    adata: ad.AnnData,
+    source: str,
+    rows,
+    columns,
+    expected: str,
+    as_log1p: bool,
+    target_sum: float | None,
+    scales: tuple[Scale, Scale] | None = None,
 ) -> "sp.csr_matrix | np.ndarray":
     """
     Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
@@ -220,6 +248,7 @@ def read_expression(
         expected (`str`): `"counts"` or `"log1p"`, the values that are there.
         as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
         target_sum (`float` or None): what counts are scaled to; not needed where none are.
+        scales (`tuple[Scale, Scale]`, *optional*): convert log1p values from the first scale to the second.
 
     Raises:
         KeyError: nothing is there.
@@ -228,9 +257,11 @@ def read_expression(
     matrix = take_rows(matrix_of(adata, source), rows)
     check_finite(matrix, adata, rows, source, nonnegative=True)
     kind = kind_of_values(matrix)
-    if kind not in (expected, Values.ZEROS):
+    if not fits(expected, kind):
         raise ValueError(wrong_kind(source, expected, kind, target_sum))
-    if not (expected == Values.COUNTS and as_log1p):
+    if scales is not None:
+        matrix = converted(matrix, *scales)
+    if not (expected in Values.RAW and as_log1p):
         return matrix[:, columns].astype(np.float32)
     totals, matrix, target_sum = cell_totals(matrix), matrix[:, columns], given("target_sum", target_sum)
     if not sp.issparse(matrix):

@@ -18,6 +18,10 @@ class Values:
     COUNTS = "counts"
     LOG1P = "log1p"
     EMBEDDING = "embedding"
+    # Counts that are not whole: corrected for ambient RNA, imputed, or shared between genes.
+    FRACTIONAL = "fractional counts"
+    # Both are counted in units of molecules, and can be scaled to a number of counts per cell.
+    RAW = (COUNTS, FRACTIONAL)
     # Fractional values larger than any log1p value: normalised, not yet log1p.
     LINEAR = "linear"
     # Nothing but zeros, which may be counts or log1p.

@@ -56,9 +56,16 @@ def check_doses(doses: list[float]):
             )
 
 
+def check_weights(weights: list[float]):
+    """ValueError unless all weights are finite numbers that are not negative."""
+    for weight in weights:
+        if not (isinstance(weight, (int, float, np.number)) and 0 <= float(weight) < math.inf):
+            raise ValueError(f"doses: expected finite numbers from 0, found {weight!r}")
+
+
 def dose_text(dose: float) -> str:
     """A dose as it stands in names: `0.1`, `10`."""
     return re.sub(r"\.0$", "", repr(float(dose)))
 
 
-__all__ = ["DoseScale", "check_doses", "dose_text"]
+__all__ = ["DoseScale", "check_doses", "check_weights", "dose_text"]

@@ -325,7 +325,8 @@ class LabelReader:
                     kept &= ~labels.missing()
                 labels.check(key, kept)
                 parts.append(labels.texts())
-            read[name] = parts[0] if len(parts) == 1 else _joined(parts)
+            if parts:
+                read[name] = parts[0] if len(parts) == 1 else _joined(parts)
         if settings.context is not None:
             read["context"] = np.full(len(obs), settings.context, dtype=object)
         if settings.perturbation_key is None:

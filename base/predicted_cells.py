@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from .cell_values import describe_values
+from .cell_values import cell_totals, describe_values, normalize_counts
 from .constants import Normalize, Values
 from .doses import dose_text
 from .processor_files import PROCESSOR_SETTINGS
@@ -62,6 +62,37 @@ class PredictedCells:
             obs["control_barcode"].astype(str).to_numpy() + "|" + np.array(labels, dtype=object)[codes]
         )
         return obs
+
+    # Units of the predictions
+
+    def predict_log1p(self, target_sum: float | None):
+        """
+        Record that a model on counts predicts log1p expression. Real cells are converted alike before they are compared.
+
+        Args:
+            target_sum (`float`, *optional*): total counts of a cell, over the model's genes, that expression is scaled to.
+                None: it is not scaled.
+        """
+        self.check_counts()
+        self.predicts, self.target_sum = Values.LOG1P, target_sum
+
+    def check_counts(self):
+        """ValueError where the model's features are not raw counts, which some families need."""
+        if self.values != Values.COUNTS:
+            raise ValueError(
+                f"this model is trained on raw counts, found {self.values} (input={self.input!r}, normalize="
+                f"{self.normalize!r}); set normalize: none, and input: to where the counts are (X or layers/NAME)"
+            )
+
+    def as_predicted(self, features: np.ndarray) -> np.ndarray:
+        """Features of real cells `(cells, feature_dim)` in the units of the predictions, to compare with them."""
+        if self.predicts is None:
+            return features
+        if self.target_sum is None:
+            return np.log1p(features)
+        return normalize_counts(features, cell_totals(features), self.target_sum)
+
+    # Outputs
 
     def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
         """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""

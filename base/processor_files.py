@@ -38,6 +38,13 @@ def _is_count(value) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_SIZE
 
 
+def fits_scale(value) -> bool:
+    """Whether a value is a scale as a checkpoint or store remembers it."""
+    return (
+        isinstance(value, dict) and {"values"} <= set(value) <= {"values", "total"} and _is_dose(value.get("total", 1))
+    )
+
+
 def _is_dose(value) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
 
@@ -80,6 +87,7 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "unlabelled": (lambda value: value in ("error", "drop"), "'error' or 'drop'"),
     "exclude": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
     "include": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
+    "scale": (lambda value: value is None or fits_scale(value), "the kind and total of the values, or null"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
     "dose_encoding": (lambda value: value in ("log", "linear"), "'log' or 'linear'"),
     "doses": (
@@ -92,7 +100,14 @@ READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_inpu
 # What a processor remembers beside its vocabulary and the width of its features.
 PROCESSOR_SETTINGS = tuple(
     dict.fromkeys(
-        (*(name for name in _SETTINGS if name != "feature_dim"), *READING, "predicts", "dose_encoding", "doses")
+        (
+            *(name for name in _SETTINGS if name != "feature_dim"),
+            *READING,
+            "predicts",
+            "dose_encoding",
+            "doses",
+            "scale",
+        )
     )
 )
 OPTIONAL_SETTINGS = tuple(name for name in _OPTIONAL_SETTINGS if name != "perturbation_dim")

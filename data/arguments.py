@@ -46,6 +46,7 @@ class DataArguments:
             combination_separator: see [`LabelSettings`].
         dose_encoding: see [`StateProcessor`].
         input, genes, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
+        convert_scale (`bool`): convert log1p values of files whose cells sum to another total than those of the first one.
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
             unseen perturbations can be predicted. See [`read_perturbation_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
@@ -81,6 +82,7 @@ class DataArguments:
     normalize: Literal["auto", "counts_to_log1p", "none"] = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
+    convert_scale: bool = False
     target_sum: float | Literal["median"] | None = None
     perturbation_features: str | None = None
     genes_file: str | None = None
@@ -141,7 +143,7 @@ class DataArguments:
                 "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
             )
         datasets = self.files() if self.splits is None else Splits.from_toml(self.splits).datasets
-        return FileSource(datasets, self.reader() if reader is None else reader, self.contexts)
+        return FileSource(datasets, self.reader() if reader is None else reader, self.contexts, self.convert_scale)
 
     def fit_options(self) -> dict[str, Any]:
         """Arguments of [`load`] for a processor that is fitted."""

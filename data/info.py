@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from pertstate.base.cell_values import kind_of_values, matrix_of, take_rows
+from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
 from pertstate.base.labels import control_settings, looks_like_control, suggested_controls
 from pertstate.base.messages import closest, some
+from pertstate.base.value_scale import look_at, other_matrices
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
 from pertstate.data.store import CellStore
@@ -108,7 +109,9 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             *(f"obsm/{k}" for k in data.obsm),
         ]
         lines.append("has: " + ", ".join(have))
-        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input)
+        said = data.uns.get("log1p", {}) if input == "X" else {}
+        base = said.get("base") if isinstance(said, dict) else None
+        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, other_matrices(data, input))
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
             problems.append("gene names stand twice: run adata.var_names_make_unique()")
@@ -145,7 +148,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     )
 
 
-def _look(matrix, input: str) -> tuple[str, list[str]]:
+def _look(matrix, input: str, log_base: float | None, others: str) -> tuple[str, list[str]]:
     """What the values are, and what is wrong with them."""
     values = matrix.data if sp.issparse(matrix) else matrix
     if not np.isfinite(values).all():
@@ -156,30 +159,29 @@ def _look(matrix, input: str) -> tuple[str, list[str]]:
         return f"an embedding, {values.min():.3g} to {values.max():.3g}", []
     if values.size and values.min() < 0:
         return "has negative values: scaled or centred", [
-            f"{input} is scaled; use counts or log1p expression (another layer?)"
+            f"{input} is scaled; use counts or log1p expression{others or ' (another layer?)'}"
         ]
-    kind = kind_of_values(matrix)
-    if kind == Values.ZEROS:
+    scale = look_at(matrix, log_base)
+    shallow = scale.too_shallow()
+    notes = [] if shallow is None else [shallow]
+    if scale.values == Values.COUNTS:
+        return "; ".join([scale.describe() + "; scaled to 10,000 and log1p in training", *notes]), []
+    if scale.values == Values.FRACTIONAL:
+        return scale.describe(), [
+            f"{input} seems to hold counts that are not whole: set normalize: counts_to_log1p, which scales each cell and takes "
+            "log1p (or normalize: none, if they are log1p values all the same)"
+        ]
+    if scale.values == Values.LINEAR:
+        return scale.describe(), [
+            f"{input} is normalised but not log1p: run sc.pp.log1p(adata), or set normalize: counts_to_log1p"
+        ]
+    if scale.values == Values.ZEROS:
         return "only zeros in the first cells", []
-    if kind == Values.COUNTS:
-        totals = np.asarray(matrix.sum(axis=1)).ravel()
-        return f"counts, {np.median(totals):,.0f} per cell (median); scaled to 10,000 and log1p in training", []
-    if kind == Values.LINEAR:
-        return "normalised, not log1p", [f"{input} is normalised but not log1p: run sc.pp.log1p(adata)"]
-    linear = matrix.copy()
-    if sp.issparse(linear):
-        linear.data = np.expm1(linear.data.astype(np.float64))
-    else:
-        linear = np.expm1(linear.astype(np.float64))
-    totals = np.asarray(linear.sum(axis=1)).ravel()
-    middle = float(np.median(totals))
-    if np.ptp(totals) < 0.01 * middle:
-        return f"log1p of {middle:,.0f} counts per cell", []
-    low, high = np.percentile(totals, [5, 95])
-    return (
-        f"log1p; the genes here sum to {low:,.0f} to {high:,.0f} per cell, so it was normalised over more genes or not at all",
-        [],
-    )
+    if scale.total is None:
+        notes.insert(
+            0, "the genes here do not sum to one number per cell, so it was normalised over more genes or not at all"
+        )
+    return "; ".join([scale.describe(), *notes]), []
 
 
 def _problems_of_labels(groups: pd.DataFrame, control: str | None) -> list[str]:

@@ -14,7 +14,7 @@ from pertstate._version import __version__
 from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
-from pertstate.base.processor_files import fits_reading
+from pertstate.base.processor_files import fits_reading, fits_scale
 
 
 STORE_FILE = "store.json"
@@ -47,6 +47,7 @@ class Manifest:
             cell) and `length`.
         shards (`list[dict]`): `file`, `cells`, `bytes` and `sha256` of each Arrow file, in order.
         sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
+        scale (`dict`, *optional*): what log1p values sum to, see [`StateProcessor`].
         highly_variable (`int`, *optional*): how many highly variable genes were chosen.
         notes (`list[str]`): what was left out, and why.
         format_version (`int`), pertstate_version (`str`): of the layout, and of the package that wrote the store.
@@ -66,6 +67,7 @@ class Manifest:
     shards: list[dict]
     sources: list[dict]
     highly_variable: int | None = None
+    scale: dict | None = None
     notes: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     pertstate_version: str = __version__
@@ -101,7 +103,7 @@ class Manifest:
                 f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}; update pertstate"
             )
         names = set(cls.__dataclass_fields__)
-        if version is None or set(content) != names:
+        if version is None or not names - {"scale"} <= set(content) <= names:
             found = sorted(content) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{path}: expected the fields {sorted(names)}, found {found}; prepare the store again")
         manifest = cls(**content)
@@ -118,7 +120,7 @@ class Manifest:
             "cells": _is_count(self.cells, 1),
             "genes": _is_list(self.genes, str) and len(set(self.genes)) == len(self.genes),
             "reading": isinstance(self.reading, dict) and fits_reading(self.reading),
-            "expression": self.expression in (None, Values.COUNTS, Values.LOG1P),
+            "expression": self.expression in (None, *Values.RAW, Values.LOG1P),
             "layout": self.layout in ("sparse", "dense"),
             "dtype": self.dtype in (_COUNTS if self.expression == Values.COUNTS else ("float32", "float16")),
             "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
@@ -130,6 +132,7 @@ class Manifest:
             "shards": _is_list(self.shards, dict) and all(map(_is_shard, self.shards)),
             "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
             "highly_variable": self.highly_variable is None or _is_count(self.highly_variable, 1),
+            "scale": self.scale is None or fits_scale(self.scale),
             "notes": _is_list(self.notes, str),
             "pertstate_version": isinstance(self.pertstate_version, str),
         }

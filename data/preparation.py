@@ -443,6 +443,7 @@ def _write_descriptions(plan: _Plan, folder: Path, shards: list[dict]):
         shards=shards,
         sources=[_describe(file) for file in plan.source.parts],
         highly_variable=plan.highly_variable,
+        scale=plan.processor.scale,
         notes=plan.notes,
     )
     _describe_for_datasets(schema, shards, folder)

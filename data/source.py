@@ -42,7 +42,7 @@ class FileSource(AnnDataSource):
 
     Args:
         datasets (`dict[str, list[Path]]`): the files of each dataset.
-        reader ([`StateProcessor`]), contexts (`list[str]`, *optional*): see [`AnnDataSource`].
+        reader ([`StateProcessor`]), contexts (`list[str]`, *optional*), convert_scale (`bool`): see [`AnnDataSource`].
 
     Raises:
         FileNotFoundError, KeyError, ValueError: see `read_h5ad` and [`AnnDataSource`].
@@ -50,9 +50,15 @@ class FileSource(AnnDataSource):
 
     parts: list[FilePart]
 
-    def __init__(self, datasets: dict[str, list[Path]], reader: StateProcessor, contexts: list[str] | None = None):
+    def __init__(
+        self,
+        datasets: dict[str, list[Path]],
+        reader: StateProcessor,
+        contexts: list[str] | None = None,
+        convert_scale: bool = False,
+    ):
         parts = [FilePart(dataset, path=path) for dataset, paths in datasets.items() for path in paths]
-        super().__init__(parts, reader, contexts)
+        super().__init__(parts, reader, contexts, convert_scale)
 
 
 @contextmanager

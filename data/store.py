@@ -17,6 +17,7 @@ from pertstate.base.cell_source import Block, LazyBlock, WholeSource, check_cont
 from pertstate.base.cell_values import normalize_counts
 from pertstate.base.constants import Values
 from pertstate.base.messages import given, some
+from pertstate.base.value_scale import Scale
 from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.cells import Cells, load
 from pertstate.data.manifest import (
@@ -273,7 +274,7 @@ def _check_columns(batch: pa.RecordBatch, manifest: Manifest, file: Path):
     """ValueError if the columns are not those of the manifest, or their lists reach beyond their values."""
     expected: dict[str, pa.DataType] = {BARCODE: pa.string()}
     numbers = pa.from_numpy_dtype(manifest.dtype)
-    if manifest.expression == Values.COUNTS:
+    if manifest.expression in Values.RAW:
         expected[TOTAL] = pa.float64()
     if manifest.embedding_dim is not None:
         half = manifest.dtype == "float16"
@@ -316,7 +317,7 @@ class StoredRows:
         self.embedded = processor.values == Values.EMBEDDING and source == "features"
         as_log1p = source == "genes" or processor.values == Values.LOG1P
         self._scale_to: float | None = None
-        if as_log1p and store.manifest.expression == Values.COUNTS:
+        if as_log1p and store.manifest.expression in Values.RAW:
             if processor.target_sum is None:
                 raise ValueError(f"{store.path} holds counts: expected a processor with a target_sum, found None")
             self._scale_to = processor.target_sum
@@ -393,6 +394,12 @@ class StoreSource(WholeSource):
     def kinds(self) -> set[str]:
         return {given("expression", self.store.manifest.expression)}
 
+    def scale(self) -> Scale | None:
+        manifest = self.store.manifest
+        if manifest.expression is None:
+            return None
+        return Scale(manifest.expression) if manifest.scale is None else Scale(**manifest.scale)
+
     @contextmanager
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
         groups = self.groups if wanted is None else self.groups[wanted]
@@ -410,7 +417,7 @@ class StoreSource(WholeSource):
         if manifest.expression is not None:
             expression = self.store.expression(rows)
             expression = expression if columns is None else expression[:, columns]
-            totals = self.store.totals(rows) if manifest.expression == Values.COUNTS else None
+            totals = self.store.totals(rows) if manifest.expression in Values.RAW else None
         embedding = None if self.embedding_dim is None else self.store.embedding(rows)
         return Block(rows, codes, expression, totals, embedding)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
-from pertstate.base.cell_values import TARGET_SUM, cell_totals, kind_of_values, normalize_counts, wrong_kind
+from pertstate.base.cell_values import TARGET_SUM, cell_totals, fits, kind_of_values, normalize_counts, wrong_kind
 from pertstate.base.constants import Values
 from pertstate.base.messages import some
 from pertstate.data.cell_pool import CellRows
@@ -299,7 +299,7 @@ class CellReader:
         self.kinds.setdefault(kind, f"column {self.source.columns.gene_values!r} near {block.where(rows[0])}")
         # The library is that of the whole cell, so it is summed before genes are left out.
         sums = totals = cell_totals(matrix)
-        if column is not None and kind in (Values.COUNTS, Values.ZEROS):
+        if column is not None and kind != Values.LOG1P:
             totals = block.totals(rows)
             # Sums of counts are exact; a total that was itself stored in single precision is not.
             wrong = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
@@ -340,7 +340,7 @@ class FeatureReader:
         cells = self._cells.read(block, rows)
         processor, columns = self.processor, self._cells.source.columns
         for kind, where in self._cells.kinds.items():
-            if kind not in (processor.expects, Values.ZEROS):
+            if not fits(processor.expects, kind):
                 raise ValueError(wrong_kind(where, processor.expects, kind, processor.target_sum or TARGET_SUM))
         if processor.values == Values.EMBEDDING and len(rows) and cells.features.shape[1] != processor.feature_dim:
             raise ValueError(
@@ -354,7 +354,7 @@ def in_units_of(processor: StateProcessor, cells: CellRows) -> CellRows:
     """Cells as they stand in the data, with the model's genes, turned into what the model reads."""
 
     def expression(matrix: sp.csr_matrix, as_log1p: bool) -> sp.csr_matrix:
-        if as_log1p and processor.expects == Values.COUNTS:
+        if as_log1p and processor.expects in Values.RAW:
             # None says that predictions are not scaled; it says nothing of the cells.
             target_sum = TARGET_SUM if processor.target_sum is None else processor.target_sum
             data = normalize_counts(matrix.data, cells.totals, target_sum, np.diff(matrix.indptr))

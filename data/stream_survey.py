@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,8 @@ from pertstate.base.cell_source import (
     with_rows,
 )
 from pertstate.base.constants import Normalize, Split, Values
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import closest, given, some
+from pertstate.base.value_scale import Scale, look_at
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups, trained_on
 from pertstate.data.splits import Splits
@@ -171,7 +172,22 @@ class StreamSample(CellSource):
         self.embedding_dim = samples[0][0].features.shape[1] if cells.embedded else None
 
     def kinds(self) -> set[str]:
-        return set(self._cells.kinds)
+        """What blocks are alone, and where none of them is of whole numbers, what all cells together are."""
+        kinds = set(self._cells.kinds)
+        return kinds if Values.COUNTS in kinds else {self._look().values}
+
+    def scale(self) -> Scale | None:
+        if self.expression is None:
+            return None
+        return Scale(Values.COUNTS) if Values.COUNTS in self._cells.kinds else self._look()
+
+    @cache  # noqa: B019 - of one look
+    def _look(self) -> Scale:
+        cells = self._samples[0][0]  # controls
+        matrix = given("expression", cells.genes if self._cells.embedded else cells.features)[:2000]
+        scale = look_at(matrix)
+        # Only some of the genes were read: the totals of the others are missing.
+        return scale if len(self.genes) == len(self._cells.source.genes or ()) else replace(scale, total=None)
 
     @contextmanager
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
@@ -191,7 +207,7 @@ class StreamSample(CellSource):
         expression = taken.genes if self._cells.embedded else taken.features
         if expression is not None and columns is not None:
             expression = expression[:, columns]
-        counts = self.kinds() <= {Values.COUNTS, Values.ZEROS}
+        counts = Values.LOG1P not in self.kinds() and self.scaled or self.kinds() <= {Values.COUNTS, Values.ZEROS}
         embedding = taken.features if self._cells.embedded else None
         return Block(rows, np.full(len(rows), code), expression, taken.totals if counts else None, embedding)
 

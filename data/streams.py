@@ -123,7 +123,7 @@ def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamCol
         batch="batch" if "batch" in manifest.groups else None,
         gene_ids=GENE_IDS if sparse else None,
         gene_values=GENE_VALUES if sparse else None,
-        total=TOTAL if manifest.expression == Values.COUNTS else None,
+        total=TOTAL if manifest.expression in Values.RAW else None,
         embedding=EMBEDDING if manifest.embedding_dim is not None else None,
     )
 

@@ -712,11 +712,20 @@ def test_log1p_where_counts_are_expected():
 def test_normalised_but_not_log1p():
     adata = counts_screen()
     sc.pp.normalize_total(adata, target_sum=1e4)
-    message = r"X: expected log1p expression, found .*normalised, not yet log1p\?\); run sc.pp.log1p\(adata\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="X seems to hold normalised values without log1p: set normalize='counts_to_log1p'"
+    ):
         StateProcessor.fit(adata)
+    message = (
+        r"X: expected log1p expression, found .*normalised, not yet log1p\?\); run sc.pp.log1p\(adata\) if all cells"
+    )
     with pytest.raises(ValueError, match=message):
         StateProcessor.fit(log1p_screen())(adata, "A")
+    # What the first error advises gives the right values.
+    processor = StateProcessor.fit(adata, normalize="counts_to_log1p")
+    np.testing.assert_allclose(
+        processor.features(adata), StateProcessor.fit(counts_screen()).features(counts_screen()), atol=1e-6
+    )
 
 
 def test_files_of_different_kinds():
