@@ -340,7 +340,11 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
     if missing and (missing_genes == "error" or len(missing) == len(genes)):
         raise KeyError(
             f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
-            + ("; pass missing_genes='zero' to read them as unexpressed" if len(missing) < len(genes) else "")
+            + (
+                "; a prediction may read them as unexpressed (missing_genes='zero')"
+                if len(missing) < len(genes)
+                else ""
+            )
             + f" (the data's genes look like {some(adata.var_names, 3)})"
         )
     return columns

@@ -267,7 +267,7 @@ def control_rows(
         if len(rows) == 0:
             raise ValueError(
                 f"context {name!r} has no control cells (obs[{perturbation_key!r}] == {control!r}); add "
-                "some, or leave the context out with context="
+                "some, or leave the context out"
             )
         groups[name] = rows
     return groups

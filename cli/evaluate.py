@@ -17,6 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser):
     add_reading_arguments(parser)
     parser.add_argument("--context", help="the context of all real cells, where the files have no such column")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
+    parser.add_argument(
+        "--convert-scale", action="store_true", help="convert log1p values of another total than the model's"
+    )
+    parser.add_argument(
+        "--max-controls",
+        type=int,
+        metavar="N",
+        help="at most N control cells of each context, drawn at random; by default all. Time grows with the square of N",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of this draw")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -31,7 +41,16 @@ def run(args: argparse.Namespace):
     if args.output:
         check_table_path(args.output)
     keys = {**reading_of(args), "context": args.context, "input": args.input}
-    table, notes = evaluate(args.predicted, args.real, args.train, quiet=args.quiet, **keys)
+    table, notes = evaluate(
+        args.predicted,
+        args.real,
+        args.train,
+        quiet=args.quiet,
+        convert_scale=args.convert_scale,
+        max_controls=args.max_controls,
+        seed=args.seed,
+        **keys,
+    )
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     print(format_table(table))

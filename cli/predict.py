@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser):
         default="error",
         help="what to do if the file lacks genes of the model; zero reads them as not expressed",
     )
+    parser.add_argument(
+        "--convert-scale",
+        action="store_true",
+        help="convert log1p values whose cells sum to another total than those of the training cells",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -128,6 +133,7 @@ def run(args: argparse.Namespace):
         reading=reading_of(args),
         all_are_controls=args.all_are_controls,
         doses=args.dose,
+        convert_scale=args.convert_scale,
     )
     print(
         f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"

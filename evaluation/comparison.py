@@ -15,10 +15,13 @@ from pertstate.base.labels import control_settings
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
+    ADDITIVE,
     CEILING_MODEL,
     METRICS,
     MODEL,
+    PERTURBATION_MEAN,
     AsPredicted,
+    Controls,
     MeanChanges,
     average,
     score_group,
@@ -31,6 +34,9 @@ def evaluate(
     real: str | os.PathLike,
     train: str | os.PathLike,
     quiet: bool = False,
+    convert_scale: bool = False,
+    max_controls: int | None = None,
+    seed: int = 0,
     **keys,
 ) -> tuple[pd.DataFrame, list[str]]:
     """
@@ -45,6 +51,10 @@ def evaluate(
         real: `.h5ad` with the real perturbed and control cells.
         train: `.h5ad` with the cells that the model was trained on.
         quiet (`bool`): no progress bar.
+        max_controls (`int`, *optional*): at most so many control cells of each context, drawn with `seed`; by default all.
+            The time grows with the square of their number.
+        seed (`int`): of this draw.
+        convert_scale (`bool`): convert log1p values of `real` and `train` whose cells sum to another total than the model's.
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, where
             they are not as `predicted` says.
 
@@ -60,6 +70,9 @@ def evaluate(
     notes: list[str] = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
         reader, processor = readers_of(guess, keys)
+        of_training = readers_of(guess, keys)[1]
+        processor.check_scale(truth, convert=convert_scale)
+        of_training.check_scale(training, convert=convert_scale)
         ceiling = guess.uns.get("pertstate", {}).get("ceiling")
         if ceiling is not None:
             notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: {predicted} was {ceiling}")
@@ -76,7 +89,7 @@ def evaluate(
         if missing:
             notes.append(f"{len(missing)} predicted groups have no real cells and are not scored: {missing[:10]}")
 
-        labels = processor.labels(training)
+        labels = of_training.labels(training)
         # The barcode alone does not tell which cell it is: files often number their cells from 0.
         real_cells, train_cells = (
             pd.MultiIndex.from_arrays([frame["context"], frame["perturbation"], frame.index])
@@ -89,7 +102,7 @@ def evaluate(
         rows = np.flatnonzero(~seen & labels["perturbation"].notna().to_numpy())
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
         changes = MeanChanges.fit(
-            AsPredicted(_Rows(processor, training, rows[order]), processor),
+            AsPredicted(_Rows(of_training, training, rows[order]), processor),
             groups,
             processor.control,
             clip=processor.values != Values.EMBEDDING,
@@ -97,11 +110,12 @@ def evaluate(
         unseen = sorted({p for _, p in common if p not in changes.changes})
         if unseen:
             notes.append(
-                f"{len(unseen)} perturbations are not in the training cells, so their mean change is 0: {unseen[:10]}"
+                f"{len(unseen)} perturbations are not in the training cells, so they have no row {PERTURBATION_MEAN!r}: {unseen[:10]}"
             )
 
         controls = processor.control_groups(scored[1], sorted({context for context, _ in common}))
         table, scores = [], []
+        of_context: dict[str, Controls] = {}
         for context, perturbation in tqdm(common, unit="groups", desc="evaluate", disable=quiet):
             cells = {
                 name: source.as_predicted(source.features(file, np.flatnonzero(_is(frame, context, perturbation))))
@@ -110,7 +124,11 @@ def evaluate(
                     ("real", processor, truth, scored[1]),
                 )
             }
-            base = processor.as_predicted(processor.features(truth, controls[context]))
+            if context not in of_context:  # one context at a time: its groups need not follow one another
+                drawn = np.random.default_rng(seed).permutation(controls[context])[:max_controls]
+                rows_of_context = np.sort(drawn)
+                of_context = {context: Controls(processor.as_predicted(processor.features(truth, rows_of_context)))}
+            base = of_context[context]
             scores.append(
                 score_group(
                     cells["predicted"],
@@ -124,12 +142,18 @@ def evaluate(
             counts = {
                 "predicted_cells": len(cells["predicted"]),
                 "real_cells": len(cells["real"]),
-                "control_cells": len(base),
+                "control_cells": len(base.cells),
             }
             table += [
                 {"context": context, "perturbation": perturbation, "method": method, **figures, **counts}
                 for method, figures in scores[-1].items()
             ]
+    for method in (PERTURBATION_MEAN, ADDITIVE):
+        number = sum(method in of_group for of_group in scores)
+        if 0 < number < len(scores):
+            notes.append(
+                f"the average of {method!r} is that of {number} of {len(scores)} groups: it knows nothing of the others"
+            )
     table += [
         {"context": "mean", "perturbation": "mean", "method": method, **figures}
         for method, figures in average(scores).items()

@@ -1,6 +1,7 @@
 """How well predicted cells match observed ones: the same figures in training, benchmarks and the command line."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,15 @@ def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
     center = x.mean(axis=0, dtype=np.float64)
     a, b = (torch.from_numpy(np.asarray(v, dtype=np.float64) - center) for v in (x, y))
     total = torch.zeros((), dtype=torch.float64)
+    same = x is y
     for i in range(0, len(a), block):
-        for j in range(0, len(b), block):
-            total += torch.cdist(a[i : i + block], b[j : j + block]).sum()
+        for j in range(i if same else 0, len(b), block):
+            twice = 2 if same and j > i else 1  # the block of j and i is that of i and j
+            total += twice * torch.cdist(a[i : i + block], b[j : j + block]).sum()
     return float(total / (len(a) * len(b)))
 
 
-def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
+def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None, within_x: float | None = None) -> float:
     """
     Energy distance (Székely & Rizzo 2013) of two sets of cells, `mean|x-y| - mean|x-x'|/2 - mean|y-y'|/2`, diagonals
     included, in the units of the cells. It reports: float64, any number of cells, no gradient. Training minimises
@@ -49,10 +52,28 @@ def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None) 
 
     Args:
         x, y (`np.ndarray` of shape `(cells, features)`): the two sets.
-        within_y (`float`, *optional*): `mean|y-y'|`, where it is known already.
+        within_y, within_x (`float`, *optional*): `mean|y-y'|` and `mean|x-x'|`, where they are known already.
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
-    return mean_distance(x, y) - mean_distance(x, x) / 2 - within_y / 2
+    within_x = mean_distance(x, x) if within_x is None else within_x
+    return mean_distance(x, y) - within_x / 2 - within_y / 2
+
+
+class Controls:
+    """
+    The control cells of a context, and what is computed of them alone, once for all perturbations.
+
+    Args:
+        cells (`np.ndarray` of shape `(cells, features)`): the cells.
+    """
+
+    def __init__(self, cells: np.ndarray):
+        self.cells, self.mean = cells, cells.mean(axis=0, dtype=np.float64)
+
+    @cached_property
+    def within(self) -> float:
+        """The mean distance of all pairs."""
+        return mean_distance(self.cells, self.cells)
 
 
 @dataclass
@@ -97,9 +118,9 @@ class MeanChanges:
         """
         return cls(GroupSums.of_cells(features, groups, control).changes(), clip)
 
-    def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray:
-        """Control cells plus the perturbation's mean change, which is 0 for a perturbation without training cells."""
-        return self._add(controls, self.changes.get(perturbation, 0.0))
+    def perturbation_mean(self, perturbation: str, controls: np.ndarray) -> np.ndarray | None:
+        """Control cells plus the perturbation's mean change; None for a perturbation without training cells."""
+        return self._add(controls, self.changes[perturbation]) if perturbation in self.changes else None
 
     def additive(self, parts: list[str], controls: np.ndarray) -> np.ndarray | None:
         """Control cells plus the mean changes of the parts of a combination; None if it is none, or a part is unknown."""
@@ -112,38 +133,54 @@ class MeanChanges:
         return np.maximum(moved, 0) if self.clip else moved
 
 
-def score(predicted: np.ndarray, real: np.ndarray, controls_mean: np.ndarray, within_real: float) -> dict[str, float]:
+def score(
+    predicted: np.ndarray,
+    real: np.ndarray,
+    controls_mean: np.ndarray,
+    within_real: float,
+    within_predicted: float | None = None,
+) -> dict[str, float]:
     """[`METRICS`] of predicted against real cells, `(cells, features)` each."""
     predicted_mean, real_mean = predicted.mean(axis=0, dtype=np.float64), real.mean(axis=0, dtype=np.float64)
     return {
         "pearson": pearson_of_change(predicted_mean, real_mean, controls_mean),
         "mae": float(np.abs(predicted_mean - real_mean).mean()),
-        "energy": energy_between(predicted, real, within_real),
+        "energy": energy_between(predicted, real, within_real, within_predicted),
     }
 
 
 def score_group(
-    predicted: np.ndarray | None, real: np.ndarray, controls: np.ndarray, perturbation: str, parts, changes: MeanChanges
+    predicted: np.ndarray | None,
+    real: np.ndarray,
+    controls: "np.ndarray | Controls",
+    perturbation: str,
+    parts,
+    changes: MeanChanges,
 ) -> dict[str, dict[str, float]]:
     """
-    Scores of the model and of every baseline for one (context, perturbation), on the same real and control cells.
+    Scores of the model and of every baseline for one (context, perturbation), on the same real and control cells. A baseline
+    that has learned nothing of the perturbation has no score.
 
     Args:
         predicted (`np.ndarray` of shape `(cells, features)`, *optional*): predicted cells; without them only the baselines
             are scored.
-        real, controls (`np.ndarray` of shape `(cells, features)`): real perturbed cells and real control cells.
+        real (`np.ndarray` of shape `(cells, features)`): real perturbed cells.
+        controls ([`Controls`] or `np.ndarray` of shape `(cells, features)`): real control cells.
         perturbation (`str`), parts (`list[str]`): its name, and the perturbations that it combines.
         changes ([`MeanChanges`]): of the training cells.
     """
-    control_mean, within = controls.mean(axis=0, dtype=np.float64), mean_distance(real, real)
+    known = controls if isinstance(controls, Controls) else Controls(controls)
+    within = mean_distance(real, real)
     candidates = {
         MODEL: predicted,
-        NO_CHANGE: controls,
-        PERTURBATION_MEAN: changes.perturbation_mean(perturbation, controls),
-        ADDITIVE: changes.additive(parts, controls),
+        NO_CHANGE: known.cells,
+        PERTURBATION_MEAN: changes.perturbation_mean(perturbation, known.cells),
+        ADDITIVE: changes.additive(parts, known.cells),
     }
     return {
-        method: score(cells, real, control_mean, within) for method, cells in candidates.items() if cells is not None
+        method: score(cells, real, known.mean, within, known.within if method == NO_CHANGE else None)
+        for method, cells in candidates.items()
+        if cells is not None
     }
 
 

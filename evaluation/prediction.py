@@ -70,6 +70,7 @@ def predict(
     reading: dict[str, str | None] | None = None,
     all_are_controls: bool = False,
     doses: list[float] | None = None,
+    convert_scale: bool = False,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
@@ -94,6 +95,7 @@ def predict(
         quiet (`bool`): no progress bar.
         reading, all_are_controls: how to read a file that was made elsewhere, see [`read_as`].
         doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
+        convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
@@ -120,6 +122,7 @@ def predict(
         uses_batches = bool(model.config.embeds_batches)
         processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
         perturbations = _at_doses(processor, perturbations, doses)
+        processor.check_scale(data, input, convert_scale)
         labels = read_labels(data, processor)
         groups = processor.control_groups(labels, contexts)
         chosen = {}

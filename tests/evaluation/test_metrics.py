@@ -131,7 +131,7 @@ def test_baselines_add_changes_to_control_cells_and_clip_at_zero():
     changes = MeanChanges({"P": np.array([1.0, -2.0]), "Q": np.array([0.5, 0.5])})
     controls = np.array([[0.0, 1.0], [2.0, 3.0]])
     np.testing.assert_array_equal(changes.perturbation_mean("P", controls), [[1.0, 0.0], [3.0, 1.0]])
-    np.testing.assert_array_equal(changes.perturbation_mean("unseen", controls), controls)
+    assert changes.perturbation_mean("unseen", controls) is None
     np.testing.assert_array_equal(changes.additive(["P", "Q"], controls), [[1.5, 0.0], [3.5, 1.5]])
     np.testing.assert_array_equal(changes.additive(["P", "P"], controls), [[2.0, 0.0], [4.0, 0.0]])
     assert changes.additive(["P"], controls) is None
