@@ -392,6 +392,7 @@ def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
         raise KeyError(
             f"obs has no column {key!r} ({name}), found {some(obs.columns)}; "
             f"{closest(key, obs.columns) if len(obs.columns) else 'add it'}"
+            + ("; or say with context: which one all cells are of" if name == "context" else "")
         )
     return obs[key]
 

@@ -29,6 +29,8 @@ def filter_knockdowns(source: FileSource, options: PrepareArguments, target_sum:
         if parts and all(part in position for part in parts)
     }
     no_gene = sorted(name for name, parts in targets.items() if parts and name not in judged)
+    if not judged:
+        return [f"knock-down filter: {len(no_gene)} perturbations are no gene of the data, so kept: {some(no_gene)}"]
     columns = np.array(sorted({column for parts in judged.values() for column in parts}), dtype=np.int64)
     place = {column: i for i, column in enumerate(columns)}
     most = max([1, *map(len, judged.values())])

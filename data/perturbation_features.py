@@ -20,6 +20,7 @@ from pertstate.base.vocabulary import (
     PerturbationFeatures,
     as_array,
 )
+from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
 def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
@@ -30,6 +31,7 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
       the N names in the metadata, under `names`.
     - `.npz`: an array (P,) for each name; or the two arrays `names` (N,) and `features` (N, P). No pickled objects.
     - `.csv`: a header row, then one row for each name: the name and P numbers.
+    - `.pt`: a dictionary of a tensor (P,) for each name. Nothing that the file names is run.
     - `.parquet`: one column (or index) of names, and P columns of numbers, or one column of lists of P numbers.
 
     Args:
@@ -181,4 +183,23 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-_READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}
+def _read_torch(path: Path):
+    content = read_pickled(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a dictionary of names and vectors, found {type(content).__name__}")
+    vectors = {}
+    for name, value in content.items():
+        if not isinstance(value, (StoredTensor, StoredArray)):
+            raise ValueError(f"expected a vector for each name, found {type(value).__name__} for {name!r}")
+        loaded = value.load()
+        vectors[str(name)] = as_array(loaded) if isinstance(value, StoredTensor) else loaded
+    return _stack(vectors)
+
+
+_READERS = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".pt": _read_torch,
+}

@@ -1,8 +1,13 @@
 """Reading parts of `.h5ad` and `.zarr` files, with one clear error for a file that is not whole."""
 
+import gzip
+import logging
 import os
+import shutil
+import tempfile
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +21,27 @@ from pertstate.data.matrices import RowReader, check_chunks
 from pertstate.processing import StateProcessor
 
 
+logger = logging.getLogger(__name__)
+
+_ENDINGS = (".h5ad", ".h5", ".h5ad.gz")
+_FOLDERS: list[tempfile.TemporaryDirectory] = []  # of unpacked files, until the process ends
+
+
 def expand_paths(pattern: str | os.PathLike) -> list[Path]:
-    """The `.h5ad` and `.zarr` files that a file, folder or glob names.
+    """The `.h5ad`, `.h5`, `.h5ad.gz` and `.zarr` files that a file, folder or glob names; braces stand for several, `{a,b}`.
 
     Raises:
         FileNotFoundError: there is none.
     """
     text = os.path.expandvars(os.path.expanduser(str(pattern)))
+    if "{" in text and not Path(text).exists():
+        return [path for part in _braces(text) for path in expand_paths(part)]
     path = Path(text)
     if is_zarr(path):
         files = [path]
     elif path.is_dir():
-        files = sorted([*path.glob("*.h5ad"), *filter(is_zarr, path.glob("*.zarr"))])
+        found = [file for ending in _ENDINGS for file in path.glob(f"*{ending}")]
+        files = sorted([*found, *filter(is_zarr, path.glob("*.zarr"))])
     elif any(character in text for character in "*?["):
         anchor = Path(path.anchor) if path.is_absolute() else Path()
         files = sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file() or is_zarr(p))
@@ -35,9 +49,18 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
         files = [path] if path.is_file() else []
     if not files:
         raise FileNotFoundError(
-            f"{text}: no such file, folder of .h5ad or .zarr files or glob (looked from {Path.cwd()})"
+            f"{text}: no such file, folder of {', '.join(_ENDINGS)} or .zarr files or glob (looked from {Path.cwd()})"
         )
     return files
+
+
+def _braces(text: str) -> list[str]:
+    """The texts that braces stand for, in order: `x{a,b}` is `xa` and `xb`."""
+    before, _, rest = text.partition("{")
+    inner, closed, after = rest.partition("}")
+    if not closed:
+        raise ValueError(f"{text}: a brace is opened and not closed")
+    return [f"{before}{option.strip()}{after}" for option in inner.split(",")]
 
 
 def is_zarr(path: Path) -> bool:
@@ -58,7 +81,8 @@ def read_h5ad(path: str | os.PathLike) -> ad.AnnData:
         for reader in data.matrices():
             reader.check()
     with _reading(path):
-        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(path)
+        file = unpacked(path) if path.suffix == ".gz" else path
+        adata = ad.read_zarr(path) if path.is_dir() else ad.read_h5ad(file)
         for matrix in (adata.X, *adata.layers.values(), *adata.obsm.values()):
             if sp.issparse(matrix):
                 matrix.check_format(full_check=True)
@@ -90,23 +114,45 @@ class AnnDataFile:
 
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
             else:
-                self._file, self._groups = on_error.enter_context(h5py.File(self.path, "r")), h5py.Group
+                file = unpacked(self.path) if self.path.suffix == ".gz" else self.path
+                self._file, self._groups = on_error.enter_context(h5py.File(file, "r")), h5py.Group
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
             if self._whole_obs:
-                self.obs, self.var_names = self._tables_of_old()
-                self.n_obs = len(self.obs)
+                self.obs, self.var = self._tables_of_old()
+                self.n_obs, self.var_names = len(self.obs), self.var.index
             else:
-                self.n_obs = self._obs[self._obs.attrs["_index"]].shape[0]
-                self.var_names = _table(self._file["var"]).index
+                self.n_obs = self._values(self._obs[self._obs.attrs["_index"]]).shape[0]
+                self.var_names = self.var.index
             for name in ("obs", "var"):
                 table = self._file[name]
                 if isinstance(table, self._groups):
-                    check_chunks(table[table.attrs["_index"]], f"{name}/{table.attrs['_index']}")
+                    check_chunks(self._values(table[table.attrs["_index"]]), f"{name}/{table.attrs['_index']}")
             self.X = self._reader("X", genes=True) if "X" in self._file else None
             self.layers = self._readers("layers", genes=True)
             self.obsm = self._readers("obsm", genes=False)
             on_error.pop_all()
+
+    def _values(self, node):
+        """The array of a column; a column of nullable values is a group of it and of what is missing."""
+        return node["values"] if isinstance(node, self._groups) else node
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        """The table of the genes."""
+        with self._reading():
+            return self._tables_of_old()[1] if self._whole_obs else _table(self._file["var"])
+
+    @cached_property
+    def raw(self) -> "_Raw | None":
+        """The genes and values of `raw`, where the file has it."""
+        with self._reading():
+            if "raw" not in self._file:
+                return None
+            var = _table(self._file["raw"]["var"])
+            node = self._file["raw"]["X"]
+            expected = (self.n_obs, len(var))
+            return _Raw(RowReader(node, isinstance(node, self._groups), "raw/X", expected, self._reading), var)
 
     def _reader(self, name: str, genes: bool) -> RowReader:
         node = self._file[name]
@@ -123,11 +169,11 @@ class AnnDataFile:
             }
         return {key: self._reader(f"{name}/{key}", genes) for key in self._file[name].keys()}
 
-    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.Index]:
-        """The table of the cells and the names of the genes, which anndata puts together from parts of the file."""
+    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The tables of the cells and of the genes, which anndata puts together from parts of the file."""
         adata = ad.read_h5ad(self.path, backed="r")
         try:
-            return _native(adata.obs), adata.var_names.astype(str)
+            return _native(adata.obs), adata.var.set_axis(adata.var_names.astype(str))
         finally:
             adata.file.close()
 
@@ -175,6 +221,13 @@ class AnnDataFile:
         if encoding == "categorical":
             self._check_length(node["codes"], name)
             return pd.Categorical.from_codes(node["codes"][rows], self._categories(name))
+        if "categories" in node.attrs:  # codes, in files of 2019 to 2021
+            self._check_length(node, name)
+            if name not in self._cached:
+                named = node.attrs["categories"]
+                table = self._file[named] if isinstance(named, h5py.Reference) else self._obs[str(named)]
+                self._cached[name] = ad.io.read_elem(table)
+            return pd.Categorical.from_codes(node[rows], self._cached[name])
         if isinstance(node, self._groups):
             self._check_length(self._small(name), name)
             return self._small(name)[rows]  # nullable numbers, or anything else that a table may hold
@@ -206,7 +259,8 @@ class AnnDataFile:
 
     def matrices(self) -> list[RowReader]:
         """X, where there is one, the layers and the embeddings."""
-        return [*([] if self.X is None else [self.X]), *self.layers.values(), *self.obsm.values()]
+        raw = [self.raw.X] if self.__dict__.get("raw") is not None else []
+        return [*([] if self.X is None else [self.X]), *self.layers.values(), *self.obsm.values(), *raw]
 
     def __enter__(self) -> "AnnDataFile":
         return self
@@ -216,6 +270,40 @@ class AnnDataFile:
             reader.close()
         if isinstance(self._file, h5py.File):
             self._file.close()
+
+
+@dataclass
+class _Raw:
+    """What a file keeps under `raw`."""
+
+    X: RowReader
+    var: pd.DataFrame
+
+    @property
+    def var_names(self) -> pd.Index:
+        return self.var.index
+
+
+def unpacked(path: Path) -> Path:
+    """
+    A compressed file as a temporary one, which is removed when the process ends.
+
+    Raises:
+        ValueError: the file is not whole.
+    """
+    size = path.stat()
+    return _unpacked(path.resolve(), size.st_size, size.st_mtime_ns)
+
+
+@cache
+def _unpacked(path: Path, size: int, changed: int) -> Path:
+    folder = tempfile.TemporaryDirectory(prefix="pertstate-unpacked-")
+    _FOLDERS.append(folder)
+    whole = Path(folder.name) / path.name.removesuffix(".gz")
+    logger.info(f"{path}: unpacking {size:,} bytes to a temporary file")
+    with gzip.open(path, "rb") as packed, open(whole, "wb") as plain:
+        shutil.copyfileobj(packed, plain, 1 << 22)
+    return whole
 
 
 def read_labels(

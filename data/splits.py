@@ -1,5 +1,6 @@
 """Which (dataset, context, perturbation) is for training, for validation and for test."""
 
+import logging
 import os
 import re
 import tomllib
@@ -10,8 +11,11 @@ from pathlib import Path
 import pandas as pd
 
 from pertstate.base.constants import Split
-from pertstate.base.messages import closest
+from pertstate.base.messages import closest, some
 from pertstate.data.reading import expand_paths
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -146,6 +150,14 @@ class Splits:
             pair: {split: meant(names, name_of, there.get(pair, [])) for split, names in held.items()}
             for pair, held in self.fewshot.items()
         }
+        for pair, held in fewshot.items():
+            absent = [name for names in held.values() for name in names if name not in there.get(pair, [name])]
+            if absent:
+                logger.warning(
+                    f"[fewshot] names {len(absent)} perturbations that {'.'.join(pair)} does not have, so nothing is held out for "
+                    f"them: {some(absent)}"
+                )
+                fewshot[pair] = {split: [name for name in names if name not in absent] for split, names in held.items()}
         return replace(self, fewshot=fewshot)
 
     def assign(self, present: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str, str], str | None]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from pertstate.base.messages import some
-from pertstate.legacy.restricted_pickle import StoredArray, StoredTensor, read_pickled
+from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from test_parity import CASES
 from transformers import AutoModel, AutoProcessor
 
 from pertstate.cli import main
+from pertstate.data.restricted_pickle import RefusedPickleError
 from pertstate.families import FAMILIES
 from pertstate.legacy.conversion import convert
-from pertstate.legacy.restricted_pickle import RefusedPickleError
 from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 
 

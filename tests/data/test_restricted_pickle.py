@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pertstate.legacy.restricted_pickle import (
+from pertstate.data.restricted_pickle import (
     RefusedPickleError,
     StoredArray,
     StoredTensor,
