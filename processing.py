@@ -7,20 +7,13 @@ from dataclasses import fields
 import anndata as ad
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from transformers import ProcessorMixin
 
-from .base.anndata_source import AnnDataSource, Part, scale_of
+from .base.anndata_source import AnnDataSource, Part
 from .base.cell_sentences import CellSentences, SentenceLayout
-from .base.cell_source import Block, fit_processor
+from .base.cell_source import fit_processor
 from .base.cell_values import (
     TARGET_SUM,
-    check_finite,
-    dense_genes,
-    gene_columns,
-    matrix_of,
-    read_expression,
-    take_rows,
 )
 from .base.checkpoint_files import hub_arguments
 from .base.constants import (
@@ -37,11 +30,12 @@ from .base.constants import (
 from .base.doses import DoseScale, check_weights
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
+from .base.model_features import ModelFeatures
 from .base.modeling_perturbation import PerturbationOutput
 from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
-from .base.value_scale import Scale, differ, other_scale
+from .base.value_scale import Scale
 from .base.vocabulary import (
     PERTURBATION_FEATURES_FILE,
     VOCABULARY_FILE,
@@ -58,7 +52,7 @@ NO_DOSES = (
 )
 
 
-class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
+class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
@@ -74,6 +68,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         input (`str`): where the cells are read from.
 
             - `"X"`: the main matrix
+            - `"raw/X"`: that of `raw`, with its genes
             - `"layers/NAME"`: a layer
             - `"obsm/NAME"`: an embedding
         gene_input (`str`, *optional*): for an embedding with a gene decoder, where expression is read from (`"X"` or
@@ -99,6 +94,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         doses (`dict[str, list[float]]`, *optional*): the doses of each perturbation in the training cells.
         scale (`dict`, *optional*): what log1p values of the training cells sum to (`total`) after `expm1`, where that is
             certain; and that counts were not whole (`values`).
+        gene_key (`str`, *optional*), ignore_gene_versions (`bool`): see [`view_of`].
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
@@ -137,6 +133,8 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         dose_encoding: str = "log",
         doses: dict[str, list[float]] | None = None,
         scale: dict | None = None,
+        gene_key: str | None = None,
+        ignore_gene_versions: bool = False,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -149,6 +147,7 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
         self.perturbation_map, self.unlabelled = perturbation_map, unlabelled
         self.exclude, self.include = exclude, include
         self.dose_key, self.dose_encoding, self.doses = dose_key, dose_encoding, doses
+        self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
         self.scale = scale
         self.trained_scale = None if scale is None else Scale(**scale)
         self._scales: tuple[Scale, Scale] | None = None
@@ -400,73 +399,6 @@ class StateProcessor(PredictedCells, Travelling, ProcessorMixin):
     def encode_batches(self, names) -> np.ndarray:
         """Batches to ids, int64; -1 for one that was not seen in training, which only a model without batches takes."""
         return np.array([self._ids["batches"].get(str(name), -1) for name in names], dtype=np.int64)
-
-    # Values
-
-    def features(self, adata: ad.AnnData, rows=slice(None), missing_genes: str = "error", input: str | None = None):
-        """
-        The model's features of some cells, `(cells, feature_dim)` float32: read, checked, put into the model's gene
-        order and normalised. Works on a backed AnnData and reads only the rows asked for.
-
-        Args:
-            rows (`slice` or sorted integer array): which cells.
-            missing_genes (`str`): `"error"`, or `"zero"` to read genes that the data lack as unexpressed.
-            input (`str`, *optional*): read from here instead of the processor's `input`.
-        """
-        source = input or self.input
-        if self.values == Values.EMBEDDING:
-            matrix = take_rows(matrix_of(adata, source), rows)
-            matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
-            if matrix.shape[1] != self.feature_dim:
-                raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
-            check_finite(matrix, adata, rows, source)
-            return matrix
-        return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == Values.LOG1P)
-
-    def gene_features(self, adata: ad.AnnData, rows=slice(None)) -> np.ndarray:
-        """The gene decoder's target, `(cells, genes)` float32 log1p expression, for a model on embeddings."""
-        return self._genes(adata, self.gene_input, rows, "error", as_log1p=True)
-
-    def features_of(self, block: Block) -> np.ndarray:
-        """The model's features of a block of a source that was read with the model's genes, as of `features`."""
-        if self.values == Values.EMBEDDING:
-            return block.embedding
-        expression = block.log1p(self.target_sum) if self.values == Values.LOG1P else block.expression
-        return expression.toarray()
-
-    def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
-        columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
-        present = columns[columns >= 0]
-        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum, self._scales)
-        return dense_genes(read, columns)
-
-    @property
-    def expects(self) -> str:
-        """What expression must be where it is read: `"counts"` or `"log1p"`."""
-        if self.normalize != Normalize.COUNTS_TO_LOG1P and self.values != Values.COUNTS:
-            return Values.LOG1P
-        whole = self.trained_scale is None or self.trained_scale.values not in (Values.FRACTIONAL, Values.LINEAR)
-        return Values.COUNTS if whole else Values.FRACTIONAL
-
-    def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
-        """
-        Check that log1p values of some data sum to what those of the training cells did; by the first cells of the data.
-
-        Args:
-            input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
-            convert (`bool`): from now on, convert the values that are read.
-
-        Raises:
-            ValueError: they sum to something else, or are of another base, and are not to be converted.
-        """
-        source = self.gene_input if self.values == Values.EMBEDDING else input or self.input
-        if self.trained_scale is None or source is None or source.startswith("obsm/"):
-            return
-        found = scale_of(adata, source)
-        if differ(self.trained_scale, found):
-            if not convert:
-                raise ValueError(other_scale(self.trained_scale, found, source))
-            self._scales = (found, self.trained_scale)
 
     # Sentences
 

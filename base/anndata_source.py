@@ -25,6 +25,7 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Values
+from .gene_names import MAX_MISSING_GENES, view_of
 from .messages import given, some
 from .value_scale import Scale, converted, differ, look_at
 
@@ -87,6 +88,7 @@ class Recipe:
         kind (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`.
         genes (`list[str]`): the genes that are taken, in order.
         scale ([`Scale`], *optional*): what log1p values are converted to.
+        gene_key (`str`, *optional*), ignore_gene_versions (`bool`): which names of genes are meant, see [`view_of`].
     """
 
     expression: str | None
@@ -94,6 +96,8 @@ class Recipe:
     kind: str | None
     genes: list[str]
     scale: Scale | None = None
+    gene_key: str | None = None
+    ignore_gene_versions: bool = False
 
     @property
     def matrices(self) -> list[str]:
@@ -105,6 +109,9 @@ class PartReader:
     """Blocks of the cells of an open part, checked."""
 
     def __init__(self, data: ad.AnnData, part: Part, recipe: Recipe):
+        if recipe.expression is not None:
+            data, place = view_of(data, recipe.expression, recipe.gene_key, recipe.ignore_gene_versions)
+            recipe = replace(recipe, expression=place)
         self.data, self.part, self.recipe = data, part, recipe
         self._codes: np.ndarray = part.codes
         if len(self._codes) != data.n_obs:
@@ -212,6 +219,7 @@ class AnnDataSource(WholeSource):
         reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie.
         contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
         convert_scale (`bool`): convert log1p values of parts whose cells sum to another total.
+        max_missing_genes (`float`): the largest share of a part's genes that may be missing in others.
 
     Raises:
         KeyError: a column, layer or obsm entry is missing; what exists is listed.
@@ -225,8 +233,10 @@ class AnnDataSource(WholeSource):
         reader: "StateProcessor",
         contexts: list[str] | None = None,
         convert_scale: bool = False,
+        max_missing_genes: float = MAX_MISSING_GENES,
     ):
         self.parts, self.reader, self.convert_scale = list(parts), reader, convert_scale
+        self.max_missing_genes = max_missing_genes
         embedded = reader.input.startswith("obsm/")
         if reader.gene_input is not None and not embedded:
             raise ValueError(
@@ -236,7 +246,7 @@ class AnnDataSource(WholeSource):
         self.expression = reader.gene_input if embedded else reader.input
         self._embedding = reader.input if embedded else None
         self._look(contexts)
-        self.genes = [] if self.expression is None else [str(gene) for gene in shared_genes(self.parts)]
+        self.genes = [] if self.expression is None else self._shared_genes()
         widths = {part.width for part in self.parts}
         if len(widths) > 1:
             raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(widths)}")
@@ -257,11 +267,12 @@ class AnnDataSource(WholeSource):
         for part in self.parts:
             with part.open() as data:
                 if self.expression is not None:
-                    shared_genes([data])  # an error about one file names it
-                    part.scale = scale_of(data, self.expression)
+                    names = (self.reader.gene_key, self.reader.ignore_gene_versions)
+                    view, place = view_of(data, self.expression, *names)
+                    shared_genes([view])  # an error about one file names it
+                    part.var_names, part.scale = view.var_names, scale_of(view, place)
                     first = np.flatnonzero(part.codes[:_FIRST_CELLS] >= 0)
-                    matrix = take_rows(matrix_of(data, self.expression), first)
-                    check_finite(matrix, data, first, self.expression, nonnegative=True)
+                    check_finite(take_rows(matrix_of(view, place), first), view, first, place, nonnegative=True)
                 if self._embedding is not None:
                     part.width = matrix_of(data, self._embedding).shape[1]
         keys = list(groups.columns)
@@ -323,6 +334,24 @@ class AnnDataSource(WholeSource):
 
     # Values
 
+    def _shared_genes(self) -> list[str]:
+        genes = [str(gene) for gene in shared_genes(self.parts)]
+        everything = set().union(*(part.var_names for part in self.parts))
+        self.gene_note = None
+        if len(everything) > len(genes):
+            self.gene_note = (
+                f"{len(everything) - len(genes)} of {len(everything)} genes are not in every file: left out"
+            )
+            logger.warning(self.gene_note)
+        fewest = min(len(part.var_names) for part in self.parts)
+        if 1 - len(genes) / fewest > self.max_missing_genes:
+            raise ValueError(
+                f"the files share {len(genes)} genes, and the smallest has {fewest}: expected at least "
+                f"{1 - self.max_missing_genes:.0%} of them in common; give all files the same kind of gene names (gene_key, "
+                "ignore_gene_versions), or allow it with max_missing_genes"
+            )
+        return genes
+
     def kinds(self) -> set[str]:
         return {given("a scale", part.scale).values for part in self.parts}
 
@@ -355,7 +384,10 @@ class AnnDataSource(WholeSource):
         kind = Values.COUNTS if kinds == {Values.COUNTS} else kind
         if kind == Values.FRACTIONAL and not self.scaled:
             kind = Values.LOG1P
-        return Recipe(self.expression, self._embedding, kind, self.genes if genes is None else genes, self.scale())
+        names = (self.reader.gene_key, self.reader.ignore_gene_versions)
+        return Recipe(
+            self.expression, self._embedding, kind, self.genes if genes is None else genes, self.scale(), *names
+        )
 
     @contextmanager
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:

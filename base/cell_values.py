@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 
 from .constants import Normalize, Values
+from .gene_names import other_names
 from .messages import closest, given, some
 from .value_scale import LARGEST_LOG1P, Scale, converted, other_matrices
 
@@ -83,7 +84,7 @@ def matrix_of(adata: ad.AnnData, source: str):
         return adata.X
     kind, _, name = source.partition("/")
     if kind not in ("layers", "obsm") or not name:
-        raise ValueError(f"input={source!r}: expected 'X', 'layers/NAME' or 'obsm/NAME'")
+        raise ValueError(f"input={source!r}: expected 'X', 'raw/X', 'layers/NAME' or 'obsm/NAME'")
     holder = adata.layers if kind == "layers" else adata.obsm
     if name not in holder:
         raise KeyError(f"{kind} has no entry {name!r}, found {some(holder)}; {closest(name, ['X', *holder])}")
@@ -345,7 +346,7 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
                 if len(missing) < len(genes)
                 else ""
             )
-            + f" (the data's genes look like {some(adata.var_names, 3)})"
+            + f" (the data's genes look like {some(adata.var_names, 3)}){other_names(adata, missing)}"
         )
     return columns
 

@@ -9,6 +9,8 @@ import pandas as pd
 from .messages import closest, some
 
 
+# The share of genes that may be missing, where nobody says another.
+MAX_MISSING_GENES = 0.5
 _VERSION = re.compile(r"^(ENS[A-Z]*[GTP]\d{6,})\.\d+$")
 
 
@@ -90,12 +92,26 @@ def other_names(adata: ad.AnnData, missing: list[str]) -> str:
     return ""
 
 
-def missing_note(columns: np.ndarray) -> str | None:
-    """A sentence on genes that are read as unexpressed, by their columns (-1 is none); None where all are there."""
+def missing_note(columns: np.ndarray, most: float = MAX_MISSING_GENES) -> str | None:
+    """
+    A sentence on genes that are read as unexpressed, by their columns (-1 is none); None where all are there.
+
+    Args:
+        most (`float`): the largest share of genes that may be missing.
+
+    Raises:
+        ValueError: more are.
+    """
     missing = int((columns < 0).sum())
-    return (
-        None if not missing else f"{missing} of {len(columns)} genes are missing from the data and read as unexpressed"
-    )
+    if not missing:
+        return None
+    note = f"{missing} of {len(columns)} genes of the model are missing from the data"
+    if missing > most * len(columns):
+        raise ValueError(
+            f"{note}: expected at most {most:.0%}; give data with more of them, or allow it with max_missing_genes "
+            "(--max-missing-genes 1)"
+        )
+    return f"{note} and are read as unexpressed"
 
 
 __all__ = ["GeneView", "view_of"]

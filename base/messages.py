@@ -10,7 +10,12 @@ _Value = TypeVar("_Value")
 def closest(name: str, known) -> str:
     """A hint `did you mean 'x'?` for the nearest of `known` names, or the list of them where none is near."""
     known = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.6)
+    # The names of genes of two species, and of columns, often differ in their case alone.
+    folded: dict[str, list[str]] = {}
+    for one in known:
+        folded.setdefault(one.casefold(), []).append(one)
+    near = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6)
+    near = [one for of in near for one in folded[of]][:3]
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     shown = ", ".join(repr(k) for k in known[:10])

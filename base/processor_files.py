@@ -50,7 +50,7 @@ def _is_dose(value) -> bool:
 
 
 def _is_place(value) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"X|(layers|obsm)/.+", value, re.DOTALL) is not None
+    return isinstance(value, str) and re.fullmatch(r"X|raw/X|(layers|obsm)/.+", value, re.DOTALL) is not None
 
 
 def _is_number_of_counts(value) -> bool:
@@ -63,7 +63,7 @@ _SETTINGS: dict[str, tuple[Callable, str]] = {
     "control": (_is_name, "a label"),
     "context_key": (lambda value: value is None or _are_names(value), "the names of columns, or null"),
     "batch_key": (lambda value: value is None or _are_names(value), "the names of columns, or null"),
-    "input": (_is_place, "'X', 'layers/NAME' or 'obsm/NAME'"),
+    "input": (_is_place, "'X', 'raw/X', 'layers/NAME' or 'obsm/NAME'"),
     "gene_input": (lambda value: value is None or _is_place(value), "'X', 'layers/NAME' or null"),
     "values": (
         lambda value: value in (Values.LOG1P, Values.COUNTS, Values.EMBEDDING),
@@ -88,6 +88,8 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "exclude": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
     "include": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
     "scale": (lambda value: value is None or fits_scale(value), "the kind and total of the values, or null"),
+    "gene_key": (lambda value: value is None or _is_name(value), "the name of a column of var, or null"),
+    "ignore_gene_versions": (lambda value: type(value) is bool, "true or false"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
     "dose_encoding": (lambda value: value in ("log", "linear"), "'log' or 'linear'"),
     "doses": (
@@ -96,7 +98,7 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     ),
 }
 # How labels and values are found in an AnnData; this differs from one laboratory to the next.
-READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_input")
+READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_input", "gene_key", "ignore_gene_versions")
 # What a processor remembers beside its vocabulary and the width of its features.
 PROCESSOR_SETTINGS = tuple(
     dict.fromkeys(
@@ -118,7 +120,7 @@ _OF_LIBRARY = ("auto_map", "processor_class")
 def is_default(name: str, value) -> bool:
     """Whether an optional setting is what it is where it is absent."""
     return name in OPTIONAL_SETTINGS and (
-        value is None or (name, value) in (("unlabelled", "error"), ("dose_encoding", "log"))
+        value is None or value is False or (name, value) in (("unlabelled", "error"), ("dose_encoding", "log"))
     )
 
 

@@ -71,6 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="what to do if the file lacks genes of the model; zero reads them as not expressed",
     )
     parser.add_argument(
+        "--max-missing-genes",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="with --missing-genes zero, the largest share of the model's genes that may be missing",
+    )
+    parser.add_argument(
         "--convert-scale",
         action="store_true",
         help="convert log1p values whose cells sum to another total than those of the training cells",
@@ -134,6 +141,7 @@ def run(args: argparse.Namespace):
         all_are_controls=args.all_are_controls,
         doses=args.dose,
         convert_scale=args.convert_scale,
+        max_missing_genes=args.max_missing_genes,
     )
     print(
         f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"

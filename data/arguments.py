@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pandas as pd
 
 from pertstate.base.constants import Split
+from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.labels import control_settings
 from pertstate.base.messages import closest
 from pertstate.base.processor_files import READING
@@ -46,6 +47,9 @@ class DataArguments:
             combination_separator: see [`LabelSettings`].
         dose_encoding: see [`StateProcessor`].
         input, genes, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
+        gene_key (`str`, *optional*): column of var with the names of genes, instead of the index of var.
+        ignore_gene_versions (`bool`): leave out the versions of Ensembl ids (`ENSG00000000003.15`).
+        max_missing_genes (`float`): the largest share of a file's genes that other files may lack.
         convert_scale (`bool`): convert log1p values of files whose cells sum to another total than those of the first one.
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
             unseen perturbations can be predicted. See [`read_perturbation_features`].
@@ -82,6 +86,9 @@ class DataArguments:
     normalize: Literal["auto", "counts_to_log1p", "none"] = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
+    gene_key: str | None = None
+    ignore_gene_versions: bool = False
+    max_missing_genes: float = MAX_MISSING_GENES
     convert_scale: bool = False
     target_sum: float | Literal["median"] | None = None
     perturbation_features: str | None = None
@@ -143,7 +150,13 @@ class DataArguments:
                 "data: set one of `splits` (a TOML file) and `datasets` (files), or a `store`; found neither"
             )
         datasets = self.files() if self.splits is None else Splits.from_toml(self.splits).datasets
-        return FileSource(datasets, self.reader() if reader is None else reader, self.contexts, self.convert_scale)
+        return FileSource(
+            datasets,
+            self.reader() if reader is None else reader,
+            self.contexts,
+            self.convert_scale,
+            self.max_missing_genes,
+        )
 
     def fit_options(self) -> dict[str, Any]:
         """Arguments of [`load`] for a processor that is fitted."""

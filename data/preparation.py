@@ -169,10 +169,8 @@ def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
     source = data.file_source()
     splits = data.resolve_splits(source.groups, source.reader)
     notes: list[str] = []
-    everything = set().union(*(file.var_names for file in source.parts))
-    if source.expression is not None and len(everything) > len(source.genes):
-        left = len(everything) - len(source.genes)
-        notes.append(f"{left} of {len(everything)} genes are not in every file: left out")
+    if source.expression is not None and source.gene_note is not None:
+        notes.append(source.gene_note)
 
     def learned_from(split: bool) -> np.ndarray:
         """The groups to learn from: those for training; all, where nothing depends on the split."""

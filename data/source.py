@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Recipe
+from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.data.reading import AnnDataFile, naming
 from pertstate.processing import StateProcessor
 
@@ -42,7 +43,8 @@ class FileSource(AnnDataSource):
 
     Args:
         datasets (`dict[str, list[Path]]`): the files of each dataset.
-        reader ([`StateProcessor`]), contexts (`list[str]`, *optional*), convert_scale (`bool`): see [`AnnDataSource`].
+        reader ([`StateProcessor`]), contexts (`list[str]`, *optional*), convert_scale (`bool`), max_missing_genes (`float`): see
+            [`AnnDataSource`].
 
     Raises:
         FileNotFoundError, KeyError, ValueError: see `read_h5ad` and [`AnnDataSource`].
@@ -56,9 +58,10 @@ class FileSource(AnnDataSource):
         reader: StateProcessor,
         contexts: list[str] | None = None,
         convert_scale: bool = False,
+        max_missing_genes: float = MAX_MISSING_GENES,
     ):
         parts = [FilePart(dataset, path=path) for dataset, paths in datasets.items() for path in paths]
-        super().__init__(parts, reader, contexts, convert_scale)
+        super().__init__(parts, reader, contexts, convert_scale, max_missing_genes)
 
 
 @contextmanager

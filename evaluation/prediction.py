@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import whole_file
+from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.messages import some
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
@@ -71,6 +72,7 @@ def predict(
     all_are_controls: bool = False,
     doses: list[float] | None = None,
     convert_scale: bool = False,
+    max_missing_genes: float = MAX_MISSING_GENES,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
@@ -95,6 +97,7 @@ def predict(
         quiet (`bool`): no progress bar.
         reading, all_are_controls: how to read a file that was made elsewhere, see [`read_as`].
         doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
+        max_missing_genes (`float`): with `missing_genes="zero"`, the largest share of the model's genes that may be missing.
         convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
 
     Returns:
@@ -123,6 +126,9 @@ def predict(
         processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
         perturbations = _at_doses(processor, perturbations, doses)
         processor.check_scale(data, input, convert_scale)
+        lacking = processor.check_genes(data, input, max_missing_genes) if missing_genes == "zero" else None
+        if lacking is not None:
+            logger.warning(lacking)
         labels = read_labels(data, processor)
         groups = processor.control_groups(labels, contexts)
         chosen = {}
@@ -141,6 +147,8 @@ def predict(
         total = sum(len(arm.cells) for arm in arms)
         note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
         uns = processor.describe_output(model.config.gene_dim is not None, note, checkpoint)
+        if lacking is not None:
+            uns["missing_genes"] = lacking
         generator = None
         if sample_counts is not None:
             uns["X"] += f", of counts drawn with seed {sample_counts}"

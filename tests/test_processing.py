@@ -839,7 +839,7 @@ def test_missing_columns_layers_and_embeddings_list_what_there_is():
         StateProcessor.fit(adata, input="layers/count")
     with pytest.raises(KeyError, match="obsm has no entry 'X_pca', found .*'X_emb'"):
         StateProcessor.fit(adata, input="obsm/X_pca")
-    with pytest.raises(ValueError, match="input='counts': expected 'X', 'layers/NAME' or 'obsm/NAME'"):
+    with pytest.raises(ValueError, match="input='counts': expected 'X', 'raw/X', 'layers/NAME' or 'obsm/NAME'"):
         StateProcessor.fit(adata, input="counts")
     adata.X = None
     with pytest.raises(KeyError, match="the data have no X, found layers .*'counts'"):

@@ -1,0 +1,106 @@
+"""What a model reads of cells: genes in its order, normalised, on the scale of its training."""
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+
+from .anndata_source import scale_of
+from .cell_source import Block
+from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, read_expression, take_rows
+from .constants import Normalize, Values
+from .gene_names import MAX_MISSING_GENES, missing_note, view_of
+from .value_scale import differ, other_scale
+
+
+class ModelFeatures:
+    """How a processor reads values; a part of [`StateProcessor`]."""
+
+    def features(self, adata: ad.AnnData, rows=slice(None), missing_genes: str = "error", input: str | None = None):
+        """
+        The model's features of some cells, `(cells, feature_dim)` float32: read, checked, put into the model's gene
+        order and normalised. Works on a backed AnnData and reads only the rows asked for.
+
+        Args:
+            rows (`slice` or sorted integer array): which cells.
+            missing_genes (`str`): `"error"`, or `"zero"` to read genes that the data lack as unexpressed.
+            input (`str`, *optional*): read from here instead of the processor's `input`.
+        """
+        source = input or self.input
+        if self.values == Values.EMBEDDING:
+            matrix = take_rows(matrix_of(adata, source), rows)
+            matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
+            if matrix.shape[1] != self.feature_dim:
+                raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
+            check_finite(matrix, adata, rows, source)
+            return matrix
+        return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == Values.LOG1P)
+
+    def gene_features(self, adata: ad.AnnData, rows=slice(None)) -> np.ndarray:
+        """The gene decoder's target, `(cells, genes)` float32 log1p expression, for a model on embeddings."""
+        return self._genes(adata, self.gene_input, rows, "error", as_log1p=True)
+
+    def features_of(self, block: Block) -> np.ndarray:
+        """The model's features of a block of a source that was read with the model's genes, as of `features`."""
+        if self.values == Values.EMBEDDING:
+            return block.embedding
+        expression = block.log1p(self.target_sum) if self.values == Values.LOG1P else block.expression
+        return expression.toarray()
+
+    def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
+        adata, source = self._view(adata, source)
+        columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
+        present = columns[columns >= 0]
+        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum, self._scales)
+        return dense_genes(read, columns)
+
+    def _view(self, adata: ad.AnnData, source: str) -> tuple[ad.AnnData, str]:
+        return view_of(adata, source, self.gene_key, self.ignore_gene_versions)
+
+    def check_genes(
+        self, adata: ad.AnnData, input: str | None = None, max_missing: float = MAX_MISSING_GENES
+    ) -> str | None:
+        """
+        What a model reads as unexpressed because the data lack it, in words; None where they lack nothing.
+
+        Args:
+            input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
+            max_missing (`float`): the largest share of the model's genes that may be missing.
+
+        Raises:
+            ValueError: more are missing.
+        """
+        if self.values == Values.EMBEDDING:
+            return None
+        view, _ = self._view(adata, input or self.input)
+        return missing_note(gene_columns(view, self.vocabulary.genes, "zero"), max_missing)
+
+    @property
+    def expects(self) -> str:
+        """What expression must be where it is read: `"counts"` or `"log1p"`."""
+        if self.normalize != Normalize.COUNTS_TO_LOG1P and self.values != Values.COUNTS:
+            return Values.LOG1P
+        whole = self.trained_scale is None or self.trained_scale.values not in (Values.FRACTIONAL, Values.LINEAR)
+        return Values.COUNTS if whole else Values.FRACTIONAL
+
+    def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
+        """
+        Check that log1p values of some data sum to what those of the training cells did; by the first cells of the data.
+
+        Args:
+            input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
+            convert (`bool`): from now on, convert the values that are read.
+
+        Raises:
+            ValueError: they sum to something else, or are of another base, and are not to be converted.
+        """
+        source = self.gene_input if self.values == Values.EMBEDDING else input or self.input
+        if self.trained_scale is None or source is None or source.startswith("obsm/"):
+            return
+        found = scale_of(*self._view(adata, source))
+        if differ(self.trained_scale, found):
+            if not convert:
+                raise ValueError(other_scale(self.trained_scale, found, source))
+            self._scales = (found, self.trained_scale)
+
+
+__all__ = ["ModelFeatures"]
