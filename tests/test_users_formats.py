@@ -61,7 +61,7 @@ def test_categories_of_files_of_2019_to_2021_are_labels_and_not_codes(tmp_path, 
         import zarr
 
         screen().write_zarr(path)
-        root = zarr.open_group(str(path), mode="r+")
+        root = zarr.open_group(str(path), mode="r+", use_consolidated=False)
     else:
         screen().write_h5ad(path)
         root = h5py.File(path, "r+")
@@ -80,6 +80,8 @@ def test_categories_of_files_of_2019_to_2021_are_labels_and_not_codes(tmp_path, 
     obs.attrs["encoding-version"] = "0.1.0"
     if form == "h5ad":
         root.close()
+    else:
+        zarr.consolidate_metadata(str(path))
     assert labels(path) == EXPECTED
 
 
