@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from .cell_values import (
 )
 from .constants import Values
 from .gene_names import MAX_MISSING_GENES, view_of
-from .messages import given, some
+from .messages import some
 from .value_scale import Scale, converted, differ, look_at
 
 
@@ -51,15 +51,15 @@ class Part:
         data (`AnnData`): the cells.
         var_names (`pandas.Index`): its genes.
         codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
-        scale ([`Scale`], *optional*): what its first cells show its expression to be.
+        scale ([`Scale`]): what its first cells show its expression to be.
         width (`int`, *optional*): dimensions of its embedding.
     """
 
     dataset: str
     data: Any = None
-    var_names: pd.Index | None = None
-    codes: np.ndarray | None = None
-    scale: Scale | None = None
+    var_names: pd.Index = field(default_factory=lambda: pd.Index([], dtype=object))
+    codes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    scale: Scale = Scale(Values.ZEROS)
     width: int | None = None
 
     @contextmanager
@@ -151,7 +151,7 @@ class PartReader:
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
-            elif self.recipe.scale is not None and self.part.scale is not None:
+            elif self.recipe.scale is not None:
                 matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
@@ -249,7 +249,7 @@ class AnnDataSource(WholeSource):
         self.genes = [] if self.expression is None else self._shared_genes()
         widths = {part.width for part in self.parts}
         if len(widths) > 1:
-            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(widths)}")
+            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(map(str, widths))}")
         self.embedding_dim = widths.pop()
 
     # Groups
@@ -311,9 +311,8 @@ class AnnDataSource(WholeSource):
     def _renumber(self, number: np.ndarray):
         """Give each group another number; -1 leaves its cells out."""
         for part in self.parts:
-            codes: np.ndarray = part.codes
             if len(number):
-                part.codes = np.where(codes >= 0, number[codes], -1).astype(np.int32)
+                part.codes = np.where(part.codes >= 0, number[part.codes], -1).astype(np.int32)
 
     def drop_empty(self):
         """Drop the groups that have no cells (any more), and find the rows of the others. ValueError if none is left."""
@@ -353,7 +352,7 @@ class AnnDataSource(WholeSource):
         return genes
 
     def kinds(self) -> set[str]:
-        return {given("a scale", part.scale).values for part in self.parts}
+        return {part.scale.values for part in self.parts}
 
     def scale(self) -> Scale | None:
         """
@@ -364,7 +363,7 @@ class AnnDataSource(WholeSource):
         """
         if self.expression is None:
             return None
-        scales = [given("a scale", part.scale) for part in self.parts]
+        scales = [part.scale for part in self.parts]
         first = next((of for of in scales if of.total is not None), scales[0])
         wanted = replace(first, base=None)
         for part, of in zip(self.parts, scales):
@@ -393,7 +392,7 @@ class AnnDataSource(WholeSource):
     def blocks(self, wanted: np.ndarray | None = None, genes: list[str] | None = None) -> Iterator[list[LazyBlock]]:
         recipe = self.recipe(genes)
         with ExitStack() as stack:
-            found = []
+            found: list[LazyBlock] = []
             for part in self.parts:
                 # One part may be wanted as a whole and another one not at all; only the former are opened.
                 if wanted is None or wanted[part.codes[part.codes >= 0]].any():

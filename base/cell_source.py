@@ -199,7 +199,8 @@ def settle_values(
     """The template with what the values are and what is done to them; arguments and errors of [`fit_processor`]."""
     if normalize not in Normalize.OPTIONS:
         raise ValueError(f"normalize={normalize!r}; {closest(normalize, Normalize.OPTIONS)}")
-    embedded, settings = source.embedding_dim is not None, {"values": Values.EMBEDDING}
+    embedded = source.embedding_dim is not None
+    settings: dict[str, Any] = {"values": Values.EMBEDDING}
     asked = source.normalize if normalize == Normalize.AUTO else normalize
     if source.expression is not None:
         settings["normalize"], values = resolve_normalisation(asked, source.kinds(), source.expression)
@@ -305,9 +306,9 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
             if not fits(processor.expects, kind):
                 raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
         source.scaled = processor.normalize == Normalize.COUNTS_TO_LOG1P
-        found = source.scale()
-        if found is not None and processor.trained_scale is not None and differ(processor.trained_scale, found):
-            raise ValueError(other_scale(processor.trained_scale, found, source.expression))
+        scale = source.scale()
+        if scale is not None and processor.trained_scale is not None and differ(processor.trained_scale, scale):
+            raise ValueError(other_scale(processor.trained_scale, scale, source.expression))
         listed_genes(processor.vocabulary.genes, pd.Index(source.genes))
     return processor.with_vocabulary(processor.vocabulary.merged(training_names(source.groups[trained], processor, [])))
 

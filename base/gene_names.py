@@ -1,6 +1,7 @@
 """Which name of a gene is meant: a column of var, Ensembl ids with or without version, the genes of `raw`."""
 
 import re
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -58,7 +59,7 @@ def view_of(data: ad.AnnData, source: str, gene_key: str | None, ignore_versions
     of_raw = source == "raw/X"
     if not (of_raw or gene_key or ignore_versions):
         return data, source
-    raw = data.raw if of_raw else None
+    raw: Any = data.raw if of_raw else None
     if of_raw and raw is None:
         raise KeyError(f"input 'raw/X': the data have no raw, found X and layers {some(data.layers)}")
     var_names = pd.Index(raw.var_names if of_raw else data.var_names)

@@ -9,11 +9,25 @@ from .cell_source import Block
 from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, read_expression, take_rows
 from .constants import Normalize, Values
 from .gene_names import MAX_MISSING_GENES, missing_note, view_of
-from .value_scale import differ, other_scale
+from .messages import given
+from .value_scale import Scale, differ, other_scale
+from .vocabulary import Vocabulary
 
 
 class ModelFeatures:
-    """How a processor reads values; a part of [`StateProcessor`]."""
+    """How a processor reads values; a part of [`StateProcessor`], whose attributes these are."""
+
+    vocabulary: Vocabulary
+    input: str
+    gene_input: str | None
+    gene_key: str | None
+    ignore_gene_versions: bool
+    values: str
+    normalize: str
+    target_sum: float | None
+    feature_dim: int
+    trained_scale: Scale | None
+    _scales: tuple[Scale, Scale] | None
 
     def features(self, adata: ad.AnnData, rows=slice(None), missing_genes: str = "error", input: str | None = None):
         """
@@ -37,14 +51,14 @@ class ModelFeatures:
 
     def gene_features(self, adata: ad.AnnData, rows=slice(None)) -> np.ndarray:
         """The gene decoder's target, `(cells, genes)` float32 log1p expression, for a model on embeddings."""
-        return self._genes(adata, self.gene_input, rows, "error", as_log1p=True)
+        return self._genes(adata, given("gene_input", self.gene_input), rows, "error", as_log1p=True)
 
     def features_of(self, block: Block) -> np.ndarray:
         """The model's features of a block of a source that was read with the model's genes, as of `features`."""
         if self.values == Values.EMBEDDING:
-            return block.embedding
-        expression = block.log1p(self.target_sum) if self.values == Values.LOG1P else block.expression
-        return expression.toarray()
+            return given("embedding", block.embedding)
+        as_log1p = self.values == Values.LOG1P
+        return (block.log1p(self.target_sum) if as_log1p else given("expression", block.expression)).toarray()
 
     def _genes(self, adata, source, rows, missing_genes, as_log1p) -> np.ndarray:
         adata, source = self._view(adata, source)

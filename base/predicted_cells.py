@@ -9,11 +9,27 @@ import pandas as pd
 from .cell_values import cell_totals, describe_values, normalize_counts
 from .constants import Normalize, Values
 from .doses import dose_text
+from .labels import LabelReader
 from .processor_files import PROCESSOR_SETTINGS
+from .vocabulary import Vocabulary
 
 
 class PredictedCells:
-    """What a processor says of predictions; a part of [`StateProcessor`]."""
+    """What a processor says of predictions; a part of [`StateProcessor`], whose attributes these are."""
+
+    vocabulary: Vocabulary
+    perturbation_key: str | None
+    context_key: str | list[str] | None
+    batch_key: str | list[str] | None
+    control: str
+    combination_separator: str | None
+    dose_key: str | None
+    label_reader: LabelReader
+    input: str
+    values: str
+    normalize: str
+    target_sum: float | None
+    predicts: str | None
 
     def output_columns(self) -> dict[str, str]:
         """The columns of obs in an output that hold perturbation, context and batch: those of the data, where each is one."""

@@ -236,7 +236,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def control_rows(
-    labels: pd.DataFrame, control: str, perturbation_key: str, context: "str | list[str] | None"
+    labels: pd.DataFrame, control: str, perturbation_key: str | None, context: "str | list[str] | None"
 ) -> dict[str, np.ndarray]:
     """
     The row numbers of the control cells of each context, or of the contexts that are named.

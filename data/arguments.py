@@ -223,7 +223,7 @@ class DataArguments:
             return Splits(datasets, set(datasets))
         used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
         by_context = used.groupby(["dataset", "context"])["perturbation"]
-        present = {pair: set(names) for pair, names in by_context}
+        present = {pair: list(names) for pair, names in by_context}
         for context in contexts:
             if context not in {c for _, c in present}:
                 raise ValueError(

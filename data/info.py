@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,7 +123,11 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             return "\n".join([*lines, *verdict(problems, "")])
         raw = data.some_obs(slice(None), [perturbation_key])[perturbation_key].dropna().astype(str).unique().tolist()
         found = control or suggested_controls(raw)
-        keys_of = {"perturbation_key": perturbation_key, "context_key": context_key, "batch_key": keys["batch_key"]}
+        keys_of: dict[str, Any] = {
+            "perturbation_key": perturbation_key,
+            "context_key": context_key,
+            "batch_key": keys["batch_key"],
+        }
         reader = StateProcessor(**keys_of, **control_settings(found or "control"))
         labels = read_labels(data, reader).assign(dataset=path.stem)
     names = labels["perturbation"].unique()

@@ -191,8 +191,7 @@ def _read_torch(path: Path):
     for name, value in content.items():
         if not isinstance(value, (StoredTensor, StoredArray)):
             raise ValueError(f"expected a vector for each name, found {type(value).__name__} for {name!r}")
-        loaded = value.load()
-        vectors[str(name)] = as_array(loaded) if isinstance(value, StoredTensor) else loaded
+        vectors[str(name)] = as_array(value.load()) if isinstance(value, StoredTensor) else np.asarray(value.load())
     return _stack(vectors)
 
 

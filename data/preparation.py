@@ -195,7 +195,7 @@ def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
     recipe = source.recipe(genes)
     groups = source.groups[[name for name in GROUP_KEYS if name in source.groups]]
     layout = _Layout(groups, source.sizes, recipe, options, columns, _cells_of_shard(source.parts, recipe, options))
-    variable = asked if number and source.expression is not None else None
+    variable = asked if isinstance(asked, int) and source.expression is not None else None
     return _Plan(source, layout, values, variable, notes)
 
 

@@ -259,7 +259,8 @@ class AnnDataFile:
 
     def matrices(self) -> list[RowReader]:
         """X, where there is one, the layers and the embeddings."""
-        raw = [self.raw.X] if self.__dict__.get("raw") is not None else []
+        known: _Raw | None = self.__dict__.get("raw")  # it is not read for this
+        raw = [] if known is None else [known.X]
         return [*([] if self.X is None else [self.X]), *self.layers.values(), *self.obsm.values(), *raw]
 
     def __enter__(self) -> "AnnDataFile":

@@ -50,7 +50,7 @@ class FileSource(AnnDataSource):
         FileNotFoundError, KeyError, ValueError: see `read_h5ad` and [`AnnDataSource`].
     """
 
-    parts: list[FilePart]
+    parts: list[FilePart]  # type: ignore[assignment]  # which is all that this source puts there
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 
 from pertstate.base.cell_values import TARGET_SUM, cell_totals, fits, kind_of_values, normalize_counts, wrong_kind
 from pertstate.base.constants import Values
-from pertstate.base.messages import some
+from pertstate.base.messages import given, some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
 
@@ -66,9 +66,9 @@ class CellBlock:
             if column is not None:
                 codes, names[field] = self._labels(column)
                 if field == "perturbation" and self.source.label_reader is not None:
-                    found = [self.source.label_reader.canonical(name, self.source.name) for name in names[field]]
-                    names[field], place = np.unique(np.array(found, dtype=object), return_inverse=True)
-                    codes = place.astype(np.int64)[codes]
+                    parsed = [self.source.label_reader.canonical(name, self.source.name) for name in names[field]]
+                    unique, place = np.unique(np.array(parsed, dtype=object), return_inverse=True)
+                    names[field], codes = unique.tolist(), place.astype(np.int64)[codes]
                 code = code * len(names[field]) + codes[self.mine]
         present, inverse = np.unique(code, return_inverse=True)
         order = np.argsort(inverse, kind="stable")
@@ -267,7 +267,8 @@ class CellReader:
         self, source: "CellStream", embedded: bool, genes: list[str] | None, batch_names: list[str] | None = None
     ):
         self.source, self.embedded, self.batch_names = source, embedded, batch_names
-        self.genes, self.kinds = genes, {}
+        self.genes = genes
+        self.kinds: dict[str, str] = {}
         if embedded and source.columns.embedding is None:
             raise ValueError("an embedding is read; name its column with embedding=")
         if genes is not None:
@@ -357,7 +358,7 @@ def in_units_of(processor: StateProcessor, cells: CellRows) -> CellRows:
         if as_log1p and processor.expects in Values.RAW:
             # None says that predictions are not scaled; it says nothing of the cells.
             target_sum = TARGET_SUM if processor.target_sum is None else processor.target_sum
-            data = normalize_counts(matrix.data, cells.totals, target_sum, np.diff(matrix.indptr))
+            data = normalize_counts(matrix.data, given("totals", cells.totals), target_sum, np.diff(matrix.indptr))
         else:
             data = matrix.data.astype(np.float32)
         return sp.csr_matrix((data, matrix.indices, matrix.indptr), shape=matrix.shape)

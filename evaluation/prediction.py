@@ -169,9 +169,8 @@ def predict(
                 if generator is None:
                     outputs = model(**batch)
                     if outputs.unseen is not None:
-                        for flag, unit in zip(
-                            outputs.unseen.tolist(), np.repeat(packed, [len(u.sentences) for u in packed])
-                        ):
+                        of_sentences = [unit for unit in packed for _ in unit.sentences]
+                        for flag, unit in zip(outputs.unseen.tolist(), of_sentences):
                             if flag:
                                 unseen[unit.arm.context, unit.arm.perturbation] = None
                     writer.write(packed, outputs, mask, cells)
