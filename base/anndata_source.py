@@ -1,6 +1,7 @@
 """Cells of AnnData objects, in memory or read from files, as a source."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -409,6 +410,9 @@ class AnnDataSource(WholeSource):
 
     def features(self, processor: "StateProcessor") -> tuple[np.ndarray, np.ndarray | None]:
         cells, decoded = int(self.groups["stop"].iloc[-1]), processor.gene_input is not None
+        note = room_note(4 * cells * (processor.feature_dim + (len(processor.vocabulary.genes) if decoded else 0)))
+        if note is not None:
+            logger.warning(note)
         features = np.empty((cells, processor.feature_dim), dtype=np.float32)
         genes = np.empty((cells, len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
         places = Places(self.sizes)
@@ -430,6 +434,19 @@ class AnnDataSource(WholeSource):
     def _tell(self, cells: int):
         if self.progress is not None:
             self.progress(cells)
+
+
+def room_note(needed: int) -> str | None:
+    """A sentence where so many bytes will not fit into the memory that is free, as far as the system says."""
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed <= free:
+        return None
+    return (
+        f"the cells take {needed / 2**30:,.1f} GiB in memory, {free / 2**30:,.1f} GiB are free; make a store of them (pertstate "
+        "prepare), which is read from disk"
+    )
 
 
 def scale_of(data: ad.AnnData, source: str) -> Scale:

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.base.anndata_source import room_note
 from pertstate.cli import main as pertstate
 from pertstate.data import Splits, prepare, read_perturbation_features
 from pertstate.data.arguments import DataArguments, PrepareArguments
@@ -159,6 +160,11 @@ def test_knock_downs_without_any_gene_of_the_data_stay(tmp_path):
     store = prepare(data, tmp_path / "store", PrepareArguments(knockdown_filter=True), quiet=True)
     assert len(store) == 24
     assert store.manifest.notes == ["knock-down filter: 2 perturbations are no gene of the data, so kept: ['1', '2']"]
+
+
+def test_cells_that_do_not_fit_are_said_beforehand():
+    assert room_note(1 << 20) is None
+    assert "make a store of them (pertstate prepare), which is read from disk" in room_note(1 << 60)
 
 
 # Genes
