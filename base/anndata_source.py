@@ -417,10 +417,11 @@ class AnnDataSource(WholeSource):
         genes = np.empty((cells, len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
         places = Places(self.sizes)
         for _, block in self.read_parts(self.recipe(processor.vocabulary.genes)):
-            rows = places.take(block.codes)
-            features[rows] = processor.features_of(block)
-            if genes is not None:
-                genes[rows] = block.log1p(processor.target_sum).toarray()
+            for piece in block.pieces():
+                rows = places.take(piece.codes)
+                features[rows] = processor.features_of(piece)
+                if genes is not None:
+                    genes[rows] = piece.log1p(processor.target_sum).toarray()
         return features, genes
 
     def read_parts(self, recipe: Recipe) -> Iterator[tuple[int, Block]]:

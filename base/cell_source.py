@@ -1,7 +1,7 @@
 """One source of cells, wherever they lie, and what a processor learns from it: values, genes and names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +53,14 @@ class Block:
     expression: sp.csr_matrix | None
     totals: np.ndarray | None
     embedding: np.ndarray | None
+
+    def pieces(self, values: int = 1 << 22) -> "Iterator[Block]":
+        """The same cells in order, in pieces of so many values once they are dense."""
+        width = 1 if self.expression is None else max(1, self.expression.shape[1])
+        step = max(1, values // width)
+        parts = (self.rows, self.codes, self.expression, self.totals, self.embedding)
+        for start in range(0, len(self.rows), step):
+            yield Block(*(None if part is None else part[start : start + step] for part in parts))
 
     def log1p(self, target_sum: float | None) -> sp.csr_matrix:
         """The block's expression as log1p values; the block must have some. Counts are scaled to `target_sum` a cell."""
