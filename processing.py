@@ -253,9 +253,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         kept = {name: getattr(self, name) for name in (*PROCESSOR_SETTINGS, "perturbation_features")}
         if self.values == Values.EMBEDDING:
             kept["feature_dim"] = self.feature_dim
-        other = type(self)(vocabulary=vocabulary, **{**kept, **settings})
-        other.label_reader.whole = {*other.label_reader.whole, *self.label_reader.whole}
-        return other
+        return type(self)(vocabulary=vocabulary, **{**kept, **settings})
 
     # Saving and loading
 

@@ -258,13 +258,12 @@ class AnnDataSource(WholeSource):
     def _look(self, contexts: list[str] | None):
         """Open each part once: for its labels, its genes, and what its first cells show."""
         groups = self._read_labels()
-        whole = self.reader.label_reader.keep_whole()
-        if whole:
+        unmeasured = self.reader.label_reader.unmeasured()
+        if unmeasured:
             logger.warning(
-                f"{len(whole)} labels contain {self.reader.combination_separator!r} and are kept whole, as a part of them stands "
-                f"nowhere else in the data: {some(whole)}"
+                f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
+                f"{some(unmeasured)}; where {self.reader.combination_separator!r} belongs to names, set combination_separator: null"
             )
-            groups = self._read_labels()
         for part in self.parts:
             with part.open() as data:
                 if self.expression is not None:

@@ -257,10 +257,10 @@ class LabelReader:
         dosed = sorted(f"{part}{_DOSE}{dose_text(dose)}" for part, dose in zip(parts, doses))
         return (self.settings.combination_separator or "").join(dosed) or self.settings.control
 
-    def keep_whole(self) -> list[str]:
+    def unmeasured(self) -> list[str]:
         """
         Of all labels read so far, those that the separator cuts into a part that stands nowhere else: neither alone, nor with
-        a control, nor in another combination. They are kept whole from now on; labels must then be read again.
+        a control, nor in another combination. The separator may belong to a name there.
         """
         labels = sorted({label.strip() for label, *_ in self._seen})
         cut = {
@@ -270,16 +270,7 @@ class LabelReader:
         for parts in cut.values():
             for part in parts:
                 seen.setdefault(part, set()).add(frozenset(parts))
-        alone = {parts[0] for parts in cut.values() if len(parts) == 1}
-        found = [
-            label
-            for label, parts in cut.items()
-            if len(parts) > 1 and any(part not in alone and len(seen[part]) == 1 for part in parts)
-        ]
-        if found:
-            self.whole = {*self.whole, *found}
-            self._seen.clear()
-        return found
+        return [label for label, parts in cut.items() if len(parts) > 1 and any(len(seen[part]) == 1 for part in parts)]
 
     # Cells
 

@@ -13,8 +13,9 @@ from .messages import some
 LARGEST_LOG1P = 20.0
 # Sums of all cells count as one number when 9 in 10 of them lie within this part of their median.
 _SAME = 0.01
-# expm1 of log1p values sums to much the same in all cells, also over 50 genes; of counts, the exponent makes it spread.
-_SPREAD = 30.0
+# expm1 of log1p values sums to much the same in all cells, also over 50 genes; of counts, the exponent makes it spread. Over
+# fewer genes that says nothing.
+_SPREAD, _FEWEST = 30.0, 50
 # Below these medians a cell says so little that a score is mostly noise.
 _FEW_COUNTS, _FEW_GENES = 100, 10
 
@@ -105,7 +106,7 @@ def look_at(matrix, log_base: float | None = None) -> Scale:
             return Scale(Values.LOG1P, None, base, median_genes=genes)
     of_cells = _sums(matrix, linear[bases[0]])
     low, high = np.percentile(of_cells[of_cells > 0], [5, 95])
-    if high > _SPREAD * low:
+    if high > _SPREAD * low and matrix.shape[1] >= _FEWEST:
         return Scale(Values.FRACTIONAL, None, None, float(np.median(sums)), genes)
     return Scale(Values.LOG1P, None, log_base, median_genes=genes)
 

@@ -147,7 +147,7 @@ class AnnDataFile:
     def raw(self) -> "_Raw | None":
         """The genes and values of `raw`, where the file has it."""
         with self._reading():
-            if "raw" not in self._file:
+            if "raw" not in self._file or not isinstance(self._file["raw"], self._groups):
                 return None
             var = _table(self._file["raw"]["var"])
             node = self._file["raw"]["X"]

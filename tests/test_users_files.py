@@ -121,8 +121,13 @@ def test_a_name_with_the_separator_in_it_stays_whole(tmp_path, caplog):
     path = written(adata, tmp_path / "s.h5ad")
     model = trained(tmp_path, {"datasets": path, "control": "Vehicle"})
     # `TGF` stands nowhere else; `low` and `AR-42` do.
-    assert vocabulary(model)["perturbations"] == ["(+)-JQ1", "AR-42", "TGF+ low", "low"]
-    assert "1 labels contain '+' and are kept whole" in caplog.text
+    assert vocabulary(model)["perturbations"] == ["(+)-JQ1", "AR-42", "TGF", "low"]
+    assert (
+        "1 labels are read as combinations, and a part of each stands nowhere else in the data: ['TGF+ low']"
+        in caplog.text
+    )
+    model = trained(tmp_path, {"datasets": path, "control": "Vehicle", "combination_separator": None}, "whole")
+    assert vocabulary(model)["perturbations"] == ["(+)-JQ1", "AR-42", "TGF+ low", "low+AR-42"]
     processor = AutoProcessor.from_pretrained(model)
     assert processor(adata, ["(+)-JQ1", "TGF+ low"], context="rpe1")["perturbation_ids"].unique().tolist() == [0, 2]
 

@@ -198,5 +198,7 @@ def test_file_folder_and_glob(tmp_path, monkeypatch):
     monkeypatch.setenv("SCREENS", str(tmp_path))
     assert expand_paths("$SCREENS/a.h5ad") == [one]
     for nothing in ("c.h5ad", f"{tmp_path}/*.zarr", f"{tmp_path}/none"):
-        with pytest.raises(FileNotFoundError, match="no such file, folder of .h5ad or .zarr files or glob"):
+        with pytest.raises(
+            FileNotFoundError, match="no such file, folder of .h5ad, .h5, .h5ad.gz or .zarr files or glob"
+        ):
             expand_paths(nothing)
