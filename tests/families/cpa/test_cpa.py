@@ -400,7 +400,7 @@ def disentangled(tmp_path_factory):
     var = pd.DataFrame(index=[f"gene_{i}" for i in range(genes)])
     ad.AnnData(np.concatenate(values).astype(np.float32), obs=obs, var=var).write_h5ad(path)
     held = {("screen", f"type_{c}"): {"test": [f"pert_{c % perturbations}"]} for c in range(contexts)}
-    return load_cells(Splits({"screen": [path]}, {"screen"}, fewshot=held))
+    return load_cells(Splits({"screen": [path]}, {"screen"}, fewshot=held), normalize="none")
 
 
 def trainer_of(cells, processor, folder, config=None, multiple_of=1, **arguments) -> StateTrainer:
@@ -529,7 +529,12 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(disentangled, tmp_
 
 def test_two_processes_train_through_every_phase(screen, tmp_path):  # noqa: F811
     content = {
-        "data": {"datasets": {"screen": str(screen)}, "batch_key": "batch", "test_contexts": ["type_3"]},
+        "data": {
+            "datasets": {"screen": str(screen)},
+            "batch_key": "batch",
+            "normalize": "none",
+            "test_contexts": ["type_3"],
+        },
         "model": {"model_type": "state-cpa", "preset": "tiny", "set_size": 8, "doser": "sigmoid", **SCHEDULE},
         "training": {"output_dir": str(tmp_path / "run"), "max_steps": 8, "logging_steps": 1, "save_steps": 8},
     }
