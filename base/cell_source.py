@@ -60,7 +60,8 @@ class Block:
         step = max(1, values // width)
         parts = (self.rows, self.codes, self.expression, self.totals, self.embedding)
         for start in range(0, len(self.rows), step):
-            yield Block(*(None if part is None else part[start : start + step] for part in parts))
+            taken: list[Any] = [None if part is None else part[start : start + step] for part in parts]
+            yield Block(*taken)
 
     def log1p(self, target_sum: float | None) -> sp.csr_matrix:
         """The block's expression as log1p values; the block must have some. Counts are scaled to `target_sum` a cell."""
