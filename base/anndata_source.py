@@ -250,7 +250,9 @@ class AnnDataSource(WholeSource):
         self.genes = [] if self.expression is None else self._shared_genes()
         widths = {part.width for part in self.parts}
         if len(widths) > 1:
-            raise ValueError(f"{self._embedding}: expected one width in all files, found {sorted(map(str, widths))}")
+            raise ValueError(
+                f"{self._embedding}: expected one width in all files, found {sorted(width or 0 for width in widths)}"
+            )
         self.embedding_dim = widths.pop()
 
     # Groups

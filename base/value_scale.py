@@ -7,15 +7,11 @@ import scipy.sparse as sp
 
 from .constants import Values
 from .messages import some
+from .value_evidence import LARGEST_LOG1P, Evidence, inverse_log1p
 
 
-# log1p of 10,000 counts per cell stays below 9.3, and below 16 for any total in use.
-LARGEST_LOG1P = 20.0
-# Sums of all cells count as one number when 9 in 10 of them lie within this part of their median.
+# Totals that differ by less than five times this part are one scale.
 _SAME = 0.01
-# expm1 of log1p values sums to much the same in all cells, also over 50 genes; of counts, the exponent makes it spread. Over
-# fewer genes that says nothing.
-_SPREAD, _FEWEST = 30.0, 50
 # Below these medians a cell says so little that a score is mostly noise.
 _FEW_COUNTS, _FEW_GENES = 100, 10
 
@@ -70,80 +66,30 @@ class Scale:
 
 def look_at(matrix, log_base: float | None = None) -> Scale:
     """
-    What the values of some cells are.
-
-    Whole numbers are counts. Rows that sum to the same are normalised. Values are log1p if `expm1` of them is a multiple of
-    the cell's smallest (they were whole counts once), or sums to the same in all cells, or at least does not spread over
-    orders of magnitude, as it does for counts that are not whole.
+    What the values of some cells are. [`Evidence`] has the rules and their thresholds.
 
     Args:
         matrix (CSR or `np.ndarray` of shape `(cells, genes)`): finite values that are not negative, over all genes of the data.
-        log_base (`float`, *optional*): base of the logarithm, where the data say it.
+        log_base (`float`, *optional*): base of the logarithm, where the data say it. Evidence for another one goes before.
     """
-    matrix = sp.csr_matrix(matrix)
-    data = matrix.data
-    if data.size == 0 or not data.any():
+    seen = Evidence(log_base)
+    seen.add(matrix)
+    if not seen.cells:
         return Scale(Values.ZEROS)
-    genes = float(np.median(np.diff(matrix.indptr)))
-    sums = _sums(matrix, data)
-    sums = sums[sums > 0]
-    if np.issubdtype(data.dtype, np.integer) or np.array_equal(data, np.rint(data)):
-        return Scale(Values.COUNTS, None, None, float(np.median(sums)), genes)
-    total = _one_number(sums)
-    if total is not None and len(sums) > 1:
+    counts, genes = seen.median("counts"), seen.median("genes")
+    if seen.all_whole:
+        return Scale(Values.COUNTS, None, None, counts, genes)
+    total = seen.one_sum("linear")
+    if total is not None:
         return Scale(Values.LINEAR, total, median_genes=genes)
-    if data.max() > LARGEST_LOG1P:
-        return Scale(Values.FRACTIONAL, None, None, float(np.median(sums)), genes)
-    bases = (log_base,) if log_base is not None else (None, 2.0, 10.0)
-    linear = {base: inverse_log1p(data.astype(np.float64), base) for base in bases}
-    for base, values in linear.items():
-        of_cells = _sums(matrix, values)
-        total = _one_number(of_cells[of_cells > 0])
-        if total is not None:
-            return Scale(Values.LOG1P, total, base, median_genes=genes)
-    for base, values in linear.items():
-        if _are_multiples(matrix, values):
-            return Scale(Values.LOG1P, None, base, median_genes=genes)
-    of_cells = _sums(matrix, linear[bases[0]])
-    low, high = np.percentile(of_cells[of_cells > 0], [5, 95])
-    if high > _SPREAD * low and matrix.shape[1] >= _FEWEST:
-        return Scale(Values.FRACTIONAL, None, None, float(np.median(sums)), genes)
-    return Scale(Values.LOG1P, None, log_base, median_genes=genes)
-
-
-def inverse_log1p(values: np.ndarray, base: float | None = None) -> np.ndarray:
-    """What log(1 + x) to a base was taken of."""
-    return np.expm1(values if base is None else values * np.log(base))
-
-
-def _sums(matrix: sp.csr_matrix, data: np.ndarray) -> np.ndarray:
-    """Sums of the rows of a matrix with other values, float64."""
-    return np.asarray(
-        sp.csr_matrix((data, matrix.indices, matrix.indptr), matrix.shape).sum(axis=1, dtype=np.float64)
-    ).ravel()
-
-
-def _one_number(sums: np.ndarray) -> float | None:
-    """The number that nearly all of some sums are, or None. One sum says nothing."""
-    if len(sums) < 2:
-        return None
-    low, middle, high = np.percentile(sums, [5, 50, 95])
-    return float(middle) if high - low <= 2 * _SAME * middle else None
-
-
-def _are_multiples(matrix: sp.csr_matrix, values: np.ndarray) -> bool:
-    """Whether the values of most cells are whole multiples of the cell's smallest value, and not all the same."""
-    judged = right = 0
-    for start, stop in zip(matrix.indptr[:200], matrix.indptr[1:201]):
-        row = values[start:stop]
-        row = row[row > 0]
-        ratios = row / row.min() if len(row) else row
-        if len(ratios) < 3 or ratios.max() < 1.5:
-            continue
-        judged += 1
-        small = ratios[ratios < 20]  # larger ones are near whole numbers by chance
-        right += bool((np.abs(small - np.rint(small)) < 0.01 * small).all())
-    return judged > 0 and right > judged / 2
+    base, total, certain = seen.logarithm()
+    if certain or seen.are_log1p_of_counts(base):
+        return Scale(Values.LOG1P, total, base, median_genes=genes)
+    if seen.are_scaled_counts():
+        return Scale(Values.LINEAR, median_genes=genes)
+    if seen.largest > LARGEST_LOG1P or seen.are_fractional_counts(base):
+        return Scale(Values.FRACTIONAL, None, None, counts, genes)
+    return Scale(Values.LOG1P, None, base, median_genes=genes)
 
 
 def differ(trained: Scale, found: Scale) -> bool:

@@ -189,6 +189,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "processor_files.py",
         "training_args.json",
         "travelling.py",
+        "value_evidence.py",
         "value_scale.py",
         "vocabulary.json",
         "vocabulary.py",
