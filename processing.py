@@ -409,6 +409,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         missing_genes: str = "error",
         input: str | None = None,
         seed: int | None = None,
+        convert_scale: bool = False,
     ) -> CellSentences:
         r"""
         Sentences of control cells for virtual experiments: the controls of each context with each perturbation.
@@ -422,6 +423,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             missing_genes (`str`): `"error"`, or `"zero"` to read genes that the data lack as unexpressed.
             input (`str`, *optional*): read cells from here instead of the processor's `input`.
             seed (`int`, *optional*): shuffle the controls of each context before they are cut into sentences.
+            convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
 
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
@@ -446,7 +448,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         if weights is not None:
             warnings.warn(NO_DOSES, stacklevel=2)
         encoded = self.encode(names, weights)
-        self.check_scale(adata, input)
+        self.check_scale(adata, input, convert_scale)
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
         cut = {name: self.cut(rows, seed) for name, rows in groups.items()}

@@ -259,24 +259,13 @@ class AnnDataSource(WholeSource):
 
     def _look(self, contexts: list[str] | None):
         """Open each part once: for its labels, its genes, and what its first cells show."""
-        groups = self._read_labels()
+        groups = self._read_parts_once()
         unmeasured = self.reader.label_reader.unmeasured()
         if unmeasured:
             logger.warning(
                 f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
                 f"{some(unmeasured)}; where {self.reader.combination_separator!r} belongs to names, set combination_separator: null"
             )
-        for part in self.parts:
-            with part.open() as data:
-                if self.expression is not None:
-                    names = (self.reader.gene_key, self.reader.ignore_gene_versions)
-                    view, place = view_of(data, self.expression, *names)
-                    shared_genes([view])  # an error about one file names it
-                    part.var_names, part.scale = view.var_names, scale_of(view, place)
-                    first = np.flatnonzero(part.codes[:_FIRST_CELLS] >= 0)
-                    check_finite(take_rows(matrix_of(view, place), first), view, first, place, nonnegative=True)
-                if self._embedding is not None:
-                    part.width = matrix_of(data, self._embedding).shape[1]
         keys = list(groups.columns)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()
@@ -290,7 +279,18 @@ class AnnDataSource(WholeSource):
         self._renumber(np.where(used, np.arange(len(groups)), -1))
         self.drop_empty()
 
-    def _read_labels(self) -> pd.DataFrame:
+    def _judge(self, part: Part, data: ad.AnnData):
+        """Learn the names of a part's genes, the width of its embedding, and what its first cells show."""
+        if self.expression is not None:
+            view, place = view_of(data, self.expression, self.reader.gene_key, self.reader.ignore_gene_versions)
+            shared_genes([view])  # an error about one file names it
+            part.var_names, part.scale = view.var_names, scale_of(view, place)
+            first = np.flatnonzero(part.codes[:_FIRST_CELLS] >= 0)
+            check_finite(take_rows(matrix_of(view, place), first), view, first, place, nonnegative=True)
+        if self._embedding is not None:
+            part.width = matrix_of(data, self._embedding).shape[1]
+
+    def _read_parts_once(self) -> pd.DataFrame:
         """The groups of all cells, in the order in which they come; each part learns the groups of its cells."""
         reader = self.reader
         keys = [name for name in GROUP_KEYS if name != "batch" or reader.batch_key is not None]
@@ -308,6 +308,7 @@ class AnnDataSource(WholeSource):
                     )
                     numbered = grouped.ngroup().fillna(-1).astype(np.int64).to_numpy()  # -1: a cell that is left out
                     part.codes[rows] = of_block[numbered]
+                self._judge(part, data)
         return pd.DataFrame(list(numbers), columns=keys, dtype=object)
 
     def _renumber(self, number: np.ndarray):
@@ -358,7 +359,8 @@ class AnnDataSource(WholeSource):
 
     def scale(self) -> Scale | None:
         """
-        What the values are, of all parts: those of another total or base are converted to the first, where that is asked for.
+        What the values are once they are read: those of another total are converted to `wanted_scale`, or to the first, where
+        that is asked for; those of another base are converted in any case.
 
         Raises:
             ValueError: parts differ, and it is not asked for.
@@ -367,7 +369,7 @@ class AnnDataSource(WholeSource):
             return None
         scales = [part.scale for part in self.parts]
         first = next((of for of in scales if of.total is not None), scales[0])
-        wanted = replace(first, base=None)
+        wanted = self.wanted_scale or replace(first, base=None)
         for part, of in zip(self.parts, scales):
             if differ(wanted, replace(of, base=None)) and not self.convert_scale:
                 raise ValueError(

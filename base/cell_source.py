@@ -91,6 +91,8 @@ class CellSource(ABC):
         embedding_dim (`int`, *optional*): dimensions of the embedding; None if there is none.
         normalize (`str`), target_sum (`float`, *optional*): what is done to the values where a run does not say it.
         scaled (`bool`): whether expression that is neither counts nor log1p is scaled and then log1p-transformed.
+        convert_scale (`bool`, *optional*): whether log1p values of another total are converted; None where the source cannot.
+        wanted_scale ([`Scale`], *optional*): what they are then converted to; to the first of the source by default.
         progress (`Callable[[int], Any]`, *optional*): is told how many cells were read, block by block.
     """
 
@@ -103,6 +105,8 @@ class CellSource(ABC):
     target_sum: float | None = None
     progress: Callable[[int], Any] | None = None
     scaled: bool = True
+    convert_scale: bool | None = None
+    wanted_scale: Scale | None = None
 
     @abstractmethod
     def kinds(self) -> set[str]:
@@ -315,9 +319,12 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
             if not fits(processor.expects, kind):
                 raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
         source.scaled = processor.normalize == Normalize.COUNTS_TO_LOG1P
+        if source.convert_scale:
+            source.wanted_scale = processor.trained_scale
         scale = source.scale()
         if scale is not None and processor.trained_scale is not None and differ(processor.trained_scale, scale):
-            raise ValueError(other_scale(processor.trained_scale, scale, source.expression))
+            advice = "" if source.convert_scale is None else ", or convert them with convert_scale: true"
+            raise ValueError(other_scale(processor.trained_scale, scale, source.expression, advice))
         listed_genes(processor.vocabulary.genes, pd.Index(source.genes))
     return processor.with_vocabulary(processor.vocabulary.merged(training_names(source.groups[trained], processor, [])))
 

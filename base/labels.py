@@ -343,11 +343,10 @@ class LabelReader:
     def _dosed_names(self, labels: np.ndarray, doses: pd.Series, kept: np.ndarray, dataset: str | None) -> np.ndarray:
         codes, names = pd.factorize(labels)
         dose_codes, values = pd.factorize(doses.astype(object), use_na_sentinel=False)
-        pair = codes * max(1, len(values)) + dose_codes
+        pairs, inverse = np.unique((codes * max(1, len(values)) + dose_codes)[kept], return_inverse=True)
+        parsed = [self.canonical(names[pair // len(values)], dataset, values[pair % len(values)]) for pair in pairs]
         found = np.full(len(labels), None, dtype=object)
-        for number in np.unique(pair[kept]):
-            name, dose = divmod(int(number), len(values))
-            found[pair == number] = self.canonical(names[name], dataset, values[dose])
+        found[kept] = np.array(parsed, dtype=object)[inverse]
         return found
 
 

@@ -102,18 +102,23 @@ class ModelFeatures:
 
         Args:
             input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
-            convert (`bool`): from now on, convert the values that are read.
+            convert (`bool`): convert the values that are read of these data, until other data are checked.
 
         Raises:
             ValueError: they sum to something else, or are of another base, and are not to be converted.
         """
+        self._scales = None  # of other data
         source = self.gene_input if self.values == Values.EMBEDDING else input or self.input
         if self.trained_scale is None or source is None or source.startswith("obsm/"):
             return
         found = scale_of(*self._view(adata, source))
         if differ(self.trained_scale, found):
             if not convert:
-                raise ValueError(other_scale(self.trained_scale, found, source))
+                raise ValueError(
+                    other_scale(
+                        self.trained_scale, found, source, ", or convert them with convert_scale=True (--convert-scale)"
+                    )
+                )
             self._scales = (found, self.trained_scale)
 
 

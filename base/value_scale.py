@@ -101,12 +101,9 @@ def differ(trained: Scale, found: Scale) -> bool:
     return trained.total is not None and found.total is not None and abs(found.total / trained.total - 1) > 5 * _SAME
 
 
-def other_scale(trained: Scale, found: Scale, source: str) -> str:
-    """What an error says of values on another scale than those of training."""
-    return (
-        f"{source} holds {found.describe()}, the model was trained on {trained.describe()}; scale the data alike, or convert them "
-        "with convert_scale=true (--convert-scale)"
-    )
+def other_scale(trained: Scale, found: Scale, source: str, advice: str) -> str:
+    """What an error says of values on another scale than those of training; `advice` is how to have them converted."""
+    return f"{source} holds {found.describe()}, the model was trained on {trained.describe()}; scale the data alike{advice}"
 
 
 def converted(matrix, found: Scale, wanted: Scale):
@@ -130,7 +127,7 @@ def other_matrices(adata, source: str) -> str:
     """Which other matrices of the data may hold the right values, for errors."""
     others = [f"layers/{name}" for name in adata.layers if f"layers/{name}" != source]
     others += [] if source == "X" or adata.X is None else ["X"]
-    raw = ["raw/X"] if getattr(adata, "raw", None) is not None else []
+    raw = ["raw/X"] if adata.raw is not None else []
     return f"; other matrices are {some(raw + others)}: name one with input=" if raw or others else ""
 
 

@@ -5,10 +5,16 @@ import numpy as np
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
+import torch
 
 from pertstate import StateProcessor
 from pertstate.base.constants import Values
 from pertstate.base.value_scale import Scale, converted, differ, look_at
+from pertstate.data import Splits, prepare
+from pertstate.data.arguments import DataArguments
+from pertstate.data.cells import load
+from pertstate.data.source import FileSource
+from pertstate.data.store import StoreSource
 
 
 def counts(seed: int, depth: float = 1.0, cells: int = 200, genes: int = 300) -> np.ndarray:
@@ -124,12 +130,31 @@ def test_data_of_another_scale_are_an_error_or_converted():
     message = "X holds log1p of 1,000,000 counts per cell, the model was trained on log1p of 10,000 counts per cell; .* convert_scale"
     with pytest.raises(ValueError, match=message):
         processor(other, "A")
-    processor.check_scale(other, convert=True)
-    np.testing.assert_allclose(processor.features(other), trained.X.toarray(), rtol=1e-4, atol=1e-5)
+    expected = processor(trained, "A")["control_cells"]
+    found = processor(other, "A", convert_scale=True)["control_cells"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    # What was converted once does not change what is read of other data afterwards.
+    assert torch.equal(processor(trained, "A")["control_cells"], expected)
     with pytest.raises(
         ValueError, match="X holds log1p of 10,000 .* in one file and log1p of 1,000,000 .* convert_scale: true"
     ):
         StateProcessor.fit([trained, other])
+
+
+def test_a_checkpoint_is_trained_further_on_another_scale_only_if_asked(tmp_path):
+    whole = counts(6)
+    processor = StateProcessor.fit(screen(log1p_of(whole)))
+    screen(log1p_of(whole, 1e6)).write_h5ad(tmp_path / "other.h5ad")
+    splits = Splits({"other": [tmp_path / "other.h5ad"]}, {"other"})
+    with pytest.raises(ValueError, match="holds log1p of 1,000,000 .*, or convert them with convert_scale: true"):
+        load(FileSource(splits.datasets, processor), splits, processor=processor)
+    cells, further = load(FileSource(splits.datasets, processor, convert_scale=True), splits, processor=processor)
+    expected = processor.features(screen(log1p_of(whole)))
+    np.testing.assert_allclose(cells.features.sum(), expected.sum(), rtol=1e-5)
+    assert further.scale == processor.scale
+    store = prepare(DataArguments(datasets={"other": str(tmp_path / "other.h5ad")}), tmp_path / "store", quiet=True)
+    with pytest.raises(ValueError, match="holds log1p of 1,000,000 .*; scale the data alike$"):
+        load(StoreSource(store), splits, processor=processor)
 
 
 def test_scaled_values_are_refused_and_the_other_matrices_named():
