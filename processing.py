@@ -89,7 +89,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             [`StateProcessor.predict_log1p`].
 
             - `"log1p"`: log1p expression, scaled to `target_sum` counts a cell over the model's genes
-        control_labels, context, perturbation_map, unlabelled, exclude, include, dose_key: see [`LabelSettings`].
+        control_labels, context, perturbation_map, unlabelled, exclude, include, dose_key, batch_datasets, dataset: see
+            [`LabelSettings`].
         dose_encoding (`str`): how a dose becomes the weight of a perturbation, `"log"` or `"linear"`; see [`DoseScale`].
         doses (`dict[str, list[float]]`, *optional*): the doses of each perturbation in the training cells.
         scale (`dict`, *optional*): what log1p values of the training cells sum to (`total`) after `expm1`, where that is
@@ -135,6 +136,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         scale: dict | None = None,
         gene_key: str | None = None,
         ignore_gene_versions: bool = False,
+        batch_datasets: list[str] | None = None,
+        dataset: str | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -148,6 +151,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.exclude, self.include = exclude, include
         self.dose_key, self.dose_encoding, self.doses = dose_key, dose_encoding, doses
         self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
+        self.batch_datasets, self.dataset = batch_datasets, dataset
         self.scale = scale
         self.trained_scale = None if scale is None else Scale(**scale)
         self._scales: tuple[Scale, Scale] | None = None
@@ -254,6 +258,13 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         if self.values == Values.EMBEDDING:
             kept["feature_dim"] = self.feature_dim
         return type(self)(vocabulary=vocabulary, **{**kept, **settings})
+
+    def for_datasets(self, datasets: list[str]) -> "StateProcessor":
+        """The processor that reads cells of these datasets: it tells their batches apart where there are several."""
+        found = sorted({*datasets, *(self.batch_datasets or ())})
+        if self.batch_key is None or len(found) < 2 or found == self.batch_datasets:
+            return self
+        return self.with_vocabulary(self.vocabulary, batch_datasets=found)
 
     # Saving and loading
 

@@ -217,7 +217,8 @@ class AnnDataSource(WholeSource):
 
     Args:
         parts (`list[Part]`): the objects; their groups are found here.
-        reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie.
+        reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie. The source's own tells the batches
+            of several datasets apart.
         contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
         convert_scale (`bool`): convert log1p values of parts whose cells sum to another total.
         max_missing_genes (`float`): the largest share of a part's genes that may be missing in others.
@@ -236,7 +237,8 @@ class AnnDataSource(WholeSource):
         convert_scale: bool = False,
         max_missing_genes: float = MAX_MISSING_GENES,
     ):
-        self.parts, self.reader, self.convert_scale = list(parts), reader, convert_scale
+        self.parts, self.convert_scale = list(parts), convert_scale
+        self.reader = reader.for_datasets([part.dataset for part in self.parts])
         self.max_missing_genes = max_missing_genes
         embedded = reader.input.startswith("obsm/")
         if reader.gene_input is not None and not embedded:

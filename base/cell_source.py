@@ -326,7 +326,8 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
             advice = "" if source.convert_scale is None else ", or convert them with convert_scale: true"
             raise ValueError(other_scale(processor.trained_scale, scale, source.expression, advice))
         listed_genes(processor.vocabulary.genes, pd.Index(source.genes))
-    return processor.with_vocabulary(processor.vocabulary.merged(training_names(source.groups[trained], processor, [])))
+    names = processor.vocabulary.merged(training_names(source.groups[trained], processor, []))
+    return processor.with_vocabulary(names, batch_datasets=source.reader.batch_datasets)
 
 
 def with_rows(groups: pd.DataFrame, sizes: np.ndarray) -> pd.DataFrame:

@@ -49,6 +49,9 @@ class LabelSettings:
         exclude, include (`dict[str, list]`, *optional*): columns of obs, each with values: cells with one of them are left
             out, or they alone are used.
         dose_key (`str`, *optional*): column of the dose: a number, or for a combination one for each part, `"1;0.5"`.
+        batch_datasets (`list[str]`, *optional*): the datasets whose batches are told apart. A batch is then called
+            "DATASET|BATCH": batch 1 of one screen is not batch 1 of another.
+        dataset (`str`, *optional*): the dataset of all cells, where the caller does not say it.
     """
 
     perturbation_key: str | None = "perturbation"
@@ -63,10 +66,16 @@ class LabelSettings:
     exclude: dict[str, list] | None = None
     include: dict[str, list] | None = None
     dose_key: str | None = None
+    batch_datasets: list[str] | None = None
+    dataset: str | None = None
 
     def __post_init__(self) -> None:
         if self.unlabelled not in ("error", "drop"):
             raise ValueError(f"unlabelled={self.unlabelled!r}; {closest(self.unlabelled, ('error', 'drop'))}")
+        by_dataset = self.control_labels if isinstance(self.control_labels, dict) else {}
+        known = sorted({*(self.batch_datasets or ()), *by_dataset})
+        if self.dataset is not None and known and self.dataset not in known:
+            raise ValueError(f"there was no dataset {self.dataset!r} in training; {closest(self.dataset, known)}")
         if (self.context_key is None) == (self.context is None):
             raise ValueError(
                 f"set one of context_key (found {self.context_key!r}), the column with each cell's context, and context "
@@ -297,6 +306,7 @@ class LabelReader:
             ValueError: a label is empty, blank, or holds a NUL character (unless such cells are dropped); a dose is wrong.
         """
         settings = self.settings
+        dataset = settings.dataset if dataset is None else dataset
         columns = {"perturbation": _listed(settings.perturbation_key), "context": _listed(settings.context_key)}
         if settings.batch_key is not None:
             columns["batch"] = _listed(settings.batch_key)
@@ -318,6 +328,8 @@ class LabelReader:
                 parts.append(labels.texts())
             if parts:
                 read[name] = parts[0] if len(parts) == 1 else _joined(parts)
+        if "batch" in read and settings.batch_datasets is not None and dataset is not None:
+            read["batch"] = _joined([np.full(len(obs), dataset, dtype=object), read["batch"]])
         if settings.context is not None:
             read["context"] = np.full(len(obs), settings.context, dtype=object)
         if settings.perturbation_key is None:

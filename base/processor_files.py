@@ -91,6 +91,11 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "gene_key": (lambda value: value is None or _is_name(value), "the name of a column of var, or null"),
     "ignore_gene_versions": (lambda value: type(value) is bool, "true or false"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
+    "batch_datasets": (
+        lambda value: value is None or (isinstance(value, list) and value != [] and all(map(_is_name, value))),
+        "the names of datasets, or null",
+    ),
+    "dataset": (lambda value: value is None or _is_name(value), "the name of a dataset, or null"),
     "dose_encoding": (lambda value: value in ("log", "linear"), "'log' or 'linear'"),
     "doses": (
         lambda value: value is None or _is_table(value, lambda of: isinstance(of, list) and all(map(_is_dose, of))),

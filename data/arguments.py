@@ -124,7 +124,7 @@ class DataArguments:
     @property
     def reading(self) -> dict[str, Any]:
         """The settings of a processor that say how labels and values are found in files."""
-        own = {name: getattr(self, name) for name in READING if name != "control_labels"}
+        own = {name: getattr(self, name) for name in READING if name not in _FOUND}
         own |= control_settings(self.control)
         for name in ("exclude", "include"):
             own[name] = own[name] and {key: of if isinstance(of, list) else [of] for key, of in own[name].items()}
@@ -254,6 +254,10 @@ class DataArguments:
         named = ((Split.VAL, self.val_perturbations), (Split.TEST, self.test_perturbations))
         names = {self.reader().canonical(name): split for split, listed in named for name in listed}
         return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
+
+
+# Settings of a reader that other fields, or the data, say.
+_FOUND = ("control_labels", "batch_datasets", "dataset")
 
 
 @dataclass

@@ -166,7 +166,8 @@ class CellStore:
         group = np.searchsorted(self.groups["start"].to_numpy(), rows, side="right") - 1
         labels = self.groups.drop(columns=["start", "stop"]).astype("category").iloc[group]
         keys = {"perturbation": "perturbation_key", "context": "context_key", "batch": "batch_key"}
-        labels = labels.rename(columns={k: self.manifest.reading[v] for k, v in keys.items() if k in labels})
+        named = {of: self.manifest.reading.get(key) for of, key in keys.items() if of in labels}
+        labels = labels.rename(columns={of: key for of, key in named.items() if isinstance(key, str)})
         for name in names[1:]:
             column = frame[name]
             labels[name[len(OBS) :]] = (column.astype("category") if column.dtype == object else column).to_numpy()

@@ -22,7 +22,7 @@ def read_as(
     Args:
         data ([`AnnDataFile`]): the file.
         reading (`dict`): `perturbation_key`, `context_key`, `batch_key` and `control`, where they differ from those of the
-            training data; None says nothing.
+            training data, and `dataset`, where several are told apart; None says nothing.
         contexts (`list[str]`, *optional*): the contexts asked for. Where the file has no column of contexts, the one that is
             named is that of all cells.
         all_are_controls (`bool`): every cell is a control; no column of perturbations is read.

@@ -135,6 +135,8 @@ def predict(
         for context, rows in groups.items():
             rows = np.random.default_rng(seed).permutation(rows)
             chosen[context] = rows[:cells_per_perturbation]
+        if uses_batches:
+            check_batches(processor, labels["batch"].to_numpy()[np.concatenate([*chosen.values()])])
         arms = _plan(processor, labels, chosen, perturbations)
         check_perturbations(
             model, {key: np.stack([arm.encoded[key] for arm in arms]) for key in arms[0].encoded}, processor
@@ -199,6 +201,22 @@ def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateP
         model.check_perturbations(**{key: torch.from_numpy(v).to(model.device) for key, v in encoded.items()})
     except UnseenPerturbationError as error:
         raise UnseenPerturbationError(error.ids, error.reason, processor.vocabulary.perturbations) from None
+
+
+def check_batches(processor: StateProcessor, names: np.ndarray):
+    """ValueError if cells are of batches that a model, which needs to know them, was not trained on; they are named."""
+    found = pd.unique(names)
+    unknown = [name for name, number in zip(found, processor.encode_batches(found)) if number < 0]
+    if unknown:
+        several = processor.batch_datasets is not None and processor.dataset is None
+        raise ValueError(
+            f"control cells of batches without training cells: {some(unknown)}; "
+            + (
+                f"say which of the datasets {processor.batch_datasets} they are of (--dataset)"
+                if several
+                else f"the model knows {some(processor.vocabulary.batches)}, and can predict from control cells of these alone"
+            )
+        )
 
 
 @contextmanager

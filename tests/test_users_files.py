@@ -43,11 +43,14 @@ def written(adata: ad.AnnData, path: Path) -> str:
     return str(path)
 
 
-def trained(folder: Path, data: dict, name: str = "model", steps: int = 2, **training) -> Path:
-    """The checkpoint of a short training."""
+def trained(
+    folder: Path, data: dict, name: str = "model", steps: int = 2, model: dict | None = None, **training
+) -> Path:
+    """The checkpoint of a short training; `model` says more of its model, or which checkpoint is trained further."""
+    section = {} if model and "pretrained" in model else {"preset": "tiny", "set_size": 8}
     content = {
         "data": data,
-        "model": {"preset": "tiny", "set_size": 8},
+        "model": section | (model or {}),
         "training": {"max_steps": steps, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **training},
     }
     content["training"]["per_device_train_batch_size"] = 4
