@@ -246,14 +246,25 @@ class DataArguments:
                 fewshot[dataset, context] = here
         return Splits(datasets, set(datasets), zeroshot, fewshot)
 
-    def splits_of_stream(self, datasets: list[str]) -> Splits:
-        """The [`Splits`] that the section describes, of the datasets of a stream, whose labels nobody knows yet."""
+    def splits_of_stream(self, datasets: list[str], reader: StateProcessor) -> Splits:
+        """
+        The [`Splits`] that the section describes, of the datasets of a stream, whose labels nobody knows yet.
+
+        Args:
+            reader ([`StateProcessor`]): how the stream's labels are read.
+        """
+        dosed = reader.dose_key is not None
         if self.splits is not None:
-            return Splits.from_toml(self.splits, datasets)
+            splits = Splits.from_toml(self.splits, datasets)
+            fewshot = {
+                pair: {split: [reader.canonical(name) for name in names] for split, names in held.items()}
+                for pair, held in splits.fewshot.items()
+            }
+            return dataclasses.replace(splits, fewshot=fewshot, dosed=dosed)
         contexts = {**dict.fromkeys(self.val_contexts, Split.VAL), **dict.fromkeys(self.test_contexts, Split.TEST)}
         named = ((Split.VAL, self.val_perturbations), (Split.TEST, self.test_perturbations))
-        names = {self.reader().canonical(name): split for split, listed in named for name in listed}
-        return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names)
+        names = {reader.canonical(name): split for split, listed in named for name in listed}
+        return Splits(dict.fromkeys(datasets, []), set(datasets), contexts=contexts, perturbations=names, dosed=dosed)
 
 
 # Settings of a reader that other fields, or the data, say.

@@ -34,6 +34,8 @@ class Splits:
         contexts (`dict[str, str]`): context to `"val"` or `"test"`, for contexts held out in every dataset.
         perturbations (`dict[str, str]`): perturbation to `"val"` or `"test"`, for perturbations held out in every dataset
             and context, unless the context is held out itself.
+        dosed (`bool`): perturbations have doses that are not known yet (those of a stream): a name without a dose stands for
+            all its doses.
     """
 
     datasets: dict[str, list[Path]]
@@ -42,6 +44,7 @@ class Splits:
     fewshot: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
     contexts: dict[str, str] = field(default_factory=dict)
     perturbations: dict[str, str] = field(default_factory=dict)
+    dosed: bool = False
 
     def __post_init__(self) -> None:
         named: dict[str, set[str]] = {"training": self.training, "zeroshot": {d for d, _ in self.zeroshot}}
@@ -181,14 +184,14 @@ class Splits:
                     )
         for (dataset, context), held in self.fewshot.items():
             for name in (p for perturbations in held.values() for p in perturbations):
-                if name not in present[dataset, context]:
+                if name not in self._names(present[dataset, context]):
                     raise ValueError(
                         f"[fewshot] holds out {name!r} in {dataset}.{context}, which does not have it; "
                         + closest(name, present[dataset, context])
                     )
         for kind, held_out, there in (
             ("context", self.contexts, {context for _, context in present}),
-            ("perturbation", self.perturbations, {name for names in present.values() for name in names}),
+            ("perturbation", self.perturbations, self._names([name for of in present.values() for name in of])),
         ):
             for name in held_out:
                 if name not in there:
@@ -204,10 +207,18 @@ class Splits:
         whole = self.split_of_context(dataset, context)
         if whole is not None:
             return whole
-        for split, names in self.fewshot.get((dataset, context), {}).items():
-            if perturbation in names:
-                return split
-        return self.perturbations.get(perturbation, Split.TRAIN if dataset in self.training else None)
+        # Its own name goes before that of all its doses.
+        for name in dict.fromkeys((perturbation, without_doses(perturbation) if self.dosed else perturbation)):
+            for split, names in self.fewshot.get((dataset, context), {}).items():
+                if name in names:
+                    return split
+            if name in self.perturbations:
+                return self.perturbations[name]
+        return Split.TRAIN if dataset in self.training else None
+
+    def _names(self, perturbations: list[str]) -> set[str]:
+        """All that a name of the splits may be, where these perturbations are there."""
+        return {*perturbations, *(map(without_doses, perturbations) if self.dosed else ())}
 
     def split_of_context(self, dataset: str, context: str) -> str | None:
         """The split that a context is held out for as a whole, or None."""
@@ -218,6 +229,11 @@ def meant(names: list[str], name_of: Callable[[str], str], present: list[str]) -
     """The perturbations that some names stand for: each itself, or all its doses among those that are present."""
     found: list[str] = []
     for name in map(name_of, names):
-        doses = [one for one in present if re.sub(r"@[\d.e+-]+(?=\D|$)", "", one) == name]
+        doses = [one for one in present if without_doses(one) == name]
         found += [name] if name in present or not doses else sorted(set(doses))
     return found
+
+
+def without_doses(name: str) -> str:
+    """The canonical name of a perturbation without its doses: `A+B` of `A@0.1+B@10`."""
+    return re.sub(r"@\d+(\.\d+)?(e[+-]?\d+)?(?![\w.])", "", name)

@@ -374,16 +374,22 @@ class StoreSource(WholeSource):
         store ([`CellStore`]): the cells.
         contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
         features ([`PerturbationFeatures`], *optional*): vectors of the perturbations.
+        dose_encoding (`str`): see [`DoseScale`].
 
     Raises:
         ValueError: a context is not there.
     """
 
     def __init__(
-        self, store: CellStore, contexts: list[str] | None = None, features: PerturbationFeatures | None = None
+        self,
+        store: CellStore,
+        contexts: list[str] | None = None,
+        features: PerturbationFeatures | None = None,
+        dose_encoding: str = "log",
     ):
         manifest = store.manifest
-        self.store, self.reader = store, StateProcessor(**manifest.reading, perturbation_features=features)
+        self.store = store
+        self.reader = StateProcessor(**manifest.reading, perturbation_features=features, dose_encoding=dose_encoding)
         self.groups = store.groups
         if contexts is not None:
             check_contexts(contexts, store.groups)

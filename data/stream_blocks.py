@@ -1,5 +1,6 @@
 """Cells of a stream, block by block: labels and values, checked, and what a model reads of them."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -57,24 +58,24 @@ class CellBlock:
         return f"shard {self.shard} of {self.source.num_shards} (from 0), row {self.first_row + int(row)}"
 
     def groups(self) -> list[tuple[CellKey, np.ndarray]]:
-        """The labels of the cells, each with the rows of this reader that have them, in the order of the stream."""
-        columns = self.source.columns
-        code = np.zeros(len(self.mine), dtype=np.int64)
+        """
+        The labels of the cells, each with the rows of this reader that have them, in the order of the stream. Cells that are
+        left out are in none.
+        """
+        code, kept = np.zeros(len(self), dtype=np.int64), np.ones(len(self), dtype=bool)
         names = {}
         for field in CellKey._fields:
-            column = getattr(columns, field)
-            if column is not None:
-                codes, names[field] = self._labels(column)
-                if field == "perturbation" and self.source.label_reader is not None:
-                    parsed = [self.source.label_reader.canonical(name, self.source.name) for name in names[field]]
-                    unique, place = np.unique(np.array(parsed, dtype=object), return_inverse=True)
-                    names[field], codes = unique.tolist(), place.astype(np.int64)[codes]
-                code = code * len(names[field]) + codes[self.mine]
-        present, inverse = np.unique(code, return_inverse=True)
+            if getattr(self.source.columns, field) is None and field not in self._canonical:
+                continue
+            codes, names[field] = self._codes(field)
+            kept &= codes >= 0
+            code = code * len(names[field]) + codes
+        mine = self.mine[kept[self.mine]]
+        present, inverse = np.unique(code[mine], return_inverse=True)
         order = np.argsort(inverse, kind="stable")
         ends = np.cumsum(np.bincount(inverse, minlength=len(present)))
         found = []
-        for number, rows in zip(present.tolist(), np.split(self.mine[order], ends[:-1])):
+        for number, rows in zip(present.tolist(), np.split(mine[order], ends[:-1])):
             labels = {"dataset": self.source.name}
             for field in reversed(names):
                 number, label = divmod(number, len(names[field]))
@@ -82,6 +83,38 @@ class CellBlock:
             key = CellKey(labels["dataset"], labels["context"], labels["perturbation"], labels.get("batch"))
             found.append((key, rows))
         return found
+
+    @cached_property
+    def _canonical(self) -> pd.DataFrame:
+        """The labels of all cells as the source's reader reads them, None in those that are left out; no column without one."""
+        reader = self.source.label_reader
+        if reader is None:
+            return pd.DataFrame(index=range(len(self)))
+        shard = f"shard {self.shard} of {self.source.num_shards} (from 0)"
+        rows = [f"{shard}, row {row}" for row in range(self.first_row, self.first_row + len(self))]
+        filters = {*(reader.settings.exclude or ()), *(reader.settings.include or ())}
+        drop = reader.settings.unlabelled == "drop"
+        read = {
+            name: self._plain(name, drop or name in filters | {reader.settings.dose_key}) for name in reader.columns
+        }
+        return reader.read(pd.DataFrame(read, index=pd.Index(rows, dtype=object)), self.source.name)
+
+    def _plain(self, column: str, may_lack: bool):
+        """A column as pandas has it; of text or whole numbers, each of them once."""
+        array = self.table.column(column)
+        kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+        simple = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+        if may_lack or not simple:
+            return array.to_pandas().to_numpy()
+        codes, names = self._labels(column)
+        return pd.Categorical.from_codes(codes, names)
+
+    def _codes(self, field: str) -> tuple[np.ndarray, list[str]]:
+        """The label of each cell as its place among the names that follow; -1 for cells that are left out."""
+        if field in self._canonical:
+            codes, names = pd.factorize(self._canonical[field])
+            return codes.astype(np.int64), names.tolist()
+        return self._labels(self._column(field))
 
     def _labels(self, column: str) -> tuple[np.ndarray, list[str]]:
         array = self.table.column(column)
@@ -104,7 +137,7 @@ class CellBlock:
 
     def batches(self, rows: np.ndarray, names: list[str]) -> np.ndarray:
         """For each of some cells, the place of its batch among `names`; new names are added at the end."""
-        codes, found = self._labels(self._column("batch"))
+        codes, found = self._codes("batch")
         places = {name: i for i, name in enumerate(names)}
         for name in (found[code] for code in np.unique(codes[rows])):
             if name not in places:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +37,18 @@ class StreamColumns:
     Which column of a stream holds what. A row is a cell.
 
     Args:
-        perturbation, context (`str`): labels of the cell; text or whole numbers.
-        batch, dataset (`str`, *optional*): labels, where the stream has them.
+        perturbation (`str`): label of the cell.
+        context, batch (`str` or `list[str]`, *optional*): labels, where the stream has them; of several columns, the values are
+            joined with "|". A stream without a column of contexts needs the setting `context`.
+        dataset (`str`, *optional*): which dataset a cell is of, in the stream of a store. Its labels are canonical already.
+        dose (`str`, *optional*): the dose, a number or text.
         gene_ids (`str`, *optional*): list of the ids of the genes that the cell expresses.
         gene_values (`str`, *optional*): list of their values, counts or log1p expression, in the same order.
         total (`str`, *optional*): counts of the whole cell, for a stream whose lists leave some genes out.
         embedding (`str`, *optional*): list of the dimensions of the cell's embedding, of one width in all cells.
         marker (`float`, *optional*): value of the first entry of each list of values, where that entry is no gene; the
             entry is dropped from both lists.
+        others (`list[str]`): further columns, by which cells are left out (`exclude`, `include`).
 
     Example:
     ```python
@@ -65,14 +69,16 @@ class StreamColumns:
     """
 
     perturbation: str
-    context: str
-    batch: str | None = None
+    context: str | list[str] | None = None
+    batch: str | list[str] | None = None
     dataset: str | None = None
     gene_ids: str | None = None
     gene_values: str | None = None
     total: str | None = None
     embedding: str | None = None
     marker: float | None = None
+    dose: str | None = None
+    others: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if (self.gene_ids is None) != (self.gene_values is None):
@@ -87,8 +93,9 @@ class StreamColumns:
     @property
     def names(self) -> list[str]:
         """The columns that are read."""
-        fields = ("dataset", "perturbation", "context", "batch", "gene_ids", "gene_values", "total", "embedding")
-        names = [getattr(self, field) for field in fields]
+        labels = (self.dataset, self.perturbation, self.context, self.batch, self.dose, self.others)
+        names = [name for of in labels for name in ([of] if isinstance(of, str) else of or ())]
+        names += [self.gene_ids, self.gene_values, self.total, self.embedding]
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -174,12 +181,36 @@ class CellStream:
             if stream.column_names is not None and column not in stream.column_names:
                 raise KeyError(f"the stream has no column {column!r}; {closest(column, stream.column_names)}")
         self.columns, self.name, self.block_size = columns, name, block_size
-        # Parses the labels of perturbations; those of a store are canonical already.
         self.label_reader: LabelReader | None = None
         self.contexts = None if contexts is None else list(contexts)
         self._tables = stream.select_columns(columns.names).with_format("arrow")
         self.num_shards = stream.num_shards
         self._gene_table = None if genes is None else _gene_table(genes)
+
+    def read_labels_as(self, reader: LabelReader):
+        """
+        Read labels as a processor does, from the stream's own columns. Those of a store are canonical already.
+
+        Raises:
+            ValueError: the processor knows doses, and the stream has no column of them.
+        """
+        columns, settings = self.columns, reader.settings
+        if columns.dataset is not None:
+            return
+        if settings.dose_key is not None and columns.dose is None:
+            raise ValueError(f"the model knows doses ({settings.dose_key!r}); name the stream's column with dose=")
+        own = replace(
+            settings,
+            perturbation_key=columns.perturbation,
+            context_key=columns.context,
+            context=settings.context if columns.context is None else None,
+            batch_key=columns.batch,
+            dose_key=columns.dose,
+        )
+        for key in [*(own.exclude or ()), *(own.include or ())]:
+            if key not in columns.others:
+                raise ValueError(f"exclude and include look at column {key!r}; name it in others=")
+        self.label_reader = LabelReader(own, reader.whole)
 
     @property
     def genes(self) -> list[str] | None:

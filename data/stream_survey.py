@@ -283,9 +283,8 @@ def survey_stream(
     template = processor
     if template is None:
         keys = {"perturbation_key": columns.perturbation, "context_key": columns.context, "batch_key": columns.batch}
-        template = StateProcessor(**{**keys, **reading})
-    if columns.dataset is None:
-        source.label_reader = template.label_reader
+        template = StateProcessor(**{**keys, "dose_key": columns.dose, **reading})
+    source.read_labels_as(template.label_reader)
     embedded = template.input.startswith("obsm/")
     if template.gene_input is not None and not embedded:
         raise ValueError(

@@ -148,8 +148,7 @@ class SentenceStream(TrainingSentences, IterableDataset):
 
     def _use(self, survey: StreamSurvey):
         self.survey, self.processor = survey, survey.processor
-        if self.source.columns.dataset is None:
-            self.source.label_reader = survey.processor.label_reader
+        self.source.read_labels_as(survey.processor.label_reader)
         self._reader = FeatureReader(self.source, survey.processor)
         self._trained = survey.trained
         names = {key[2] for key in survey.counts if survey.split_of(*key) == Split.TRAIN}

@@ -1,5 +1,6 @@
 """Streams of cells: local parquet, cell stores and data sets on the Hub, read without a copy on disk."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,22 @@ from pertstate.data.stores import MAY_LACK
 from pertstate.data.stream_reading import CellStream, StreamColumns, read_gene_names
 
 
-def open_stream(arguments: StreamArguments, contexts: list[str] | None = None) -> CellStream:
+def open_stream(
+    arguments: StreamArguments, contexts: list[str] | None = None, others: Iterable[str] = ()
+) -> CellStream:
     """
     The stream that a run names.
 
     Args:
         contexts (`list[str]`, *optional*): use only the cells of these contexts.
+        others (`Iterable[str]`): further columns that are read, of a stream that is no store.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: there is no such stream, or the run does not say what its columns are.
     """
     manifest = manifest_of(arguments)
     files = _files(arguments, manifest) if not is_repository(path_of(arguments)) else None
-    columns = _columns(arguments, manifest)
+    columns = _columns(arguments, manifest, list(others))
     genes: list[str] | dict[int, str] | None = None
     if manifest is not None:
         genes = manifest.genes if columns.gene_ids is not None else None
@@ -97,18 +101,21 @@ def manifest_of(arguments: StreamArguments) -> Manifest | None:
     return Manifest.from_text(text, f"{name}/{STORE_FILE}")
 
 
-def _columns(arguments: StreamArguments, manifest: Manifest | None) -> StreamColumns:
+def _columns(arguments: StreamArguments, manifest: Manifest | None, others: list[str]) -> StreamColumns:
     if manifest is None:
         if not arguments.columns:
             raise ValueError(
                 f"stream: {arguments.path} is no cell store; say which column holds what with columns, e.g. {{perturbation: "
                 "drug, context: cell_line_id, gene_ids: genes, gene_values: expressions, marker: -2}"
             )
-        fields = set(StreamColumns.__dataclass_fields__) - {"dataset"}  # without a store, a stream is one dataset
+        fields = set(StreamColumns.__dataclass_fields__) - {
+            "dataset",
+            "others",
+        }  # without a store, a stream is one dataset
         unknown = sorted(set(arguments.columns) - set(fields))
         if unknown:
             raise ValueError(f"stream.columns: unknown {unknown}; expected some of {sorted(fields)}")
-        return StreamColumns(**arguments.columns)
+        return StreamColumns(**arguments.columns, others=others)
     if arguments.columns or arguments.gene_names:
         raise ValueError(
             f"stream: {arguments.path} is a cell store, whose columns are known; leave columns and gene_names out"

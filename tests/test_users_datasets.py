@@ -1,8 +1,14 @@
 """Several screens in one run, and columns that go through to the output. Right values, end to end."""
 
+import json
+import re
+
 import anndata as ad
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
 from test_users_files import screen, trained, vocabulary, written
 from transformers import AutoModel, AutoProcessor
 
@@ -48,7 +54,9 @@ def test_a_prediction_says_whose_batches_it_reads(tmp_path):
     model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     assert processor.batch_datasets == ["autumn", "spring"]
 
-    with pytest.raises(ValueError, match=r"batches without training cells: \['2', '1'\]|batches without training cells: \['1', '2'\]"):
+    with pytest.raises(
+        ValueError, match=r"batches without training cells: \['2', '1'\]|batches without training cells: \['1', '2'\]"
+    ):
         predict(model, processor, paths["spring"], tmp_path / "out.h5ad", quiet=True)
     with pytest.raises(ValueError, match="there was no dataset 'sprin' in training; did you mean 'spring'"):
         predict(model, processor, paths["spring"], tmp_path / "out.h5ad", quiet=True, reading={"dataset": "sprin"})
@@ -73,3 +81,56 @@ def test_a_checkpoint_trained_further_on_another_dataset_tells_its_batches_apart
     again = trained(tmp_path, data, "further", model={"pretrained": str(checkpoint)})
     assert vocabulary(again)["batches"] == ["autumn|1", "autumn|2", "spring|1", "spring|2", "winter|1"]
     assert AutoProcessor.from_pretrained(again).batch_datasets == ["autumn", "spring", "winter"]
+
+
+def as_parquet(data: ad.AnnData, folder) -> dict:
+    """The `stream` section of a run on the same cells in parquet files, all columns of obs beside lists of genes."""
+    matrix = sp.csr_matrix(data.X)
+    columns = {name: data.obs[name].tolist() for name in data.obs}
+    columns["genes"] = pa.ListArray.from_arrays(pa.array(matrix.indptr), pa.array(matrix.indices))
+    columns["values"] = pa.ListArray.from_arrays(pa.array(matrix.indptr), pa.array(matrix.data))
+    (folder / "rows").mkdir()
+    pq.write_table(pa.table(columns), folder / "rows" / "0.parquet", row_group_size=50)
+    (folder / "genes.json").write_text(json.dumps(data.var_names.tolist()))
+    return {"path": str(folder / "rows"), "gene_names": str(folder / "genes.json"), "block_size": 50}
+
+
+def test_a_stream_of_parquet_reads_labels_as_files_are_read(tmp_path):
+    data = screen(perturbations=("A_g1", "A_g2", "B", "C", "D", "C+D", "D+C", "B+control"), cells=6)
+    data.obs["donor"] = np.where(np.arange(data.n_obs) % 2, "d1", "d2")
+    data.obs["dose"] = np.where(
+        data.obs["perturbation"] == "control", "", np.where(np.arange(data.n_obs) % 3, "1", "0.1")
+    )
+    data.obs["bad"] = np.arange(data.n_obs) % 10 == 0
+    data.obs.iloc[3, data.obs.columns.get_loc("perturbation")] = None
+    path = written(data, tmp_path / "screen.h5ad")
+    labels = {
+        "perturbation_map": {"A_g*": "A"},
+        "exclude": {"bad": [True]},
+        "unlabelled": "drop",
+        "dose_encoding": "linear",
+        "test_perturbations": ["D+C"],
+    }
+    keys = {"dose_key": "dose", "context_key": ["cell_type", "donor"], "batch_key": "donor"}
+    of_files = trained(tmp_path, {"datasets": path, **labels, **keys}, "files")
+    columns = {"perturbation": "perturbation", "context": ["cell_type", "donor"], "batch": "donor", "dose": "dose"}
+    columns |= {"gene_ids": "genes", "gene_values": "values"}
+    stream = as_parquet(data, tmp_path) | {"columns": columns}
+    of_stream = trained(tmp_path, labels, "stream", stream=stream)
+    assert vocabulary(of_stream) == vocabulary(of_files)
+    assert vocabulary(of_files)["contexts"] == ["k562|d1", "k562|d2", "rpe1|d1", "rpe1|d2"]
+    one, other = (AutoProcessor.from_pretrained(folder) for folder in (of_files, of_stream))
+    assert other.doses == one.doses == {name: [0.1, 1.0] for name in "ABCD"}
+    assert other.dose_key == one.dose_key == "dose" and other.dose_encoding == one.dose_encoding == "linear"
+    # A name without a dose is held out at all its doses, in both.
+    cards = [(folder / "README.md").read_text() for folder in (of_files, of_stream)]
+    rows = [re.findall(r"^\| no change.*", card, re.MULTILINE) for card in cards]
+    assert len(rows[0]) == 1 and rows[0] == rows[1]
+
+
+def test_a_stream_without_a_column_of_contexts_says_its_context(tmp_path):
+    data = screen(contexts=("k562",))
+    columns = {"perturbation": "perturbation", "gene_ids": "genes", "gene_values": "values"}
+    stream = as_parquet(data, tmp_path) | {"columns": columns}
+    checkpoint = trained(tmp_path, {"context": "K562"}, stream=stream)
+    assert vocabulary(checkpoint)["contexts"] == ["K562"]

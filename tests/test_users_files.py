@@ -44,13 +44,20 @@ def written(adata: ad.AnnData, path: Path) -> str:
 
 
 def trained(
-    folder: Path, data: dict, name: str = "model", steps: int = 2, model: dict | None = None, **training
+    folder: Path,
+    data: dict,
+    name: str = "model",
+    steps: int = 2,
+    model: dict | None = None,
+    stream: dict | None = None,
+    **training,
 ) -> Path:
     """The checkpoint of a short training; `model` says more of its model, or which checkpoint is trained further."""
     section = {} if model and "pretrained" in model else {"preset": "tiny", "set_size": 8}
     content = {
         "data": data,
         "model": section | (model or {}),
+        **({} if stream is None else {"stream": stream}),
         "training": {"max_steps": steps, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, **training},
     }
     content["training"]["per_device_train_batch_size"] = 4

@@ -119,7 +119,11 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
     else:
         processor = pretrained.processor_for(data, run.given, None if store is None else store.manifest.reading)
         options = {"processor": processor, "controls_only": data.controls_only}
-    source = data.file_source(processor) if store is None else StoreSource(store, data.contexts, data.features())
+    source = (
+        data.file_source(processor)
+        if store is None
+        else StoreSource(store, data.contexts, data.features(), data.dose_encoding)
+    )
     splits = data.resolve_splits(source.groups, source.reader)
     return *load(source, splits, **options), splits
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Split
-from pertstate.data.arguments import DataArguments
+from pertstate.data.arguments import DataArguments, StreamArguments
 from pertstate.data.manifest import Manifest
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.splits import Splits
@@ -26,9 +26,7 @@ from pertstate.training.run_config import RunConfig
 # Fields of the data section that a stream has no use for.
 _UNUSED = ("datasets", "store", "hvg_on_all", "controls_only", "small_groups", "sentences_per_group", "sentence_cap")
 # The columns of labels, which a stream names itself.
-_LABEL_KEYS = ("perturbation_key", "context_key", "batch_key")
-# What is said of other columns of obs, which the parquet files of a stream do not name.
-_OF_OBS = ("context", "dose_key", "exclude", "include", "unlabelled")
+_LABEL_KEYS = ("perturbation_key", "context_key", "batch_key", "dose_key")
 
 
 def from_stream(
@@ -50,9 +48,9 @@ def from_stream(
     check_fields(data, manifest)
     if manifest is not None:
         data.check_store(manifest, run.given)
-    splits = data.splits_of_stream(datasets_of(stream))
+    splits = data.splits_of_stream(datasets_of(stream), reader_of(data, stream, manifest))
     args = training_arguments(run, has_validation=holds_out(splits, Split.VAL))
-    source = open_stream(stream, data.contexts)
+    source = open_stream(stream, data.contexts, dict.fromkeys([*(data.exclude or ()), *(data.include or ())]))
     if resume is None:
         survey = first_look(run, args, source, splits, manifest, pretrained)
     else:
@@ -73,10 +71,17 @@ def check_fields(data: DataArguments, manifest: Manifest | None):
         ValueError: fields are set that a stream has no use for; they are listed.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(data)}
-    unused = [*_UNUSED, *((*_LABEL_KEYS, *_OF_OBS) if manifest is None else ())]
+    unused = [*_UNUSED, *(_LABEL_KEYS if manifest is None else ())]
     set_here = [name for name in unused if getattr(data, name) != defaults[name]]
     if set_here:
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
+
+
+def reader_of(data: DataArguments, stream: StreamArguments, manifest: Manifest | None) -> StateProcessor:
+    """Reads the names of perturbations as the stream's labels are read."""
+    if manifest is not None:
+        return StateProcessor(**manifest.reading)
+    return StateProcessor(**{**data.reading, "dose_key": (stream.columns or {}).get("dose")})
 
 
 def holds_out(splits: Splits, split: str) -> bool:
@@ -110,6 +115,7 @@ def first_look(
         options |= {name: value for name, value in data.reading.items() if name not in _LABEL_KEYS}
     if pretrained is None:
         options |= {"genes": data.chosen_genes(), "perturbation_features": data.features()}
+        options["dose_encoding"] = data.dose_encoding
     return survey_stream(
         source,
         splits,

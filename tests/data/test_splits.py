@@ -10,6 +10,7 @@ import pytest
 
 from pertstate.data import Splits, load_cells, simulate_screen
 from pertstate.data.arguments import DataArguments
+from pertstate.data.splits import without_doses
 from pertstate.processing import StateProcessor
 
 
@@ -381,3 +382,27 @@ def test_one_perturbation_under_two_names_is_one_group(tmp_path, twin):
     pd.testing.assert_frame_equal(one.groups, two.groups)
     assert two.groups.set_index("perturbation").loc["pert_0+pert_1", "split"] == "test"
     assert np.array_equal(one.features, two.features) and of_one.vocabulary == of_two.vocabulary
+
+
+@pytest.mark.parametrize(
+    "name, bare",
+    [
+        ("A@0.1", "A"),
+        ("C@1+D@10", "C+D"),
+        ("A@1e-05|B@2.5e+16", "A|B"),
+        ("drug@home", "drug@home"),
+        ("A@1b", "A@1b"),
+        ("A", "A"),
+    ],
+)
+def test_a_name_without_its_doses(name, bare):
+    assert without_doses(name) == bare
+
+
+def test_a_name_stands_for_all_its_doses_before_they_are_known():
+    splits = Splits({"s": []}, {"s"}, perturbations={"C+D": "test", "A@1": "val"}, dosed=True)
+    assert splits.split_of("s", "k562", "C@0.1+D@1") == "test"
+    assert splits.split_of("s", "k562", "A@1") == "val" and splits.split_of("s", "k562", "A@10") == "train"
+    assert splits.assign({("s", "k562"): ["A@1", "C@2+D@2", "C@1"]})["s", "k562", "C@1"] == "train"
+    plain = Splits({"s": []}, {"s"}, perturbations={"A": "test"})
+    assert plain.split_of("s", "k562", "A@1") == "train"
