@@ -93,6 +93,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             [`LabelSettings`].
         dose_encoding (`str`): how a dose becomes the weight of a perturbation, `"log"` or `"linear"`; see [`DoseScale`].
         doses (`dict[str, list[float]]`, *optional*): the doses of each perturbation in the training cells.
+        dose_span (`list[float]`, *optional*): the doses that `dose_encoding` goes by, where they are not those of `doses`.
         scale (`dict`, *optional*): what log1p values of the training cells sum to (`total`) after `expm1`, where that is
             certain; and that counts were not whole (`values`).
         gene_key (`str`, *optional*), ignore_gene_versions (`bool`): see [`view_of`].
@@ -138,6 +139,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         ignore_gene_versions: bool = False,
         batch_datasets: list[str] | None = None,
         dataset: str | None = None,
+        dose_span: list[float] | None = None,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -149,7 +151,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.batch_key = batch_key
         self.perturbation_map, self.unlabelled = perturbation_map, unlabelled
         self.exclude, self.include = exclude, include
-        self.dose_key, self.dose_encoding, self.doses = dose_key, dose_encoding, doses
+        self.dose_key, self.dose_encoding, self.doses, self.dose_span = dose_key, dose_encoding, doses, dose_span
         self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
         self.batch_datasets, self.dataset = batch_datasets, dataset
         self.scale = scale
@@ -175,7 +177,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         known = self._ids["perturbations"] if perturbation_features is None else perturbation_features.index
         settings = {field.name: getattr(self, field.name) for field in fields(LabelSettings)}
         self.label_reader = LabelReader(LabelSettings(**settings), whole=known)
-        self._scale = DoseScale(dose_encoding, doses or {})
+        self._scale = DoseScale(dose_encoding, doses or {}, dose_span)
 
     # Learning from data
 

@@ -21,6 +21,7 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Normalize, Values
+from .doses import DoseScale
 from .labels import suggested_controls
 from .messages import closest, given, some
 from .value_scale import Scale, differ, other_scale
@@ -327,7 +328,13 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
             raise ValueError(other_scale(processor.trained_scale, scale, source.expression, advice))
         listed_genes(processor.vocabulary.genes, pd.Index(source.genes))
     names = processor.vocabulary.merged(training_names(source.groups[trained], processor, []))
-    return processor.with_vocabulary(names, batch_datasets=source.reader.batch_datasets)
+    doses = training_doses(source.groups[trained], processor)
+    span = DoseScale(trained=processor.doses or {}, span=processor.dose_span).span
+    if doses is not None and DoseScale(trained=doses).span == span:
+        span = None  # as it would be found
+    return processor.with_vocabulary(
+        names, batch_datasets=source.reader.batch_datasets, doses=doses, dose_span=span if doses is not None else None
+    )
 
 
 def with_rows(groups: pd.DataFrame, sizes: np.ndarray) -> pd.DataFrame:

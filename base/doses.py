@@ -13,15 +13,23 @@ class DoseScale:
     Turns doses into the weights of perturbations: 0 without a dose, 1 at the largest dose of training.
 
     Args:
-        encoding (`str`): how a weight grows with the dose d, of training doses from `low` to `high`.
+        encoding (`str`): how a weight grows with the dose d, of doses from `low` to `high`.
 
             - `"log"`: log(1 + d / low) / log(1 + high / low)
             - `"linear"`: d / high
         trained (`dict[str, list[float]]`): the doses of each perturbation in the training cells.
+        span (`list[float]`, *optional*): `low` and `high`. By default the smallest and the largest of all `trained`. A
+            checkpoint that is trained further keeps its own, as its weights were learned with them.
     """
 
     encoding: str = "log"
     trained: dict[str, list[float]] = field(default_factory=dict)
+    span: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        every = [dose for known in self.trained.values() for dose in known]
+        if self.span is None and every:
+            self.span = [min(every), max(every)]
 
     def weight(self, name: str, dose: float | None) -> float:
         """
@@ -37,10 +45,10 @@ class DoseScale:
                 + (f"; training had {', '.join(map(dose_text, known))}" if known else "")
             )
         check_doses([dose])
-        every = [of for known in self.trained.values() for of in known] or [1.0]
+        low, high = self.span or (1.0, 1.0)
         if self.encoding == "linear":
-            return float(dose / max(every))
-        return float(np.log1p(dose / min(every)) / np.log1p(max(every) / min(every)))
+            return float(dose / high)
+        return float(np.log1p(dose / low) / np.log1p(high / low))
 
     def is_new(self, name: str, dose: float | None) -> bool:
         """Whether no training cell had a perturbation at this dose."""

@@ -101,6 +101,11 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
         lambda value: value is None or _is_table(value, lambda of: isinstance(of, list) and all(map(_is_dose, of))),
         "the doses of each perturbation, or null",
     ),
+    "dose_span": (
+        lambda value: value is None
+        or (isinstance(value, list) and len(value) == 2 and all(map(_is_dose, value)) and value[0] <= value[1]),
+        "the smallest and the largest dose, or null",
+    ),
 }
 # How labels and values are found in an AnnData; this differs from one laboratory to the next.
 READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_input", "gene_key", "ignore_gene_versions")
@@ -113,6 +118,7 @@ PROCESSOR_SETTINGS = tuple(
             "predicts",
             "dose_encoding",
             "doses",
+            "dose_span",
             "scale",
         )
     )

@@ -134,3 +134,21 @@ def test_a_stream_without_a_column_of_contexts_says_its_context(tmp_path):
     stream = as_parquet(data, tmp_path) | {"columns": columns}
     checkpoint = trained(tmp_path, {"context": "K562"}, stream=stream)
     assert vocabulary(checkpoint)["contexts"] == ["K562"]
+
+
+def test_a_checkpoint_trained_further_knows_new_doses_and_weighs_them_as_before(tmp_path):
+    data = screen()
+    data.obs["dose"] = np.where(np.arange(data.n_obs) % 2, 1.0, 10.0)
+    path = written(data, tmp_path / "first.h5ad")
+    checkpoint = trained(tmp_path, {"datasets": path, "dose_key": "dose", "dose_encoding": "linear"})
+    data.obs["dose"] = np.where(np.arange(data.n_obs) % 2, 20.0, 0.5)
+    path = written(data, tmp_path / "second.h5ad")
+    further = trained(tmp_path, {"datasets": path}, "further", model={"pretrained": str(checkpoint)})
+    first, second = (AutoProcessor.from_pretrained(folder) for folder in (checkpoint, further))
+    assert first.doses == {"A": [1.0, 10.0], "B": [1.0, 10.0]}
+    assert second.doses == {"A": [0.5, 1.0, 10.0, 20.0], "B": [0.5, 1.0, 10.0, 20.0]}
+    assert second.unseen_doses(["A@20", "A@5"]) == ["A@5"]
+    names = ["A@1", "B@10", "A@20"]
+    weights = [0.1, 1.0, 2.0]
+    for processor in (first, second):
+        assert processor.encode(names)["perturbation_doses"][:, 0] == pytest.approx(weights)
