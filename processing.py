@@ -96,7 +96,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         dose_span (`list[float]`, *optional*): the doses that `dose_encoding` goes by, where they are not those of `doses`.
         scale (`dict`, *optional*): what log1p values of the training cells sum to (`total`) after `expm1`, where that is
             certain; and that counts were not whole (`values`).
-        gene_key (`str`, *optional*), ignore_gene_versions (`bool`): see [`view_of`].
+        gene_key (`str`, *optional*), ignore_gene_versions (`bool`), duplicate_genes (`str`): see [`view_of`].
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
         feature_dim (`int`): features of a cell.
@@ -140,6 +140,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         batch_datasets: list[str] | None = None,
         dataset: str | None = None,
         dose_span: list[float] | None = None,
+        duplicate_genes: str = "error",
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -153,6 +154,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.exclude, self.include = exclude, include
         self.dose_key, self.dose_encoding, self.doses, self.dose_span = dose_key, dose_encoding, doses, dose_span
         self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
+        self.duplicate_genes = duplicate_genes
         self.batch_datasets, self.dataset = batch_datasets, dataset
         self.scale = scale
         self.trained_scale = None if scale is None else Scale(**scale)

@@ -26,9 +26,10 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Values
-from .gene_names import MAX_MISSING_GENES, view_of
+from .gene_names import MAX_MISSING_GENES
+from .gene_view import FIRST_CELLS, scale_of, view_of
 from .messages import some
-from .value_scale import Scale, converted, differ, look_at
+from .value_scale import Scale, converted, differ
 
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 VALUES_OF_BLOCK = 1 << 22
 LABELS_OF_BLOCK = 1 << 16
-_FIRST_CELLS = 2000  # which show what kind the values are; every cell is checked against it later
 
 
 @dataclass
@@ -89,7 +89,8 @@ class Recipe:
         kind (`str`, *optional*): what the expression is, `"counts"` or `"log1p"`.
         genes (`list[str]`): the genes that are taken, in order.
         scale ([`Scale`], *optional*): what log1p values are converted to.
-        gene_key (`str`, *optional*), ignore_gene_versions (`bool`): which names of genes are meant, see [`view_of`].
+        gene_key (`str`, *optional*), ignore_gene_versions (`bool`), duplicate_genes (`str`): which names of genes are meant, see
+            [`view_of`].
     """
 
     expression: str | None
@@ -99,6 +100,7 @@ class Recipe:
     scale: Scale | None = None
     gene_key: str | None = None
     ignore_gene_versions: bool = False
+    duplicate_genes: str = "error"
 
     @property
     def matrices(self) -> list[str]:
@@ -111,7 +113,8 @@ class PartReader:
 
     def __init__(self, data: ad.AnnData, part: Part, recipe: Recipe):
         if recipe.expression is not None:
-            data, place = view_of(data, recipe.expression, recipe.gene_key, recipe.ignore_gene_versions)
+            names = (recipe.gene_key, recipe.ignore_gene_versions, recipe.duplicate_genes)
+            data, place = view_of(data, recipe.expression, *names)
             recipe = replace(recipe, expression=place)
         self.data, self.part, self.recipe = data, part, recipe
         self._codes: np.ndarray = part.codes
@@ -284,10 +287,10 @@ class AnnDataSource(WholeSource):
     def _judge(self, part: Part, data: ad.AnnData):
         """Learn the names of a part's genes, the width of its embedding, and what its first cells show."""
         if self.expression is not None:
-            view, place = view_of(data, self.expression, self.reader.gene_key, self.reader.ignore_gene_versions)
+            view, place = view_of(data, self.expression, *self.reader.gene_names)
             shared_genes([view])  # an error about one file names it
             part.var_names, part.scale = view.var_names, scale_of(view, place)
-            first = np.flatnonzero(part.codes[:_FIRST_CELLS] >= 0)
+            first = np.flatnonzero(part.codes[:FIRST_CELLS] >= 0)
             check_finite(take_rows(matrix_of(view, place), first), view, first, place, nonnegative=True)
         if self._embedding is not None:
             part.width = matrix_of(data, self._embedding).shape[1]
@@ -389,9 +392,13 @@ class AnnDataSource(WholeSource):
         kind = Values.COUNTS if kinds == {Values.COUNTS} else kind
         if kind == Values.FRACTIONAL and not self.scaled:
             kind = Values.LOG1P
-        names = (self.reader.gene_key, self.reader.ignore_gene_versions)
         return Recipe(
-            self.expression, self._embedding, kind, self.genes if genes is None else genes, self.scale(), *names
+            self.expression,
+            self._embedding,
+            kind,
+            self.genes if genes is None else genes,
+            self.scale(),
+            *self.reader.gene_names,
         )
 
     @contextmanager
@@ -453,14 +460,3 @@ def room_note(needed: int) -> str | None:
         f"the cells take {needed / 2**30:,.1f} GiB in memory, {free / 2**30:,.1f} GiB are free; make a store of them (pertstate "
         "prepare), which is read from disk"
     )
-
-
-def scale_of(data: ad.AnnData, source: str) -> Scale:
-    """What expression is, by those of the first cells of the data that hold no wrong values."""
-    matrix = sp.csr_matrix(take_rows(matrix_of(data, source), slice(0, _FIRST_CELLS)))
-    wrong = ~np.isfinite(matrix.data) | (matrix.data < 0)
-    if wrong.any():
-        matrix = matrix[np.diff(np.r_[0, np.cumsum(wrong)][matrix.indptr]) == 0]
-    said = data.uns.get("log1p", {}) if source == "X" else {}
-    base = said.get("base") if isinstance(said, dict) else None
-    return look_at(matrix, None if base is None else float(base))

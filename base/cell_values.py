@@ -307,7 +307,8 @@ def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
         if not data.var_names.is_unique:
             duplicates = data.var_names[data.var_names.duplicated()].unique()
             raise ValueError(
-                f"gene names are not unique, found {some(duplicates)} twice; run adata.var_names_make_unique()"
+                f"gene names are not unique, found {some(duplicates)} twice; say with duplicate_genes: first, or sum, what is "
+                "read of them, or name them apart (adata.var_names_make_unique())"
             )
         shared = shared[shared.isin(data.var_names)]
     if len(shared) == 0:
@@ -331,7 +332,8 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
         duplicates = duplicates.tolist()
         if duplicates:
             raise ValueError(
-                f"genes of the model stand twice in the data: {some(duplicates)}; run adata.var_names_make_unique()"
+                f"genes of the model stand twice in the data: {some(duplicates)}; say with duplicate_genes: first, or sum, what "
+                "is read of them, or name them apart (adata.var_names_make_unique())"
             )
         columns = pd.Series(np.arange(len(names)), index=names)[lambda s: ~s.index.duplicated()]
         columns = columns.reindex(genes, fill_value=-1).to_numpy()

@@ -4,11 +4,11 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from .anndata_source import scale_of
 from .cell_source import Block
 from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, read_expression, take_rows
 from .constants import Normalize, Values
-from .gene_names import MAX_MISSING_GENES, missing_note, view_of
+from .gene_names import MAX_MISSING_GENES, missing_note
+from .gene_view import scale_of, view_of
 from .messages import given
 from .value_scale import Scale, differ, other_scale
 from .vocabulary import Vocabulary
@@ -22,6 +22,7 @@ class ModelFeatures:
     gene_input: str | None
     gene_key: str | None
     ignore_gene_versions: bool
+    duplicate_genes: str
     values: str
     normalize: str
     target_sum: float | None
@@ -68,7 +69,12 @@ class ModelFeatures:
         return dense_genes(read, columns)
 
     def _view(self, adata: ad.AnnData, source: str) -> tuple[ad.AnnData, str]:
-        return view_of(adata, source, self.gene_key, self.ignore_gene_versions)
+        return view_of(adata, source, *self.gene_names)
+
+    @property
+    def gene_names(self) -> tuple[str | None, bool, str]:
+        """Which names of genes are meant, as [`view_of`] takes it."""
+        return self.gene_key, self.ignore_gene_versions, self.duplicate_genes
 
     def check_genes(
         self, adata: ad.AnnData, input: str | None = None, max_missing: float = MAX_MISSING_GENES

@@ -90,6 +90,7 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "scale": (lambda value: value is None or fits_scale(value), "the kind and total of the values, or null"),
     "gene_key": (lambda value: value is None or _is_name(value), "the name of a column of var, or null"),
     "ignore_gene_versions": (lambda value: type(value) is bool, "true or false"),
+    "duplicate_genes": (lambda value: value in ("error", "first", "sum"), "'error', 'first' or 'sum'"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
     "batch_datasets": (
         lambda value: value is None or (isinstance(value, list) and value != [] and all(map(_is_name, value))),
@@ -102,13 +103,22 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
         "the doses of each perturbation, or null",
     ),
     "dose_span": (
-        lambda value: value is None
-        or (isinstance(value, list) and len(value) == 2 and all(map(_is_dose, value)) and value[0] <= value[1]),
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and len(value) == 2 and all(map(_is_dose, value)) and value[0] <= value[1])
+        ),
         "the smallest and the largest dose, or null",
     ),
 }
 # How labels and values are found in an AnnData; this differs from one laboratory to the next.
-READING = (*(field.name for field in fields(LabelSettings)), "input", "gene_input", "gene_key", "ignore_gene_versions")
+READING = (
+    *(field.name for field in fields(LabelSettings)),
+    "input",
+    "gene_input",
+    "gene_key",
+    "ignore_gene_versions",
+    "duplicate_genes",
+)
 # What a processor remembers beside its vocabulary and the width of its features.
 PROCESSOR_SETTINGS = tuple(
     dict.fromkeys(
@@ -128,11 +138,13 @@ OPTIONAL_SETTINGS = tuple(name for name in _OPTIONAL_SETTINGS if name != "pertur
 _OF_LIBRARY = ("auto_map", "processor_class")
 
 
+# What an optional setting is where it is absent; None for those that are not here.
+DEFAULTS = {"unlabelled": "error", "dose_encoding": "log", "duplicate_genes": "error", "ignore_gene_versions": False}
+
+
 def is_default(name: str, value) -> bool:
     """Whether an optional setting is what it is where it is absent."""
-    return name in OPTIONAL_SETTINGS and (
-        value is None or value is False or (name, value) in (("unlabelled", "error"), ("dose_encoding", "log"))
-    )
+    return name in OPTIONAL_SETTINGS and value == DEFAULTS.get(name)
 
 
 def fits_reading(reading: dict) -> bool:

@@ -12,7 +12,7 @@ from pertstate.base.constants import Split
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.labels import control_settings
 from pertstate.base.messages import closest
-from pertstate.base.processor_files import READING
+from pertstate.base.processor_files import DEFAULTS, READING
 from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.options import as_declared
 from pertstate.data.perturbation_features import read_perturbation_features
@@ -49,6 +49,8 @@ class DataArguments:
         input, genes, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
         gene_key (`str`, *optional*): column of var with the names of genes, instead of the index of var.
         ignore_gene_versions (`bool`): leave out the versions of Ensembl ids (`ENSG00000000003.15`).
+        duplicate_genes (`str`): genes that stand twice are an `"error"`, or the `"first"` column of each is read, or their `"sum"`
+            (of log1p values: before the logarithm).
         max_missing_genes (`float`): the largest share of a file's genes that other files may lack.
         convert_scale (`bool`): convert log1p values of files whose cells sum to another total than those of the first one.
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
@@ -88,6 +90,7 @@ class DataArguments:
     gene_input: str | None = None
     gene_key: str | None = None
     ignore_gene_versions: bool = False
+    duplicate_genes: Literal["error", "first", "sum"] = "error"
     max_missing_genes: float = MAX_MISSING_GENES
     convert_scale: bool = False
     target_sum: float | Literal["median"] | None = None
@@ -182,7 +185,7 @@ class DataArguments:
             ValueError: the run sets a field that says how files are read, and the store was prepared with another value.
         """
         own = self.reading
-        for name, prepared in {**dict.fromkeys(READING), "unlabelled": "error", **manifest.reading}.items():
+        for name, prepared in ({name: DEFAULTS.get(name) for name in READING} | manifest.reading).items():
             if name in given and own[name] != prepared:
                 raise ValueError(
                     f"data.{name}={own[name]!r}, but the store was prepared with {prepared!r}; leave it out, or "

@@ -115,7 +115,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, other_matrices(data, input))
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
-            problems.append("gene names stand twice: run adata.var_names_make_unique()")
+            problems.append("gene names stand twice: set duplicate_genes: first, or sum")
         for name in ("perturbation_key", "context_key"):
             if keys[name] is None:
                 problems.append(f"no column found for {name}; obs has {some(columns)}")

@@ -175,6 +175,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "doses.py",
         "files.py",
         "gene_names.py",
+        "gene_view.py",
         "labels.py",
         "messages.py",
         "model.safetensors",
