@@ -30,7 +30,7 @@ from .base.constants import (
 from .base.doses import DoseScale, check_weights
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
-from .base.model_features import ModelFeatures
+from .base.model_features import ModelFeatures, carried_columns
 from .base.modeling_perturbation import PerturbationOutput
 from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
@@ -425,6 +425,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         input: str | None = None,
         seed: int | None = None,
         convert_scale: bool = False,
+        obs_columns: list[str] | None = None,
     ) -> CellSentences:
         r"""
         Sentences of control cells for virtual experiments: the controls of each context with each perturbation.
@@ -439,6 +440,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             input (`str`, *optional*): read cells from here instead of the processor's `input`.
             seed (`int`, *optional*): shuffle the controls of each context before they are cut into sentences.
             convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
+            obs_columns (`list[str]`, *optional*): columns of obs of the control cells that the predicted cells get.
 
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
@@ -492,7 +494,9 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             np.tile(adata.obs_names[rows].to_numpy(), len(names)),
             batches,
             weights,
+            carried_columns(adata.obs, obs_columns, np.tile(rows, len(names))),
         )
+        made.var = self.output_var(adata, input)
         made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
         return made
 
@@ -519,7 +523,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             `AnnData`: X holds the predicted cells, padding left out, named by gene (of an embedding with a gene
             decoder: the decoded expression in X, the embedding in `obsm["embedding"]`); `layers["control"]` (an
             embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
-            context, batch and barcode of the control cell; `uns["pertstate"]` says what X holds.
+            context, batch and barcode of the control cell, and `obs_columns`; var the columns of the data; `uns["pertstate"]` says
+            what X holds.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
         predictions = given("predictions", outputs.predictions).detach().float().cpu().numpy()
@@ -528,7 +533,9 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
         genes = outputs.gene_predictions
         genes = None if genes is None else genes.detach().float().cpu().numpy()[mask]
-        return self.to_anndata(predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint)
+        return self.to_anndata(
+            predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint, sentences.var
+        )
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

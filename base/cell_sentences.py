@@ -16,10 +16,12 @@ class CellSentences(BatchFeature):
 
     Attributes:
         obs (`pandas.DataFrame`): one row per real (not padded) cell, in the order of the tensors.
+        var (`pandas.DataFrame`): the model's genes, with the columns of var of the data.
         controls (`str`): which control cells went in, in words.
     """
 
     obs: pd.DataFrame
+    var: pd.DataFrame
     controls: str
 
 

@@ -2,6 +2,7 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from .cell_source import Block
@@ -9,7 +10,7 @@ from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, rea
 from .constants import Normalize, Values
 from .gene_names import MAX_MISSING_GENES, missing_note
 from .gene_view import scale_of, view_of
-from .messages import given
+from .messages import closest, given, some
 from .value_scale import Scale, differ, other_scale
 from .vocabulary import Vocabulary
 
@@ -94,6 +95,24 @@ class ModelFeatures:
         view, _ = self._view(adata, input or self.input)
         return missing_note(gene_columns(view, self.vocabulary.genes, "zero"), max_missing)
 
+    def output_var(self, adata: ad.AnnData, input: str | None = None) -> pd.DataFrame:
+        """
+        The var of predicted cells: the model's genes, with the columns of var of the data that they are predicted from. Genes
+        that the data lack have missing values there.
+
+        Args:
+            input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
+        """
+        genes = pd.Index(self.vocabulary.genes, dtype=object)
+        if self.values == Values.EMBEDDING:
+            view = adata  # whose expression need not be there
+        else:
+            view, _ = self._view(adata, input or self.input)
+        names = pd.Index(view.var_names)
+        found = view.var.set_axis(names)[~names.duplicated()].reindex(genes)
+        columns = {str(name): storable(found[name]) for name in found.columns if str(name) != "_index"}
+        return pd.DataFrame(columns, index=genes)
+
     @property
     def expects(self) -> str:
         """What expression must be where it is read: `"counts"` or `"log1p"`."""
@@ -128,4 +147,29 @@ class ModelFeatures:
             self._scales = (found, self.trained_scale)
 
 
-__all__ = ["ModelFeatures"]
+def storable(column: pd.Series) -> pd.Series:
+    """A column of obs or var as every version of anndata can write and read it: mixed and missing values as texts."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        texts = isinstance(column.cat.categories.dtype, np.dtype) and column.cat.categories.dtype.kind in "biuf"
+        return column if texts else column.cat.rename_categories([str(of) for of in column.cat.categories])
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
+        return column
+    return column.map(str, na_action="ignore").astype(object).astype("category")
+
+
+def carried_columns(obs: pd.DataFrame, names: list[str] | None, rows: np.ndarray) -> pd.DataFrame | None:
+    """
+    Some columns of obs, of some cells, as they are written to an output; None where none is asked for.
+
+    Raises:
+        KeyError: there is no such column.
+    """
+    for name in names or ():
+        if name not in obs:
+            raise KeyError(
+                f"obs_columns: obs has no column {name!r}, found {some(obs.columns)}; {closest(name, obs.columns)}"
+            )
+    return None if not names else pd.DataFrame({name: storable(obs[name].iloc[rows]) for name in names})
+
+
+__all__ = ["ModelFeatures", "carried_columns", "storable"]

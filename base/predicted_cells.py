@@ -47,7 +47,15 @@ class PredictedCells:
             "dose_key": self.dose_key,
         }
 
-    def output_obs(self, names, contexts, barcodes, batches=None, doses: list[float] | None = None) -> pd.DataFrame:
+    def output_obs(
+        self,
+        names,
+        contexts,
+        barcodes,
+        batches=None,
+        doses: list[float] | None = None,
+        carried: pd.DataFrame | None = None,
+    ) -> pd.DataFrame:
         """
         The obs of predicted cells.
 
@@ -55,6 +63,10 @@ class PredictedCells:
             names (sequence of `str`): the canonical name of each cell's perturbation.
             contexts, barcodes, batches (sequences of `str`): the context of each cell; barcode and batch of its control cell.
             doses (`list[float]`, *optional*): weights of a model without doses, the same for all cells.
+            carried (`pandas.DataFrame`, *optional*): further columns of the control cells, one row for each cell.
+
+        Raises:
+            ValueError: such a column is one of the output already.
         """
         columns = self.output_columns()
         codes, unique = pd.factorize(np.asarray(names, dtype=object))
@@ -74,6 +86,12 @@ class PredictedCells:
             frame[self.dose_key or "dose"] = (values.astype(float) if single else values)[codes]
         obs = pd.DataFrame(frame)
         obs["control_barcode"] = np.asarray(barcodes)
+        for name in () if carried is None else carried.columns:
+            if name in obs:
+                raise ValueError(
+                    f"obs_columns: {name!r} is a column of the output already ({list(obs.columns)}); leave it out"
+                )
+            obs[name] = carried[name].array
         obs.index = pd.Index(
             obs["control_barcode"].astype(str).to_numpy() + "|" + np.array(labels, dtype=object)[codes]
         )
@@ -110,17 +128,25 @@ class PredictedCells:
 
     # Outputs
 
-    def to_anndata(self, predictions, controls, genes, obs, controls_note: str, checkpoint: str | None) -> ad.AnnData:
+    def to_anndata(
+        self,
+        predictions,
+        controls,
+        genes,
+        obs,
+        controls_note: str,
+        checkpoint: str | None,
+        var: pd.DataFrame | None = None,
+    ) -> ad.AnnData:
         """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
+        var = pd.DataFrame(index=self.vocabulary.genes) if var is None else var
         uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
         if self.values == Values.EMBEDDING:
             obsm = {"control": controls}
             if genes is not None:
-                var = pd.DataFrame(index=self.vocabulary.genes)
                 return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
-            var = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
-            return ad.AnnData(predictions, obs=obs, var=var, obsm=obsm, uns=uns)
-        var = pd.DataFrame(index=self.vocabulary.genes)
+            dimensions = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
+            return ad.AnnData(predictions, obs=obs, var=dimensions, obsm=obsm, uns=uns)
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
 
     def predicted_values(self, decoded: bool) -> str:

@@ -82,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         action="store_true",
         help="convert log1p values whose cells sum to another total than those of the training cells",
     )
+    parser.add_argument(
+        "--obs-columns",
+        nargs="+",
+        metavar="NAME",
+        help="columns of obs of the control cells that the predicted cells get; columns of var come through by themselves",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -142,6 +148,7 @@ def run(args: argparse.Namespace):
         doses=args.dose,
         convert_scale=args.convert_scale,
         max_missing_genes=args.max_missing_genes,
+        obs_columns=args.obs_columns,
     )
     print(
         f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"

@@ -22,6 +22,7 @@ from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABE
 from pertstate.base.files import whole_file
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.messages import some
+from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.data.reading import AnnDataFile, read_labels
@@ -73,6 +74,7 @@ def predict(
     doses: list[float] | None = None,
     convert_scale: bool = False,
     max_missing_genes: float = MAX_MISSING_GENES,
+    obs_columns: list[str] | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
@@ -99,6 +101,8 @@ def predict(
         doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
         max_missing_genes (`float`): with `missing_genes="zero"`, the largest share of the model's genes that may be missing.
         convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
+        obs_columns (`list[str]`, *optional*): columns of obs of the control cells that the predicted cells get. Columns of var
+            come through by themselves.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
@@ -160,7 +164,12 @@ def predict(
         unseen: dict[tuple[str, str], None] = {}
         with _whole_hdf5(output) as (file, check_disk), torch.inference_mode(), ExitStack() as stack:
             stack.enter_context(counted_elsewhere())
-            _write_frame(file, processor, labels, arms, model.config, uns)
+            rows = np.concatenate([np.concatenate(processor.cut(arm.cells)) for arm in arms])
+            carried = (
+                carried_columns(data.some_obs(slice(None), obs_columns), obs_columns, rows) if obs_columns else None
+            )
+            var = processor.output_var(data, input) if processor.vocabulary.genes else None
+            _write_frame(file, processor, labels, arms, rows, model.config, uns, carried, var)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
             writer = _Writer(file, processor, model.config, total)
             reader = _Reader(processor, data, labels, missing_genes, input, model.device)
@@ -431,21 +440,22 @@ class _Disk:
         """Do nothing, as the file is not buffered."""
 
 
-def _write_frame(file, processor, labels, arms, config, uns):
+def _write_frame(file, processor, labels, arms, rows, config, uns, carried, var):
     """Write all of the output but its matrices."""
-    rows = np.concatenate([np.concatenate(processor.cut(arm.cells)) for arm in arms])
     sizes = [len(arm.cells) for arm in arms]
     obs = processor.output_obs(
         np.repeat(np.array([arm.perturbation for arm in arms], dtype=object), sizes),
         np.repeat(np.array([arm.context for arm in arms], dtype=object), sizes),
         labels.index.to_numpy()[rows],
         labels["batch"].to_numpy()[rows] if "batch" in labels else None,
+        carried=carried,
     )
-    names = processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)]
+    if var is None:
+        var = pd.DataFrame(index=[f"dim_{i}" for i in range(config.output_dim)])
     obs = obs.astype(
         {name: "category" for name in obs.columns if name != "control_barcode" and obs[name].dtype == object}
     )
-    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=pd.DataFrame(index=names), uns={"pertstate": uns}))
+    ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var, uns={"pertstate": uns}))
 
 
 class _Writer:

@@ -5,6 +5,7 @@ import re
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -152,3 +153,52 @@ def test_a_checkpoint_trained_further_knows_new_doses_and_weighs_them_as_before(
     weights = [0.1, 1.0, 2.0]
     for processor in (first, second):
         assert processor.encode(names)["perturbation_doses"][:, 0] == pytest.approx(weights)
+
+
+def test_columns_of_var_and_chosen_columns_of_obs_come_through(tmp_path):
+    data = screen()
+    n, genes = data.n_obs, data.n_vars
+    data.var["symbol"] = [f"SYM{i}" for i in range(genes)]
+    data.var["length"] = np.arange(genes) * 100
+    data.var["coding"] = np.arange(genes) % 2 == 0
+    data.var["note"] = pd.Series([None, "x"] * (genes // 2), index=data.var_names, dtype=object)
+    data.obs["donor"] = pd.Categorical([f"d{i % 3}" for i in range(n)])
+    data.obs["depth"] = np.arange(n) / 2
+    path = written(data, tmp_path / "screen.h5ad")
+    checkpoint = trained(tmp_path, {"datasets": path})
+    model, processor = AutoModel.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+
+    # Another file, whose genes stand in another order and lack one.
+    other = data[:, data.var_names[::-1][:-1]].copy()
+    path = written(other, tmp_path / "other.h5ad")
+    options = {"missing_genes": "zero", "obs_columns": ["donor", "depth"]}
+    predict(model, processor, path, tmp_path / "out.h5ad", ["A"], quiet=True, **options)
+    sentences = processor(other, "A", **options)
+    in_memory = processor.decode(model(**sentences), sentences)
+    for found in (ad.read_h5ad(tmp_path / "out.h5ad"), in_memory):
+        assert found.var_names.tolist() == data.var_names.tolist()
+        assert found.var["symbol"].astype(object)[1:].tolist() == data.var["symbol"][1:].tolist()
+        assert found.var["length"][1:].tolist() == data.var["length"][1:].tolist()
+        assert pd.isna(found.var["symbol"].iloc[0]) and pd.isna(found.var["length"].iloc[0])
+        assert found.var["note"].astype(object).fillna("-")[1:].tolist() == data.var["note"].fillna("-")[1:].tolist()
+        controls = data.obs.loc[found.obs["control_barcode"]]
+        assert found.obs["donor"].tolist() == controls["donor"].tolist()
+        assert found.obs["depth"].tolist() == controls["depth"].tolist()
+        found.write_h5ad(tmp_path / "again.h5ad")  # it can be written by whoever reads it
+
+    for columns, error, message in (
+        (["doner"], KeyError, "no column 'doner'.*did you mean 'donor'"),
+        (["cell_type"], ValueError, "'cell_type' is a column of the output already"),
+    ):
+        with pytest.raises(error, match=message):
+            predict(
+                model,
+                processor,
+                path,
+                tmp_path / "no.h5ad",
+                ["A"],
+                quiet=True,
+                missing_genes="zero",
+                obs_columns=columns,
+            )
+        assert not (tmp_path / "no.h5ad").exists()
