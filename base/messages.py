@@ -1,6 +1,7 @@
 """What errors say: the nearest of some names, the first few of them, or that a value is missing."""
 
 import difflib
+import shlex
 from typing import TypeVar
 
 
@@ -8,8 +9,15 @@ _Value = TypeVar("_Value")
 
 
 def closest(name: str, known) -> str:
-    """A hint `did you mean 'x'?` for the nearest of `known` names, or the list of them where none is near."""
+    """
+    A hint `did you mean 'x'?` for the nearest of `known` names, or the list of them where none is near; where the name is several
+    of them with commas between, how to write a list.
+    """
     known = [str(k) for k in known]
+    several = [part.strip() for part in str(name).split(",") if part.strip()]
+    if len(several) > 1 and set(several) & set(known):
+        words = " ".join(shlex.quote(part) for part in several)
+        return f"write several names apart, with spaces between ({words}); in YAML, as a list [{', '.join(several)}]"
     # The names of genes of two species, and of columns, often differ in their case alone.
     folded: dict[str, list[str]] = {}
     for one in known:

@@ -202,3 +202,24 @@ def test_columns_of_var_and_chosen_columns_of_obs_come_through(tmp_path):
                 obs_columns=columns,
             )
         assert not (tmp_path / "no.h5ad").exists()
+
+
+def test_lists_with_commas_are_refused_by_a_word_on_how_to_write_them(tmp_path, capsys):
+    path = written(screen(), tmp_path / "screen.h5ad")
+    run = {"datasets": path, "test_contexts": ["k562,rpe1"]}
+    with pytest.raises(ValueError, match=r"with spaces between \(k562 rpe1\); in YAML, as a list \[k562, rpe1\]"):
+        trained(tmp_path, run)
+    checkpoint = trained(tmp_path, {"datasets": path})
+    command = [
+        "predict",
+        "--model",
+        str(checkpoint),
+        "--adata",
+        path,
+        "--output",
+        str(tmp_path / "out.h5ad"),
+        "--quiet",
+    ]
+    for flags in (["--perturbation", "A,B"], ["--perturbation", "A", "--context", "k562,rpe1"]):
+        assert pertstate([*command, *flags]) == 1
+        assert "write several names apart, with spaces between" in capsys.readouterr().err

@@ -21,3 +21,12 @@ def test_a_value_that_is_given_comes_back_and_none_is_an_error():
     assert given("number", 0) == 0
     with pytest.raises(ValueError, match="^expected perturbation_features, found None$"):
         given("perturbation_features", None)
+
+
+def test_a_list_with_commas_is_told_how_to_write_it():
+    hint = closest("NK,CD14+ Mono", ["NK", "CD14+ Mono", "B"])
+    assert (
+        hint == "write several names apart, with spaces between (NK 'CD14+ Mono'); in YAML, as a list [NK, CD14+ Mono]"
+    )
+    # A name that holds a comma is a name.
+    assert closest("CD4 T, naive", ["CD4 T, naiv", "B"]) == "did you mean 'CD4 T, naiv'?"
