@@ -167,7 +167,7 @@ class LabelReader:
         settings = self.settings
         if self.is_control(label, dataset):
             return settings.control
-        parts = [self._mapped(part) for part in self._split(self._mapped(label))]
+        parts = [self._mapped(part) for part in self._split(self._mapped(label, whole=True))]
         if not self.settings.dose_key:
             named = [part for part in parts if not self.is_control(part, dataset)]
             name = (settings.combination_separator or "").join(sorted(named)) or settings.control
@@ -192,12 +192,19 @@ class LabelReader:
             ]
         return (self.settings.combination_separator or "").join(sorted(parts)) or self.settings.control
 
-    def _mapped(self, label: str) -> str:
-        """The name that `perturbation_map` gives a label; exact labels go before patterns."""
-        table = self.settings.perturbation_map or {}
+    def _mapped(self, label: str, whole: bool = False) -> str:
+        """
+        The name that `perturbation_map` gives a label; exact labels go before patterns.
+
+        Args:
+            whole (`bool`): the label may be cut into parts yet. Only patterns with the separator are meant for it.
+        """
+        table, separator = self.settings.perturbation_map or {}, self.settings.combination_separator
         if label in table:
             return table[label]
         for pattern, name in table.items():
+            if whole and separator and separator in label and separator not in pattern:
+                continue
             before, star, after = pattern.partition("*")
             fits = star and len(label) > len(before) + len(after) and label.startswith(before) and label.endswith(after)
             if fits:
@@ -273,7 +280,8 @@ class LabelReader:
         """
         labels = sorted({label.strip() for label, *_ in self._seen})
         cut = {
-            label: [part for part in self._split(self._mapped(label)) if not self.is_control(part)] for label in labels
+            label: [part for part in self._split(self._mapped(label, whole=True)) if not self.is_control(part)]
+            for label in labels
         }
         seen: dict[str, set[frozenset[str]]] = {}
         for parts in cut.values():

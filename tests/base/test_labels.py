@@ -1,0 +1,160 @@
+"""Labels, parsed once and canonically."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pertstate.base.labels import LabelReader, LabelSettings, control_settings, looks_like_control, suggested_controls
+
+
+def reader(control="control", **settings) -> LabelReader:
+    return LabelReader(LabelSettings(**control_settings(control), **settings))
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [
+        ("A", "A"),
+        (" A ", "A"),
+        ("A+ctrl", "A"),
+        ("ctrl+A", "A"),
+        ("ctrl", "ctrl"),
+        ("ctrl+ctrl", "ctrl"),
+        ("B+A", "A+B"),
+        ("A + B", "A+B"),
+        ("C+A+B", "A+B+C"),
+        ("A+A", "A+A"),
+        ("(+)-JQ1", "(+)-JQ1"),
+        ("(+)-JQ1+A", "(+)-JQ1+A"),
+        ("CD4+", "CD4+"),
+        ("+", "+"),
+        ("A++B", "A++B"),
+        ("H2O[1+2]", "H2O[1+2]"),
+        ("naïve/β|γ", "naïve/β|γ"),
+    ],
+)
+def test_canonical_names(label, name):
+    assert reader("ctrl").canonical(label) == name
+    assert reader("ctrl").canonical(name) == name  # a canonical name is its own
+
+
+def test_any_separator_or_none():
+    assert reader(combination_separator="_").canonical("B_A") == "A_B"
+    assert reader(combination_separator=" & ").canonical("B & A") == "A & B"
+    assert reader(combination_separator=None).canonical("B+A") == "B+A"
+
+
+def test_controls_by_name_pattern_list_and_dataset():
+    several = reader(["non-targeting*", "DMSO"])
+    assert {several.canonical(label) for label in ("non-targeting_0042", "DMSO", "non-targeting+DMSO")} == {
+        "non-targeting"
+    }
+    assert several.canonical("A+DMSO") == "A"
+    each = reader({"spring": "NT*", "autumn": ["DMSO"]})
+    assert each.canonical("NT-1", "spring") == each.canonical("DMSO", "autumn") == "NT"
+    assert each.canonical("DMSO", "spring") == "DMSO"
+    with pytest.raises(ValueError, match="perturbation 'NT' is called 'NT', as the controls are"):
+        each.canonical("NT", "autumn")
+
+
+@pytest.mark.parametrize("control", [[], {}, {"a": []}, [1], {"a": [None]}])
+def test_controls_that_say_nothing_are_refused(control):
+    with pytest.raises(ValueError, match="expected a name, a pattern such as 'non-targeting\\*', or a list of them"):
+        control_settings(control)
+
+
+def test_guides_become_genes_before_and_after_the_separator():
+    table = {"*_g1": "*", "*_g2": "*", "sgSTAT1.7": "STAT1", "*_nt": "control"}
+    mapped = reader(perturbation_map=table)
+    assert mapped.canonical("STAT1_g2") == mapped.canonical("sgSTAT1.7") == "STAT1"
+    assert mapped.canonical("STAT1_g1+IRF1_g2") == "IRF1+STAT1"
+    assert mapped.canonical("x_nt") == "control" and mapped.canonical("IRF1_g1+x_nt") == "IRF1"
+    whole = reader(perturbation_map={"pair_*+other": "*"})
+    assert whole.canonical("pair_7+other") == "7"
+    assert mapped.canonical("_g1") == "_g1"  # the star stands for something
+
+
+def table(**columns) -> pd.DataFrame:
+    frame = pd.DataFrame(columns)
+    return frame.set_axis([f"c{i}" for i in range(len(frame))])
+
+
+def test_labels_may_be_numbers_truth_values_and_anything_printable():
+    obs = table(perturbation=[1, 2, 1], cell_type=[True, False, True], plate=[0.5, 1.0, 0.5])
+    found = reader("1", batch_key="plate").read(obs)
+    assert found["perturbation"].tolist() == ["1", "2", "1"]
+    assert found["context"].tolist() == ["True", "False", "True"] and found["batch"].tolist() == ["0.5", "1.0", "0.5"]
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, "nan", "NA", "None", "", "  ", "unassigned", "<NA>"])
+def test_cells_without_a_label_are_an_error_or_left_out(missing):
+    obs = table(perturbation=["A", missing, "control"], cell_type=["k562"] * 3)
+    with pytest.raises(
+        ValueError, match=r"obs\['perturbation'\] .* in 1 cells, first in 'c1'; label them, or set unlabelled: drop"
+    ):
+        reader().read(obs)
+    found = reader(unlabelled="drop").read(obs)
+    assert found["perturbation"].tolist() == ["A", None, "control"]
+    assert found["context"].tolist() == ["k562", None, "k562"]
+
+
+def test_a_word_for_missing_may_be_the_control():
+    obs = table(perturbation=["None", "A"], cell_type=["k562"] * 2)
+    assert reader("None").read(obs)["perturbation"].tolist() == ["None", "A"]
+
+
+def test_contexts_of_several_columns_and_of_none():
+    obs = table(perturbation=["A", "B"], line=["K562", "RPE1"], donor=[1, 2])
+    assert reader(context_key=["line", "donor"]).read(obs)["context"].tolist() == ["K562|1", "RPE1|2"]
+    assert reader(context_key=None, context="K562").read(obs)["context"].tolist() == ["K562"] * 2
+    for settings in ({"context_key": None}, {"context": "K562"}):
+        with pytest.raises(ValueError, match="set one of context_key"):
+            reader(**settings)
+
+
+def test_cells_are_chosen_by_other_columns():
+    obs = table(perturbation=list("ABCD"), cell_type=["k"] * 4, qc=["ok", "fail", "ok", None], day=[1, 1, 2, 2])
+    assert reader(exclude={"qc": ["fail", None]}).read(obs)["perturbation"].tolist() == ["A", None, "C", None]
+    assert reader(include={"day": ["2"]}).read(obs)["perturbation"].tolist() == [None, None, "C", "D"]
+    assert reader(include={"day": [2]}, exclude={"qc": ["ok"]}).read(obs)["perturbation"].tolist() == [None] * 3 + ["D"]
+    with pytest.raises(KeyError, match="obs has no column 'days' .*did you mean 'day'"):
+        reader(include={"days": [1]}).read(obs)
+
+
+def test_a_label_is_parsed_once():
+    """However many cells have it."""
+    parsed = []
+
+    class Counting(LabelReader):
+        def _parse(self, label, dataset, dose):
+            parsed.append((label, dose))
+            return super()._parse(label, dataset, dose)
+
+    r = np.random.default_rng(0)
+    names = np.array(["control", *(f"g{i}+g{i + 1}" for i in range(50))], dtype=object)[r.integers(0, 51, 100_000)]
+    obs = pd.DataFrame({"perturbation": names, "cell_type": "k", "dose": r.choice([0.1, 1.0], 100_000)})
+    counting = Counting(LabelSettings(dose_key="dose"))
+    for start in range(0, len(obs), 20_000):
+        counting.read(obs.iloc[start : start + 20_000])
+    assert len(parsed) == len(set(parsed)) == 51 * 2
+
+
+def test_what_looks_like_a_control():
+    for label in (
+        "non-targeting",
+        "NT",
+        "ntc_3",
+        "DMSO",
+        "DMSO_TF",
+        "ctrl",
+        "Vehicle",
+        "neg_ctrl",
+        "safe-targeting",
+        "PBS",
+    ):
+        assert looks_like_control(label), label
+    for label in ("NTRK1", "CTRL1A", "DMSOX", "PBSA", "A"):
+        assert not looks_like_control(label), label
+    assert suggested_controls(["A", "NT"]) == "NT" and suggested_controls(["A"]) is None
+    assert suggested_controls(["A", "NT", "ctrl"]) == ["NT", "ctrl"]
+    assert suggested_controls([f"non-targeting_{i}" for i in range(9)]) == "non-targeting*"
