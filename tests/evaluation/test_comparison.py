@@ -1,0 +1,85 @@
+"""Scores of files that were made elsewhere: other names, no column of contexts, another scale."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pertstate import StateProcessor
+from pertstate.cli import main as pertstate
+from pertstate.data import simulate_screen
+from pertstate.evaluation.comparison import evaluate
+from pertstate.evaluation.metrics import METRICS
+
+
+def log1p(counts: np.ndarray, total: float) -> np.ndarray:
+    return np.log1p(counts / counts.sum(axis=1, keepdims=True) * total).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A screen of log1p values, predictions for it, and the same screen as somebody else has it."""
+    folder = tmp_path_factory.mktemp("scores")
+    screen = simulate_screen(num_contexts=1, num_perturbations=2, num_genes=60, cells_per_group=12, seed=3)
+    counts = screen.X.toarray()
+    screen.X = log1p(counts, 1e4)
+    screen.write_h5ad(folder / "screen.h5ad")
+    processor = StateProcessor.fit(screen, set_size=8)
+    sentences = processor(screen, ["pert_0", "pert_1"])
+    controls = sentences["control_cells"].numpy()[sentences["cell_mask"].numpy()]
+    moved = np.maximum(controls + np.random.default_rng(0).normal(0, 0.3, controls.shape), 0).astype(np.float32)
+    predicted = processor.to_anndata(moved, controls, None, sentences.obs, sentences.controls, "by hand")
+    predicted.write_h5ad(folder / "predicted.h5ad")
+    names = screen.obs["perturbation"].astype(str).replace("control", "DMSO")
+    for name, total in (("names", 1e4), ("scale", 1e6)):
+        other = screen.copy()
+        other.X = log1p(counts, total)
+        other.obs = pd.DataFrame({"guide": names}, index=screen.obs_names)
+        other.write_h5ad(folder / f"{name}.h5ad")
+    return folder
+
+
+OTHERS = ["--perturbation-key", "guide", "--control", "DMSO", "--context", "type_0"]
+
+
+def scored(folder: Path, out: Path, real: str, *flags: str) -> pd.DataFrame:
+    files = ["--predicted", str(folder / "predicted.h5ad"), "--real", str(folder / f"{real}.h5ad")]
+    words = ["evaluate", *files, "--train", str(folder / f"{real}.h5ad"), "--output", str(out), "--quiet", *flags]
+    assert pertstate(words) == 0
+    return pd.read_csv(out).set_index(["context", "perturbation", "method"])[list(METRICS)]
+
+
+def test_names_of_others_change_no_score(folder, tmp_path):
+    own = scored(folder, tmp_path / "own.csv", "screen")
+    pd.testing.assert_frame_equal(scored(folder, tmp_path / "other.csv", "names", *OTHERS), own)
+    assert np.isfinite(own.loc[("mean", "mean", "model")]).all()
+
+
+def test_values_of_another_scale_are_converted_where_asked(folder, tmp_path, capsys):
+    own = scored(folder, tmp_path / "own.csv", "screen")
+    converted = scored(folder, tmp_path / "other.csv", "scale", *OTHERS, "--convert-scale")
+    pd.testing.assert_frame_equal(converted, own, rtol=1e-3)
+    capsys.readouterr()
+    words = ["evaluate", "--predicted", str(folder / "predicted.h5ad"), "--real", str(folder / "scale.h5ad")]
+    assert pertstate([*words, "--train", str(folder / "scale.h5ad"), "--quiet", *OTHERS]) == 1
+    found = capsys.readouterr().err
+    assert "log1p of 1,000,000 counts per cell, the model was trained on log1p of 10,000" in found
+    assert "--convert-scale" in found and len(found.splitlines()) == 1
+
+
+def test_fewer_controls_are_drawn_with_a_seed(folder):
+    files = [folder / name for name in ("predicted.h5ad", "screen.h5ad", "screen.h5ad")]
+
+    def controls_and_scores(**options):
+        table, _ = evaluate(*files, quiet=True, **options)
+        groups = table[table["context"] != "mean"]
+        return groups["control_cells"].unique().tolist(), table[list(METRICS)].to_numpy()
+
+    cells, whole = controls_and_scores()
+    assert cells == [24]
+    cells, drawn = controls_and_scores(max_controls=10, seed=1)
+    assert cells == [10] and not np.allclose(drawn, whole, equal_nan=True)
+    np.testing.assert_array_equal(controls_and_scores(max_controls=10, seed=1)[1], drawn)
+    assert not np.allclose(controls_and_scores(max_controls=10, seed=2)[1], drawn, equal_nan=True)
+    np.testing.assert_array_equal(controls_and_scores(max_controls=1000)[1], whole)

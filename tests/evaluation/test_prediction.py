@@ -1,0 +1,42 @@
+"""Predictions of whole files."""
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+
+from pertstate import StateConfig, StateForPerturbation, StateProcessor
+from pertstate.data import simulate_screen
+from pertstate.evaluation.prediction import predict
+
+
+@pytest.fixture(scope="module")
+def trained():
+    screen = simulate_screen(num_contexts=3, num_perturbations=6, num_genes=40, cells_per_group=9, seed=5)
+    processor = StateProcessor.fit(screen, set_size=8, batch_key="batch")
+    sizes = {"input_dim": 40, "num_perturbations": 6, "num_contexts": 3, "num_batches": 2, "batch_encoder": True}
+    torch.manual_seed(0)
+    model = StateForPerturbation(StateConfig.from_preset("tiny", set_size=8, **sizes)).eval()
+    return screen, processor, model
+
+
+@pytest.mark.parametrize("cells", [1, 3, None])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_pass_over_many_perturbations_predicts_what_a_pass_for_each_does(tmp_path, trained, cells, batch_size):
+    screen, processor, model = trained
+    screen.write_h5ad(tmp_path / "screen.h5ad")
+    names = [*processor.vocabulary.perturbations, "pert_0+pert_3"]
+    options = {"cells_per_perturbation": cells, "quiet": True}
+    predict(model, processor, tmp_path / "screen.h5ad", tmp_path / "all.h5ad", names, batch_size=batch_size, **options)
+    found = ad.read_h5ad(tmp_path / "all.h5ad")
+    rows = 0
+    for name in names:
+        predict(model, processor, tmp_path / "screen.h5ad", tmp_path / "one.h5ad", [name], batch_size=1, **options)
+        one = ad.read_h5ad(tmp_path / "one.h5ad")
+        same = found[one.obs_names]
+        np.testing.assert_array_equal(same.layers["control"], one.layers["control"])
+        np.testing.assert_allclose(same.X, one.X, rtol=1e-4, atol=1e-5)
+        assert same.obs["perturbation"].unique().tolist() == [name]
+        rows += one.n_obs
+    assert found.n_obs == rows == 7 * 3 * (18 if cells is None else cells)
+    assert found.obs_names.is_unique
