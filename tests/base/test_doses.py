@@ -47,5 +47,5 @@ def test_a_dose_left_out_is_predicted_better_than_by_its_neighbours(tmp_path):
     spec = importlib.util.spec_from_file_location("dose_interpolation", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    found = benchmark.errors(benchmark.simulate_series(7), tmp_path, "log", 200)
+    found = benchmark.errors(benchmark.simulate_series(7), tmp_path, "log", steps=400)
     assert found["model"] < 0.9 * min(found["next lower dose"], found["next higher dose"]), found
