@@ -1,5 +1,6 @@
 """
-Time and memory of reading, of this checkout beside another one: `fit` and the cells of a run, `prepare`, `info`, `predict`.
+Time and memory of reading, of this checkout beside another one: `fit` and the cells of a run, `prepare`, `info`, `predict`, and
+a training of 20 steps.
 
 Each measurement runs in a process of its own; the two checkouts take turns, and the best of `--repeat` is shown. The files
 are those of `--data`, and a simulated screen of 3,000 perturbations of 1 to 3 cells.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 JOB = r"""
-import json, logging, resource, sys, time, warnings
+import contextlib, io, json, logging, resource, sys, time, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -53,12 +54,21 @@ def predicted():
         return time.perf_counter() - start, done["cells"]
     return run
 
+def trained():
+    from pertstate import train
+    run = {"data": {"datasets": path, **options}, "model": {"preset": "tiny"}, "training": {"max_steps": 20, "use_cpu": True,
+           "disable_tqdm": True, "save_strategy": "no", "report_to": "none", "output_dir": str(folder / f"run{time.time_ns()}")}}
+    file = folder / "run.yaml"
+    file.write_text(json.dumps(run))
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([str(file)])
+
 if job == "predict":
     run = predicted()
     run()
     seconds, number = run()
 else:
-    work = {"cells": cells, "info": lambda: describe(path), "prepare": lambda: prepare(
+    work = {"cells": cells, "train": trained, "info": lambda: describe(path), "prepare": lambda: prepare(
         DataArguments(datasets=path, **options), folder / f"store{time.time_ns()}", quiet=True)}[job]
     work()  # imports
     start = time.perf_counter()
@@ -105,7 +115,7 @@ def main():
         jobs = [
             (job, path, options)
             for path in sorted(args.data.glob("*.h5ad"))
-            for job, options in (("cells", {}), ("cells", {"genes": 200}), ("prepare", {}), ("info", {}))
+            for job, options in (("cells", {}), ("cells", {"genes": 200}), ("prepare", {}), ("info", {}), ("train", {}))
         ]
         jobs += [("predict", screen, {"cells_per_perturbation": number}) for number in (1, 3)]
         jobs += [("predict", screen, {"perturbations": ["p0", "p1", "p2", "p3"]})]

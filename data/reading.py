@@ -114,12 +114,12 @@ class AnnDataFile:
 
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
             else:
-                file = unpacked(self.path) if self.path.suffix == ".gz" else self.path
-                self._file, self._groups = on_error.enter_context(h5py.File(file, "r")), h5py.Group
+                self._plain = unpacked(self.path) if self.path.suffix == ".gz" else self.path
+                self._file, self._groups = on_error.enter_context(h5py.File(self._plain, "r")), h5py.Group
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
             if self._whole_obs:
-                self.obs, self.var = self._tables_of_old()
+                self.obs, self.var, _ = self._tables_of_old()
                 self.n_obs, self.var_names = len(self.obs), self.var.index
             else:
                 self.n_obs = self._values(self._obs[self._obs.attrs["_index"]]).shape[0]
@@ -147,10 +147,12 @@ class AnnDataFile:
     def raw(self) -> "_Raw | None":
         """The genes and values of `raw`, where the file has it."""
         with self._reading():
-            if "raw" not in self._file or not isinstance(self._file["raw"], self._groups):
+            if "raw.X" in self._file:  # files before 2019
+                var, node = self._tables_of_old()[2], self._file["raw.X"]
+            elif "raw" in self._file and isinstance(self._file["raw"], self._groups):
+                var, node = _table(self._file["raw"]["var"]), self._file["raw"]["X"]
+            else:
                 return None
-            var = _table(self._file["raw"]["var"])
-            node = self._file["raw"]["X"]
             expected = (self.n_obs, len(var))
             return _Raw(RowReader(node, isinstance(node, self._groups), "raw/X", expected, self._reading), var)
 
@@ -169,11 +171,16 @@ class AnnDataFile:
             }
         return {key: self._reader(f"{name}/{key}", genes) for key in self._file[name].keys()}
 
-    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The tables of the cells and of the genes, which anndata puts together from parts of the file."""
-        adata = ad.read_h5ad(self.path, backed="r")
+    def _tables_of_old(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """The tables of the cells, of the genes and of those of `raw`, which anndata puts together from parts of the file."""
+        adata = ad.read_h5ad(self._plain, backed="r")
         try:
-            return _native(adata.obs), adata.var.set_axis(adata.var_names.astype(str))
+            raw = pd.DataFrame() if adata.raw is None else adata.raw.var
+            return (
+                _native(adata.obs),
+                adata.var.set_axis(adata.var_names.astype(str)),
+                raw.set_axis(raw.index.astype(str)),
+            )
         finally:
             adata.file.close()
 

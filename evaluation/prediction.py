@@ -456,6 +456,8 @@ def _write_frame(file, processor, labels, arms, rows, config, uns, carried, var)
         {name: "category" for name in obs.columns if name != "control_barcode" and obs[name].dtype == object}
     )
     ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var, uns={"pertstate": uns}))
+    if "raw" in file:  # nothing, in a form that anndata before 0.11 cannot read
+        del file["raw"]
 
 
 class _Writer:
