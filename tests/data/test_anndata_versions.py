@@ -16,7 +16,7 @@ from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.prediction import predict
 
 
-FILES = sorted((Path(__file__).parents[1] / "fixtures" / "anndata").glob("*.gz"))
+FILES = sorted((Path(__file__).parent / "anndata_files").glob("*.gz"))
 
 
 def unpacked(path: Path, folder: Path) -> Path:
