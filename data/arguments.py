@@ -74,7 +74,7 @@ class DataArguments:
     contexts: list[str] | None = None
     perturbation_key: str = "perturbation"
     control: str | list[str] | dict[str, Any] = "control"
-    context_key: str | list[str] = "cell_type"
+    context_key: str | list[str] | None = "cell_type"
     context: str | None = None
     batch_key: str | list[str] | None = None
     perturbation_map: dict[str, str] | None = None

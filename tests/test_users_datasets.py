@@ -223,3 +223,13 @@ def test_lists_with_commas_are_refused_by_a_word_on_how_to_write_them(tmp_path, 
     for flags in (["--perturbation", "A,B"], ["--perturbation", "A", "--context", "k562,rpe1"]):
         assert pertstate([*command, *flags]) == 1
         assert "write several names apart, with spaces between" in capsys.readouterr().err
+
+
+def test_no_column_of_contexts_may_be_said_in_words(tmp_path):
+    data = screen(contexts=("k562",))
+    del data.obs["cell_type"]
+    path = written(data, tmp_path / "screen.h5ad")
+    for section in ({"context": "K562"}, {"context": "K562", "context_key": None}):
+        assert DataArguments(datasets=path, **section).file_source().groups["context"].unique().tolist() == ["K562"]
+    with pytest.raises(ValueError, match="set one of context_key .*, the column with each cell's context, and context"):
+        DataArguments(datasets=path, context_key=None).file_source()
