@@ -86,12 +86,12 @@ class PredictedCells:
             frame[self.dose_key or "dose"] = (values.astype(float) if single else values)[codes]
         obs = pd.DataFrame(frame)
         obs["control_barcode"] = np.asarray(barcodes)
-        for name in () if carried is None else carried.columns:
+        for name, values in () if carried is None else carried.items():
             if name in obs:
                 raise ValueError(
                     f"obs_columns: {name!r} is a column of the output already ({list(obs.columns)}); leave it out"
                 )
-            obs[name] = carried[name].array
+            obs[name] = values.array
         obs.index = pd.Index(
             obs["control_barcode"].astype(str).to_numpy() + "|" + np.array(labels, dtype=object)[codes]
         )

@@ -94,9 +94,8 @@ class StreamColumns:
     def names(self) -> list[str]:
         """The columns that are read."""
         labels = (self.dataset, self.perturbation, self.context, self.batch, self.dose, self.others)
-        names = [name for of in labels for name in ([of] if isinstance(of, str) else of or ())]
-        names += [self.gene_ids, self.gene_values, self.total, self.embedding]
-        return list(dict.fromkeys(name for name in names if name is not None))
+        fields = (*labels, self.gene_ids, self.gene_values, self.total, self.embedding)
+        return list(dict.fromkeys(name for of in fields for name in ([of] if isinstance(of, str) else of or ())))
 
 
 def read_gene_names(path: str | os.PathLike, id_column: str = "id", name_column: str = "name") -> dict[int, str]:
