@@ -279,9 +279,16 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation (Zhang & Sennrich 2019) in the precision of its input, which is what one kernel computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: SetTransformerConfig) -> nn.Module:
     if config.backbone == "llama":
-        return nn.RMSNorm(config.hidden_size, eps=1e-6)
+        return RMSNorm(config.hidden_size, eps=1e-6)
     return nn.LayerNorm(config.hidden_size, eps=1e-5)
 
 
@@ -320,7 +327,13 @@ class SetTransformer(nn.Module):
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """`hidden_states` (B, L, H), `mask` (B, L) bool, False where padded. Returns (B, L, H)."""
         rotary = self._rotary(hidden_states, mask) if self.config.positions == "rope" else None
-        if self.config.attention == "bidirectional":
+        length = hidden_states.shape[1]
+        if self.config.attention == "bidirectional" and mask is None:
+            attention_mask = None  # made while it is compiled, a mask that hides nothing would leave the fast kernel
+        elif mask is not None and self._attends_on_gpu(hidden_states):
+            # The library's own mask waits for the device, to see whether it hides anything.
+            attention_mask = mask[:, None, None, :].expand(-1, 1, length, -1)
+        elif self.config.attention == "bidirectional":
             attention_mask = create_bidirectional_mask(self.config, hidden_states, mask)
         elif self.config.attention == "causal":
             attention_mask = create_causal_mask(self.config, hidden_states, mask, past_key_values=None)
@@ -329,6 +342,10 @@ class SetTransformer(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, rotary, **kwargs)
         return self.norm(hidden_states)
+
+    def _attends_on_gpu(self, hidden_states: torch.Tensor) -> bool:
+        fused = self.config._attn_implementation == "sdpa" and self.config.attention == "bidirectional"
+        return fused and hidden_states.device.type == "cuda"
 
     def _rotary(self, hidden_states: torch.Tensor, mask: torch.Tensor | None):
         """Cosines and sines (B or 1, 1, L, head_dim); padded cells take no position."""

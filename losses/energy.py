@@ -1,5 +1,8 @@
 """The energy distance between two sets of cells, exact, in one matrix product."""
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import nn
 
@@ -53,6 +56,14 @@ class _EnergyDistance(torch.autograd.Function):
         )
 
 
+@cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether a device multiplies half-precision matrices in hardware, and Triton can compile for it."""
+    return (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+    )
+
+
 def energy_distance(
     x: torch.Tensor, y: torch.Tensor, a: torch.Tensor | None = None, b: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -74,6 +85,10 @@ def energy_distance(
         b = y.new_full(y.shape[:2], 1 / y.shape[1])
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(device_type=x.device.type, enabled=False):
+        if dtype == torch.float32 and not y.requires_grad and _has_tensor_cores(x.device):
+            from pertstate.losses.energy_kernels import HalfProducts
+
+            return HalfProducts.apply(x, y, a.to(dtype), b.to(dtype))
         return _EnergyDistance.apply(x.to(dtype), y.to(dtype), a.to(dtype), b.to(dtype))
 
 

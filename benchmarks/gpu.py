@@ -1,0 +1,216 @@
+"""
+What one GPU does with the models: training steps as shares of the ceiling of its matrix products, and the losses.
+
+All ceilings are measured in the same run. A step is forward, backward, loss, clip and AdamW; its share counts the matrix
+products of the network alone, over the whole step's time.
+
+    python benchmarks/gpu.py [--parts ceilings precision losses steps profile]
+    python benchmarks/gpu.py --device cpu --small    # that it runs
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from pertstate import StateConfig, StateForPerturbation, objective_for
+from pertstate.losses.energy import energy_distance
+from pertstate.losses.sinkhorn import SinkhornLoss
+
+
+PARTS = ("precision", "losses", "steps", "profile")
+LOSSES = ((8, 64, 2000), (16, 128, 2000), (16, 512, 2000), (1, 2048, 512), (2, 4096, 2000), (8, 64, 18000))
+# Preset, sentences of a batch, cells of a sentence.
+STEPS = (("small", 16, 128), ("small", 64, 128), ("base", 16, 512), ("large", 16, 512))
+MODES = ("float32", "tf32", "bf16", "bf16 padded", "bf16 compiled", "bf16 graphs")
+GENES = 2000
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(work: Callable[[], object], device: str, repeat: int = 10, warm: int = 3) -> float:
+    """Median of several runs."""
+    for _ in range(warm):
+        work()
+    times = []
+    for _ in range(repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def ceilings(device: str, size: int) -> dict[str, float]:
+    """TFLOP/s of a product of two square matrices of random numbers."""
+    found = {}
+    for name, dtype in (("float32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        found[name] = 2 * size**3 / milliseconds(lambda a=a, b=b: a @ b, device) / 1e9
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print("ceilings, TFLOP/s: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+    return found
+
+
+def precision(device: str, shapes):
+    """Relative errors of the energy distance and of its gradient against float64, for sets far apart and close together."""
+    print("\nenergy distance against float64: largest relative error of a value, and of the gradient (norm)")
+    for shape in shapes:
+        for apart in (1.0, 0.05):
+            torch.manual_seed(0)
+            x = torch.randn(shape, device=device).relu()
+            y = (x + apart * torch.randn_like(x)).requires_grad_()
+            value = energy_distance(y, x)
+            (gradient,) = torch.autograd.grad(value.sum(), y)
+            exact = y.detach().double().requires_grad_()
+            wanted = energy_distance(exact, x.double())
+            (of_wanted,) = torch.autograd.grad(wanted.sum(), exact)
+            wrong = ((value - wanted).abs() / wanted.abs()).max().item()
+            wrong_gradient = ((gradient - of_wanted).norm() / of_wanted.norm()).item()
+            print(f"{shape!s:<18} {'close' if apart < 1 else 'apart':<6} {wrong:.1e} {wrong_gradient:.1e}", flush=True)
+
+
+def losses(device: str, shapes):
+    """Forward and backward of a loss, beside geomloss."""
+    from geomloss import SamplesLoss
+
+    print("\nloss, forward and backward, ms: energy, geomloss' energy, sinkhorn, geomloss' sinkhorn")
+    both: list[Callable] = [energy_distance, SamplesLoss("energy", backend="tensorized")]
+    sinkhorn = SinkhornLoss(0.05)
+    both += [lambda x, y: sinkhorn(x, y, None), SamplesLoss("sinkhorn", p=2, blur=0.05, backend="tensorized")]
+    for shape in shapes:
+        y = torch.randn(shape, device=device).relu()
+        shown = []
+        for loss in both:
+            x = torch.randn(shape, device=device).relu().requires_grad_()
+
+            def work(loss=loss, x=x, y=y):
+                x.grad = None
+                loss(x, y).mean().backward()
+
+            try:
+                shown.append(f"{milliseconds(work, device, 5, 2):8.2f}")
+            except torch.OutOfMemoryError:
+                shown.append(" no room")
+            torch.cuda.empty_cache()
+        print(f"{shape!s:<18}" + "".join(shown), flush=True)
+
+
+def operations(config: StateConfig, sentences: int, cells: int) -> float:
+    """Multiplications and additions of the network's matrix products, forward and backward."""
+    hidden, width, inner = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
+    layers, genes = config.num_hidden_layers, config.input_dim
+    of_cell = layers * (2 * hidden * 3 * width + 2 * width * hidden + 6 * hidden * inner + 4 * cells * width)
+    of_cell += 2 * genes * hidden + 2 * hidden * genes + 2 * hidden**2 * (config.num_decoder_layers - 1)
+    return 3.0 * sentences * cells * of_cell
+
+
+def training_step(preset: str, sentences: int, cells: int, mode: str, device: str, genes: int):
+    """A function that takes a step, and the config of what it trains."""
+    torch.manual_seed(0)
+    config = StateConfig.from_preset(preset, input_dim=genes, output_dim=genes, num_perturbations=genes)
+    model, objective = StateForPerturbation(config).to(device).train(), objective_for(config)
+    x, y = (torch.randn(sentences, cells, genes, device=device).sub(0.5).relu() for _ in range(2))
+    ids = torch.randint(genes, (sentences, 1), device=device)
+    batch = {"control_cells": x, "perturbation_ids": ids, "labels": y}
+    if "padded" in mode:
+        batch["cell_mask"] = torch.ones(sentences, cells, dtype=torch.bool, device=device)
+        batch["cell_mask"][0, -5:] = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward: Callable = model
+    if "compiled" in mode or "graphs" in mode:
+        forward = torch.compile(model, mode="reduce-overhead" if "graphs" in mode else "default")
+    half = mode.startswith("bf16")
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16) if half else contextlib.nullcontext():
+            outputs = forward(**batch)
+        objective(outputs, batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+
+    return step, config
+
+
+def steps(device: str, sizes, modes, genes: int, ceiling: dict[str, float]):
+    """A training step of the presets."""
+    print(f"\ntraining step, {genes} genes: ms, cells/s, share of the ceiling, seconds until the first is done")
+    for preset, sentences, cells in sizes:
+        for mode in modes:
+            torch._dynamo.reset()
+            torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
+            start = time.perf_counter()
+            step, config = training_step(preset, sentences, cells, mode, device, genes)
+            step()
+            synchronize(device)
+            first = time.perf_counter() - start
+            took = milliseconds(step, device)
+            share = operations(config, sentences, cells) / took / 1e9 / ceiling[mode.split()[0]]
+            print(
+                f"{preset:<6} B {sentences:<3} S {cells:<4} {mode:<14} {took:8.2f} {1000 * sentences * cells / took:10,.0f} "
+                f"{share:5.0%} {first:6.1f}",
+                flush=True,
+            )
+            del step
+            torch.cuda.empty_cache()
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def profile(device: str, size, genes: int, rows: int = 20):
+    """The kernels of a step, by their time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    for mode in ("bf16", "bf16 compiled") if device == "cuda" else ("bf16",):
+        torch._dynamo.reset()
+        step, _ = training_step(*size, mode, device, genes)
+        for _ in range(3):
+            step()
+        synchronize(device)
+        with profiled(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as recorded:
+            for _ in range(3):
+                step()
+            synchronize(device)
+        events = recorded.key_averages()
+        name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+        total = sum(getattr(event, name) for event in events) / 3000
+        print(f"\n{size[0]}, {mode}: {total:.2f} ms of the device in a step")
+        for event in sorted(events, key=lambda event: -getattr(event, name))[:rows]:
+            print(f"{getattr(event, name) / 3000:8.3f} ms {event.count // 3:5d} x {event.key[:90]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--small", action="store_true", help="sizes that take seconds on a CPU")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name(0) if args.device == "cuda" else args.device
+    print(f"torch {torch.__version__}, {name}")
+    ceiling = ceilings(args.device, 256 if args.small else 8192)
+    genes = 50 if args.small else GENES
+    sizes = (("tiny", 2, 16),) if args.small else STEPS
+    modes = MODES[:4] if args.small else MODES
+    shapes = ((2, 16, 50),) if args.small else LOSSES
+    if "precision" in args.parts:
+        precision(args.device, shapes[:3])
+    if "losses" in args.parts:
+        losses(args.device, shapes)
+    if "steps" in args.parts:
+        steps(args.device, sizes, modes, genes, ceiling)
+    if "profile" in args.parts:
+        profile(args.device, sizes[-1] if args.small else STEPS[2], genes)
+
+
+if __name__ == "__main__":
+    main()
