@@ -12,7 +12,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,18 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
+def _processes() -> BaseContext:
+    """
+    How processes are started. Not by a fork of this one, as the threads of Arrow and of torch do not survive it: by forks of
+    one that has made its imports and computes nothing; where a system has no such thing, each by itself.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _do(
     jobs: Sequence[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False
 ) -> list:
@@ -487,8 +500,7 @@ def _do(
                 results.append(job(progress=bar.update) if inner_progress else job())
                 bar.update(0 if inner_progress else size)
             return results
-        # Spawned, as the threads of Arrow and of torch do not survive a fork.
-        with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=_processes()) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)
             for future in as_completed(futures):

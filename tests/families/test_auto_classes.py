@@ -34,7 +34,9 @@ def run(name, code):
 answers, folders, some = {}, *map(json.loads, sys.argv[2:])
 for name, code in json.loads(sys.argv[1])["bare"].items():
     run(name, code)
-import anndata, pandas, safetensors.torch, scipy, torch
+import anndata, huggingface_hub.hf_api, jinja2, pandas, PIL.Image, safetensors.torch, scipy.stats, torch
+import accelerate, tokenizers, torch._dynamo, torch.distributed.tensor, torch.export
+assert not {"pertstate", "transformers"} & set(sys.modules)
 torch.set_num_threads(1)
 for name, code in json.loads(sys.argv[1])["ready"].items():
     run(name, code)
