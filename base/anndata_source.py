@@ -1,6 +1,5 @@
 """Cells of AnnData objects, in memory or read from files, as a source."""
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from .constants import Values
 from .gene_names import MAX_MISSING_GENES
 from .gene_view import FIRST_CELLS, scale_of, view_of
 from .messages import some
+from .printable import get_logger
 from .value_scale import Scale, converted, differ
 
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 VALUES_OF_BLOCK = 1 << 22
 LABELS_OF_BLOCK = 1 << 16

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pertstate.base.console import say
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -150,6 +151,4 @@ def run(args: argparse.Namespace):
         max_missing_genes=args.max_missing_genes,
         obs_columns=args.obs_columns,
     )
-    print(
-        f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"
-    )
+    say(f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from pertstate.base.messages import some
+from pertstate.base.tables import name_of_cell
 from pertstate.base.vocabulary import (
     FEATURES_TENSOR,
     NAMES_METADATA,
@@ -113,7 +114,7 @@ def _read_csv(path: Path):
                     f"line {lines.line_num}: expected a name and {len(header) - 1} numbers, as in the header, found "
                     f"{len(row)} fields"
                 )
-            names.append(row[0])
+            names.append(name_of_cell(row[0]))
             try:
                 # A number too large becomes infinite, which is refused by name.
                 with np.errstate(over="ignore"):

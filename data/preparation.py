@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pertstate.base.anndata_source import Places, Recipe
 from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes, settle_values
+from pertstate.base.console import guard_this_process
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
 from pertstate.base.messages import closest, given
@@ -500,7 +501,8 @@ def _do(
                 results.append(job(progress=bar.update) if inner_progress else job())
                 bar.update(0 if inner_progress else size)
             return results
-        with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=_processes()) as pool:
+        processes = min(num_proc, len(jobs))
+        with ProcessPoolExecutor(processes, _processes(), initializer=guard_this_process) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)
             for future in as_completed(futures):

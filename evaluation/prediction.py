@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,12 +24,13 @@ from pertstate.base.messages import some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.base.printable import get_logger
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.others_data import read_as
 from pertstate.processing import NO_DOSES, StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, not a prediction"
 

@@ -1,6 +1,5 @@
 """A training folder of the published research code turned into a checkpoint folder."""
 
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pertstate._version import __version__
 from pertstate.base.configuration_perturbation import EncoderConfig
 from pertstate.base.constants import Values
 from pertstate.base.messages import some
+from pertstate.base.printable import get_logger
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.families import FAMILIES
@@ -29,7 +29,7 @@ from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 from pertstate.processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ATTENTION = ("bidirectional", "causal", "none")
 _SEES = {

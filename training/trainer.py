@@ -1,6 +1,5 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from pertstate.base.constants import GENE_LABELS, LABELS
 from pertstate.base.files import whole_file
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.base.printable import get_logger
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.evaluation.group_scores import GroupScores, learned_changes
@@ -30,7 +30,7 @@ from pertstate.training.optimizer import optimizer_of
 from pertstate.training.staging import is_staged, whole_checkpoint
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class StateTrainer(Trainer):

@@ -185,6 +185,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "modeling_perturbation.py",
         "modeling_state.py",
         "predicted_cells.py",
+        "printable.py",
         "processing.py",
         "processor_config.json",
         "processor_files.py",
