@@ -1,5 +1,6 @@
 """Configs that families share: one of all models, and those of networks, gene decoders, encoders and set transformers."""
 
+import json
 from dataclasses import fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .messages import closest
+from .public import public
 from .travelling import Travelling
 
 
@@ -154,6 +156,11 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         if self.nonnegative_output is None:
             self.nonnegative_output = self.gene_dim is None
         super().__post_init__(**kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As in [`PreTrainedConfig`], without the places of this machine: of a path, the last part."""
+        content = json.loads(super().to_json_string(use_diff))
+        return json.dumps(public(content), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PerturbationConfig":

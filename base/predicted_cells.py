@@ -11,6 +11,7 @@ from .constants import Normalize, Values
 from .doses import dose_text
 from .labels import LabelReader
 from .processor_files import PROCESSOR_SETTINGS
+from .public import public
 from .vocabulary import Vocabulary
 
 
@@ -155,11 +156,11 @@ class PredictedCells:
         return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
-        """What a predicted AnnData says of itself in `uns["pertstate"]`."""
+        """What a predicted AnnData says of itself in `uns["pertstate"]`; of the checkpoint's path, the last part."""
         return {
             "X": self.predicted_values(decoded),
-            "checkpoint": checkpoint or "not recorded",
-            "controls": controls_note,
+            "checkpoint": public(checkpoint or "not recorded"),
+            "controls": public(controls_note),
             # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }

@@ -103,7 +103,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     from pertstate.hub.push import fetch_checkpoint
 
     check_name(name, "--model")
-    path, loaded = Path(name), name
+    path, loaded = Path(name), Path(name).resolve().name
     if not path.is_dir():
         if quiet:
             disable_progress_bars()

@@ -15,6 +15,7 @@ from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
 from pertstate.base.processor_files import fits_reading, fits_scale
+from pertstate.base.public import public
 
 
 STORE_FILE = "store.json"
@@ -25,6 +26,8 @@ GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
 _COUNTS = ("uint8", "uint16", "uint32")
+# The fields that hold names of the data, by which cells are read. All other texts are for people, and hold no path.
+_NAMES = ("genes", "reading", "vocabularies", "groups", "shards")
 
 
 @dataclass
@@ -46,7 +49,8 @@ class Manifest:
         groups (`dict[str, list[int]]`): the groups in order: their codes in these vocabularies, `offset` (of the first
             cell) and `length`.
         shards (`list[dict]`): `file`, `cells`, `bytes` and `sha256` of each Arrow file, in order.
-        sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
+        sources (`list[dict]`): `dataset`, `path` (without its folders), `bytes`, `sha256`, `cells` (taken from it) and `genes`
+            of each file.
         scale (`dict`, *optional*): what log1p values sum to, see [`StateProcessor`].
         highly_variable (`int`, *optional*): how many highly variable genes were chosen.
         notes (`list[str]`): what was left out, and why.
@@ -159,7 +163,8 @@ class Manifest:
 
     @property
     def _text(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+        content = {name: value if name in _NAMES else public(value) for name, value in asdict(self).items()}
+        return json.dumps(content, ensure_ascii=False, indent=1)
 
     @property
     def sha256(self) -> str:

@@ -454,7 +454,7 @@ def _describe(source: FilePart) -> dict:
     files = files_of(source.path)
     return {
         "dataset": source.dataset,
-        "path": str(source.path),
+        "path": source.path.name,
         "bytes": sum(file.stat().st_size for file in files),
         "sha256": sha256_of(files),
         "cells": int((source.codes >= 0).sum()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from pertstate.hub.checkpoints import load_adapter
+from pertstate.hub.public_files import public_bytes
 from pertstate.hub.publish import whole_or_nothing
 
 
@@ -44,4 +45,4 @@ def merge_adapter(
         processor.save_pretrained(folder)
         for record, path in found.items():
             if path is not None:
-                (folder / record).write_bytes(Path(path).read_bytes())
+                (folder / record).write_bytes(public_bytes(path))

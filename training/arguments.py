@@ -9,6 +9,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from pertstate.base.public import public
+
 
 @dataclass
 class StateTrainingArguments(TrainingArguments):
@@ -134,8 +136,8 @@ class StateTrainingArguments(TrainingArguments):
         self._check_lora()
 
     def to_json_string(self) -> str:
-        """As it is saved beside the weights: without tokens, and of paths of this machine the last part."""
-        content = self.to_dict()
+        """As it is saved beside the weights: without tokens, and of every path of this machine the last part."""
+        content = public(self.to_dict())
         for name in ("output_dir", "resume_from_checkpoint"):
             if isinstance(content[name], str):
                 content[name] = os.path.basename(os.path.normpath(content[name]))

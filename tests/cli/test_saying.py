@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from pertstate.base.tables import read_csv
 from pertstate.data import simulate_screen
+from pertstate.data.stores import open_store, write_parquet
 
 
 # What a terminal would act on, or show otherwise than it stands there.
@@ -152,3 +154,72 @@ def test_predictions_keep_their_names(made):
     assert set(predicted.obs[f"perturbation{BITE}"]) == {name(f"pert_{i}") for i in range(3)}
     assert list(predicted.var_names) == [name(f"gene{i}") for i in range(12)]
     assert np.isfinite(predicted.X).all()
+
+
+# Paths
+
+
+HOME = "/home/ada lovelace"
+NESTED = {"xla_fsdp_settings": {"x": f"{HOME}/settings", "y": [f"file://{HOME}/q", {"z": "C:\\Users\\ada\\r"}]}}
+
+
+def test_no_file_for_others_holds_a_path(made, tmp_path):
+    """A card, arguments, a config, a store, predictions, a merged adapter: none says where they were made."""
+    run = yaml.safe_load((made / "run.yaml").read_text())
+    run["data"]["datasets"] = {"a": str(made / "screen.h5ad"), "b": str(made / "other.h5ad")}
+    run["training"] |= {"fsdp_config": NESTED, "run_name": f"{HOME}/name", "output_dir": str(tmp_path / "run")}
+    run["training"] |= {"data_license": f"see {HOME}/licence.txt"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    said("train", tmp_path / "run.yaml")
+    said("prepare", "--config", tmp_path / "run.yaml", "--output", tmp_path / "store")
+    screen = made / "screen.h5ad"
+    said("predict", "--model", tmp_path / "run", "--adata", screen, "--output", tmp_path / "predicted.h5ad")
+    run["model"] = {"pretrained": str(tmp_path / "run"), "set_size": 4}
+    run["training"] |= {"lora_rank": 2, "output_dir": str(tmp_path / "adapter")}
+    (tmp_path / "further.yaml").write_text(yaml.safe_dump(run))
+    said("train", tmp_path / "further.yaml")
+    said("merge", tmp_path / "adapter", tmp_path / "merged")
+    write_parquet(open_store(str(tmp_path / "store")), tmp_path / "parquet", f"{HOME}/<b>name")
+    files = [tmp_path / "predicted.h5ad"]
+    for folder in ("run", "store", "merged", "parquet", "adapter"):
+        files += [path for path in (tmp_path / folder).rglob("*") if path.is_file() and path.suffix != ".py"]
+    # An adapter must say where its base model is. It is not pushed where that is a folder.
+    files.remove(tmp_path / "adapter" / "adapter_config.json")
+    assert len(files) > 20
+    for path in files:
+        content = path.read_bytes()
+        for private in (str(tmp_path.parent), str(made), "lovelace", "Users", "/home"):
+            assert private.encode() not in content, (path, private)
+    arguments = json.loads((tmp_path / "run" / "training_args.json").read_text())
+    assert arguments["fsdp_config"]["xla_fsdp_settings"] == {"x": "settings", "y": ["q", {"z": "r"}]}
+    assert arguments["run_name"] == "name" and arguments["output_dir"] == "run"
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "training data: `see licence.txt`" in card and "x: settings" in card and "name, revision = 'run'" in card
+    assert ad.read_h5ad(tmp_path / "predicted.h5ad").uns["pertstate"]["checkpoint"] == "run"
+    sources = json.loads((tmp_path / "store" / "store.json").read_text())["sources"]
+    assert [source["path"] for source in sources] == ["screen.h5ad", "other.h5ad"]
+
+
+def test_the_card_of_a_store_has_no_markup_of_names(made, tmp_path):
+    run = yaml.safe_load((made / "run.yaml").read_text())
+    run["data"]["datasets"] = {"a": str(made / "screen.h5ad"), "b": str(made / "other.h5ad")}
+    first = ad.read_h5ad(made / "screen.h5ad")
+    first.obs[f"<img src=x>[l](javascript:y)`{BITE}"] = "z"
+    first.write_h5ad(tmp_path / "screen.h5ad")
+    run["data"]["datasets"]["a"] = str(tmp_path / "screen.h5ad")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    said("prepare", "--config", tmp_path / "run.yaml", "--output", tmp_path / "store")
+    write_parquet(open_store(tmp_path / "store"), tmp_path / "parquet", "ada/<b>`x`\n# y")
+    card = (tmp_path / "parquet" / "README.md").read_text()
+    assert not STEERS & set(card) and "columns of obs that other.h5ad lacks are left out" in card
+    tokens = MarkdownIt("commonmark", {"html": True}).parse(card.split("---", 2)[2])
+    inner = [child for token in tokens for child in token.children or []]
+    assert {token.type for token in tokens if token.type.startswith("html") or token.type == "heading_open"} == {
+        "heading_open"
+    }
+    assert {token.type for token in inner} <= {"text", "softbreak", "code_inline"}
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h1"]
+    shown = "".join(child.content for child in inner)
+    assert "<img src=x>[l](javascript:y)`\\x1b" in shown
+    (fence,) = [token for token in tokens if token.type == "fence"]
+    compile(fence.content, "example", "exec")

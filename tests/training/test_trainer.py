@@ -189,6 +189,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "processing.py",
         "processor_config.json",
         "processor_files.py",
+        "public.py",
         "training_args.json",
         "travelling.py",
         "value_evidence.py",
