@@ -15,6 +15,7 @@ import scipy.sparse as sp
 from .cell_source import GROUP_KEYS, Block, LazyBlock, WholeSource, check_contexts, with_rows
 from .cell_values import (
     block_of_rows,
+    cell_of,
     cell_totals,
     check_finite,
     fits,
@@ -25,6 +26,7 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Values
+from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
 from .gene_view import FIRST_CELLS, scale_of, view_of
 from .messages import some
@@ -155,15 +157,16 @@ class PartReader:
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
+                check_totals(totals, name, cell_of(self.data, taken))
             elif self.recipe.scale is not None:
                 matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
         if self.recipe.embedding is not None:
             values = take_rows(self._matrices[self.recipe.embedding], rows)
-            values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)[keep]
+            values = np.asarray(values.toarray() if sp.issparse(values) else values)[keep]
             check_finite(values, self.data, taken, self.recipe.embedding)
-            embedding = values
+            embedding = values.astype(np.float32, copy=False)
         return Block(taken, codes[keep], expression, totals, embedding)
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:

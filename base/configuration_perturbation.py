@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .finite import within_reach
 from .messages import closest
 from .public import public
 from .travelling import Travelling
@@ -256,6 +257,13 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
                 f"num_perturbations={self.num_perturbations} (perturbations by id) and perturbation_dim="
                 f"{self.perturbation_dim} (perturbations by features) contradict one another: set one of them"
             )
+
+    def validate_numbers(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not within_reach(abs(number)) and number != 0:
+                    raise ValueError(f"{field.name}: expected a number that a model can compute with, found {value}")
 
     def _check_at_least(self, low: int, *names: str):
         for name in names:

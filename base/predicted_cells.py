@@ -146,9 +146,13 @@ class PredictedCells:
             obsm = {"control": controls}
             if genes is not None:
                 return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
-            dimensions = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
+            dimensions = pd.DataFrame(index=self.output_names(predictions.shape[1]))
             return ad.AnnData(predictions, obs=obs, var=dimensions, obsm=obsm, uns=uns)
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
+
+    def output_names(self, width: int) -> list[str]:
+        """The names of the features that are predicted: genes, or the dimensions of an embedding."""
+        return [f"dim_{i}" for i in range(width)] if self.values == Values.EMBEDDING else self.vocabulary.genes
 
     def predicted_values(self, decoded: bool) -> str:
         """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""

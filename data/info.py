@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
+from pertstate.base.finite import are_finite
+from pertstate.base.gene_view import log_base_of
 from pertstate.base.labels import control_settings, looks_like_control, suggested_controls
 from pertstate.base.messages import closest, some
 from pertstate.base.printable import joined_lines
@@ -112,8 +113,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             *(f"obsm/{k}" for k in data.obsm),
         ]
         lines.append("has: " + ", ".join(have))
-        said = data.uns.get("log1p", {}) if input == "X" else {}
-        base = said.get("base") if isinstance(said, dict) else None
+        base = log_base_of(data, input)
         looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, other_matrices(data, input))
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
@@ -159,8 +159,8 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
 def _look(matrix, input: str, log_base: float | None, others: str) -> tuple[str, list[str]]:
     """What the values are, and what is wrong with them."""
     values = matrix.data if sp.issparse(matrix) else matrix
-    if not np.isfinite(values).all():
-        return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite"]
+    if not are_finite(values):
+        return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite (in float32)"]
     if input.startswith("obsm/"):
         if not values.size:
             return "an embedding", []

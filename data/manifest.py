@@ -14,6 +14,7 @@ from pertstate._version import __version__
 from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
+from pertstate.base.finite import within_reach
 from pertstate.base.processor_files import fits_reading, fits_scale
 from pertstate.base.public import public
 
@@ -129,7 +130,7 @@ class Manifest:
             "dtype": self.dtype in (_COUNTS if self.expression == Values.COUNTS else ("float32", "float16")),
             "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
             "normalize": self.normalize in (Normalize.NONE, Normalize.COUNTS_TO_LOG1P),
-            "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
+            "target_sum": type(self.target_sum) in (int, float) and within_reach(self.target_sum),
             "vocabularies": isinstance(self.vocabularies, dict)
             and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
             and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),

@@ -172,7 +172,8 @@ def _read_parquet(path: Path):
             )
     if not values:
         raise ValueError("expected columns of numbers beside the names, found none")
-    return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
+    with np.errstate(over="ignore"):  # what is infinite in float32 is refused by name
+        return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -29,6 +29,7 @@ from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes,
 from pertstate.base.console import guard_this_process
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
+from pertstate.base.finite import are_finite
 from pertstate.base.messages import closest, given
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
@@ -403,13 +404,24 @@ def _write_shard(
 def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
     """A column in the type that it has in the store."""
     if name == GENE_VALUES:
-        return pa.ListArray.from_arrays(column.offsets, column.values.cast(value_type))
+        return pa.ListArray.from_arrays(column.offsets, _half(column.values, name, value_type))
     if name in (EXPRESSION, EMBEDDING):
         of = value_type if name == EXPRESSION or value_type == pa.float16() else pa.float32()
-        return pa.FixedSizeListArray.from_arrays(column.flatten().cast(of), column.type.list_size)
+        return pa.FixedSizeListArray.from_arrays(_half(column.flatten(), name, of), column.type.list_size)
     if name.startswith(OBS) and column.type == pa.string():
         return column.dictionary_encode()
     return column
+
+
+def _half(numbers: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
+    """Numbers in the type of the store. ValueError where one is infinite in float16."""
+    cast = numbers.cast(value_type)
+    if value_type == pa.float16() and not are_finite(cast.to_numpy(zero_copy_only=False)):
+        largest = np.abs(numbers.to_numpy(zero_copy_only=False)).max()
+        raise ValueError(
+            f"prepare.dtype='float16' holds numbers up to 65,504, found {largest:g} in {name}; use 'float32'"
+        )
+    return cast
 
 
 # The files that describe the store

@@ -174,6 +174,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "constants.py",
         "doses.py",
         "files.py",
+        "finite.py",
         "gene_names.py",
         "gene_view.py",
         "labels.py",
