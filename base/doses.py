@@ -81,8 +81,8 @@ def check_weights(weights: list[float]):
 
 
 def dose_text(dose: float) -> str:
-    """A dose as it stands in names: `0.1`, `10`."""
-    return re.sub(r"\.0$", "", repr(float(dose)))
+    """A dose as it stands in names: `0.1`, `10`, `1e20`, without the "+" that joins names."""
+    return re.sub(r"\.0$", "", repr(float(dose))).replace("e+", "e")
 
 
 __all__ = ["DoseScale", "check_doses", "check_weights", "dose_text"]
