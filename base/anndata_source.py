@@ -245,6 +245,8 @@ class AnnDataSource(WholeSource):
     ):
         self.parts, self.convert_scale = list(parts), convert_scale
         self.reader = reader.for_datasets([part.dataset for part in self.parts])
+        if not 0 <= max_missing_genes <= 1:
+            raise ValueError(f"max_missing_genes={max_missing_genes}: expected a share of the genes, 0 to 1")
         self.max_missing_genes = max_missing_genes
         embedded = reader.input.startswith("obsm/")
         if reader.gene_input is not None and not embedded:

@@ -8,7 +8,7 @@ import numpy as np
 from .finite import REACH, within_reach
 
 
-_LIMITS = f" ({1 / REACH:.0e} to {REACH:.0e})"
+_LIMITS = f" (a model can compute with {1 / REACH:.0e} to {REACH:.0e})"
 
 
 @dataclass
@@ -69,7 +69,7 @@ def check_doses(doses: list[float], name: str | None = None):
         if not within_reach(dose):
             of = "doses" if name is None else f"the dose of {name!r}"
             raise ValueError(
-                f"{of}: expected numbers above 0{_LIMITS}, found {dose!r}; name the control where nothing is applied"
+                f"{of}: expected numbers above 0, found {dose!r}{_LIMITS}; name the control where nothing is applied"
             )
 
 
@@ -77,7 +77,7 @@ def check_weights(weights: list[float]):
     """ValueError unless all weights are finite numbers that are not negative, and not too large to compute with."""
     for weight in weights:
         if not within_reach(weight) and weight != 0:
-            raise ValueError(f"doses: expected finite numbers from 0{_LIMITS}, found {weight!r}")
+            raise ValueError(f"doses: expected finite numbers from 0, found {weight!r}{_LIMITS}")
 
 
 def dose_text(dose: float) -> str:

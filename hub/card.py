@@ -1,6 +1,7 @@
 """The model card of a checkpoint: its README.md, written from the run and its data."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -202,8 +203,12 @@ def _results(metrics: dict) -> list[dict]:
     for method in (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE):
         prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
         if f"{prefix}energy" in metrics:
-            rows.append({"name": method, **{m: metrics.get(prefix + m) for m in METRICS}})
+            rows.append({"name": method, **{m: _finite(metrics.get(prefix + m)) for m in METRICS}})
     return rows
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None
 
 
 def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling: bool) -> list[EvalResult]:
