@@ -197,7 +197,7 @@ def test_no_prediction_that_is_none_is_given_out(screen):
     model = StateForPerturbation(StateConfig.from_preset("tiny", **StateConfig.sizes(processor), set_size=4)).eval()
     sentences = processor(screen, "pert_0")
     with torch.no_grad():
-        model.output_head.layers[-1].weight.fill_(3e38)
+        model.output_head.layers[-1].bias.fill_(float("inf"))
         outputs = model(**sentences)
         assert not torch.isfinite(outputs.predictions).all()
         message = r"the model predicts (nan|inf) for 'gene_0' of cell '[^']*\|pert_0'"
