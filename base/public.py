@@ -61,6 +61,11 @@ def public(value: Any) -> Any:
     return value if found == value else found
 
 
+def last_part(path: str | os.PathLike) -> str:
+    """The last part of what is known to be a path, whatever blanks and marks its folders have; `~` for a folder of a person."""
+    return _last_part(os.path.abspath(path))
+
+
 def _last_part(path: str) -> str:
     parts = [part for part in re.split(r"[\\/]+", path) if part]
     own = os.path.expanduser("~")
@@ -72,4 +77,4 @@ def _last_part(path: str) -> str:
     return _A_HOME if is_home else parts[-1]
 
 
-__all__ = ["public", "public_text"]
+__all__ = ["last_part", "public", "public_text"]

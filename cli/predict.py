@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pertstate.base.console import say
+from pertstate.base.public import last_part
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -103,7 +104,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     from pertstate.hub.push import fetch_checkpoint
 
     check_name(name, "--model")
-    path, loaded = Path(name), Path(name).resolve().name
+    path, loaded = Path(name), last_part(name)
     if not path.is_dir():
         if quiet:
             disable_progress_bars()

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import math
-import os
 import platform
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.printable import printable
-from pertstate.base.public import public, public_text
+from pertstate.base.public import last_part, public, public_text
 from pertstate.evaluation.metrics import (
     ADDITIVE,
     METRICS,
@@ -80,7 +79,7 @@ def render_card(
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
-    name = printable(os.path.basename(os.path.normpath(folder)))
+    name = printable(last_part(folder))
     family = FAMILIES[type(config).model_type]
     # The weights that training started from: a folder or a repository.
     base_model = None if run is None else run.model.get("pretrained")
@@ -273,4 +272,4 @@ def _versions() -> str:
 
 
 def _public_name(name: str) -> str:
-    return name if is_repository(name) else os.path.basename(os.path.normpath(name))
+    return name if is_repository(name) else last_part(name)

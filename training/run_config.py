@@ -63,7 +63,7 @@ class RunConfig:
         }
         for section, values in content.items():
             content[section] = {
-                name: public(_last_part(f"{section}.{name}", value))
+                name: _last_part(f"{section}.{name}", public(value))
                 for name, value in values.items()
                 if not name.endswith("_token")
             }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pertstate.base.public import public, public_text
+from pertstate.base.public import last_part, public, public_text
 
 
 PATHS = {
@@ -105,6 +105,12 @@ def test_the_own_home_has_a_name_of_its_own(monkeypatch):
     monkeypatch.setenv("HOME", "/data/people/ada")
     assert public("/data/people/ada") == "~" and public("/scratch/ada") == "~"
     assert public("/scratch/ada/run") == "run" and public_text("in /data/people/ada/x y") == "in x y"
+
+
+def test_what_is_known_to_be_a_path_may_have_any_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert last_part("runs/a / b, c: d/x y") == "x y" == last_part(Path("/home/ada, b: c/'q'/x y/"))
+    assert last_part("/home/ada") == "~" and last_part(".") == tmp_path.name
 
 
 def test_values_of_every_kind():
