@@ -15,7 +15,18 @@ _LAST, _LAST_WINDOWS = rf"[^\s/,;:)\]}}{_END}]*", rf"[^\s/\\,;:)\]}}{_END}]*"
 # Addresses of the web and names on the Hub are for everybody; files and buckets are not.
 _PUBLIC = "https?|hf"
 
+# The folders of people lie in these; the name of such a folder is that of a person.
+_OF_PEOPLE = ("home", "homes", "users", "documents and settings")
+_HOMES = rf"(?:(?<=-[A-Za-z])|(?<![\w/\\.]))[\\/]+(?i:{'|'.join(_OF_PEOPLE)})[\\/]+[^\s\\/{_END}]"
+# In quotes, a path goes as far as they do.
+_QUOTED = "|".join(
+    rf"(?<={q})(?:/+[^/\s{q}][^/\n{q}]*/|~[\w.-]*[\\/]|[A-Za-z]:[\\/]|\\\\|(?i:file):/)[^\n{q}]*?(?=\\*{q})"
+    for q in "'\"`"
+)
+
 _PATH = re.compile(
+    # An address of the web: it stays.
+    rf"(?P<address>(?:{_PUBLIC})://[^\s{_END}]*)|{_QUOTED}|"
     # file:///home/ada/x, s3://bucket/x
     rf"(?<![\w+.-])(?!(?:{_PUBLIC})://)(?:(?i:file):/+|[A-Za-z][\w+.-]+://)(?:[^\s/]{_INNER}/+)*{_LAST}"
     # C:\Users\ada\x, C:/x
@@ -26,12 +37,12 @@ _PATH = re.compile(
     rf"|(?:(?<![\w.+~/\\:%$&)\]}}-])/+|(?<=:)/(?!/))(?:[^\s/]{_INNER}/+)+{_LAST}"
     # ~/x, ~ada/x, ../x
     rf"|(?<![\w./\\~])(?:~(?:[A-Za-z_][\w.-]*)?|\.\.)[\\/]+(?:[^\s/\\]{_INNER_WINDOWS}[\\/]+)*{_LAST_WINDOWS}"
+    # A folder of a person behind a flag or a sign: -I/home/ada/x
+    rf"|{_HOMES}(?:{_INNER_WINDOWS}[\\/]+(?=[^\s/\\]))*{_LAST_WINDOWS}"
 )
 _WHOLE = re.compile(
     rf"(?:(?!(?:{_PUBLIC})://)(?:(?i:file):/+|[A-Za-z][\w+.-]+://)|[A-Za-z]:[\\/]|\\\\|/+(?=[^\s/])|(?:~(?:[A-Za-z_][\w.-]*)?|\.\.)[\\/]).*|~[A-Za-z_][\w.-]*"
 )
-# The folders of people lie in these; the name of such a folder is that of a person.
-_OF_PEOPLE = frozenset({"home", "homes", "users", "documents and settings"})
 _A_HOME = "~"
 
 
@@ -41,7 +52,7 @@ def public_text(text: str) -> str:
     `file:///x`, `s3://bucket/x`) and those that begin with `../`, wherever they stand in it, become their last part. A
     folder of a person becomes `~`. Names on the Hub, addresses of the web and other relative paths stay.
     """
-    return _PATH.sub(lambda match: _last_part(match[0]), text)
+    return _PATH.sub(lambda match: match[0] if match["address"] else _last_part(match[0]), text)
 
 
 def public(value: Any) -> Any:

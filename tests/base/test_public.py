@@ -58,6 +58,10 @@ STAYS = [
     "https://huggingface.co/ada/model/tree/main",
     "see https://x.org/home/ada/x, or http://y.org/a/b",
     "hf://ada/model/x",
+    "https://x.org/Users/ada/x?y=/home/ada",
+    "docs/users/guide.md",
+    "./home/x",
+    "x/home/ada/y",
     "12:30",
     "1/2",
     "~5 µM",
@@ -80,6 +84,10 @@ TEXTS = {
     "a: /data/x.h5ad\nb: /data/y.h5ad\n": "a: x.h5ad\nb: y.h5ad\n",
     "[x](/home/ada/x.md)": "[x](x.md)",
     "at /home/ada.": "at ~",
+    "'/home/ada, b: c; d/x y.h5ad' and \"C:\\Users\\ada, b\\x\"": "'x y.h5ad' and \"x\"",
+    '"{\\"a\\": \\"/home/ada, b/x\\"}"': '"{\\"a\\": \\"x\\"}"',
+    "-I/home/ada/include -L/home/ada": "-Iinclude -L~",
+    "(x)/home/ada/y, +/home/ada/y, \\Users\\ada\\x": "(x)y, +y, x",
     "key: file:///home/ada/x.h5ad, then": "key: x.h5ad, then",
 }
 
