@@ -57,22 +57,34 @@ def printable_console() -> Iterator[None]:
     from here on, as Python shows them after the block.
     """
     sys.excepthook = _show_traceback
-    formatted = warnings.formatwarning
+    formatted, out, err = warnings.formatwarning, PrintableStream(sys.stdout), PrintableStream(sys.stderr)
     warnings.formatwarning = _one_line(formatted)
+    handlers = _handlers_of(sys.stderr)
     try:
-        with (
-            contextlib.redirect_stdout(PrintableStream(sys.stdout)),  # type: ignore[type-var]
-            contextlib.redirect_stderr(PrintableStream(sys.stderr)),  # type: ignore[type-var]
-        ):
+        for handler in handlers:
+            handler.setStream(err)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):  # type: ignore[type-var]
             yield
     finally:
+        for handler in handlers:
+            handler.setStream(sys.stderr)
         warnings.formatwarning = formatted
 
 
 def guard_this_process():
     """As [`printable_console`], for the whole life of a process that another one started to work for it."""
+    out, err = PrintableStream(sys.stdout), PrintableStream(sys.stderr)
     sys.excepthook, warnings.formatwarning = _show_traceback, _one_line(warnings.formatwarning)
-    sys.stdout, sys.stderr = PrintableStream(sys.stdout), PrintableStream(sys.stderr)  # type: ignore[assignment]
+    for handler in _handlers_of(sys.stderr):
+        handler.setStream(err)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+
+
+def _handlers_of(stream: TextIO) -> list[logging.StreamHandler]:
+    """The handlers that write the logs of libraries which were imported before, to a stream as it was then."""
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    found = {handler: None for logger in loggers for handler in logger.handlers}
+    return [of for of in found if type(of) is logging.StreamHandler and of.stream is stream]
 
 
 def _one_line(formatted: Callable[..., str]) -> Callable[..., str]:

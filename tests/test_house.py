@@ -160,7 +160,7 @@ WRITERS = {
     "stderr.write": {"base/console.py"},
     "basicConfig": {"base/console.py"},
     "StreamHandler": {"base/console.py"},
-    "getLogger": {"base/printable.py"},
+    "getLogger": {"base/console.py", "base/printable.py"},
     "logging.get_logger": set(),
     "to_csv": {"base/tables.py"},
     "to_string": {"base/tables.py"},

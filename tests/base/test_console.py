@@ -85,6 +85,18 @@ def test_the_log_is_printable_wherever_it_comes_from(capsys, monkeypatch):
     assert not set("\x1b\u202e\x9b\x07") & set(err)
 
 
+def test_the_log_of_a_library_that_was_there_before(capsys):
+    handler, logger = logging.StreamHandler(), logging.getLogger("somebody.else")
+    logger.addHandler(handler)
+    logger.propagate = False
+    stream = handler.stream
+    with printable_console():
+        logger.warning(HOSTILE)
+    assert handler.stream is stream
+    logger.removeHandler(handler)
+    assert capsys.readouterr().err == "\\x1b]52;c;eA==\\x07\\u202e\\x9b2J\n"
+
+
 def test_warnings_and_worker_processes_are_printable():
     code = (
         "import warnings\nfrom pertstate.base.console import guard_this_process, printable_console\n"
