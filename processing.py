@@ -28,6 +28,7 @@ from .base.constants import (
     Values,
 )
 from .base.doses import DoseScale, check_weights
+from .base.finite import check_predicted
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.model_features import ModelFeatures, carried_columns
@@ -525,6 +526,9 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
             context, batch and barcode of the control cell, and `obs_columns`; var the columns of the data; `uns["pertstate"]` says
             what X holds.
+
+        Raises:
+            FloatingPointError: a prediction is NaN or infinite; the error names the cell and the gene.
         """
         mask = sentences[CELL_MASK].cpu().numpy().astype(bool)
         predictions = given("predictions", outputs.predictions).detach().float().cpu().numpy()
@@ -533,6 +537,12 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         controls = self.as_predicted(sentences[CONTROL_CELLS].float().cpu().numpy()[mask])
         genes = outputs.gene_predictions
         genes = None if genes is None else genes.detach().float().cpu().numpy()[mask]
+        for values, names in (
+            (predictions[mask], self.output_names(predictions.shape[2])),
+            (genes, self.vocabulary.genes),
+        ):
+            if values is not None:
+                check_predicted(values, names, lambda row: f"cell {sentences.obs.index[row]!r}")
         return self.to_anndata(
             predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint, sentences.var
         )

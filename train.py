@@ -18,7 +18,9 @@ import logging
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from pertstate.base.console import log_to_console, show
 from pertstate.base.constants import Split
+from pertstate.base.printable import get_logger
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
@@ -40,7 +42,7 @@ from pertstate.training.stream_run import from_stream
 from pertstate.training.trainer import StateTrainer
 
 
-logger = logging.getLogger("pertstate.train")
+logger = get_logger("pertstate.train")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & {*argv}:
-        print(help_of_train(argv))
+        show(help_of_train(argv))
         raise SystemExit(0 if argv else 2)
 
     # What is asked for, and the data: a contradiction is found before anything is computed.
@@ -71,13 +73,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
     check_processes(args.world_size)
-    logging.basicConfig(level=logging.INFO if args.should_log else logging.ERROR, format="%(message)s")
+    log_to_console(logging.INFO if args.should_log else logging.ERROR)
     config = build_config(run, processor, pretrained)
     processor.set_size = config.set_size
     if config.reads_counts:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
-    logger.info(about)
+    for line in about.splitlines():
+        logger.info(line)
     if Split.VAL not in datasets and not FAMILIES[config.model_type].model.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
 

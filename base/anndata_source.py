@@ -1,6 +1,5 @@
 """Cells of AnnData objects, in memory or read from files, as a source."""
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ import scipy.sparse as sp
 from .cell_source import GROUP_KEYS, Block, LazyBlock, WholeSource, check_contexts, with_rows
 from .cell_values import (
     block_of_rows,
+    cell_of,
     cell_totals,
     check_finite,
     fits,
@@ -26,9 +26,11 @@ from .cell_values import (
     wrong_kind,
 )
 from .constants import Values
+from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
 from .gene_view import FIRST_CELLS, scale_of, view_of
 from .messages import some
+from .printable import get_logger
 from .value_scale import Scale, converted, differ
 
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from ..processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 VALUES_OF_BLOCK = 1 << 22
 LABELS_OF_BLOCK = 1 << 16
@@ -155,15 +157,16 @@ class PartReader:
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
+                check_totals(totals, name, cell_of(self.data, taken))
             elif self.recipe.scale is not None:
                 matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
         if self.recipe.embedding is not None:
             values = take_rows(self._matrices[self.recipe.embedding], rows)
-            values = np.asarray(values.toarray() if sp.issparse(values) else values, dtype=np.float32)[keep]
+            values = np.asarray(values.toarray() if sp.issparse(values) else values)[keep]
             check_finite(values, self.data, taken, self.recipe.embedding)
-            embedding = values
+            embedding = values.astype(np.float32, copy=False)
         return Block(taken, codes[keep], expression, totals, embedding)
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:
@@ -242,6 +245,8 @@ class AnnDataSource(WholeSource):
     ):
         self.parts, self.convert_scale = list(parts), convert_scale
         self.reader = reader.for_datasets([part.dataset for part in self.parts])
+        if not 0 <= max_missing_genes <= 1:
+            raise ValueError(f"max_missing_genes={max_missing_genes}: expected a share of the genes, 0 to 1")
         self.max_missing_genes = max_missing_genes
         embedded = reader.input.startswith("obsm/")
         if reader.gene_input is not None and not embedded:

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 import torch
 
 from .constants import Normalize, Values
+from .finite import LARGEST, are_finite, check_totals, within_reach, wrong
 from .gene_names import other_names
 from .messages import closest, given, some
 from .value_scale import LARGEST_LOG1P, Scale, converted, other_matrices
@@ -95,13 +96,13 @@ def matrix_of(adata: ad.AnnData, source: str):
 
 
 def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool = False):
-    """ValueError that names cell and gene of the first NaN, infinite or (optionally) negative value."""
+    """ValueError that names cell and gene of the first value that is NaN, infinite in float32, or (optionally) negative."""
     data = matrix.data if sp.issparse(matrix) else matrix
     if data.size == 0:
         return
-    if np.isfinite(data.min()) and np.isfinite(data.max()) and not (nonnegative and data.min() < 0):
+    if are_finite(data) and not (nonnegative and data.min() < 0):
         return
-    bad = ~np.isfinite(data) | (data < 0 if nonnegative else False)
+    bad = wrong(data) | (data < 0 if nonnegative else False)
     if sp.issparse(matrix):
         first = np.flatnonzero(bad)[0]
         row, column = np.searchsorted(matrix.indptr, first, side="right") - 1, matrix.indices[first]
@@ -116,9 +117,14 @@ def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool
         + (
             f" and non-negative expression (scaled or centred values are not expression){other_matrices(adata, source)}"
             if nonnegative
-            else " values"
+            else f" values, at most {LARGEST:.0e} (float32)"
         )
     )
+
+
+def cell_of(adata: ad.AnnData, rows) -> Callable[[int], str]:
+    """What errors call each of some rows of the data, by its place among them."""
+    return lambda place: f"cell {adata.obs_names[np.arange(adata.n_obs)[rows][place]]!r}"
 
 
 def kind_of_values(matrix) -> str:
@@ -262,9 +268,13 @@ def read_expression(
         raise ValueError(wrong_kind(source, expected, kind, target_sum))
     if scales is not None:
         matrix = converted(matrix, *scales)
-    if not (expected in Values.RAW and as_log1p):
+    if expected not in Values.RAW:
         return matrix[:, columns].astype(np.float32)
-    totals, matrix, target_sum = cell_totals(matrix), matrix[:, columns], given("target_sum", target_sum)
+    totals, matrix = cell_totals(matrix), matrix[:, columns]
+    check_totals(totals, source, cell_of(adata, rows))
+    if not as_log1p:
+        return matrix.astype(np.float32)
+    target_sum = given("target_sum", target_sum)
     if not sp.issparse(matrix):
         return normalize_counts(matrix, totals, target_sum)
     matrix.data = normalize_counts(matrix.data, totals, target_sum, stored=np.diff(matrix.indptr))
@@ -282,8 +292,7 @@ def resolve_target_sum(asked: float | str, normalize: str, source: str, totals: 
     Raises:
         ValueError: it is neither a number above 0 nor `"median"`, or the values are not counts that are scaled.
     """
-    number = isinstance(asked, int | float | np.number) and not isinstance(asked, bool)
-    if asked != "median" and not (number and np.isfinite(asked) and float(asked) > 0):
+    if asked != "median" and not within_reach(asked):
         raise ValueError(f"target_sum={asked!r}: expected a number of counts above 0, or 'median'")
     if normalize != Normalize.COUNTS_TO_LOG1P:
         raise ValueError(

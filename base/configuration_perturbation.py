@@ -1,5 +1,6 @@
 """Configs that families share: one of all models, and those of networks, gene decoders, encoders and set transformers."""
 
+import json
 from dataclasses import fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -9,7 +10,9 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .finite import within_reach
 from .messages import closest
+from .public import public
 from .travelling import Travelling
 
 
@@ -155,6 +158,11 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
             self.nonnegative_output = self.gene_dim is None
         super().__post_init__(**kwargs)
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As in [`PreTrainedConfig`], without the places of this machine: of a path, the last part."""
+        content = json.loads(super().to_json_string(use_diff))
+        return json.dumps(public(content), indent=2, sort_keys=True) + "\n"
+
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PerturbationConfig":
         """
@@ -249,6 +257,13 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
                 f"num_perturbations={self.num_perturbations} (perturbations by id) and perturbation_dim="
                 f"{self.perturbation_dim} (perturbations by features) contradict one another: set one of them"
             )
+
+    def validate_numbers(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not within_reach(abs(number)) and number != 0:
+                    raise ValueError(f"{field.name}: expected a number that a model can compute with, found {value}")
 
     def _check_at_least(self, low: int, *names: str):
         for name in names:

@@ -1,10 +1,14 @@
 """Doses, and what a model makes of them."""
 
-import math
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from .finite import REACH, within_reach
+
+
+_LIMITS = f" (a model can compute with {1 / REACH:.0e} to {REACH:.0e})"
 
 
 @dataclass
@@ -36,7 +40,7 @@ class DoseScale:
         The weight of a perturbation at a dose.
 
         Raises:
-            ValueError: there is no dose, or it is not a number above 0.
+            ValueError: there is no dose, it is not a number above 0, or it is so large that no model can compute with it.
         """
         if dose is None:
             known = self.trained.get(name, [])
@@ -44,36 +48,41 @@ class DoseScale:
                 f"perturbation {name!r}: expected a dose, {name}@DOSE, found none"
                 + (f"; training had {', '.join(map(dose_text, known))}" if known else "")
             )
-        check_doses([dose])
+        check_doses([dose], name)
         low, high = self.span or (1.0, 1.0)
-        if self.encoding == "linear":
-            return float(dose / high)
-        return float(np.log1p(dose / low) / np.log1p(high / low))
+        weight = dose / high if self.encoding == "linear" else np.log1p(dose / low) / np.log1p(high / low)
+        if not weight < REACH:
+            raise ValueError(
+                f"perturbation {name!r} at the dose {dose_text(dose)}: a weight of {weight:g} is too large to compute with; "
+                f"training had doses up to {dose_text(high)}"
+            )
+        return float(weight)
 
     def is_new(self, name: str, dose: float | None) -> bool:
         """Whether no training cell had a perturbation at this dose."""
         return dose not in self.trained.get(name, [])
 
 
-def check_doses(doses: list[float]):
-    """ValueError unless all doses are numbers above 0."""
+def check_doses(doses: list[float], name: str | None = None):
+    """ValueError unless all doses, of a perturbation of this name, are numbers above 0 that a model can compute with."""
     for dose in doses:
-        if not (isinstance(dose, (int, float, np.number)) and 0 < float(dose) < math.inf):
+        if not within_reach(dose):
+            of = "doses" if name is None else f"the dose of {name!r}"
             raise ValueError(
-                f"doses: expected numbers above 0, found {dose!r}; name the control where nothing is applied"
+                f"{of}: expected numbers above 0, found {dose!r}{_LIMITS}; name the control where nothing is applied"
             )
 
 
 def check_weights(weights: list[float]):
-    """ValueError unless all weights are finite numbers that are not negative."""
+    """ValueError unless all weights are finite numbers that are not negative, and not too large to compute with."""
     for weight in weights:
-        if not (isinstance(weight, (int, float, np.number)) and 0 <= float(weight) < math.inf):
-            raise ValueError(f"doses: expected finite numbers from 0, found {weight!r}")
+        if not within_reach(weight) and weight != 0:
+            raise ValueError(f"doses: expected finite numbers from 0, found {weight!r}{_LIMITS}")
 
 
 def dose_text(dose: float) -> str:
-    """A dose as it stands in names: `0.1`, `10`."""
-    return re.sub(r"\.0$", "", repr(float(dose)))
+    """A dose as it stands in names: `0.1`, `10`, `1e20`, without the "+" that joins names."""
+    return re.sub(r"\.0$", "", repr(float(dose))).replace("e+", "e")
 
 
 __all__ = ["DoseScale", "check_doses", "check_weights", "dose_text"]

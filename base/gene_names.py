@@ -41,8 +41,10 @@ def missing_note(columns: np.ndarray, most: float = MAX_MISSING_GENES) -> str | 
         most (`float`): the largest share of genes that may be missing.
 
     Raises:
-        ValueError: more are.
+        ValueError: more are, or `most` is no share.
     """
+    if not 0 <= most <= 1:
+        raise ValueError(f"max_missing_genes={most}: expected a share of the genes, 0 to 1")
     missing = int((columns < 0).sum())
     if not missing:
         return None

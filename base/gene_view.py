@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from .cell_values import matrix_of, take_rows
 from .constants import Values
+from .finite import within_reach, wrong
 from .gene_names import without_version
 from .messages import closest, some
 from .value_evidence import inverse_log1p
@@ -58,8 +59,7 @@ class GeneView:
         if self._joins is None or matrix is None:
             return matrix
         codes, how = self._joins
-        said = None if place != "X" or self._raw is not None else self._data.uns.get("log1p")
-        return JoinedGenes(matrix, codes, how, said.get("base") if isinstance(said, Mapping) else None)
+        return JoinedGenes(matrix, codes, how, None if self._raw is not None else log_base_of(self._data, place))
 
     def __getattr__(self, name: str):
         return getattr(self._data, name)
@@ -83,7 +83,7 @@ class JoinedGenes:
         columns = np.arange(len(codes)) if how == "sum" else np.unique(codes, return_index=True)[1]
         ones = np.ones(len(columns), dtype=np.int8)
         self._to_genes = sp.csr_matrix((ones, (columns, codes[columns])), shape=(len(codes), self.shape[1]))
-        self._said_base = None if base is None else float(base)
+        self._said_base = base
         self._scale: Scale | None = None
         if hasattr(matrix, "blocks"):  # one on disk knows how its rows lie
             self.blocks = matrix.blocks
@@ -156,17 +156,34 @@ def view_of(
 
 def scale_of(data: ad.AnnData, source: str) -> Scale:
     """What expression is, by those of the first cells of the data that hold no wrong values."""
-    matrix = _valid(take_rows(matrix_of(data, source), slice(0, FIRST_CELLS)))
+    return look_at(_valid(take_rows(matrix_of(data, source), slice(0, FIRST_CELLS))), log_base_of(data, source))
+
+
+def log_base_of(data: ad.AnnData, source: str) -> float | None:
+    """
+    The base of the logarithm that the data say they are of; None where they say none, or the natural one.
+
+    Raises:
+        ValueError: what they say is no base.
+    """
     said = data.uns.get("log1p", {}) if source == "X" else {}
-    base = said.get("base") if isinstance(said, dict) else None
-    return look_at(matrix, None if base is None else float(base))
+    base = said.get("base") if isinstance(said, Mapping) else None
+    if base is None:
+        return None
+    number = base.item() if isinstance(base, (np.ndarray, np.generic)) and base.size == 1 else base
+    if not within_reach(number) or number <= 1:
+        raise ValueError(
+            f"uns['log1p']['base'] is {base!r}, expected the base of a logarithm, above 1; correct it, or delete it for the "
+            "natural logarithm"
+        )
+    return float(number)
 
 
 def _valid(taken) -> sp.csr_matrix:
     """The cells that hold no wrong values."""
     matrix = sp.csr_matrix(taken)
-    wrong = ~np.isfinite(matrix.data) | (matrix.data < 0)
-    return matrix[np.diff(np.r_[0, np.cumsum(wrong)][matrix.indptr]) == 0] if wrong.any() else matrix
+    bad = wrong(matrix.data) | (matrix.data < 0)
+    return matrix[np.diff(np.r_[0, np.cumsum(bad)][matrix.indptr]) == 0] if bad.any() else matrix
 
 
-__all__ = ["FIRST_CELLS", "GeneView", "JoinedGenes", "scale_of", "view_of"]
+__all__ = ["FIRST_CELLS", "GeneView", "JoinedGenes", "log_base_of", "scale_of", "view_of"]

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .doses import check_doses, dose_text
+from .finite import within_reach
 from .messages import closest, some
 
 
@@ -241,9 +242,9 @@ class LabelReader:
             number = float(dose)
         except (TypeError, ValueError):
             number = math.nan
-        if not 0 < number < math.inf:
+        if not within_reach(number):
             raise ValueError(
-                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0 (cells that got nothing "
+                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0 that a model can compute with (cells that got nothing "
                 "are controls: give them the control's label)"
             )
         return dose_text(number)

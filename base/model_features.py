@@ -44,11 +44,11 @@ class ModelFeatures:
         source = input or self.input
         if self.values == Values.EMBEDDING:
             matrix = take_rows(matrix_of(adata, source), rows)
-            matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix, dtype=np.float32)
+            matrix = np.asarray(matrix.toarray() if sp.issparse(matrix) else matrix)
             if matrix.shape[1] != self.feature_dim:
                 raise ValueError(f"{source}: expected {self.feature_dim} dimensions, found {matrix.shape[1]}")
             check_finite(matrix, adata, rows, source)
-            return matrix
+            return matrix.astype(np.float32, copy=False)
         return self._genes(adata, source, rows, missing_genes, as_log1p=self.values == Values.LOG1P)
 
     def gene_features(self, adata: ad.AnnData, rows=slice(None)) -> np.ndarray:

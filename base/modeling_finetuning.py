@@ -10,6 +10,7 @@ from torch import nn
 from .checkpoint_files import CheckedPreTrainedModel, find_file, hub_arguments, read_json
 from .configuration_perturbation import PerturbationConfig
 from .messages import closest
+from .printable import joined_lines
 
 
 # What the rows or columns of a tensor stand for: one of the lists of a vocabulary, or the features of a cell.
@@ -51,7 +52,7 @@ class VocabularyChange:
                 shown = ", ".join(names[:5]) + (", .." if len(names) > 5 else "")
                 parts.append(f"{len(names)} {what}" + (f" ({shown})" if names else ""))
             lines.append(f"{kind}: {', '.join(parts)}")
-        return "\n".join(lines)
+        return joined_lines(lines)
 
 
 class FineTunablePreTrainedModel(CheckedPreTrainedModel):

@@ -13,6 +13,7 @@ from .configuration_fitted import FittedConfig
 from .messages import given
 from .modeling_layers import UnseenWarning
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
+from .printable import printable
 
 
 @dataclass
@@ -149,7 +150,8 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
         if self.config.nonnegative_output:
             predictions = nn.functional.relu(predictions)
         if unseen is not None and (count := int(unseen.sum())):
-            warnings.warn(f"{count} of {len(unseen)} sentences: {consequence}", UnseenWarning, stacklevel=5)
+            said = printable(f"{count} of {len(unseen)} sentences: {consequence}")
+            warnings.warn(said, UnseenWarning, stacklevel=5)
         return PerturbationOutput(predictions=predictions, unseen=unseen)
 
 

@@ -8,13 +8,13 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
 from .configuration_perturbation import PerturbationConfig, SetTransformerConfig
 from .messages import given
+from .printable import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class UnseenWarning(UserWarning):
@@ -328,6 +328,7 @@ class SetTransformer(nn.Module):
         """`hidden_states` (B, L, H), `mask` (B, L) bool, False where padded. Returns (B, L, H)."""
         rotary = self._rotary(hidden_states, mask) if self.config.positions == "rope" else None
         length = hidden_states.shape[1]
+        attention_mask: torch.Tensor | None
         if self.config.attention == "bidirectional" and mask is None:
             attention_mask = None  # made while it is compiled, a mask that hides nothing would leave the fast kernel
         elif mask is not None and self._attends_on_gpu(hidden_states):

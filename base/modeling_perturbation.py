@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .configuration_perturbation import PerturbationConfig
 from .constants import (
@@ -35,9 +35,6 @@ from .modeling_layers import (
     SetTransformerLayer,
     UnseenMeanEmbedding,
 )
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from .constants import Normalize, Values
 from .doses import dose_text
 from .labels import LabelReader
 from .processor_files import PROCESSOR_SETTINGS
+from .public import public
 from .vocabulary import Vocabulary
 
 
@@ -145,9 +146,13 @@ class PredictedCells:
             obsm = {"control": controls}
             if genes is not None:
                 return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
-            dimensions = pd.DataFrame(index=[f"dim_{i}" for i in range(predictions.shape[1])])
+            dimensions = pd.DataFrame(index=self.output_names(predictions.shape[1]))
             return ad.AnnData(predictions, obs=obs, var=dimensions, obsm=obsm, uns=uns)
         return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
+
+    def output_names(self, width: int) -> list[str]:
+        """The names of the features that are predicted: genes, or the dimensions of an embedding."""
+        return [f"dim_{i}" for i in range(width)] if self.values == Values.EMBEDDING else self.vocabulary.genes
 
     def predicted_values(self, decoded: bool) -> str:
         """In words, what a model predicts, or (`decoded`) what its gene decoder makes of the prediction."""
@@ -155,11 +160,11 @@ class PredictedCells:
         return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
     def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
-        """What a predicted AnnData says of itself in `uns["pertstate"]`."""
+        """What a predicted AnnData says of itself in `uns["pertstate"]`; of the checkpoint's path, the last part."""
         return {
             "X": self.predicted_values(decoded),
-            "checkpoint": checkpoint or "not recorded",
-            "controls": controls_note,
+            "checkpoint": public(checkpoint or "not recorded"),
+            "controls": public(controls_note),
             # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }

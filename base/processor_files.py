@@ -1,6 +1,5 @@
 """Reading the files of a processor. They must agree with one another and with the model's config."""
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, cached_file, extract
 from .checkpoint_files import LARGEST_SIZE, find_file, read_json
 from .configuration_perturbation import PerturbationConfig
 from .constants import Normalize, Values
+from .finite import within_reach
 from .labels import LabelSettings
 from .messages import closest
 from .vocabulary import (
@@ -46,7 +46,7 @@ def fits_scale(value) -> bool:
 
 
 def _is_dose(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and within_reach(value)
 
 
 def _is_place(value) -> bool:
@@ -54,7 +54,7 @@ def _is_place(value) -> bool:
 
 
 def _is_number_of_counts(value) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and within_reach(value)
 
 
 # The check of each setting, and how errors describe what is expected. Settings of the second table may be absent.

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from .checkpoint_files import read_json
 from .files import whole_file
+from .finite import are_finite
 from .messages import closest, some
 
 
@@ -167,6 +168,7 @@ class PerturbationFeatures:
 
         Raises:
             KeyError: a perturbation has no vector; the message names the nearest ones.
+            ValueError: a sum is infinite in float32; the message names the perturbations.
         """
         encoded = np.zeros((len(parts), self.dim), dtype=np.float32)
         for number, (row, together) in enumerate(zip(encoded, parts)):
@@ -176,7 +178,14 @@ class PerturbationFeatures:
                         f"perturbation {name!r} has no vector among this model's {len(self)} perturbation features (add "
                         f"one with --perturbation-features); {closest(name, self.names)}"
                     )
-                row += self.vectors[self.index[name]] * np.float32(1 if doses is None else doses[number][position])
+                with np.errstate(over="ignore"):
+                    row += self.vectors[self.index[name]] * np.float32(1 if doses is None else doses[number][position])
+            if not are_finite(row):
+                times = "" if doses is None else f" times {doses[number]}"
+                raise ValueError(
+                    f"perturbation features: the vectors of {together}{times} sum to a number that is infinite in float32; scale "
+                    "the vectors, or give smaller doses"
+                )
         return encoded
 
     def extended(self, other: "PerturbationFeatures") -> "PerturbationFeatures":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from pertstate._version import __version__
+from pertstate.base.console import printable_console, say
 from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, train
 
 
@@ -36,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 1 after an error.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    with printable_console():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         # Its words are fields of the run, about which argparse knows nothing.
         return _reported("train", lambda: train.run(argv[1:]))
@@ -71,7 +76,7 @@ def _reported(command: str, run: Callable[[], object]) -> int:
         # KeyError shows the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         line = " ".join(line.strip() for line in message.splitlines())
-        print(f"pertstate {command}: error: {line}", file=sys.stderr)
+        say(f"pertstate {command}: error: {line}", sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pertstate.base.console import say, show
+
 
 HELP = "List the run configurations that come with the package, print one, or write it to a file."
 _FOLDER = Path(__file__).parents[1] / "configs"
@@ -24,17 +26,17 @@ def run(args: argparse.Namespace):
         for name, path in paths.items():
             # The first line of each says what it is.
             title = path.read_text(encoding="utf-8").splitlines()[0]
-            print(f"{name:{width}}  {title.removeprefix('# ').removesuffix('.')}")
+            say(f"{name:{width}}  {title.removeprefix('# ').removesuffix('.')}")
         return
     if args.name not in paths:
         raise ValueError(f"there is no configuration {args.name!r}; {closest(args.name, paths)}")
     text = paths[args.name].read_text(encoding="utf-8")
     if args.output is None:
-        print(text, end="")
+        show(text.removesuffix("\n"))
         return
     try:
         with open(args.output, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
         raise FileExistsError(f"{args.output} exists; name a file that does not") from error
-    print(f"{args.output}: train with pertstate train {args.output}")
+    say(f"{args.output}: train with pertstate train {args.output}")

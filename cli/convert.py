@@ -2,6 +2,8 @@
 
 import argparse
 
+from pertstate.base.console import log_to_console, say
+
 
 HELP = "Turn a training folder of the published research code into a checkpoint folder, without unpickling anything."
 
@@ -37,15 +39,15 @@ def run(args: argparse.Namespace):
     from pertstate.data.arguments import read_names
     from pertstate.legacy.conversion import convert
 
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    log_to_console(logging.WARNING, "warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     genes = read_names(Path(args.genes)) if args.genes else None
     made = convert(args.folder, args.output, args.checkpoint, args.attention, genes)
     vocabulary = made.processor.vocabulary
-    print(
+    say(
         f"{args.output}: {made.config.model_type}, {len(vocabulary.perturbations)} perturbations, "
         f"{len(vocabulary.contexts)} contexts, {len(vocabulary.genes)} named genes"
     )
     if made.attention:
-        print(f"attention: {made.attention}")
-    print(f"predict with: pertstate predict --model {args.output} --adata CELLS.h5ad --output OUT.h5ad")
+        say(f"attention: {made.attention}")
+    say(f"predict with: pertstate predict --model {args.output} --adata CELLS.h5ad --output OUT.h5ad")

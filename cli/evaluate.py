@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from pertstate.base.console import say, show
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace):
         **keys,
     )
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(format_table(table))
+        say(f"note: {note}", sys.stderr)
+    show(format_table(table))
     if args.output:
         write_table(table, args.output)

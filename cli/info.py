@@ -2,6 +2,8 @@
 
 import argparse
 
+from pertstate.base.console import say, show
+
 
 HELP = "Say what a file, a cell store, a checkpoint or an adapter holds, and what is missing before it can be used."
 
@@ -32,8 +34,8 @@ def run(args: argparse.Namespace):
         open_store(args.path).verify()
     keys = {"perturbation_key": args.perturbation_key, "context_key": args.context_key, "batch_key": args.batch_key}
     if is_checkpoint(args.path):
-        print(describe_checkpoint(args.path))
+        show(describe_checkpoint(args.path))
     else:
-        print(describe(args.path, control=args.control, input=args.input, **keys))
+        show(describe(args.path, control=args.control, input=args.input, **keys))
     if args.verify:
-        print("verified: every file is what was written")
+        say("verified: every file is what was written")

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pertstate.base.console import say
+
 
 HELP = "Merge a low-rank adapter into its base model: a checkpoint like any other."
 
@@ -30,4 +32,4 @@ def run(args: argparse.Namespace):
         raise ValueError(f"{args.output} is a file; name a folder to write")
     transformers.utils.logging.disable_progress_bar()
     merge_adapter(args.adapter, args.output, args.revision, args.base, args.base_revision)
-    print(f"{args.output}: a checkpoint without adapters")
+    say(f"{args.output}: a checkpoint without adapters")

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pertstate.base.console import say
+from pertstate.base.public import last_part
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -102,7 +104,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     from pertstate.hub.push import fetch_checkpoint
 
     check_name(name, "--model")
-    path, loaded = Path(name), name
+    path, loaded = Path(name), last_part(name)
     if not path.is_dir():
         if quiet:
             disable_progress_bars()
@@ -150,6 +152,4 @@ def run(args: argparse.Namespace):
         max_missing_genes=args.max_missing_genes,
         obs_columns=args.obs_columns,
     )
-    print(
-        f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts"
-    )
+    say(f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts")

@@ -2,6 +2,8 @@
 
 import argparse
 
+from pertstate.base.console import say, show
+
 
 HELP = (
     "Turn .h5ad or .zarr files into a cell store: Arrow files that training reads by memory map, whatever their size."
@@ -14,7 +16,7 @@ class _HelpWithFields(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         from pertstate.training.run_help import help_of_prepare
 
-        print(parser.format_help() + help_of_prepare(), end="")
+        show((parser.format_help() + help_of_prepare()).removesuffix("\n"))
         parser.exit()
 
 
@@ -42,9 +44,9 @@ def run(args: argparse.Namespace):
     store = prepare(config.data, args.output, config.prepare, num_proc=args.num_proc, quiet=args.quiet)
     manifest = store.manifest
     for note in manifest.notes:
-        print(note)
+        say(note)
     size = sum(shard["bytes"] for shard in manifest.shards)
-    print(
+    say(
         f"{args.output}: {manifest.cells:,} cells in {len(store.groups):,} groups, {len(manifest.genes):,} genes, "
         f"{size / 1e6:,.0f} MB; train with --store {args.output}, look at it with pertstate info {args.output}"
     )

@@ -2,6 +2,8 @@
 
 import argparse
 
+from pertstate.base.console import say
+
 
 HELP = "Push a checkpoint folder to the Hub: code, config, weights, processor, vocabulary and card, in one commit."
 
@@ -27,5 +29,5 @@ def run(args: argparse.Namespace):
     commit = push_checkpoint(
         args.folder, args.name, private=args.private or None, revision=args.revision, message=args.message
     )
-    print(address_of(commit))
-    print(f'load it with revision="{commit.oid}"')
+    say(address_of(commit))
+    say(f'load it with revision="{commit.oid}"')

@@ -5,14 +5,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
+from pertstate.base.finite import are_finite
+from pertstate.base.gene_view import log_base_of
 from pertstate.base.labels import control_settings, looks_like_control, suggested_controls
 from pertstate.base.messages import closest, some
+from pertstate.base.printable import joined_lines
+from pertstate.base.tables import table_text
 from pertstate.base.value_scale import look_at, other_matrices
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
@@ -86,10 +89,10 @@ def _describe_store(path: Path) -> str:
     lines.append(f"made of {len(manifest.sources)} files: {sources}{', ..' if len(manifest.sources) > 5 else ''}")
     sizes = (store.groups["stop"] - store.groups["start"]).rename("cells")
     control = manifest.reading["control"]
-    lines += ["", _table(store.groups.assign(cells=sizes), control), ""]
+    lines += ["", *_table(store.groups.assign(cells=sizes), control), ""]
     problems = _problems_of_labels(store.groups.assign(cells=sizes), control)
     lines += [*manifest.notes, *verdict(problems, f"pertstate train RUN.yaml --store {path}")]
-    return "\n".join(lines)
+    return joined_lines(lines)
 
 
 def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, str | None]) -> str:
@@ -110,8 +113,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             *(f"obsm/{k}" for k in data.obsm),
         ]
         lines.append("has: " + ", ".join(have))
-        said = data.uns.get("log1p", {}) if input == "X" else {}
-        base = said.get("base") if isinstance(said, dict) else None
+        base = log_base_of(data, input)
         looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, other_matrices(data, input))
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
@@ -120,7 +122,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             if keys[name] is None:
                 problems.append(f"no column found for {name}; obs has {some(columns)}")
         if perturbation_key is None or context_key is None:
-            return "\n".join([*lines, *verdict(problems, "")])
+            return joined_lines([*lines, *verdict(problems, "")])
         raw = data.some_obs(slice(None), [perturbation_key])[perturbation_key].dropna().astype(str).unique().tolist()
         found = control or suggested_controls(raw)
         keys_of: dict[str, Any] = {
@@ -133,13 +135,14 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     names = labels["perturbation"].unique()
     control = None if found is None else reader.control
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
-    lines += ["", _table(groups, control), ""]
+    lines += ["", *_table(groups, control), ""]
     if control is None:
         problems.append(f"no label looks like the control, found {some(names)}; name it with control=")
     if not isinstance(found, str) or "*" in found:
         alike = [name for name in raw if reader.label_reader.is_control(name)]
         if len(alike) > 1:
-            lines.append(f"{len(alike)} labels look like controls and are taken together: {some(sorted(alike))}\n")
+            lines.append(f"{len(alike)} labels look like controls and are taken together: {some(sorted(alike))}")
+            lines.append("")
     others = [name for name in names if name != control and looks_like_control(name)]
     if others:
         lines.append(f"these labels look like controls too: {some(others)}; list all of them in control: [..]")
@@ -148,7 +151,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     yaml = [
         f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items() if value is not None
     ]
-    return "\n".join(
+    return joined_lines(
         lines + ["data:", f"  datasets: {json.dumps(str(path))}", *yaml, "", *verdict(problems, "train with these")]
     )
 
@@ -156,8 +159,8 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
 def _look(matrix, input: str, log_base: float | None, others: str) -> tuple[str, list[str]]:
     """What the values are, and what is wrong with them."""
     values = matrix.data if sp.issparse(matrix) else matrix
-    if not np.isfinite(values).all():
-        return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite"]
+    if not are_finite(values):
+        return "has values that are NaN or infinite", [f"{input} has values that are NaN or infinite (in float32)"]
     if input.startswith("obsm/"):
         if not values.size:
             return "an embedding", []
@@ -215,7 +218,7 @@ def verdict(problems: list[str], ready: str, purpose: str = "a model can be trai
     return [f"before {purpose}:", *(f"- {problem}" for problem in problems)]
 
 
-def _table(groups: pd.DataFrame, control: str | None) -> str:
+def _table(groups: pd.DataFrame, control: str | None) -> list[str]:
     """Cells of each context and perturbation; the largest of many."""
     counts = groups.pivot_table(index="context", columns="perturbation", values="cells", aggfunc="sum", fill_value=0)
     by_size = counts.sum().sort_values(ascending=False, kind="stable").index
@@ -226,6 +229,6 @@ def _table(groups: pd.DataFrame, control: str | None) -> str:
         shown = shown.assign(**{f"{rest.shape[1]} others": rest.sum(axis=1).astype(int)})
     shown = shown.assign(all=counts.sum(axis=1).astype(int))
     title = f"{counts.shape[0]} contexts x {len([n for n in order if n != control])} perturbations, cells of each:"
-    text = shown.iloc[: 2 * _LARGEST_TABLE].rename_axis(None).rename_axis(None, axis=1).to_string()
+    text = table_text(shown.iloc[: 2 * _LARGEST_TABLE].rename_axis(None).rename_axis(None, axis=1), index=True)
     more = len(shown) - 2 * _LARGEST_TABLE
-    return "\n".join([title, text] + ([f"and {more} more contexts"] if more > 0 else []))
+    return [title, *text.splitlines(), *([f"and {more} more contexts"] if more > 0 else [])]

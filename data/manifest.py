@@ -14,7 +14,9 @@ from pertstate._version import __version__
 from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
+from pertstate.base.finite import within_reach
 from pertstate.base.processor_files import fits_reading, fits_scale
+from pertstate.base.public import public
 
 
 STORE_FILE = "store.json"
@@ -25,6 +27,8 @@ GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
 _COUNTS = ("uint8", "uint16", "uint32")
+# The fields that hold names of the data, by which cells are read. All other texts are for people, and hold no path.
+_NAMES = ("genes", "reading", "vocabularies", "groups", "shards")
 
 
 @dataclass
@@ -46,7 +50,8 @@ class Manifest:
         groups (`dict[str, list[int]]`): the groups in order: their codes in these vocabularies, `offset` (of the first
             cell) and `length`.
         shards (`list[dict]`): `file`, `cells`, `bytes` and `sha256` of each Arrow file, in order.
-        sources (`list[dict]`): `dataset`, `path`, `bytes`, `sha256`, `cells` (taken from it) and `genes` of each file.
+        sources (`list[dict]`): `dataset`, `path` (without its folders), `bytes`, `sha256`, `cells` (taken from it) and `genes`
+            of each file.
         scale (`dict`, *optional*): what log1p values sum to, see [`StateProcessor`].
         highly_variable (`int`, *optional*): how many highly variable genes were chosen.
         notes (`list[str]`): what was left out, and why.
@@ -125,7 +130,7 @@ class Manifest:
             "dtype": self.dtype in (_COUNTS if self.expression == Values.COUNTS else ("float32", "float16")),
             "embedding_dim": self.embedding_dim is None or _is_count(self.embedding_dim, 1),
             "normalize": self.normalize in (Normalize.NONE, Normalize.COUNTS_TO_LOG1P),
-            "target_sum": type(self.target_sum) in (int, float) and 0 < self.target_sum < float("inf"),
+            "target_sum": type(self.target_sum) in (int, float) and within_reach(self.target_sum),
             "vocabularies": isinstance(self.vocabularies, dict)
             and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
             and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),
@@ -159,7 +164,8 @@ class Manifest:
 
     @property
     def _text(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+        content = {name: value if name in _NAMES else public(value) for name, value in asdict(self).items()}
+        return json.dumps(content, ensure_ascii=False, indent=1)
 
     @property
     def sha256(self) -> str:

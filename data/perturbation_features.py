@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from pertstate.base.messages import some
+from pertstate.base.tables import name_of_cell
 from pertstate.base.vocabulary import (
     FEATURES_TENSOR,
     NAMES_METADATA,
@@ -113,7 +114,7 @@ def _read_csv(path: Path):
                     f"line {lines.line_num}: expected a name and {len(header) - 1} numbers, as in the header, found "
                     f"{len(row)} fields"
                 )
-            names.append(row[0])
+            names.append(name_of_cell(row[0]))
             try:
                 # A number too large becomes infinite, which is refused by name.
                 with np.errstate(over="ignore"):
@@ -171,7 +172,8 @@ def _read_parquet(path: Path):
             )
     if not values:
         raise ValueError("expected columns of numbers beside the names, found none")
-    return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
+    with np.errstate(over="ignore"):  # what is infinite in float32 is refused by name
+        return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from pertstate.base.anndata_source import Places, Recipe
 from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes, settle_values
+from pertstate.base.console import guard_this_process
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import partial_of
+from pertstate.base.finite import are_finite
 from pertstate.base.messages import closest, given
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
@@ -402,13 +404,24 @@ def _write_shard(
 def _final(column: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
     """A column in the type that it has in the store."""
     if name == GENE_VALUES:
-        return pa.ListArray.from_arrays(column.offsets, column.values.cast(value_type))
+        return pa.ListArray.from_arrays(column.offsets, _half(column.values, name, value_type))
     if name in (EXPRESSION, EMBEDDING):
         of = value_type if name == EXPRESSION or value_type == pa.float16() else pa.float32()
-        return pa.FixedSizeListArray.from_arrays(column.flatten().cast(of), column.type.list_size)
+        return pa.FixedSizeListArray.from_arrays(_half(column.flatten(), name, of), column.type.list_size)
     if name.startswith(OBS) and column.type == pa.string():
         return column.dictionary_encode()
     return column
+
+
+def _half(numbers: pa.Array, name: str, value_type: pa.DataType) -> pa.Array:
+    """Numbers in the type of the store. ValueError where one is infinite in float16."""
+    cast = numbers.cast(value_type)
+    if value_type == pa.float16() and not are_finite(cast.to_numpy(zero_copy_only=False)):
+        largest = np.abs(numbers.to_numpy(zero_copy_only=False)).max()
+        raise ValueError(
+            f"prepare.dtype='float16' holds numbers up to 65,504, found {largest:g} in {name}; use 'float32'"
+        )
+    return cast
 
 
 # The files that describe the store
@@ -453,7 +466,7 @@ def _describe(source: FilePart) -> dict:
     files = files_of(source.path)
     return {
         "dataset": source.dataset,
-        "path": str(source.path),
+        "path": source.path.name,
         "bytes": sum(file.stat().st_size for file in files),
         "sha256": sha256_of(files),
         "cells": int((source.codes >= 0).sum()),
@@ -500,7 +513,8 @@ def _do(
                 results.append(job(progress=bar.update) if inner_progress else job())
                 bar.update(0 if inner_progress else size)
             return results
-        with ProcessPoolExecutor(min(num_proc, len(jobs)), mp_context=_processes()) as pool:
+        processes = min(num_proc, len(jobs))
+        with ProcessPoolExecutor(processes, _processes(), initializer=guard_this_process) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)
             for future in as_completed(futures):

@@ -1,7 +1,6 @@
 """Reading parts of `.h5ad` and `.zarr` files, with one clear error for a file that is not whole."""
 
 import gzip
-import logging
 import os
 import shutil
 import tempfile
@@ -17,11 +16,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pertstate.base.printable import get_logger
 from pertstate.data.matrices import RowReader, check_chunks
 from pertstate.processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _ENDINGS = (".h5ad", ".h5", ".h5ad.gz")
 _FOLDERS: list[tempfile.TemporaryDirectory] = []  # of unpacked files, until the process ends

@@ -1,6 +1,5 @@
 """Cell sentences: sets of perturbed cells, each with a set of matching control cells."""
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +10,14 @@ import torch
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
 from pertstate.base.messages import closest
+from pertstate.base.printable import get_logger
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Which (dataset, context, perturbation) is for training, for validation and for test."""
 
-import logging
 import os
 import re
 import tomllib
@@ -12,10 +11,11 @@ import pandas as pd
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest, some
+from pertstate.base.printable import get_logger
 from pertstate.data.reading import expand_paths
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

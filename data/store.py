@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from pertstate.base.cell_source import Block, LazyBlock, WholeSource, check_contexts
 from pertstate.base.cell_values import normalize_counts
 from pertstate.base.constants import Values
+from pertstate.base.finite import are_finite, check_totals, wrong
 from pertstate.base.messages import given, some
 from pertstate.base.value_scale import Scale
 from pertstate.base.vocabulary import PerturbationFeatures
@@ -136,16 +137,16 @@ class CellStore:
 
     def embedding(self, rows: np.ndarray) -> np.ndarray:
         """The stored embedding of some cells, `(len(rows), embedding_dim)`."""
-        return self._column(rows, lambda piece: piece.embedding)
+        return self._column(rows, _Piece.embedding_of)
 
     def totals(self, rows: np.ndarray) -> np.ndarray:
         """The total counts of some cells, over all genes of their file and not only those of the store, float64."""
-        return self._column(rows, lambda piece: piece.totals)
+        return self._column(rows, _Piece.totals_of)
 
     def _column(self, rows: np.ndarray, column) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
         located = self.locate(rows)
-        values = [column(piece)[local] for piece, local, _ in located]
+        values = [column(piece, local) for piece, local, _ in located]
         if len(located) == 1:
             return values[0]
         whole = np.empty((len(rows), *values[0].shape[1:]), dtype=values[0].dtype)
@@ -245,7 +246,7 @@ class _Piece:
     def expression_of(self, rows: np.ndarray) -> "sp.csr_matrix | np.ndarray":
         """Stored expression of some rows."""
         if self.is_dense:
-            return self.dense[rows]
+            return self.finite(self.dense[rows], rows)
         part = self.sparse[rows]
         # An id beyond the genes would make the next step write outside its memory. So would one below 0, which is a very
         # large number here.
@@ -256,7 +257,29 @@ class _Piece:
             )
         if self.half:
             part.data = part.data.view(np.float16).astype(np.float32)
-        return part
+        return self.finite(part, rows)
+
+    def embedding_of(self, rows: np.ndarray) -> np.ndarray:
+        """Stored embedding of some rows."""
+        return self.finite(self.embedding[rows], rows)
+
+    def totals_of(self, rows: np.ndarray) -> np.ndarray:
+        """Total counts of some rows."""
+        totals = self.totals[rows]
+        check_totals(totals, str(self.file), lambda at: f"cell {self.first + rows[at]}")
+        return totals
+
+    def finite(self, values, rows: np.ndarray):
+        """The values, `(len(rows), features)`. ValueError that names the cell of one that is NaN or infinite."""
+        stored = values.data if sp.issparse(values) else values
+        if not are_finite(stored):
+            at = np.flatnonzero(wrong(stored).reshape(-1))[0]
+            row = np.searchsorted(values.indptr, at, "right") - 1 if sp.issparse(values) else at // values.shape[1]
+            raise ValueError(
+                f"{self.file}: expected finite values, found {stored.reshape(-1)[at]} in cell {self.first + rows[row]}; the "
+                "file is damaged: prepare the store again"
+            )
+        return values
 
     @cached_property
     def _checked(self) -> set[str]:
@@ -351,18 +374,19 @@ class StoredRows:
     def _fill(self, piece: _Piece, rows: np.ndarray, out: np.ndarray):
         if self.embedded and piece.embedding.dtype == np.float32:
             np.take(piece.embedding, rows, axis=0, out=out, mode="clip")
+            piece.finite(out, rows)
             return
         if self.embedded:
-            out[:] = piece.embedding[rows]
+            out[:] = piece.embedding_of(rows)
             return
         part: Any = piece.expression_of(rows)
         if self._columns is not None:
             part = part[:, self._columns]
         if not sp.issparse(part):
-            out[:] = part if self._scale_to is None else normalize_counts(part, piece.totals[rows], self._scale_to)
+            out[:] = part if self._scale_to is None else normalize_counts(part, piece.totals_of(rows), self._scale_to)
             return
         if self._scale_to is not None:
-            part.data = normalize_counts(part.data, piece.totals[rows], self._scale_to, np.diff(part.indptr))
+            part.data = normalize_counts(part.data, piece.totals_of(rows), self._scale_to, np.diff(part.indptr))
         part.astype(np.float32, copy=False).toarray(out=out)
 
 

@@ -1,5 +1,6 @@
 """Cell stores as parquet, the form in which the Hub keeps and serves data sets."""
 
+import json
 import os
 import tempfile
 from dataclasses import replace
@@ -13,6 +14,8 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from pertstate.base.hub_errors import on_the_hub
 from pertstate.base.hub_names import is_repository, split_revision
+from pertstate.base.markdown import as_code, as_text
+from pertstate.base.public import public
 from pertstate.data.manifest import STORE_FILE, Manifest, sha256_of
 from pertstate.data.store import CellStore
 
@@ -41,10 +44,10 @@ configs:
 ```python
 from pertstate.data.stores import open_store
 
-store = open_store("{name}")  # or in a run: --store {name}
+store = open_store({quoted})  # or in a run: --store NAME
 ```
 
-`datasets.load_dataset("{name}")` gives one row for each cell. `{store_file}` holds the gene names, the groups and the
+{load} gives one row for each cell. `{store_file}` holds the gene names, the groups and the
 normalisation.
 {notes}"""
 
@@ -122,8 +125,7 @@ def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user
         shards.append(
             {"file": file, "cells": shard["cells"], "bytes": written.stat().st_size, "sha256": sha256_of([written])}
         )
-    sources = [{**source, "path": Path(source["path"]).name} for source in store.manifest.sources]
-    replace(store.manifest, shards=shards, sources=sources).write(folder / STORE_FILE)
+    replace(store.manifest, shards=shards).write(folder / STORE_FILE)
     (folder / "README.md").write_text(_card(store, name), encoding="utf-8")
 
 
@@ -135,14 +137,15 @@ def _card(store: CellStore, name: str) -> str:
     if manifest.embedding_dim is not None:
         holds.append(f"An embedding of {manifest.embedding_dim} dimensions.")
     return _CARD.format(
-        title=name.split("/")[-1],
+        title=as_code(name.split("/")[-1]),
         cells=manifest.cells,
         groups=len(store.groups),
-        version=manifest.pertstate_version,
+        version=as_text(manifest.pertstate_version),
         holds=" ".join(holds),
-        name=name,
+        quoted=json.dumps(public(name)),
+        load=as_code(f"datasets.load_dataset({json.dumps(public(name))})"),
         store_file=STORE_FILE,
-        notes="".join(f"\n- {note}" for note in manifest.notes),
+        notes="".join(f"\n- {as_text(note)}" for note in manifest.notes),
     )
 
 

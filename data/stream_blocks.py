@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from pertstate.base.cell_values import TARGET_SUM, cell_totals, fits, kind_of_values, normalize_counts, wrong_kind
 from pertstate.base.constants import Values
+from pertstate.base.finite import are_finite, check_totals, wrong
 from pertstate.base.messages import given, some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
@@ -228,10 +229,9 @@ class CellBlock:
     def _check_finite(self, column: str, values, lengths, rows, nonnegative: bool = False):
         if values.size == 0 or values.dtype.kind == "u":
             return
-        low, high = values.min(), values.max()
-        if np.isfinite(low) and np.isfinite(high) and not (nonnegative and low < 0):
+        if are_finite(values) and not (nonnegative and values.min() < 0):
             return
-        bad = np.flatnonzero(~np.isfinite(values) | (values < 0 if nonnegative else False))
+        bad = np.flatnonzero(wrong(values) | (values < 0 if nonnegative else False))
         cell = rows[np.searchsorted(np.cumsum(lengths), bad[0], side="right")]
         expected = "finite and non-negative expression" if nonnegative else "finite values"
         raise ValueError(
@@ -336,13 +336,15 @@ class CellReader:
         if column is not None and kind != Values.LOG1P:
             totals = block.totals(rows)
             # Sums of counts are exact; a total that was itself stored in single precision is not.
-            wrong = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
-            if wrong.any():
-                at = np.flatnonzero(wrong)[0]
+            short = ~(totals >= sums * (1 - 1e-6)) | ~np.isfinite(totals)
+            if short.any():
+                at = np.flatnonzero(short)[0]
                 raise ValueError(
                     f"column {column!r} holds {totals[at]:g} in {block.where(rows[at])}, whose genes sum to "
                     f"{sums[at]:g}; expected the counts of the whole cell"
                 )
+        if kind != Values.LOG1P:
+            check_totals(totals, f"column {self.source.columns.gene_values!r}", lambda at: block.where(rows[at]))
         places = self._columns[matrix.indices]
         kept = places >= 0
         before = np.concatenate([[0], np.cumsum(kept)])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from pertstate.base.labels import LabelReader
 from pertstate.base.messages import closest, some
+from pertstate.base.tables import read_csv
 from pertstate.data.stream_blocks import CellBlock
 
 
@@ -118,7 +119,7 @@ def read_gene_names(path: str | os.PathLike, id_column: str = "id", name_column:
             raise ValueError(f"{path}: expected a list of gene names, or ids to names")
         pairs = list(enumerate(content)) if isinstance(content, list) else list(content.items())
     elif path.suffix in (".csv", ".parquet"):
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pq.read_table(path).to_pandas()
+        frame = read_csv(path) if path.suffix == ".csv" else pq.read_table(path).to_pandas()
         for column in (id_column, name_column):
             if column not in frame:
                 raise KeyError(f"{path} has no column {column!r}; {closest(column, list(map(str, frame.columns)))}")

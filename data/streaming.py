@@ -1,6 +1,5 @@
 """Cell sentences straight from a stream, with nothing on disk and in bounded memory. A stopped run can be continued."""
 
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS, Split
+from pertstate.base.printable import get_logger
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
@@ -26,7 +26,7 @@ from pertstate.data.training_sentences import TrainingSentences
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # The tensors of one sentence, by the keys of a batch.
 Sentence = dict[str, "np.ndarray | np.int64"]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from pertstate.base.constants import Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
+from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.metrics import (
@@ -169,18 +170,18 @@ def format_table(table: pd.DataFrame) -> str:
     shown = table[["context", "perturbation", "method", *METRICS]].copy()
     for metric in METRICS:
         shown[metric] = [f"{value:.4f}" if value == value else "-" for value in shown[metric]]
-    return shown.to_string(index=False)
+    return table_text(shown)
 
 
 def write_table(table: pd.DataFrame, output: str | os.PathLike):
-    """Write `.csv` or `.json`, whole or not at all."""
+    """Write `.csv` (see [`~pertstate.base.tables.write_csv`]) or `.json`, whole or not at all."""
     output = check_table_path(output)
+    if output.suffix == ".csv":
+        return write_csv(table, output)
+    check_table(table)
+    records = json.loads(table.to_json(orient="records"))
     with whole_file(output) as partial:
-        if output.suffix == ".csv":
-            table.to_csv(partial, index=False)
-        else:
-            records = json.loads(table.to_json(orient="records"))
-            partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
 def check_table_path(output: str | os.PathLike) -> Path:

@@ -168,6 +168,9 @@ def score_group(
         controls ([`Controls`] or `np.ndarray` of shape `(cells, features)`): real control cells.
         perturbation (`str`), parts (`list[str]`): its name, and the perturbations that it combines.
         changes ([`MeanChanges`]): of the training cells.
+
+    Raises:
+        FloatingPointError: a figure is infinite, or NaN where it is no undefined correlation; the error names it.
     """
     known = controls if isinstance(controls, Controls) else Controls(controls)
     within = mean_distance(real, real)
@@ -177,11 +180,19 @@ def score_group(
         PERTURBATION_MEAN: changes.perturbation_mean(perturbation, known.cells),
         ADDITIVE: changes.additive(parts, known.cells),
     }
-    return {
+    scores = {
         method: score(cells, real, known.mean, within, known.within if method == NO_CHANGE else None)
         for method, cells in candidates.items()
         if cells is not None
     }
+    for method, figures in scores.items():
+        for metric, value in figures.items():
+            if np.isinf(value) or (np.isnan(value) and metric != "pearson"):
+                raise FloatingPointError(
+                    f"{metric} of {method!r} for the perturbation {perturbation!r} is {value}: its predicted or real cells hold "
+                    "values that are NaN, infinite or too large"
+                )
+    return scores
 
 
 def average(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pertstate.base.files import whole_file
+from pertstate.base.printable import printable
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.comparison import readers_of
 from pertstate.evaluation.metrics import pearson_of_change
@@ -42,7 +43,9 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
                 continue
             base = processor.as_predicted(processor.features(truth, controls)).mean(axis=0)
             change = processor.as_predicted(processor.features(truth, treated)).mean(axis=0) - base
-            panels.append((f"{context}, {perturbation}", reader.features(guess, rows).mean(axis=0) - base, change))
+            panels.append(
+                (printable(f"{context}, {perturbation}"), reader.features(guess, rows).mean(axis=0) - base, change)
+            )
     if not panels:
         raise ValueError(
             f"{predicted} and {real} have no (context, perturbation) with real cells and controls in common"
@@ -63,6 +66,7 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
             title=f"{title}\nPearson {correlation:.2f}", xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal"
         )
         axis.title.set_fontsize(9)
+        axis.title.set_parse_math(False)  # a name with dollar signs is no formula
     figure.supxlabel("observed mean change")
     figure.supylabel("predicted mean change")
     with whole_file(output) as partial:

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,17 +19,19 @@ from tqdm import tqdm
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import whole_file
+from pertstate.base.finite import check_predicted
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.messages import some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.base.printable import get_logger
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.others_data import read_as
 from pertstate.processing import NO_DOSES, StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, not a prediction"
 
@@ -112,6 +113,7 @@ def predict(
     Raises:
         KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
         UnseenPerturbationError: the model cannot predict some of the perturbations; it names them.
+        FloatingPointError: a prediction is NaN or infinite; the error names cell and gene, and nothing is left behind.
         OSError: the output cannot be written; nothing is left behind.
     """
     output = Path(output)
@@ -171,7 +173,7 @@ def predict(
             var = processor.output_var(data, input) if processor.vocabulary.genes else None
             _write_frame(file, processor, labels, arms, rows, model.config, uns, carried, var)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
-            writer = _Writer(file, processor, model.config, total)
+            writer = _Writer(file, processor, model.config, total, labels.index)
             reader = _Reader(processor, data, labels, missing_genes, input, model.device)
             for packed in _packs(processor, arms, batch_size, alone=generator is not None):
                 batch, cells, mask = reader.batch(packed)
@@ -463,9 +465,9 @@ def _write_frame(file, processor, labels, arms, rows, config, uns, carried, var)
 class _Writer:
     """Fills the matrices of an output file, block by block."""
 
-    def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int):
+    def __init__(self, file: h5py.File, processor: StateProcessor, config, total: int, barcodes: pd.Index):
         on_embedding = processor.values == Values.EMBEDDING
-        self.processor = processor
+        self.processor, self.barcodes = processor, barcodes
         decoded = config.gene_dim is not None
         self.main = self._dataset(file, "X", (total, config.gene_dim if decoded else config.output_dim))
         self.embedding = self._dataset(file, "obsm/embedding", (total, config.output_dim)) if decoded else None
@@ -484,6 +486,8 @@ class _Writer:
     def write(self, packed: list[Unit], outputs, mask: np.ndarray, controls: np.ndarray):
         predictions = outputs.predictions.float().cpu().numpy()[mask]
         if self.embedding is not None:
+            names = self.processor.output_names(predictions.shape[1])
+            check_predicted(predictions, names, lambda row: self._cell(packed, row))
             for rows, part in _places(packed):
                 self.embedding[rows] = predictions[part]
             predictions = outputs.gene_predictions.float().cpu().numpy()[mask]
@@ -492,10 +496,18 @@ class _Writer:
     def write_main(self, packed: list[Unit], predictions: np.ndarray, controls: np.ndarray, counts: bool = False):
         """Write X and the control cells of some units; `counts` that were drawn are written as predictions are."""
         predictions = self.processor.as_predicted(predictions) if counts else predictions
+        names = self.processor.vocabulary.genes or self.processor.output_names(predictions.shape[1])
+        check_predicted(predictions, names, lambda row: self._cell(packed, row))
         controls = self.processor.as_predicted(controls)
         for rows, part in _places(packed):
             self.main[rows] = predictions[part]
             self.control[rows] = controls[part]
+
+    def _cell(self, packed: list[Unit], row: int) -> str:
+        """What errors call a cell of some units: its context and perturbation, and the barcode of its control cell."""
+        of = [unit for unit in packed for _ in range(unit.cells)][row]
+        barcode = self.barcodes[np.concatenate([rows for unit in packed for rows in unit.sentences])[row]]
+        return f"{of.arm.context} / {of.arm.perturbation} (control cell {barcode!r})"
 
 
 def _places(packed: list[Unit]) -> Iterator[tuple[slice, slice]]:

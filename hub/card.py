@@ -1,7 +1,7 @@
 """The model card of a checkpoint: its README.md, written from the run and its data."""
 
 import importlib.metadata
-import os
+import math
 import platform
 import re
 from pathlib import Path
@@ -16,6 +16,9 @@ from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.hub_names import is_repository
+from pertstate.base.markdown import as_block, as_code
+from pertstate.base.printable import printable
+from pertstate.base.public import last_part, public, public_text
 from pertstate.evaluation.metrics import (
     ADDITIVE,
     METRICS,
@@ -58,7 +61,8 @@ def render_card(
     provenance: Provenance | None = None,
 ) -> str:
     """
-    The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold.
+    The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold; of paths,
+    the last part.
 
     Args:
         run ([`RunConfig`], *optional*): the run. Without it the card says that the run is not recorded.
@@ -75,7 +79,7 @@ def render_card(
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
-    name = os.path.basename(os.path.normpath(folder))
+    name = printable(last_part(folder))
     family = FAMILIES[type(config).model_type]
     # The weights that training started from: a folder or a repository.
     base_model = None if run is None else run.model.get("pretrained")
@@ -93,10 +97,10 @@ def render_card(
         model_name=name if results else None,
         eval_results=_eval_results(results, provenance, family.model.is_ceiling) or None,
     )
-    return _template().render(
+    card = _template().render(
         card_data=data.to_yaml(),
         model_name=name,
-        folder=folder,
+        folder=public(folder),
         config=config,
         processor=processor,
         vocabulary=processor.vocabulary,
@@ -126,6 +130,8 @@ def render_card(
         homepage=homepage(),
         shown=SHOWN_NAMES,
     )
+    # All that was written, whatever field it came from.
+    return public_text(card)
 
 
 def with_repository(card: str, name: str) -> str:
@@ -147,25 +153,10 @@ def homepage() -> str | None:
 # Text from data in Markdown
 
 
-def as_code(text: str) -> str:
-    """Any text as one code span of Markdown, on one line."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    # Markdown drops a blank at the start and one at the end if both are there.
-    pad = " " if not text or text[0] in "` " or text[-1] in "` " else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}"
-
-
 def as_names(names: list[str], shown: int = SHOWN_NAMES) -> str:
     """The first names of a list as code spans, and the number of names that are left out."""
     listed = ", ".join(map(as_code, names[:shown]))
     return listed + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
-
-
-def as_block(text: str, language: str) -> str:
-    """Any text as a fenced block; fences within the text do not end it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _template() -> jinja2.Template:
@@ -211,8 +202,12 @@ def _results(metrics: dict) -> list[dict]:
     for method in (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE):
         prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
         if f"{prefix}energy" in metrics:
-            rows.append({"name": method, **{m: metrics.get(prefix + m) for m in METRICS}})
+            rows.append({"name": method, **{m: _finite(metrics.get(prefix + m)) for m in METRICS}})
     return rows
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and math.isfinite(figure) else None
 
 
 def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling: bool) -> list[EvalResult]:
@@ -229,7 +224,7 @@ def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling
             task_type=TASK,
             task_name="prediction of perturbed cells",
             dataset_type=kind[:96],
-            dataset_name=", ".join(names) or "held-out cells",
+            dataset_name=printable(public(", ".join(names))) or "held-out cells",
             dataset_split="test",
             dataset_revision=on_the_hub[0].commit if on_the_hub else None,
             metric_type=_METRICS[metric][0],
@@ -277,4 +272,4 @@ def _versions() -> str:
 
 
 def _public_name(name: str) -> str:
-    return name if is_repository(name) else os.path.basename(os.path.normpath(name))
+    return name if is_repository(name) else last_part(name)

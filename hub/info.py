@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.checkpoint_files import StoredTensor, check_adapter, read_header, read_json, stored_tensors
 from pertstate.base.messages import some
+from pertstate.base.printable import joined_lines
 from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
 from pertstate.data.info import verdict
 from pertstate.hub.checkpoints import check_name
@@ -35,7 +36,7 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
     else:
         problems.append(f"{VOCABULARY_FILE} is missing: nobody knows which gene is which")
     ready = f"pertstate predict --model {path} --adata CELLS.h5ad --output PREDICTED.h5ad"
-    return "\n".join([*lines, *verdict(problems, ready, "it can be used")])
+    return joined_lines([*lines, *verdict(problems, ready, "it can be used")])
 
 
 def _model(path: Path) -> tuple[list[str], list[str]]:

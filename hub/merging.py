@@ -5,7 +5,9 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
+from pertstate.base.checkpoint_files import check_finite_weights
 from pertstate.hub.checkpoints import load_adapter
+from pertstate.hub.public_files import public_bytes
 from pertstate.hub.publish import whole_or_nothing
 
 
@@ -29,7 +31,7 @@ def merge_adapter(
         name, revision, base, base_revision: see [`load_adapter`].
 
     Raises:
-        ValueError: see [`load_adapter`]; or the output is the adapter's own folder.
+        ValueError: see [`load_adapter`]; or merged weights are NaN or infinite; or the output is the adapter's own folder.
     """
     if Path(name).is_dir() and Path(output).resolve() == Path(name).resolve():
         raise ValueError(f"{output} is the adapter's own folder; write the merged checkpoint elsewhere")
@@ -39,9 +41,11 @@ def merge_adapter(
         record: cached_file(name, record, revision=revision, _raise_exceptions_for_missing_entries=False)
         for record in _RECORDS
     }
+    merged = adapted.merge_and_unload()
+    check_finite_weights(merged, f"{name}, merged")
     with whole_or_nothing(output) as folder:
-        adapted.merge_and_unload().save_pretrained(folder)
+        merged.save_pretrained(folder)
         processor.save_pretrained(folder)
         for record, path in found.items():
             if path is not None:
-                (folder / record).write_bytes(Path(path).read_bytes())
+                (folder / record).write_bytes(public_bytes(path))

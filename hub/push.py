@@ -13,9 +13,11 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.hub_errors import on_the_hub
 from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
+from pertstate.base.public import public_text
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card, with_repository
+from pertstate.hub.public_files import public_bytes
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
@@ -30,6 +32,8 @@ _WEIGHTS_INDEX = WEIGHTS + ".index.json"
 _ARGUMENTS = "training_args.json"
 # The files of a checkpoint on the Hub, all of them at the top. A push deletes those that the checkpoint no longer has.
 _OWN = (MODEL_KEY, ADAPTER_KEY, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
+# What these say beside the weights is for people and for other programs, and holds no path.
+_RECORDS = (MODEL_KEY, _ARGUMENTS)
 _MAY_LACK = "model or revision"
 
 
@@ -81,8 +85,8 @@ def push_checkpoint(
         there = [sibling.rfilename for sibling in head.siblings or ()]
         gone = [path for path in there if path not in {*files, CARD} and any(fnmatch(path, own) for own in _OWN)]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(CARD, with_repository(text, repository).encode()),
-            *(CommitOperationAdd(file, folder / file) for file in files),
+            CommitOperationAdd(CARD, public_text(with_repository(text, repository)).encode()),
+            *(CommitOperationAdd(file, _to_send(folder / file)) for file in files),
             *(CommitOperationDelete(path) for path in gone if "/" not in path),
         ]
         # If somebody else has pushed meanwhile, this push is refused: as unchanged files are not sent, the two could mix.
@@ -93,6 +97,10 @@ def push_checkpoint(
             revision=branch,
             parent_commit=head.sha,
         )
+
+
+def _to_send(path: Path) -> Path | bytes:
+    return public_bytes(path) if path.name in _RECORDS else path
 
 
 def ensure_repository(api: HfApi, name: str, private: bool | None) -> str:

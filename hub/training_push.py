@@ -1,6 +1,5 @@
 """Pushing from a training: its repository before the first step, its checkpoints on the way, its model at the end."""
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from pertstate.base.hub_errors import on_the_hub
+from pertstate.base.printable import get_logger
 from pertstate.hub.push import address_of, ensure_repository, push_checkpoint
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class TrainingPush(TrainerCallback):

@@ -1,8 +1,6 @@
 """A training folder of the published research code turned into a checkpoint folder."""
 
-import logging
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from pertstate._version import __version__
 from pertstate.base.configuration_perturbation import EncoderConfig
 from pertstate.base.constants import Values
+from pertstate.base.markdown import as_text
 from pertstate.base.messages import some
+from pertstate.base.printable import get_logger
+from pertstate.base.public import public_text
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.families import FAMILIES
@@ -29,7 +30,7 @@ from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 from pertstate.processing import StateProcessor
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ATTENTION = ("bidirectional", "causal", "none")
 _SEES = {
@@ -260,13 +261,6 @@ def _model(legacy: LegacyFolder, config: EncoderConfig):
     return model.eval()
 
 
-def as_text(value) -> str:
-    """A value of a file as one line of plain text in Markdown: markup in it has no effect."""
-    text = " ".join(str(value).split())
-    # Underscores within a word are not markup.
-    return re.sub(r"[^\w\s,;:.+/'()%=-]|(?<![^\W_])_|_(?![^\W_])", lambda match: f"&#{ord(match[0])};", text)
-
-
 def _names(names: list[str], none: str) -> str:
     if not names:
         return none
@@ -309,4 +303,4 @@ def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor
         feature_dim=processor.feature_dim,
         set_size=config.set_size,
     )
-    return card.content
+    return public_text(card.content)

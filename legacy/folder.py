@@ -1,7 +1,6 @@
 """Reading the folder that the published research code leaves after a training: options, names, weights."""
 
 import hashlib
-import logging
 import math
 import os
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import torch
 import yaml
 
 from pertstate.base.messages import some
+from pertstate.base.printable import get_logger
 from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _ENDINGS = (".pt", ".torch", ".pkl")
 # The first of these is taken where a folder has several checkpoints.

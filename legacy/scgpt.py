@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pertstate.base.messages import some
+from pertstate.base.printable import joined_lines
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 
 
@@ -71,7 +72,7 @@ class LoadReport:
             lines.append(f"{len(self.missing)} weights not in {WEIGHTS_FILE} start afresh: {', '.join(self.missing)}")
         if self.unexpected:
             lines.append(f"{len(self.unexpected)} weights of {WEIGHTS_FILE} not used: {', '.join(self.unexpected)}")
-        return "\n".join(lines)
+        return joined_lines(lines)
 
 
 def published_fields(folder: str | os.PathLike, given: dict) -> dict:

@@ -151,3 +151,39 @@ def test_no_module_is_long(path):
 def test_every_room_is_shipped():
     shipped = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     assert {"pertstate", *(f"pertstate.{room}" for room in ROOMS)} <= set(shipped)
+
+
+# Where text leaves the program: names of data may hold what steers a terminal, and only these modules write.
+WRITERS = {
+    "print": {"base/console.py"},
+    "stdout.write": {"base/console.py"},
+    "stderr.write": {"base/console.py"},
+    "basicConfig": {"base/console.py"},
+    "StreamHandler": {"base/console.py"},
+    "getLogger": {"base/console.py", "base/printable.py"},
+    "logging.get_logger": set(),
+    "to_csv": {"base/tables.py"},
+    "to_string": {"base/tables.py"},
+    "csv.writer": {"base/tables.py"},
+    "DictWriter": {"base/tables.py"},
+}
+
+
+def called(path: Path) -> set[str]:
+    """The names of what a file calls: the last name, and the last two with a dot."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Name(id=name)):
+                found.add(name)
+            case ast.Call(func=ast.Attribute(attr=name, value=ast.Name(id=of) | ast.Attribute(attr=of))):
+                found |= {name, f"{of}.{name}"}
+            case ast.Call(func=ast.Attribute(attr=name)):
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_text_leaves_the_program_in_one_place(path):
+    calls = called(path)
+    assert [name for name, rooms in WRITERS.items() if name in calls and name_of(path) not in rooms] == []

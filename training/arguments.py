@@ -1,6 +1,7 @@
 """Training arguments: those of transformers, with the defaults that this kind of model is trained with."""
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
+
+from pertstate.base.public import public
 
 
 @dataclass
@@ -134,12 +137,15 @@ class StateTrainingArguments(TrainingArguments):
         self._check_lora()
 
     def to_json_string(self) -> str:
-        """As it is saved beside the weights: without tokens, and of paths of this machine the last part."""
-        content = self.to_dict()
+        """
+        As it is saved beside the weights: without tokens, and of every path of this machine the last part. JSON has no NaN
+        and no infinity; they are texts.
+        """
+        content = public(self.to_dict())
         for name in ("output_dir", "resume_from_checkpoint"):
             if isinstance(content[name], str):
                 content[name] = os.path.basename(os.path.normpath(content[name]))
-        return json.dumps(content, indent=2)
+        return json.dumps(_as_json(content), indent=2)
 
     def _check_lora(self):
         options = ("lora_alpha", "lora_dropout", "lora_mlp", "train_fully")
@@ -160,3 +166,11 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(
                 "freeze_backbone=true: with lora_rank the backbone is frozen already; leave one of them out"
             )
+
+
+def _as_json(value):
+    if isinstance(value, dict):
+        return {name: _as_json(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return [_as_json(of) for of in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,12 @@
 """Which weights of a checkpoint are trained further: low-rank adapters and chosen parts, or all but the backbone."""
 
-import logging
-
 from transformers.utils import is_peft_available
 
+from pertstate.base.printable import get_logger
 from pertstate.training.arguments import StateTrainingArguments
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def add_adapter(model, args: StateTrainingArguments, grown: list[str], revision: str | None):

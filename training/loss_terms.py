@@ -23,7 +23,8 @@ class LossTerms(TrainerCallback):
         accelerator (`Accelerator`): of the Trainer.
 
     Raises:
-        FloatingPointError: in `on_log`, the loss or one of its terms is NaN or infinite.
+        FloatingPointError: in `on_log`, the loss, one of its terms, or any other figure but the norm of the gradient is NaN
+            or infinite.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -51,6 +52,7 @@ class LossTerms(TrainerCallback):
         self._since += time.perf_counter() - start
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self._check(logs, state)
         if "loss" not in logs or not self._batches:
             return
         found = self._since_the_last()
@@ -64,6 +66,19 @@ class LossTerms(TrainerCallback):
         state.log_history[-1].update(found)
         self._reset()
 
+    @staticmethod
+    def _check(logs: dict, state):
+        """No figure is reported that is none. Where float16 overflows, a step is left out and its gradient has no norm."""
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            for entry in (logs, state.log_history[-1]):
+                entry.pop("grad_norm", None)
+        bad = [name for name, value in logs.items() if name != "loss" and not _is_finite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} became NaN or infinite by step {state.global_step}; lower learning_rate or max_grad_norm, "
+                "and resume from the last checkpoint"
+            )
+
     def _since_the_last(self) -> dict[str, float]:
         sums = [torch.as_tensor(v, dtype=torch.float64) for v in (*self._terms.values(), self._cells)]
         device = self.accelerator.device if self.accelerator.device.type != "mps" else "cpu"
@@ -73,3 +88,7 @@ class LossTerms(TrainerCallback):
         found = {name: value / self._batches for name, value in zip(self._terms, terms)}
         found["cells_per_second"] = round(total[:, -1].sum().item() / (time.perf_counter() - self._since), 1)
         return found
+
+
+def _is_finite(value) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

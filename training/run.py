@@ -1,7 +1,6 @@
 """What a run is made of: its data, its sentences, its model, read from the sections of a [`RunConfig`]."""
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from pertstate.base.hub_names import is_repository
 from pertstate.base.labels import looks_like_control
 from pertstate.base.messages import closest, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.base.printable import get_logger, joined_lines
 from pertstate.configuration_state import StateConfig
 from pertstate.data.cells import Cells, load
 from pertstate.data.sentences import SentenceDataset
@@ -37,7 +37,7 @@ from pertstate.training.pretrained import (
 from pertstate.training.run_config import RunConfig, load_run_config
 
 
-logger = logging.getLogger("pertstate.train")
+logger = get_logger("pertstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
 
@@ -260,7 +260,7 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         fitted = FAMILIES[config_class(run.model).model_type].model.fitted
         used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
         lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
-    return "\n".join(lines)
+    return joined_lines(lines)
 
 
 def checkpoint_of(run: RunConfig) -> str | None:
@@ -292,7 +292,8 @@ def further(
 ):
     """The checkpoint's model with the names of the data; the arguments say how much of it is trained."""
     model, change = pretrained.model_for(config, processor)
-    logger.info(f"starting from {pretrained.name}\n{change}")
+    for line in (f"starting from {pretrained.name}", *str(change).splitlines()):
+        logger.info(line)
     if args.freeze_backbone:
         freeze_backbone(model)
     return model if args.lora_rank is None else add_adapter(model, args, change.grown, pretrained.revision)
@@ -302,5 +303,6 @@ def new_model(run: RunConfig, config: PerturbationConfig, processor: StateProces
     """A new model of the family, with the weights that the run's published folder has."""
     model = FAMILIES[config.model_type].model(config)
     if isinstance(model, ScGPTForPerturbation) and is_published(run.model):
-        logger.info(load_published(model, processor.vocabulary.genes, run.model["pretrained"]))
+        for line in str(load_published(model, processor.vocabulary.genes, run.model["pretrained"])).splitlines():
+            logger.info(line)
     return model

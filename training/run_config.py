@@ -11,6 +11,8 @@ import yaml
 
 from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.base.messages import closest
+from pertstate.base.printable import printable
+from pertstate.base.public import public
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
 from pertstate.data.options import LOOKS, Word, as_declared, looks_like
 
@@ -61,7 +63,7 @@ class RunConfig:
         }
         for section, values in content.items():
             content[section] = {
-                name: _last_part(f"{section}.{name}", value)
+                name: _last_part(f"{section}.{name}", public(value))
                 for name, value in values.items()
                 if not name.endswith("_token")
             }
@@ -238,11 +240,24 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML in which text that looks like something else, to this package or to YAML 1.1, stands in quotes."""
+    """
+    YAML in which text that looks like something else, to this package or to YAML 1.1, stands in quotes, and text that is
+    not printable as escapes.
+    """
+
+    def write_double_quoted(self, text: str, split: bool = True):
+        self.allow_unicode, kept = printable(text) == text, self.allow_unicode
+        super().write_double_quoted(text, split)
+        self.allow_unicode = kept
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = None if printable(text, "\n\t") == text else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", str(text), style)
 
     def ignore_aliases(self, data) -> bool:
         return True
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _kind, _pattern in LOOKS.items():
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern.pattern})$"), None)

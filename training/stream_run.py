@@ -7,6 +7,7 @@ from typing import Any
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Split
+from pertstate.base.printable import joined_lines
 from pertstate.data.arguments import DataArguments, StreamArguments
 from pertstate.data.manifest import Manifest
 from pertstate.data.sentences import SentenceDataset
@@ -189,7 +190,7 @@ def describe(survey: StreamSurvey, path: Path) -> str:
         sizes[split] = sizes.get(split, 0) + count
     vocabulary = survey.processor.vocabulary
     counts = ", ".join(f"{name} {count}" for name, count in sorted(sizes.items(), key=lambda item: -item[1]))
-    return "\n".join(
+    return joined_lines(
         [
             f"{path}: a stream; first look at {survey.cells} cells" + ("" if survey.complete else ", not all of it"),
             f"splits: {counts}",

@@ -1,6 +1,5 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from pertstate.base.checkpoint_files import check_finite_weights
 from pertstate.base.constants import GENE_LABELS, LABELS
 from pertstate.base.files import whole_file
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
+from pertstate.base.printable import get_logger
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.evaluation.group_scores import GroupScores, learned_changes
@@ -30,7 +31,7 @@ from pertstate.training.optimizer import optimizer_of
 from pertstate.training.staging import is_staged, whole_checkpoint
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class StateTrainer(Trainer):
@@ -208,13 +209,15 @@ class StateTrainer(Trainer):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights, config and code, or an adapter; processor, card and arguments; no pickle."""
+        """Weights, config and code, or an adapter; processor, card and arguments; no pickle. ValueError for weights of NaN."""
         # Private, as `save_model`, which gathers the weights of all kinds of training, writes a pickle by itself.
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
+        if state_dict is None:
+            check_finite_weights(model, folder)
         # At no moment may the folder load while something is missing: weights last, or (with more to come) hidden.
         if is_staged(folder):
             model.save_pretrained(folder, state_dict=state_dict)

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 import pertstate.train
+from pertstate.base.constants import Values
+from pertstate.base.vocabulary import Vocabulary
 from pertstate.cli import main
 from pertstate.data import (
     CellStore,
@@ -703,6 +705,46 @@ def test_damage_is_one_clear_error(store, tmp_path):
             CellStore(copy)
     with pytest.raises(FileNotFoundError, match="is no cell store: it has no store.json"):
         CellStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, options",
+    [
+        ({"input": "layers/log1p"}, {}),
+        ({"input": "layers/log1p"}, {"layout": "dense"}),
+        ({"input": "layers/log1p"}, {"dtype": "float16"}),
+        ({"input": "obsm/X_emb"}, {}),
+        ({"input": "obsm/X_emb"}, {"dtype": "float16"}),
+        ({}, {}),  # the totals of counts
+    ],
+)
+def test_a_store_with_values_that_are_no_numbers_is_refused(folder, tmp_path, fields, options):
+    made = prepare(arguments(folder, **fields), tmp_path / "s", PrepareArguments(**options), quiet=True)
+    [shard] = made.path.glob("data-*.arrow")
+    rows, kind = np.arange(len(made)), np.float16 if options.get("dtype") == "float16" else np.float32
+    if made.manifest.embedding_dim is not None:
+        value = kind(made.embedding(rows)[7, 2])
+    elif made.manifest.expression == "counts":
+        value = made.totals(rows)[7]
+    else:
+        value = kind(made.expression(rows)[7].data.max())
+    content = shard.read_bytes()
+    bad = value.dtype.type(np.nan).tobytes()
+    assert value.tobytes() in content
+    shard.write_bytes(content.replace(value.tobytes(), bad))
+    source = StoreSource(CellStore(made.path))
+    processor = StateProcessor(
+        vocabulary=Vocabulary(made.manifest.genes),
+        values=Values.EMBEDDING if made.manifest.embedding_dim else Values.LOG1P,
+        feature_dim=made.manifest.embedding_dim,
+    )
+    with pytest.raises(ValueError, match=rf"{shard.name}: .*(found nan in cell|sums to nan)"):
+        StoredRows(source.store, processor)[:]
+    with (
+        pytest.raises(ValueError, match=rf"{shard.name}: .*(found nan in cell|sums to nan)"),
+        source.blocks() as blocks,
+    ):
+        [read() for _, read in blocks]
 
 
 def test_a_flipped_bit_is_found_where_it_is_looked_for(store, tmp_path, capsys):

@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 
 from pertstate import StateForPerturbation, StateProcessor
 from pertstate._version import __version__
+from pertstate.base.printable import printable
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.data import prepare
@@ -47,6 +48,8 @@ HOSTILE = [
     "# heading",
     "'\"; import os #",
     "\u202egnp",
+    "\x1b]52;c;eA==\x07\x9b2J\u2066\u200b\ufeff\u2028x",
+    "=cmd|' /C calc'!A0",
     " padded ",
     "- item",
     "<!-- comment",
@@ -337,6 +340,7 @@ def test_hostile_names_everywhere_leave_the_card_what_it_is(tmp_path, hub):
     assert structure[0] == structure[1]
     codes = {token.content for token in tokens_of(body(found)) if token.type == "code_inline"}
     assert {"<script>alert(1)</script>", "`code`", "a|b", "line\\nbreak", "{{ 7 * 7 }}{% raw %}", "---"} <= codes
+    assert printable(found, keep="\n") == found
     ModelCard(found).validate()
     # The example is still Python, with the name in it as a string.
     (example,) = [t.content for t in tokens_of(body(found)) if t.type == "fence" and t.info == "python"]

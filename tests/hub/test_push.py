@@ -132,6 +132,21 @@ def test_a_second_push_replaces_what_the_first_left_and_nothing_of_others(hub, s
     assert push_checkpoint(folder, "ada/model").oid == commit.oid == hub.repository("ada/model").at().id
 
 
+def test_what_is_pushed_names_no_place(hub, folder):
+    """Also where another program, or an older version, wrote a path."""
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nsee /home/ada l/run/notes.md, and C:\\Users\\ada\\x\n")
+    arguments = {"output_dir": "/home/ada l/run", "fsdp_config": {"deep": ["file:///home/ada/x", "ada/model"]}}
+    (folder / "training_args.json").write_text(json.dumps(arguments))
+    before = contents(folder)
+    push_checkpoint(folder, "ada/model")
+    files = hub.read("ada/model")
+    assert files["README.md"].decode() == "---\nlicense: mit\n---\nsee notes.md, and x\n"
+    assert json.loads(files["training_args.json"]) == {"output_dir": "run", "fsdp_config": {"deep": ["x", "ada/model"]}}
+    assert contents(folder) == before and {n: files[n] for n in before if n != "training_args.json"} == {
+        n: before[n] for n in before if n != "training_args.json"
+    }
+
+
 def test_a_folder_without_a_card_is_given_one(hub, folder):
     (folder / "README.md").unlink()
     push_checkpoint(folder, "ada/model")
