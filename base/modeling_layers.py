@@ -1,6 +1,7 @@
 """The layers that the families share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -328,7 +329,7 @@ class SetTransformer(nn.Module):
         """`hidden_states` (B, L, H), `mask` (B, L) bool, False where padded. Returns (B, L, H)."""
         rotary = self._rotary(hidden_states, mask) if self.config.positions == "rope" else None
         length = hidden_states.shape[1]
-        attention_mask: torch.Tensor | None
+        attention_mask: Any  # of the form that the kernel takes
         if self.config.attention == "bidirectional" and mask is None:
             attention_mask = None  # made while it is compiled, a mask that hides nothing would leave the fast kernel
         elif mask is not None and self._attends_on_gpu(hidden_states):
