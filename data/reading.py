@@ -18,6 +18,7 @@ import scipy.sparse as sp
 
 from pertstate.base.printable import get_logger
 from pertstate.data.matrices import RowReader, check_chunks
+from pertstate.data.self_contained import check_hdf5, check_regular, check_zarr, check_zarr_array
 from pertstate.processing import StateProcessor
 
 
@@ -112,10 +113,15 @@ class AnnDataFile:
             if self.path.is_dir():
                 import zarr  # not needed, and slow to import, for files in HDF5
 
+                check_zarr(self.path)
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
+                for name in ("obs", "var"):
+                    for key, array in self._file[name].arrays() if name in self._file else ():
+                        check_zarr_array(array, f"{name}/{key}")
             else:
                 self._plain = unpacked(self.path) if self.path.suffix == ".gz" else self.path
                 self._file, self._groups = on_error.enter_context(h5py.File(self._plain, "r")), h5py.Group
+                check_hdf5(self._file)
             self._obs = self._file["obs"]
             self._whole_obs = not isinstance(self._obs, self._groups)  # a table of files before 2019
             if self._whole_obs:
@@ -327,6 +333,7 @@ def _existing(path: str | os.PathLike) -> Path:
         raise ValueError(f"{path} is a folder; expected one .h5ad or .zarr file")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
+    check_regular(path)
     return path
 
 

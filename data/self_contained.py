@@ -1,0 +1,153 @@
+"""A file of cells is read only if all that it says lies in the file itself, and takes no more memory than it could fill."""
+
+import os
+import stat
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pertstate.base.messages import some
+
+
+MOST_OBJECTS = 200_000
+LONGEST_NAME = 1 << 16  # bytes of a text of fixed width
+# What gzip makes of nothing but zeros is 1,030 times smaller. What is small is read in any case.
+LARGEST_RATIO, SMALL = 1100, 1 << 26
+# HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
+BYTES_OF_TEXT = 16
+
+
+def check_regular(path: Path):
+    """
+    Check that a path is a file or a folder: reading a pipe waits for ever, and a device has no end.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{path}: expected a file, found {_kind(mode)}; write what it gives to a file first")
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
+    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
+
+
+# HDF5
+
+
+def check_hdf5(file: h5py.File):
+    """
+    Check that a file needs no other one, before anything of it is read: HDF5 follows links to other files, and takes values
+    from them, wherever they lie.
+
+    Raises:
+        ValueError: a link or a dataset leaves the file, or names take more memory than the file could fill; it is named.
+    """
+    size = os.path.getsize(file.filename)
+    seen: set[int] = set()
+    groups: list[tuple[str, h5py.h5g.GroupID]] = [("", h5py.h5g.open(file.id, b"/"))]
+    while groups:
+        place, group = groups.pop()
+        for name in group:
+            where = f"{place}/{name.decode(errors='replace')}".lstrip("/")
+            kind = group.links.get_info(name).type
+            if kind in (h5py.h5l.TYPE_EXTERNAL, h5py.h5l.TYPE_SOFT):
+                target = group.links.get_val(name)
+                target = target if isinstance(target, tuple) else (b"", target)
+                if kind == h5py.h5l.TYPE_EXTERNAL:
+                    raise ValueError(f"{where} is a link to another file ({_shown(target[0])}); {_ADVICE}")
+                continue  # it leads to another place of this file, which is looked at there
+            if kind != h5py.h5l.TYPE_HARD:
+                raise ValueError(f"{where} is a link of an unknown kind; {_ADVICE}")
+            address = h5py.h5o.get_info(group, name).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            if len(seen) > MOST_OBJECTS:
+                raise ValueError(
+                    f"expected at most {MOST_OBJECTS:,} datasets and groups, found more; write the file again"
+                )
+            found = h5py.h5o.open(group, name)
+            if isinstance(found, h5py.h5g.GroupID):
+                groups.append((where, found))
+            elif isinstance(found, h5py.h5d.DatasetID):
+                _check_dataset(found, where, size)
+
+
+_ADVICE = "only what lies in the file itself is read: write the data into one file, with adata.write_h5ad"
+# What is read as a whole, whatever its size.
+_TABLES = ("obs", "var", "raw/var", "uns", "raw.var")
+
+
+def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
+    created = dataset.get_create_plist()
+    if created.get_external_count():
+        raise ValueError(f"{where} keeps its values in another file ({_shown(created.get_external(0)[0])}); {_ADVICE}")
+    if created.get_layout() == h5py.h5d.VIRTUAL:
+        sources = [created.get_virtual_filename(i) for i in range(created.get_virtual_count())]
+        raise ValueError(f"{where} takes its values from {some(map(_shown, sources), 3)}; {_ADVICE}")
+    if not any(where == table or where.startswith(f"{table}/") for table in _TABLES):
+        return
+    kind, elements = dataset.get_type(), int(np.prod(dataset.shape or (0,), dtype=np.float64))
+    if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
+        raise ValueError(
+            f"{where} holds texts of {kind.get_size():,} bytes each, expected at most {LONGEST_NAME:,}; write the file again"
+        )
+    if h5py.check_vlen_dtype(dataset.dtype) is not None or h5py.check_string_dtype(dataset.dtype) is not None:
+        variable = not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str()
+        if variable and elements * BYTES_OF_TEXT > size + SMALL // 16:
+            raise ValueError(
+                f"{where} says that it has {elements:,} names, in a file of {size:,} bytes; copy the file again"
+            )
+    stored = dataset.get_storage_size()
+    if elements * kind.get_size() > LARGEST_RATIO * stored + SMALL:
+        raise ValueError(
+            f"{where} says that it has {elements:,} values, and {stored:,} bytes of the file are theirs; copy the file again"
+        )
+
+
+def _shown(name: bytes | str) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else name
+
+
+# zarr
+
+
+def check_zarr(path: Path):
+    """
+    Check that a folder in zarr format holds files and folders alone, and no link that leads out of it.
+
+    Raises:
+        ValueError: something leaves the folder, or is no file; it is named.
+    """
+    root = path.resolve()
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            one = Path(folder, name)
+            where = one.relative_to(path)
+            if one.is_symlink() and not one.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{where} is a link to {os.readlink(one)!r}, which lies elsewhere; copy what it leads to"
+                )
+            mode = one.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(f"{where}: expected a file or a folder, found {_kind(mode)}; write the store again")
+
+
+def check_zarr_array(array, where: str):
+    """
+    Check what an array of a table of cells or genes would take in memory against what lies on disk.
+
+    Raises:
+        ValueError: it would take much more.
+    """
+    itemsize = getattr(array.dtype, "itemsize", 0) or BYTES_OF_TEXT
+    elements = int(np.prod(array.shape, dtype=np.float64))
+    stored = array.nbytes_stored()
+    if elements * itemsize > LARGEST_RATIO * stored + SMALL:
+        raise ValueError(
+            f"{where} says that it has {elements:,} values, and {stored:,} bytes are theirs; copy the store again"
+        )
