@@ -13,7 +13,7 @@ from pertstate.families import FAMILIES
 
 # Each case runs in a fork of one process, which has imported what is slow and is no part of the question.
 SERVER = """
-import json, os, sys, traceback
+import gc, json, os, sys, traceback
 
 def run(name, code):
     reader, writer = os.pipe()
@@ -35,9 +35,12 @@ answers, folders, some = {}, *map(json.loads, sys.argv[2:])
 for name, code in json.loads(sys.argv[1])["bare"].items():
     run(name, code)
 import anndata, huggingface_hub.hf_api, jinja2, pandas, PIL.Image, safetensors.torch, scipy.stats, torch
-import accelerate, tokenizers, torch._dynamo, torch.distributed.tensor, torch.export
+import accelerate, regex, tokenizers, torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp
+import torch.distributed.elastic.agent.server.api, torch.distributed.tensor, torch.export
 assert not {"pertstate", "transformers"} & set(sys.modules)
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # a collection in a fork then leaves the shared pages alone
 for name, code in json.loads(sys.argv[1])["ready"].items():
     run(name, code)
 print(json.dumps(answers))
