@@ -271,13 +271,87 @@ def check_finite_weights(model: nn.Module, name: str | os.PathLike):
             )
 
 
+# What an adapter may say of itself. Anything else must be left empty: other methods of peft load further files, or lay out
+# other tensors.
+_LARGEST_RANK = 4096
+_ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
+    "peft_type": (lambda value: value == "LORA", "'LORA', a low-rank adapter"),
+    "r": (lambda value: type(value) is int and 1 <= value <= _LARGEST_RANK, f"a rank from 1 to {_LARGEST_RANK}"),
+    "lora_alpha": (lambda value: _is_number(value) and 0 < value <= 1e6, "a number above 0"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a share below 1"),
+    "target_modules": (lambda value: _are_modules(value) and value != [], "a list of names of layers"),
+    "modules_to_save": (lambda value: value is None or _are_modules(value), "a list of names of modules, or null"),
+    "bias": (lambda value: value == "none", "'none'"),
+    "init_lora_weights": (lambda value: type(value) is bool, "true or false"),
+    "inference_mode": (lambda value: type(value) is bool, "true or false"),
+    "use_rslora": (lambda value: type(value) is bool, "true or false"),
+    "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, or null"),
+    "revision": (lambda value: value is None or isinstance(value, str), "a revision, or null"),
+    # Nothing of these is used here.
+    "auto_mapping": (lambda value: value is None or isinstance(value, dict), "a mapping, or null"),
+    "megatron_core": (lambda value: isinstance(value, str), "a name"),
+    "peft_version": (lambda value: isinstance(value, str), "a version"),
+    "qalora_group_size": (lambda value: type(value) is int, "a number"),
+    "task_type": (lambda value: value is None or isinstance(value, str), "a name, or null"),
+}
+_NEEDED_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules")
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_modules(value) -> bool:
+    names = isinstance(value, list) and len(value) <= 10_000 and all(isinstance(name, str) for name in value)
+    return names and all(len(name) <= 1000 and _MODULE_NAME.fullmatch(name) for name in value)
+
+
 def check_adapter(name: str | os.PathLike, hub: dict):
-    """ValueError where an adapter of peft has no safetensors weights, so that a pickle would be read."""
-    if find_file(name, "adapter_model.safetensors", hub) is None:
+    """
+    Check an adapter before anything is made of it: its settings, and that its safetensors file holds the finite tensors that
+    they ask for.
+
+    Raises:
+        ValueError: it is no low-rank adapter, a setting is unknown or out of bounds, or tensors are missing, of another shape,
+            or not finite. A pickle is never read.
+    """
+    if (path := find_file(name, "adapter_config.json", hub)) is None:
+        raise ValueError(f"{name} is no adapter: expected adapter_config.json, found none")
+    settings = read_json(path)
+    missing = [key for key in _NEEDED_OF_ADAPTER if key not in settings]
+    if missing:
+        raise ValueError(f"{path} lacks {missing}; copy the adapter again")
+    for key, value in settings.items():
+        fits, expected = _ADAPTER_SETTINGS.get(key, (lambda value: value in (None, False, {}, []), "nothing"))
+        if not fits(value):
+            raise ValueError(f"{path}: {key} is {_shortened(value)}, expected {expected}; copy the adapter again")
+    if (weights := find_file(name, "adapter_model.safetensors", hub)) is None:
         raise ValueError(
             f"{name}: expected the adapter's weights in adapter_model.safetensors, found none; adapter_model.bin is a "
             "pickle, which can run code and is never read: save the adapter as safetensors where you trust it"
         )
+    tensors = read_header(weights)
+    pairs = {(key, half) for key in tensors for half in "AB" if key.endswith(f".lora_{half}.weight")}
+    for layer in settings["target_modules"]:
+        for half in "AB":
+            ending = f".{layer}.lora_{half}.weight"
+            found = [key for key, of in pairs if of == half and f".{key}".endswith(ending)]
+            if not found:
+                raise ValueError(f"{weights} lacks the tensor lora_{half} of {layer}; copy the adapter again")
+            for key in found:
+                shape = tensors[key].shape
+                if len(shape) != 2 or shape[0 if half == "A" else 1] != settings["r"]:
+                    raise ValueError(f"{weights}: {key} has shape {shape}, expected one of rank {settings['r']}")
+    with safe_open(weights, framework="pt") as file:
+        for key in tensors:
+            if not file.get_tensor(key).isfinite().all():
+                raise ValueError(f"{weights}: {key} holds NaN or infinite values; copy the adapter again")
+
+
+def _shortened(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}.."
 
 
 class CheckedPreTrainedModel(Travelling, PreTrainedModel):
@@ -325,7 +399,7 @@ class CheckedPreTrainedModel(Travelling, PreTrainedModel):
         return loaded
 
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
-        """As in [`PreTrainedModel`], from safetensors alone. ValueError where the adapter's weights are a pickle."""
+        """As in [`PreTrainedModel`], from safetensors alone, once [`check_adapter`] has seen it."""
         if peft_model_id is not None:
             load_config = kwargs.get("load_config")
             # While a model is loaded, the options of its own repository apply, unless the adapter sets its own.

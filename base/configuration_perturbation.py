@@ -1,6 +1,7 @@
 """Configs that families share: one of all models, and those of networks, gene decoders, encoders and set transformers."""
 
 import json
+import re
 from dataclasses import fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args, get_origin
@@ -157,6 +158,29 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         if self.nonnegative_output is None:
             self.nonnegative_output = self.gene_dim is None
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As in [`PreTrainedConfig`].
+
+        Raises:
+            ValueError: `config.json` asks for labels, which no model here has, or for code of a repository. Of the latter a
+                caller may ask, with `attn_implementation=`.
+        """
+        labels = config_dict.get("num_labels")
+        if labels is not None and not (type(labels) is int and 0 <= labels <= 2):
+            raise ValueError(
+                f"num_labels is {labels!r}: no model of this package has labels; leave it out of config.json"
+            )
+        for name in ("attn_implementation", "_attn_implementation"):
+            kernel = config_dict.get(name)
+            if isinstance(kernel, dict) or (kernel is not None and not re.fullmatch(r"[a-z0-9_|]+", str(kernel))):
+                raise ValueError(
+                    f"{name} is {str(kernel)[:60]!r}: config.json may name no code of others; pass attn_implementation= where "
+                    "you trust it"
+                )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """As in [`PreTrainedConfig`], without the places of this machine: of a path, the last part."""

@@ -6,14 +6,12 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file, is_peft_available
 
-from pertstate.base.checkpoint_files import (
-    check_adapter,
-    hub_arguments,
-    read_json,
-)
+from pertstate.base.checkpoint_files import check_adapter, find_file, hub_arguments, read_header, read_json
 from pertstate.base.hub_names import is_repository
+from pertstate.base.messages import closest, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
-from pertstate.hub.publish import ADAPTER_KEY
+from pertstate.families import FAMILIES
+from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
 
@@ -42,8 +40,27 @@ def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreT
     if adapter_config(name, revision) is not None:
         model, processor = load_adapter(name, revision)
         return model.merge_and_unload(), processor
+    check_family(name, revision)
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     return AutoModel.from_pretrained(name, revision=revision), processor
+
+
+def check_family(name: str, revision: str | None = None) -> str:
+    """
+    The family of a checkpoint, from its `config.json` alone: an Auto class loads the models of others, and their pickles.
+
+    Raises:
+        ValueError: there is no config, or it is of no family of this package.
+    """
+    path = find_file(name, MODEL_KEY, hub_arguments({"revision": revision}))
+    if path is None:
+        raise ValueError(f"{name}: expected a checkpoint, found no {MODEL_KEY}")
+    family = read_json(path).get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{name} is a checkpoint of model_type={family!r}, which is no family of pertstate; {closest(str(family), FAMILIES)}"
+        )
+    return family
 
 
 def load_adapter(
@@ -66,24 +83,32 @@ def load_adapter(
     """
     if not is_peft_available():
         raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     own = find_adapter_config_file(name, revision=revision)
     if own is None:
         raise ValueError(
             f"{name} is no adapter: expected {ADAPTER_KEY}, found none; name the folder that a LoRA run wrote"
         )
+    check_adapter(name, hub_arguments({"revision": revision}))
     if base is None:
         found = read_json(own)
-        base, base_revision = found["base_model_name_or_path"], found["revision"]
+        base, base_revision = found.get("base_model_name_or_path"), found.get("revision")
+        if base is None:
+            raise ValueError(f"{name} does not say what its base model is; name it with --base")
         check_name(base, f"the base model of {name}, (say where it is with --base)")
-    check_adapter(name, hub_arguments({"revision": revision}))
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:
         model.resize_vocabulary(of_base.vocabulary, processor.vocabulary)
     model.config.set_size = processor.set_size
     try:
-        return PeftModel.from_pretrained(model, Path(own).parent).eval(), processor
-    except (RuntimeError, SafetensorError) as error:
+        adapted = PeftModel.from_pretrained(model, Path(own).parent).eval()
+    except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{name} does not fit the base model {base}: {error}") from error
+    # peft warns of what is missing, and leaves out what has no place.
+    asked = set(get_peft_model_state_dict(adapted))
+    held = set(read_header(str(Path(own).parent / "adapter_model.safetensors")))
+    if asked != held:
+        raise ValueError(f"{name} does not fit the base model {base}: {some(asked ^ held, 3)} are in one of them alone")
+    return adapted, processor

@@ -12,7 +12,7 @@ from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
 from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
 from pertstate.data.info import verdict
-from pertstate.hub.checkpoints import check_name
+from pertstate.hub.checkpoints import check_family, check_name
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
@@ -40,6 +40,7 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
 
 
 def _model(path: Path) -> tuple[list[str], list[str]]:
+    check_family(str(path))
     title = f"{path}: checkpoint of {AutoConfig.from_pretrained(path).model_type}"
     try:
         tensors = stored_tensors(path, {})
@@ -51,8 +52,8 @@ def _model(path: Path) -> tuple[list[str], list[str]]:
 
 def _adapter(path: Path) -> tuple[list[str], list[str]]:
     config = read_json(path / ADAPTER_KEY)
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"{path}: expected a low-rank adapter (LORA), found {config['peft_type']!r}")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: expected a low-rank adapter (LORA), found {config.get('peft_type')!r}")
     title, problems = f"{path}: adapter of rank {config['r']}, alpha {config['lora_alpha']}", []
     try:
         check_adapter(path, {})

@@ -16,7 +16,7 @@ from pertstate.base.vocabulary import Vocabulary
 from pertstate.data.arguments import DataArguments
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.families import FAMILIES
-from pertstate.hub.checkpoints import adapter_config, check_name
+from pertstate.hub.checkpoints import adapter_config, check_family, check_name
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
 from pertstate.processing import StateProcessor
 
@@ -179,11 +179,8 @@ def config_of(section: dict) -> PerturbationConfig:
         )
     if Path(name).is_dir() and not Path(name, MODEL_KEY).is_file():
         raise FileNotFoundError(f"model.pretrained={name!r}: expected a checkpoint, found a folder without {MODEL_KEY}")
+    check_family(name, revision)
     config = AutoConfig.from_pretrained(name, revision=revision)
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model.pretrained={name!r} is a {config.model_type!r} model; expected one of {', '.join(FAMILIES)}"
-        )
     if FAMILIES[config.model_type].model.fitted:
         raise ValueError(
             f"model.pretrained={name!r}: {config.model_type} is fitted in one pass, there is nothing to train further; leave "

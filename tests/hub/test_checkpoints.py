@@ -1,0 +1,167 @@
+"""What is refused before any Auto class, or peft, sees a checkpoint."""
+
+import json
+import math
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from finetuning_runs import make_folder, run
+from safetensors.torch import load_file, save_file
+
+from pertstate.cli import main as pertstate
+from pertstate.hub.checkpoints import load_adapter, load_whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = make_folder(tmp_path_factory.mktemp("adapters"))
+    run(folder, "adapter", "second", {}, {"pretrained": str(folder / "base")}, lora_rank=2)
+    return folder
+
+
+@pytest.fixture
+def adapter(folder, tmp_path) -> Path:
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def changed(path: Path, **entries):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **entries}))
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"lora_alpha": math.nan}, "lora_alpha is nan, expected a number above 0"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": "2"}, "lora_alpha is '2'"),
+        ({"r": 10**9}, "r is 1000000000, expected a rank from 1 to 4096"),
+        ({"r": True}, "r is True"),
+        ({"rank_pattern": {".*": 10**9}}, "rank_pattern is .*, expected nothing"),
+        ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern is .*, expected nothing"),
+        ({"target_modules": "(a+)+$"}, "target_modules is .*, expected a list of names of layers"),
+        ({"target_modules": ["(x+x+)+y"]}, "target_modules is .*, expected a list"),
+        ({"target_modules": []}, "target_modules is .*, expected a list"),
+        ({"exclude_modules": "(a+)+$"}, "exclude_modules is .*, expected nothing"),
+        ({"layers_pattern": "(a+)+$"}, "layers_pattern is .*, expected nothing"),
+        ({"modules_to_save": ["../x"]}, "modules_to_save is .*, expected a list of names"),
+        ({"peft_type": "XLORA", "adapters": {"a": "/somewhere"}}, "peft_type is 'XLORA', expected 'LORA'"),
+        ({"adapters": {"a": "/somewhere"}}, "adapters is .*, expected nothing"),
+        ({"use_dora": True}, "use_dora is True, expected nothing"),
+        ({"bias": "all"}, "bias is 'all', expected 'none'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is .*, expected nothing"),
+        ({"target_modules": ["backbone.layers.7.attention.qkv_proj"]}, "lacks the tensor lora_A of backbone.layers.7"),
+        ({"r": 3}, "has shape .*, expected one of rank 3"),
+    ],
+)
+def test_settings_of_an_adapter_are_known_and_bounded(adapter, entries, message):
+    changed(adapter / "adapter_config.json", **entries)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(str(adapter))
+
+
+def without(count: int):
+    def change(tensors):
+        for name in [name for name in tensors if "lora" in name][:count]:
+            del tensors[name]
+
+    return change
+
+
+def nan(tensors):
+    next(iter(tensors.values()))[0] = math.nan
+
+
+def one_more(tensors):
+    tensors["base_model.model.nobody.lora_A.weight"] = torch.zeros(2, 3)
+
+
+def wide(tensors):
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    tensors[name] = torch.zeros(7, 2)
+
+
+def no_row(tensors):
+    del tensors["base_model.model.perturbation_encoder.embedding.bias"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without(6), "lacks the tensor lora_"),
+        (without(8), "lacks the tensor lora_"),
+        (nan, "holds NaN or infinite values"),
+        (one_more, "does not fit the base model .* in one of them alone"),
+        (wide, "does not fit the base model"),
+        (no_row, "does not fit the base model"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "merge"])
+def test_weights_of_an_adapter_are_whole_and_finite(folder, adapter, tmp_path, capsys, change, message, command):
+    tensors = load_file(adapter / WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(str(adapter))
+    words = ["merge", str(adapter), str(tmp_path / "out")]
+    if command == "predict":
+        cells = ["--adata", str(folder / "second.h5ad"), "--output", str(tmp_path / "out"), "--all", "--quiet"]
+        words = ["predict", "--model", str(adapter), *cells]
+    capsys.readouterr()
+    assert pertstate(words) == 1
+    assert not (tmp_path / "out").exists() and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+class Mark:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("where", ["a model", "the base of an adapter"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", None, 3, "stat"])
+def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps({"model_type": family, "architectures": ["BertModel"]}))
+    (bert / "pytorch_model.bin").write_bytes(pickle.dumps(Mark(str(tmp_path / "mark"))))
+    name = bert
+    if where != "a model":
+        changed(adapter / "adapter_config.json", base_model_name_or_path=str(bert))
+        name = adapter
+    with pytest.raises(ValueError, match="is a checkpoint of model_type=.*, which is no family of pertstate"):
+        load_whole(str(name))
+    assert pertstate(["info", str(bert)]) == 1
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"num_labels": 10**9}, "num_labels is 1000000000: no model of this package has labels"),
+        ({"num_labels": "3"}, "num_labels is '3'"),
+        (
+            {"attn_implementation": "someone/kernel"},
+            "attn_implementation is 'someone/kernel': config.json may name no code",
+        ),
+        ({"_attn_implementation": "someone/kernel@main:f"}, "_attn_implementation is .*: config.json may name no code"),
+        ({"attn_implementation": {"": "someone/kernel"}}, "attn_implementation is .*: config.json may name no code"),
+    ],
+)
+def test_a_config_asks_for_nothing_that_is_large_or_of_others(folder, tmp_path, entries, message):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    changed(tmp_path / "base" / "config.json", **entries)
+    with pytest.raises(ValueError, match=message):
+        load_whole(str(tmp_path / "base"))
