@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,6 +22,15 @@ VOCABULARY_FILE = "vocabulary.json"
 PERTURBATION_FEATURES_FILE = "perturbation_features.safetensors"
 # The layout of that file: a matrix, and the names of its rows as a JSON list in the metadata.
 FEATURES_TENSOR, NAMES_METADATA = "features", "names"
+
+
+LONGEST_NAME = 1000
+# A NUL ends a name in some places and not in others; half of a surrogate pair can be written to no file.
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def _is_name(value: str) -> bool:
+    return len(value) <= LONGEST_NAME and not value.isspace() and value != "" and not _UNWRITABLE.search(value)
 
 
 @dataclass
@@ -44,6 +54,12 @@ class Vocabulary:
         for name, values in asdict(self).items():
             if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
                 raise ValueError(f"vocabulary {name!r}: expected a list of names, found {type(values).__name__}")
+            wrong = next((value for value in values if not _is_name(value)), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"vocabulary {name!r} holds {wrong[:60]!r}; expected names that are not blank, of at most {LONGEST_NAME} "
+                    "characters that can be written"
+                )
             duplicates = pd.Index(values)[pd.Index(values).duplicated()].unique().tolist()
             if duplicates:
                 raise ValueError(f"vocabulary {name!r} has duplicates: {duplicates[:10]}; every name must be unique")

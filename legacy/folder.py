@@ -12,6 +12,7 @@ import yaml
 
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
+from pertstate.data.bounded_yaml import bounded_merge
 from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
@@ -156,6 +157,12 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of text and numbers alone, whose merges stay small."""
+
+    flatten_mapping = bounded_merge
+
+
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
@@ -165,7 +172,7 @@ def _read_config(path: Path) -> dict:
     if path.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"{path}: expected a configuration, found {path.stat().st_size:,} bytes")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     return _mapping(config, path, "the sections data and model")

@@ -14,6 +14,7 @@ from pertstate.base.messages import closest
 from pertstate.base.printable import printable
 from pertstate.base.public import public
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
+from pertstate.data.bounded_yaml import bounded_merge
 from pertstate.data.options import LOOKS, Word, as_declared, looks_like
 
 
@@ -230,6 +231,7 @@ class _Loader(yaml.SafeLoader):
     """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+    flatten_mapping = bounded_merge
 
 
 def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:

@@ -564,8 +564,9 @@ def test_names_never_become_paths(tmp_path):
 
 
 def test_any_name_survives_saving(tmp_path):
-    StateProcessor(vocabulary=Vocabulary(genes=HOSTILE, perturbations=HOSTILE)).save_pretrained(tmp_path)
-    assert StateProcessor.from_pretrained(tmp_path).vocabulary.genes == HOSTILE
+    names = [name for name in HOSTILE if "\0" not in name]
+    StateProcessor(vocabulary=Vocabulary(genes=names, perturbations=names)).save_pretrained(tmp_path)
+    assert StateProcessor.from_pretrained(tmp_path).vocabulary.genes == names
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py"}
 
 
@@ -632,3 +633,46 @@ for kind in (AutoModel, AutoProcessor):
     shutil.copy(FIXTURES / "state" / "model.safetensors", folder)
     edit_weights(folder, lambda tensors: tensors.update({KEY: torch.full((2, 16), np.nan)}))
     assert "32 of 32 values" in alone.run(script, folder).splitlines()[0]
+
+
+# Names that are no names
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"genes": ["a"], "genes": ["b"], "perturbations": [], "contexts": [], "batches": []}',
+            "'genes' stands in it twice",
+        ),
+        (
+            '{"genes": ["\\ud800"], "perturbations": [], "contexts": [], "batches": []}',
+            "'genes' holds .*expected names",
+        ),
+        (
+            '{"genes": ["a\\u0000b"], "perturbations": [], "contexts": [], "batches": []}',
+            "'genes' holds .*expected names",
+        ),
+        ('{"genes": [" "], "perturbations": [], "contexts": [], "batches": []}', "'genes' holds ' '; expected names"),
+        (
+            '{"genes": [], "perturbations": [""], "contexts": [], "batches": []}',
+            "'perturbations' holds ''; expected names",
+        ),
+    ],
+)
+def test_a_vocabulary_holds_names_that_can_be_written(tmp_path, text, message):
+    (tmp_path / "vocabulary.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Vocabulary.from_file(tmp_path / "vocabulary.json")
+
+
+def test_a_name_of_ten_megabytes_and_a_file_of_a_gigabyte_are_refused(tmp_path):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps({"genes": ["g" * 10**7], "perturbations": [], "contexts": [], "batches": []}))
+    with pytest.raises(ValueError, match="expected names that are not blank, of at most 1000 characters") as error:
+        Vocabulary.from_file(path)
+    assert len(str(error.value)) < 500
+    with open(path, "w") as file:
+        file.truncate(10**9)
+    with pytest.raises(ValueError, match="has 1,000,000,000 bytes, expected at most 268,435,456"):
+        Vocabulary.from_file(path)
