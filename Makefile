@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow lint types docs bench
+.PHONY: demo test test-slow torture lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,12 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow
+
+# Kills of every command that writes, at random moments; the table goes into docs/reliability.md.
+TRIALS ?= 300
+
+torture: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --trials $(TRIALS) --write docs/reliability.md
 
 lint: types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     raise SystemExit(command(["train", *sys.argv[1:]]))
 
 import logging
+from pathlib import Path
 
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -24,20 +25,22 @@ from pertstate.base.printable import get_logger
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
-from pertstate.hub.publish import whole_or_nothing
+from pertstate.hub.publish import whole_checkpoint_folder
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.run import (
     build_config,
     check_further,
     check_processes,
-    checkpoint_of,
     from_cells,
     further,
     new_model,
     read_run,
     training_arguments,
 )
+from pertstate.training.run_config import RunConfig
+from pertstate.training.run_folder import run_folder
 from pertstate.training.run_help import help_of_train
+from pertstate.training.staging import clear_run
 from pertstate.training.stream_run import from_stream
 from pertstate.training.trainer import StateTrainer
 
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     Raises:
         ValueError, KeyError, OSError, ImportError: the run cannot be; the message says what to do.
         FloatingPointError: the training diverged.
+        StoppedError: a signal stopped it, see [`Stop`].
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & {*argv}:
@@ -67,7 +71,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # What is asked for, and the data: a contradiction is found before anything is computed.
     run = read_run(argv)
     check_further(run)
-    resume, pretrained = checkpoint_of(run), Pretrained.of(run.model)
+    with run_folder(run) as resume:
+        return _train(run, resume)
+
+
+def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
+    pretrained = Pretrained.of(run.model)
     if run.stream.path is None:
         args, processor, make_datasets, about = from_cells(run, pretrained)
     else:
@@ -102,6 +111,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     if args.resume_from_checkpoint:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
+    if args.overwrite and args.should_save:
+        # Not earlier: until here the run may turn out not to be one.
+        clear_run(Path(str(args.output_dir)))
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=resume)
     metrics = {}
     if Split.TEST in datasets:
@@ -110,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # The checkpoint: the whole folder or nothing.
     if args.should_save:
         trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
-        with whole_or_nothing(str(args.output_dir)) as folder:
+        with whole_checkpoint_folder(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()

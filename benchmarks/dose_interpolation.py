@@ -85,7 +85,8 @@ def errors(
     processor = AutoProcessor.from_pretrained(folder / encoding)
     model = AutoModel.from_pretrained(folder / encoding)
     drugs = processor.vocabulary.perturbations
-    predict(model, processor, path, folder / "predicted.h5ad", perturbations=drugs, doses=[left_out], quiet=True)
+    options = {"perturbations": drugs, "doses": [left_out], "quiet": True, "overwrite": True}
+    predict(model, processor, path, folder / "predicted.h5ad", **options)
     predicted = ad.read_h5ad(folder / "predicted.h5ad")
     log = np.log1p(adata.X.toarray() / adata.X.sum(axis=1).A1[:, None] * 1e4)
 

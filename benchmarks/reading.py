@@ -50,7 +50,7 @@ def predicted():
     model = StateForPerturbation(StateConfig.from_preset("tiny", input_dim=len(genes), num_perturbations=3000, num_contexts=1))
     def run():
         start = time.perf_counter()
-        done = predict(model, processor, path, folder / "p.h5ad", quiet=True, **options)
+        done = predict(model, processor, path, folder / "p.h5ad", quiet=True, overwrite=True, **options)
         return time.perf_counter() - start, done["cells"]
     return run
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
+from pertstate.base.stopped import StoppedError, stopped_by_signals
 from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, train
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): the words after `pertstate`; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error.
+        The exit code: 0, 1 after an error, or 128 and the number of the signal that stopped it.
     """
     with printable_console():
         return _run(sys.argv[1:] if argv is None else argv)
@@ -65,13 +66,20 @@ def _run(argv: list[str]) -> int:
 
 
 def _reported(command: str, run: Callable[[], object]) -> int:
+    left = "nothing is left of what was being written"
+    if command == "train":
+        left += "; --resume_from_checkpoint last goes on from the last checkpoint"
     try:
-        run()
-        sys.stdout.flush()
+        with stopped_by_signals(left):
+            run()
+            sys.stdout.flush()
     except BrokenPipeError:
         # Who read the output has left, as `head` does. Python would complain once more when it writes the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except StoppedError as stop:
+        say(f"pertstate {command}: {stop}", sys.stderr)
+        return stop.exit_code
     except ERRORS as error:
         # KeyError shows the repr of its message.
         message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)

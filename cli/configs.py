@@ -12,13 +12,18 @@ _FOLDER = Path(__file__).parents[1] / "configs"
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("name", nargs="?", metavar="NAME", help="print this one; without a name, all are listed")
-    parser.add_argument("--output", metavar="FILE.yaml", help="write it to a file, which must not exist yet")
+    parser.add_argument("--output", metavar="FILE.yaml", help="write it to a file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
 def run(args: argparse.Namespace):
+    from pertstate.base.files import whole_file
     from pertstate.base.messages import closest
+    from pertstate.base.outputs import claimed_file
 
     paths = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    if args.overwrite and args.output is None:
+        raise ValueError("--overwrite has no effect without --output")
     if args.name is None:
         if args.output is not None:
             raise ValueError("--output writes one configuration: name it")
@@ -34,9 +39,6 @@ def run(args: argparse.Namespace):
     if args.output is None:
         show(text.removesuffix("\n"))
         return
-    try:
-        with open(args.output, "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise FileExistsError(f"{args.output} exists; name a file that does not") from error
+    with claimed_file(args.output, args.overwrite) as place, whole_file(place) as partial:
+        partial.write_text(text, encoding="utf-8")
     say(f"{args.output}: train with pertstate train {args.output}")

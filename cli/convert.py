@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="FILE",
         help="names of the genes, one on a line in the order of the training, if the folder has none",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that OUT holds")
 
 
 def run(args: argparse.Namespace):
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace):
     log_to_console(logging.WARNING, "warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     genes = read_names(Path(args.genes)) if args.genes else None
-    made = convert(args.folder, args.output, args.checkpoint, args.attention, genes)
+    made = convert(args.folder, args.output, args.checkpoint, args.attention, genes, args.overwrite)
     vocabulary = made.processor.vocabulary
     say(
         f"{args.output}: {made.config.model_type}, {len(vocabulary.perturbations)} perturbations, "

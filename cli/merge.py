@@ -1,7 +1,6 @@
 """`pertstate merge`."""
 
 import argparse
-from pathlib import Path
 
 from pertstate.base.console import say
 
@@ -15,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--revision", help="revision of the adapter's Hub repository")
     parser.add_argument("--base", metavar="FOLDER", help="base model; by default the one that the adapter names")
     parser.add_argument("--base-revision", help="revision of the base model's Hub repository")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that OUT holds")
 
 
 def run(args: argparse.Namespace):
@@ -28,8 +28,6 @@ def run(args: argparse.Namespace):
     check_name(args.adapter, "ADAPTER")
     if args.base is not None:
         check_name(args.base, "--base")
-    if Path(args.output).is_file():
-        raise ValueError(f"{args.output} is a file; name a folder to write")
     transformers.utils.logging.disable_progress_bar()
-    merge_adapter(args.adapter, args.output, args.revision, args.base, args.base_revision)
+    merge_adapter(args.adapter, args.output, args.revision, args.base, args.base_revision, args.overwrite)
     say(f"{args.output}: a checkpoint without adapters")

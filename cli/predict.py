@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
     parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--perturbation",
@@ -123,6 +124,14 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
 
 def run(args: argparse.Namespace):
+    from pertstate.evaluation.prediction import claimed_output
+
+    # Before there is any work to lose.
+    with claimed_output(args.output, args.adata, args.overwrite):
+        _predict(args)
+
+
+def _predict(args: argparse.Namespace):
     from pertstate.data.perturbation_features import read_perturbation_features
     from pertstate.evaluation.prediction import predict
 
@@ -151,5 +160,6 @@ def run(args: argparse.Namespace):
         convert_scale=args.convert_scale,
         max_missing_genes=args.max_missing_genes,
         obs_columns=args.obs_columns,
+        overwrite=args.overwrite,
     )
     say(f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts")

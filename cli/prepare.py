@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "field of either may follow as a flag (--genes 2000, --knockdown_filter true)",
     )
     parser.add_argument("--output", required=True, metavar="STORE", help="folder to write, whole or not at all")
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="how many files are read at a time")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument(
@@ -41,7 +42,14 @@ def run(args: argparse.Namespace):
     from pertstate.training.run_config import load_run_config
 
     config = load_run_config(args.config, args.flags)
-    store = prepare(config.data, args.output, config.prepare, num_proc=args.num_proc, quiet=args.quiet)
+    store = prepare(
+        config.data,
+        args.output,
+        config.prepare,
+        num_proc=args.num_proc,
+        quiet=args.quiet,
+        overwrite=args.overwrite,
+    )
     manifest = store.manifest
     for note in manifest.notes:
         say(note)

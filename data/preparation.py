@@ -6,31 +6,31 @@ are chosen, knock-downs are judged. Its cells are dealt out to the shards that t
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pertstate.base.anndata_source import Places, Recipe
 from pertstate.base.cell_source import GROUP_KEYS, check_controls, choose_genes, settle_values
 from pertstate.base.console import guard_this_process
 from pertstate.base.constants import Split, Values
-from pertstate.base.files import partial_of
 from pertstate.base.finite import are_finite
 from pertstate.base.messages import closest, given
+from pertstate.base.outputs import Kind, claimed_folder, whole_folder
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on
@@ -55,6 +55,12 @@ from pertstate.processing import StateProcessor
 
 
 LARGEST_COUNT = 2**32 - 1  # a store keeps counts in 32 bits at most
+# What is a part of a store, and goes when another takes its place.
+STORE = Kind(
+    "cell store",
+    (STORE_FILE,),
+    lambda name: name in (STORE_FILE, "state.json", "dataset_info.json") or fnmatchcase(name, "data-*-of-*.arrow"),
+)
 PLACE = "place"  # of a cell in the store, while it is on its way there
 
 
@@ -64,6 +70,7 @@ def prepare(
     options: PrepareArguments | None = None,
     num_proc: int = 1,
     quiet: bool = False,
+    overwrite: bool = False,
 ) -> CellStore:
     """
     Make a cell store of the files that a run names. Memory stays bounded, whatever the size of the files. A kill, an
@@ -76,54 +83,24 @@ def prepare(
         options ([`PrepareArguments`], *optional*): how the store is laid out.
         num_proc (`int`): number of processes, each of which reads one file at a time. The store does not depend on it.
         quiet (`bool`): no progress bars.
+        overwrite (`bool`): replace a store that is there.
 
     Raises:
         KeyError, ValueError, FileNotFoundError: a file, a column or a value is not what it should be.
-        FileExistsError: there is something at `output`.
-        OSError: the disk is full.
+        FileExistsError, InUseError: see [`claimed_folder`].
+        OSError: the disk is full; the output is as it was.
     """
     options = options or PrepareArguments()
     if data.store is not None:
         raise ValueError("data.store names a store: give the files that a new one is made of, in datasets or splits")
     if num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, found {num_proc}")
-    with _building(Path(output)) as folder:
+    with claimed_folder(output, STORE, overwrite), whole_folder(output, STORE) as folder:
         plan = _plan(data, options, quiet)
         runs = _write_runs(plan, folder, num_proc, quiet)
         shards = _write_shards(plan.layout, folder, runs, num_proc, quiet)
         _write_descriptions(plan, folder, shards)
     return CellStore(output)
-
-
-@contextmanager
-def _building(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends without error, and is removed after an error."""
-    if output.exists():
-        raise FileExistsError(f"{output} exists; remove it, or write the store elsewhere")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    partial_folder = partial_of(output)
-    partial_folder.mkdir(exist_ok=True)
-    lock = FileLock(partial_folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is preparing {output}; wait for it, or write elsewhere") from error
-    try:
-        for left in partial_folder.iterdir():  # of a process that was killed
-            if left.name != ".lock":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield partial_folder
-        (partial_folder / ".lock").unlink()
-        os.replace(partial_folder, output)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        message = f"cannot be written, nothing is left of it: {os.strerror(error.errno)}"
-        raise OSError(error.errno, message, str(output)) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        lock.release()
 
 
 # What goes where
@@ -514,10 +491,25 @@ def _do(
                 bar.update(0 if inner_progress else size)
             return results
         processes = min(num_proc, len(jobs))
-        with ProcessPoolExecutor(processes, _processes(), initializer=guard_this_process) as pool:
+        with ProcessPoolExecutor(processes, _processes(), initializer=_begin) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                bar.update(sizes[futures[future]])
+            try:
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    bar.update(sizes[futures[future]])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the first error is that of all
+                raise
             return results
+
+
+def _begin():
+    """A process that reads or writes for another ends when that one is killed; by itself it would wait for work for ever."""
+    guard_this_process()
+
+    def wait():
+        given("a parent", parent_process()).join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from pertstate.base.hub_errors import on_the_hub
 from pertstate.base.hub_names import is_repository, split_revision
 from pertstate.base.markdown import as_code, as_text
+from pertstate.base.outputs import Kind, claimed_folder, whole_folder
 from pertstate.base.public import public
 from pertstate.data.manifest import STORE_FILE, Manifest, sha256_of
 from pertstate.data.store import CellStore
@@ -102,17 +103,30 @@ def read_manifest(name: str | os.PathLike) -> tuple[Manifest, str | None]:
     return Manifest.from_file(Path(file)), commit
 
 
-def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name"):
+# What such a folder consists of.
+_PARQUET = Kind("data set", (STORE_FILE,), lambda name: name in (STORE_FILE, "data", "README.md"))
+
+
+def write_parquet(store: CellStore, folder: str | os.PathLike, name: str = "user/name", overwrite: bool = False):
     """
     Write a store as a folder that can be pushed to the Hub: `data/*.parquet`, `store.json` (without the folders that the
     files were in) and a card. `datasets.load_dataset(folder)` reads it, with streaming or without.
 
     Args:
-        folder: the folder to write; it must not exist.
+        folder: the folder to write, whole or not at all.
         name (`str`): of the data set on the Hub, for the card.
+        overwrite (`bool`): replace a data set that is there.
+
+    Raises:
+        FileExistsError, InUseError: see [`claimed_folder`].
+        OSError: the disk is full; the output is as it was.
     """
-    folder = Path(folder)
-    (folder / "data").mkdir(parents=True)
+    with claimed_folder(folder, _PARQUET, overwrite), whole_folder(folder, _PARQUET) as partial:
+        _write_parquet(store, partial, name)
+
+
+def _write_parquet(store: CellStore, folder: Path, name: str):
+    (folder / "data").mkdir()
     shards = []
     for shard, batches in zip(store.manifest.shards, store.batches_of_shards()):
         file = f"data/{Path(shard['file']).stem.replace('data-', 'train-')}.parquet"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from pertstate.base.constants import Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
+from pertstate.base.outputs import claimed_file
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.reading import AnnDataFile
@@ -173,25 +175,34 @@ def format_table(table: pd.DataFrame) -> str:
     return table_text(shown)
 
 
-def write_table(table: pd.DataFrame, output: str | os.PathLike):
-    """Write `.csv` (see [`~pertstate.base.tables.write_csv`]) or `.json`, whole or not at all."""
-    output = check_table_path(output)
-    if output.suffix == ".csv":
-        return write_csv(table, output)
-    check_table(table)
-    records = json.loads(table.to_json(orient="records"))
-    with whole_file(output) as partial:
-        partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
+def write_table(table: pd.DataFrame, output: str | os.PathLike, overwrite: bool = False):
+    """
+    Write `.csv` (see [`~pertstate.base.tables.write_csv`]) or `.json`, whole or not at all.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, InUseError: see [`claimed_table`].
+        FloatingPointError: see [`~pertstate.base.tables.check_table`].
+        OSError: the disk is full; the file is as it was.
+    """
+    with claimed_table(output, overwrite) as place:
+        if Path(output).suffix == ".csv":
+            return write_csv(table, place)
+        check_table(table)
+        records = json.loads(table.to_json(orient="records"))
+        with whole_file(place) as partial:
+            partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
 
 
-def check_table_path(output: str | os.PathLike) -> Path:
-    """The path of an output. One that [`write_table`] could not write is refused, before there is any work to lose."""
-    output = Path(output)
-    if output.suffix not in (".csv", ".json"):
+def claimed_table(output: str | os.PathLike, overwrite: bool) -> AbstractContextManager[Path]:
+    """
+    See [`claimed_file`]. One that [`write_table`] could not write is refused, before there is any work to lose.
+
+    Raises:
+        ValueError: the name does not end in `.csv` or `.json`.
+    """
+    if Path(output).suffix not in (".csv", ".json"):
         raise ValueError(f"--output {output}: expected a name that ends in .csv or .json")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    return output
+    return claimed_file(output, overwrite)
 
 
 @dataclass

@@ -6,13 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from pertstate.base.files import whole_file
+from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.data.reading import AnnDataFile
 from pertstate.evaluation.comparison import readers_of
 from pertstate.evaluation.metrics import pearson_of_change
 
 
-def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, output: str | os.PathLike, most: int = 12):
+def plot_mean_changes(
+    predicted: str | os.PathLike,
+    real: str | os.PathLike,
+    output: str | os.PathLike,
+    most: int = 12,
+    overwrite: bool = False,
+):
     """
     One panel per (context, perturbation): each gene's predicted against its observed mean change from control.
 
@@ -20,10 +27,12 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         predicted, real: files, see [`evaluate`].
         output: the picture to write, whole or not at all. The ending of its name is the format.
         most (`int`): the largest number of panels; those with the strongest observed change are shown.
+        overwrite (`bool`): replace a file that is there.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the files have no group in common, or the format is unknown.
+        FileExistsError, InUseError: see [`claimed_file`].
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,5 +78,5 @@ def plot_mean_changes(predicted: str | os.PathLike, real: str | os.PathLike, out
         axis.title.set_parse_math(False)  # a name with dollar signs is no formula
     figure.supxlabel("observed mean change")
     figure.supylabel("predicted mean change")
-    with whole_file(output) as partial:
+    with claimed_file(output, overwrite) as place, whole_file(place) as partial:
         figure.savefig(partial, dpi=130, format=Path(output).suffix[1:])

@@ -5,7 +5,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
-from pertstate.base.files import whole_file
+from pertstate.base.files import saying_disk_errors, whole_file
 from pertstate.base.finite import check_predicted
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.messages import some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import get_logger
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.others_data import read_as
@@ -76,6 +77,7 @@ def predict(
     convert_scale: bool = False,
     max_missing_genes: float = MAX_MISSING_GENES,
     obs_columns: list[str] | None = None,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad`.
@@ -104,6 +106,7 @@ def predict(
         convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
         obs_columns (`list[str]`, *optional*): columns of obs of the control cells that the predicted cells get. Columns of var
             come through by themselves.
+        overwrite (`bool`): replace an output that is there.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
@@ -114,20 +117,15 @@ def predict(
         KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
         UnseenPerturbationError: the model cannot predict some of the perturbations; it names them.
         FloatingPointError: a prediction is NaN or infinite; the error names cell and gene, and nothing is left behind.
+        FileExistsError, FileNotFoundError, InUseError: see [`claimed_output`].
         OSError: the output cannot be written; nothing is left behind.
     """
     output = Path(output)
     for name, value in (("cells_per_perturbation", cells_per_perturbation), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name the .h5ad file to write")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output}: there is no folder {output.parent}")
-    if output.exists() and Path(adata_path).exists() and output.samefile(adata_path):
-        raise ValueError(f"{output} is the input file; write the predictions elsewhere")
     model.eval()
-    with AnnDataFile(adata_path) as data:
+    with claimed_output(output, adata_path, overwrite), AnnDataFile(adata_path) as data:
         uses_batches = bool(model.config.embeds_batches)
         processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
         perturbations = _at_doses(processor, perturbations, doses)
@@ -199,6 +197,20 @@ def predict(
         )
     counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
     return {"cells": total, **counts, "unseen": len(unseen)}
+
+
+def claimed_output(
+    output: str | os.PathLike, adata_path: str | os.PathLike, overwrite: bool
+) -> AbstractContextManager[Path]:
+    """
+    See [`claimed_file`].
+
+    Raises:
+        ValueError: the output is the input file.
+    """
+    if Path(output).exists() and Path(adata_path).exists() and Path(output).samefile(adata_path):
+        raise ValueError(f"{output} is the input file; write the predictions elsewhere")
+    return claimed_file(output, overwrite)
 
 
 def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateProcessor):
@@ -402,12 +414,12 @@ class _Disk:
 
     def __init__(self, raw: io.FileIO, output: Path):
         self._raw, self._output = raw, output
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
 
     def check(self):
         if self._error is not None:
-            message = f"cannot be written, nothing is left of it: {self._error.strerror}"
-            raise OSError(self._error.errno, message, str(self._output)) from self._error
+            with saying_disk_errors(self._output):
+                raise self._error
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
@@ -415,14 +427,14 @@ class _Disk:
         try:
             while done < len(view):
                 done += self._raw.write(view[done:])
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001 - a signal's, too
             self._error = self._error or error
         return len(view)
 
     def truncate(self, size: int) -> int:
         try:
             self._raw.truncate(size)
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001 - a signal's, too
             self._error = self._error or error
         return size
 

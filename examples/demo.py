@@ -33,16 +33,16 @@ def main():
     screen.write_h5ad(FOLDER / "screen.h5ad")
     print(f"simulated {screen.n_obs:,} cells x {screen.n_vars} genes: {FOLDER}/screen.h5ad", flush=True)
 
-    run("pertstate", "train", str(CONFIG))
+    run("pertstate", "train", str(CONFIG), "--overwrite")
     predicted, real = FOLDER / "predicted.h5ad", FOLDER / "screen.h5ad"
     run(
         *("pertstate", "predict", "--model", str(FOLDER / "checkpoint"), "--adata", str(real)),
-        *("--context", HELD_OUT, "--output", str(predicted)),
+        *("--context", HELD_OUT, "--output", str(predicted), "--overwrite"),
     )
 
     table, _ = evaluate(predicted, real, real, quiet=True)
-    write_table(table, FOLDER / "scores.csv")
-    plot_mean_changes(predicted, real, FOLDER / "mean_change.png")
+    write_table(table, FOLDER / "scores.csv", overwrite=True)
+    plot_mean_changes(predicted, real, FOLDER / "mean_change.png", overwrite=True)
     mean = table[table["context"] == "mean"].set_index("method")[["pearson", "mae", "energy"]]
     mean.columns = ["Pearson of the mean change", "MAE of the mean", "energy distance"]
     shown = mean.map(lambda value: "-" if np.isnan(value) else f"{value:.4f}")

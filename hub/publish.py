@@ -1,17 +1,31 @@
 """Writing a checkpoint folder so that it holds a whole checkpoint or none."""
 
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pertstate.base.files import PARTIAL, partial_of
+from pertstate.base.files import PARTIAL
+from pertstate.base.outputs import Kind, claimed_folder, whole_folder
+from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
 # A folder loads as a model, or as an adapter, only with one of these files in it. So it is the first that is taken away
 # and the last that is put there.
 MODEL_KEY, ADAPTER_KEY = "config.json", "adapter_config.json"
+# The other files that do not outlive the checkpoint that they are of. Code may: only what a checkpoint names is run.
+_OWN = (
+    *("processor_config.json", VOCABULARY_FILE, PERTURBATION_FEATURES_FILE, "README.md", "training_args.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of this name is a part of a checkpoint, and of nothing else."""
+    return any(fnmatchcase(name, own) for own in (MODEL_KEY, ADAPTER_KEY, *_OWN))
+
+
+CHECKPOINT = Kind("checkpoint", (ADAPTER_KEY, MODEL_KEY), is_own)
 
 
 def _key_of(folder: str | os.PathLike, ending: str = "") -> str:
@@ -20,38 +34,21 @@ def _key_of(folder: str | os.PathLike, ending: str = "") -> str:
 
 def hide(folder: str | os.PathLike):
     """Make a folder not loadable as a checkpoint while it is still being written."""
-    key = _key_of(folder)
-    os.replace(Path(folder, key), partial_of(Path(folder, key)))
+    key = Path(folder, _key_of(folder))
+    os.replace(key, key.with_name(key.name + PARTIAL))
 
 
 def reveal(folder: str | os.PathLike):
     """Undo [`hide`]: the folder is whole."""
-    key = _key_of(folder, PARTIAL)
-    os.replace(partial_of(Path(folder, key)), Path(folder, key))
+    key = Path(folder, _key_of(folder, PARTIAL))
+    os.replace(key.with_name(key.name + PARTIAL), key)
 
 
-@contextmanager
-def whole_or_nothing(target: str | os.PathLike) -> Iterator[Path]:
-    """
-    A scratch folder inside `target`. What is written to it moves into `target` when the block ends without error.
+def claimed_checkpoint(path: str | os.PathLike, overwrite: bool) -> AbstractContextManager[Path]:
+    """See [`claimed_folder`]."""
+    return claimed_folder(path, CHECKPOINT, overwrite)
 
-    A full disk or a kill at any moment leaves in `target` the old checkpoint, or the new one, or a folder that does
-    not load. It never leaves a part, or a mixture of old and new.
-    """
-    target = Path(target)
-    scratch = target / PARTIAL
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        key = _key_of(scratch)
-        hide(scratch)
-        for old in (MODEL_KEY, ADAPTER_KEY):
-            Path(target, old).unlink(missing_ok=True)
-        hidden = partial_of(scratch / key)
-        for entry in sorted(scratch.iterdir()):
-            if entry != hidden:
-                os.replace(entry, target / entry.name)
-        os.replace(hidden, target / key)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+def whole_checkpoint_folder(path: str | os.PathLike) -> AbstractContextManager[Path]:
+    """A folder to write, which becomes the checkpoint `path`, see [`whole_folder`]. Other files of `path` stay."""
+    return whole_folder(path, CHECKPOINT)

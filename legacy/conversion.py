@@ -24,7 +24,7 @@ from pertstate.hub.card import (
     TASK,
     UNKNOWN_LICENSE,
 )
-from pertstate.hub.publish import whole_or_nothing
+from pertstate.hub.publish import claimed_checkpoint, whole_checkpoint_folder
 from pertstate.legacy.folder import LegacyFolder, read_legacy_folder
 from pertstate.legacy.weights import config_from_legacy, state_dict_from_legacy
 from pertstate.processing import StateProcessor
@@ -55,13 +55,14 @@ def convert(
     checkpoint: str | None = None,
     attention: str | None = None,
     genes: list[str] | None = None,
+    overwrite: bool = False,
 ) -> Converted:
     r"""
     Write a checkpoint folder that predicts what the research code's own model predicts.
 
     Args:
         folder: see [`~pertstate.legacy.folder.read_legacy_folder`].
-        output: a folder that does not exist yet, or is empty. It is written whole or not at all.
+        output: the folder to write, whole or not at all.
         checkpoint (`str`, *optional*): which file of `checkpoints/`.
         attention (`str`, *optional*): which cells a cell saw in training, for the State transition model.
 
@@ -72,15 +73,22 @@ def convert(
             By default what the folder's flags say. Without a flag, causal attention is assumed, and a warning says so.
         genes (`list[str]`, *optional*): names of the features in their order (with a gene decoder: of the genes that it
             predicts), where the folder lacks them.
+        overwrite (`bool`): replace a checkpoint that is there.
 
     Raises:
+        FileExistsError, InUseError: see [`claimed_folder`].
+        OSError: the disk is full; the output is as it was.
         FileNotFoundError: a file is missing.
         RefusedPickleError: a pickle names something that is not data; none of it was run.
         ValueError: names, sizes and weights do not fit together, or the model cannot be converted.
     """
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; name a new one")
+    with claimed_checkpoint(output, overwrite):
+        return _convert(folder, Path(output), checkpoint, attention, genes)
+
+
+def _convert(
+    folder: str | os.PathLike, output: Path, checkpoint: str | None, attention: str | None, genes: list[str] | None
+) -> Converted:
     legacy = read_legacy_folder(folder, checkpoint)
     source = _choose_attention(legacy, attention)
     config = _config(legacy)
@@ -88,7 +96,7 @@ def convert(
     model = _model(legacy, config)
     about = _about_attention(config, source)
     card = _card(legacy, config, processor, about, output.name)
-    with whole_or_nothing(output) as partial:
+    with whole_checkpoint_folder(output) as partial:
         processor.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         model.save_pretrained(partial)

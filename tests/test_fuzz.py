@@ -641,7 +641,7 @@ def predictor():
 @pytest.mark.parametrize("form", FORMS)
 def test_predictions_start_from_the_cells_of_the_file(tmp_path, predictor, suffix, form):
     path = write(screen(FORMS[form](counts())), tmp_path / f"screen{suffix}")
-    predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True)
+    predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True, overwrite=True)
     found = ad.read_h5ad(tmp_path / "predicted.h5ad")
     assert sorted(set(found.obs["control_barcode"])) == ["cell0", "cell3", "cell6", "cell9"]
     rows = [int(name[4:]) for name in found.obs["control_barcode"]]
@@ -676,7 +676,9 @@ def test_predictions_of_damaged_files_are_not_written(template, tmp_path, predic
         with h5py.File(path, "r+") as file:
             damage(file)
         before = sorted(tmp_path.iterdir())
-        _, error = attempt(lambda path=path: predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True))
+        _, error = attempt(
+            lambda path=path: predict(*predictor, path, tmp_path / "predicted.h5ad", quiet=True, overwrite=True)
+        )
         assert error is not None, damage.__name__
         assert sorted(tmp_path.iterdir()) == before
 

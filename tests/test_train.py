@@ -310,7 +310,7 @@ def test_a_held_out_context_may_have_batches_of_its_own(folder, tmp_path):
     metrics = pertstate.train.main(run)
     assert np.isfinite(metrics["test_energy"])
     with pytest.raises(ValueError, match=r"control cells of batches without training cells: .*'type_2_b0'"):
-        pertstate.train.main([*run, "--batch_encoder", "true"])
+        pertstate.train.main([*run, "--batch_encoder", "true", "--overwrite"])
 
 
 def test_without_validation_data_there_is_no_best_checkpoint(folder, unbroken):

@@ -119,7 +119,7 @@ def test_the_additive_baseline_of_gears_labels_is_that_of_plain_ones(tmp_path):
         content = json.loads((trained(tmp_path, data, name) / "training_args.json").read_text())
         assert content
         processor, model = AutoProcessor.from_pretrained(tmp_path / name), AutoModel.from_pretrained(tmp_path / name)
-        predict(model, processor, path, tmp_path / "p.h5ad", perturbations=["A+B"], quiet=True)
+        predict(model, processor, path, tmp_path / "p.h5ad", perturbations=["A+B"], quiet=True, overwrite=True)
         table, _ = evaluate(tmp_path / "p.h5ad", path, path, quiet=True)
         rows.append(table[table["method"] == "additive"].reset_index(drop=True))
     assert len(rows[0]) == 3
@@ -253,7 +253,9 @@ def test_controls_of_others_need_no_column_that_the_model_does_not_use(tmp_path,
         file = new.copy()
         file.obs = obs
         words = ["predict", "--model", str(model), "--adata", written(file, tmp_path / "new.h5ad")]
-        assert pertstate([*words, "--output", str(tmp_path / "p.h5ad"), "--all", "--quiet", *flags]) == 0, name
+        assert (
+            pertstate([*words, "--output", str(tmp_path / "p.h5ad"), "--all", "--quiet", "--overwrite", *flags]) == 0
+        ), name
         found = ad.read_h5ad(tmp_path / "p.h5ad")
         assert found.n_obs == 2 * new.n_obs and ("gem_group" in found.obs) == ("gem_group" in obs)
         expected = found.X if expected is None else expected
@@ -261,7 +263,7 @@ def test_controls_of_others_need_no_column_that_the_model_does_not_use(tmp_path,
     file.obs = pd.DataFrame({"cell_type": "new"}, index=new.obs_names)
     written(file, tmp_path / "new.h5ad")
     capsys.readouterr()
-    assert pertstate([*words, "--output", str(tmp_path / "p.h5ad"), "--all", "--quiet"]) == 1
+    assert pertstate([*words, "--output", str(tmp_path / "p.h5ad"), "--all", "--quiet", "--overwrite"]) == 1
     assert "say with --all-are-controls that every cell is a control" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,29 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from pertstate.base.public import public
+
+
+_FINITE_NUMBER = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
+_POSITIVE = (lambda value: 0 < value < math.inf, "above 0 and finite")
+_SHARE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_COUNT = (lambda value: 0 <= value < math.inf, "at least 0")
+_SIZE = (lambda value: value >= 1, "at least 1")
+# A number of steps, or a share of all steps.
+_STEPS = (
+    lambda value: 0 < value < 1 or (value >= 1 and value == value // 1),
+    "a number of steps, or a share of all below 1",
+)
+# What each number must be; NaN is none of these.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), _FINITE_NUMBER),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _SIZE),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _SIZE),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _STEPS),
+    **dict.fromkeys(("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers"), _COUNT),
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 where num_train_epochs is set"),
+}
 
 
 @dataclass
@@ -27,6 +51,7 @@ class StateTrainingArguments(TrainingArguments):
 
     - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
     - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
+    - `overwrite`: replace the run that `output_dir` holds, its checkpoints at the start, its model at the end
     - `license` (of the weights), `data_license`: go into the model card
 
     Two ways to train a checkpoint further (`model.pretrained`):
@@ -103,15 +128,26 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata
     )
 
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that output_dir holds: its checkpoints now, its model at the end."},
+    )
+
     def __post_init__(self):
+        self._check_numbers()
         super().__post_init__()
+        half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
+        if half and self.device.type == "cpu":
+            raise ValueError(
+                f"{half[0]}: a CPU does not train in float16; leave it out, or use {half[0].replace('fp', 'bf', 1)}"
+            )
         if self.l2_weight_decay and self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
                 f"l2_weight_decay turns AdamW into Adam, found optim={self.optim.value!r}; use optim: adamw_torch, or "
                 "l2_weight_decay: false"
             )
         if self.lr_decay_epochs is not None:
-            if self.lr_decay_epochs <= 0:
+            if not 0 < self.lr_decay_epochs < math.inf:
                 raise ValueError(f"lr_decay_epochs must be above 0, found {self.lr_decay_epochs}; null is no decay")
             if self.lr_scheduler_type != "constant":
                 raise ValueError(
@@ -147,6 +183,12 @@ class StateTrainingArguments(TrainingArguments):
                 content[name] = os.path.basename(os.path.normpath(content[name]))
         return json.dumps(_as_json(content), indent=2)
 
+    def _check_numbers(self):
+        for name, (holds, expected) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {expected}, found {value}")
+
     def _check_lora(self):
         options = ("lora_alpha", "lora_dropout", "lora_mlp", "train_fully")
         if self.lora_rank is None:
@@ -158,7 +200,7 @@ class StateTrainingArguments(TrainingArguments):
             self.train_fully = [self.train_fully]
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, found {self.lora_rank}; null trains the model itself")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha must be above 0, found {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), found {self.lora_dropout}")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from transformers.trainer_utils import get_last_checkpoint
 
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
@@ -261,15 +260,6 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
         lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
     return joined_lines(lines)
-
-
-def checkpoint_of(run: RunConfig) -> str | None:
-    """The checkpoint that the run continues, if it asks for one and there is one."""
-    asked = run.training.get("resume_from_checkpoint")
-    if asked in (True, "True", "true", "last"):
-        folder = str(run.training.get("output_dir", StateTrainingArguments.output_dir))
-        return get_last_checkpoint(folder) if os.path.isdir(folder) else None
-    return asked or None
 
 
 def from_cells(

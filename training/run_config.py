@@ -66,7 +66,7 @@ class RunConfig:
             content[section] = {
                 name: _last_part(f"{section}.{name}", public(value))
                 for name, value in values.items()
-                if not name.endswith("_token")
+                if not name.endswith("_token") and name != "overwrite"
             }
         written = {section: values for section, values in content.items() if values}
         return yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

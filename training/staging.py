@@ -1,20 +1,33 @@
 """Checkpoints of a training that are whole or do not exist."""
 
 import copy
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pertstate.base.files import PARTIAL
+from pertstate.base.files import PARTIAL, saying_disk_errors
+from pertstate.base.messages import given
+from pertstate.base.outputs import replace_folder
+from pertstate.base.printable import get_logger
 from pertstate.hub.publish import reveal
 
 
+logger = get_logger(__name__)
+
 STAGING = PARTIAL
+# The list of a checkpoint's files with their sizes. It is the last that is written.
+FILES = "files.json"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def is_staged(folder: Path) -> bool:
@@ -23,11 +36,18 @@ def is_staged(folder: Path) -> bool:
 
 
 @contextmanager
-def whole_checkpoint(trainer: Trainer) -> Iterator[Path]:
+def whole_checkpoint(trainer: Trainer, limit: int | None, resumable: bool = False) -> Iterator[Path]:
     """
     Makes the Trainer save the checkpoint of its step to a staging folder, which is yielded, and not push it. When the
     block ends without error, the folder takes its place in the output folder; older checkpoints make room. Every process
     enters it.
+
+    Args:
+        limit (`int`, *optional*): how many checkpoints to keep; all by default.
+        resumable (`bool`): keep what a training continues from, even where `save_only_model` leaves it out.
+
+    Raises:
+        OSError: the disk is full; the checkpoints that were there are as they were.
     """
     args, state, wait = trainer.args, trainer.state, trainer.accelerator.wait_for_everyone
     run, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -37,26 +57,196 @@ def whole_checkpoint(trainer: Trainer) -> Iterator[Path]:
     wait()
     trainer.args = copy.copy(args)
     trainer.args.output_dir, trainer.args.push_to_hub = str(run / STAGING), False
+    trainer.args.save_only_model = args.save_only_model and not resumable
     try:
-        yield staged
+        with saying_disk_errors(final):
+            yield staged
         wait()
         if args.should_save:
             best = run / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
             if state.best_global_step and (best == final or best.exists()):
                 state.best_model_checkpoint = str(best)
-                state.save_to_json(str(staged / "trainer_state.json"))
-            shutil.rmtree(final, ignore_errors=True)
-            reveal(staged)
-            os.replace(staged, final)
+            with saying_disk_errors(final):
+                state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                reveal(staged)
+                _list_files(staged, not trainer.args.save_only_model)
+            replace_folder(staged, final)
     finally:
         trainer.args = args
         if args.should_save:
             shutil.rmtree(run / STAGING, ignore_errors=True)
     wait()
     if args.should_save:
-        rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=args.save_total_limit,
-            best_model_checkpoint=state.best_model_checkpoint,
-            use_mtime=True,
+        _make_room(run, final, state.best_model_checkpoint, limit)
+
+
+class Continued(TrainerCallback):
+    """
+    The checkpoint that a training continues.
+
+    Attributes:
+        step (`int`, *optional*): its step; None where the training starts anew.
+    """
+
+    def __init__(self):
+        self.step: int | None = None
+        self._best: Path | None = None
+
+    def start(self, folder: str | None, loads_best: bool):
+        """
+        To be called before each training.
+
+        Args:
+            folder (`str`, *optional*): the checkpoint.
+            loads_best (`bool`): the best checkpoint so far may be loaded at the end.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is not whole, or the best one is not.
+        """
+        self.step = self._best = None
+        if folder is None:
+            return
+        check_resumable(folder)
+        state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+        self.step = state.global_step
+        if state.best_global_step:
+            # Beside it, even where the run's folder was moved.
+            best = Path(folder).with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+            self._best = best if best.is_dir() else None
+        if loads_best and self._best is not None:
+            wrong = _wrong_files(self._best)
+            if wrong is not None:
+                raise ValueError(f"resume_from_checkpoint: the best checkpoint {self._best} is not whole: {wrong}")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._best is not None and state.best_model_checkpoint is None:
+            state.best_model_checkpoint = str(self._best)
+
+
+def _list_files(folder: Path, resumable: bool):
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / FILES).write_text(json.dumps({"resumable": resumable, "files": sizes}, indent=1), encoding="utf-8")
+
+
+def _discard(checkpoint: Path):
+    """Remove a checkpoint: first its name goes, so that a kill leaves no part of it under this name."""
+    if checkpoint.exists():
+        doomed = checkpoint.parent / STAGING / f"{checkpoint.name}-removed"
+        doomed.parent.mkdir(exist_ok=True)
+        os.rename(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_room(run: Path, newest: Path, best: str | None, limit: int | None):
+    """
+    Keep `limit` checkpoints, always the newest and the best. Those that are not whole go first, then those of a later step,
+    which an earlier course of the run left, then the oldest.
+    """
+    if limit is None:
+        return
+    kept = {newest, *([] if best is None else [Path(best)])}
+    others = [path for path in checkpoints_of(run) if path not in kept]
+    others.sort(key=lambda path: (missing_of(path) is None, _step_of(path) < _step_of(newest)))
+    for path in others[: max(0, len(others) + len(kept) - limit)]:
+        _discard(path)
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run, whole or not, by their steps."""
+    found = (
+        [path for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()] if run.is_dir() else []
+    )
+    return sorted(found, key=_step_of)
+
+
+def clear_run(run: Path):
+    """Remove the checkpoints of an older run."""
+    for path in checkpoints_of(run):
+        _discard(path)
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+
+
+def recover_run(run: Path):
+    """Tidy up after a run that was killed: a checkpoint that is whole but for its name gets it, the rest goes."""
+    for staged in checkpoints_of(run / STAGING):
+        if missing_of(staged) is None and not (run / staged.name).exists():
+            os.rename(staged, run / staged.name)
+    shutil.rmtree(run / STAGING, ignore_errors=True)
+
+
+def missing_of(checkpoint: str | os.PathLike) -> str | None:
+    """What a training cannot continue from a checkpoint for, in words; None where it is whole."""
+    wrong = _wrong_files(Path(checkpoint))
+    if wrong is None and not given("the list of files", _read_list(Path(checkpoint, FILES)))["resumable"]:
+        return "it holds the model alone (save_only_model), not the state of its training"
+    return wrong
+
+
+def _wrong_files(folder: Path) -> str | None:
+    listed = _read_list(folder / FILES)
+    if listed is None:
+        return f"it has no list of its files, {FILES}: it is cut short, or an older version wrote it"
+    wrong = []
+    for name, size in listed["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
+    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "") if wrong else None
+
+
+def _read_list(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    fits = isinstance(content, dict) and content.keys() == {"resumable", "files"} and isinstance(content["files"], dict)
+    return content if fits else None
+
+
+def check_resumable(checkpoint: str | os.PathLike):
+    """
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is not whole; what is wrong with it is said.
+    """
+    if not Path(checkpoint).is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: {checkpoint}: no such checkpoint folder")
+    wrong = missing_of(checkpoint)
+    if wrong is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is not whole: {wrong}; name another checkpoint, or last for the last that "
+            "is whole"
         )
+
+
+def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
+    """
+    The last checkpoint of a run that is whole; later ones that are not are named in a warning. None where the run has no
+    checkpoint at all.
+
+    Raises:
+        ValueError: it has checkpoints, and none is whole.
+    """
+    wrong: dict[str, str] = {}
+    for folder in reversed(checkpoints_of(Path(run))):
+        missing = missing_of(folder)
+        if missing is None:
+            for name, why in wrong.items():
+                logger.warning(f"{name} is not whole: {why}; resuming from {folder.name}")
+            return str(folder)
+        wrong[folder.name] = missing
+    if wrong:
+        said = "; ".join(f"{name}: {why}" for name, why in list(wrong.items())[:3])
+        raise ValueError(
+            f"{run} has no whole checkpoint to resume from: {said}; leave resume_from_checkpoint out and train anew with "
+            "--overwrite"
+        )
+    return None

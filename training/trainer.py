@@ -1,5 +1,6 @@
 """StateTrainer: a transformers Trainer that computes distributional losses over cell sentences."""
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from pertstate.base.checkpoint_files import check_finite_weights
 from pertstate.base.constants import GENE_LABELS, LABELS
@@ -28,7 +29,8 @@ from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.fitting import fit_model
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
-from pertstate.training.staging import is_staged, whole_checkpoint
+from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
+from pertstate.training.stopping import Stop
 
 
 logger = get_logger(__name__)
@@ -44,7 +46,8 @@ class StateTrainer(Trainer):
     - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
-    - writes checkpoints that are whole or do not exist, and pushes them so;
+    - writes checkpoints that are whole or do not exist, and pushes them so; continues from whole ones alone;
+    - stops at SIGINT or SIGTERM after the running step, with a checkpoint of it, see [`Stop`];
     - continues a stream where a checkpoint left it, without reading it from its start;
     - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
@@ -85,7 +88,9 @@ class StateTrainer(Trainer):
         kwargs.setdefault("preprocess_logits_for_metrics", self._scored)
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.push]
+        self.continued, self.stop = Continued(), Stop()
+        # The last one ends the training: all else has been done then.
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.continued, self.push, self.stop]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
@@ -113,11 +118,36 @@ class StateTrainer(Trainer):
                     "pass, which is not continued; leave it out"
                 )
             return self.fit()
-        last = resume_from_checkpoint is True
-        folder = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
-        if folder and self.train_dataset.load_state(folder):
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = last_whole_checkpoint(str(self.args.output_dir))
+            if folder is None:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint; leave it out")
+        self.continued.start(folder, bool(self.args.load_best_model_at_end))
+        # The library would remove the last checkpoint at the end where it keeps one and another is the best; a run that has
+        # none cannot be resumed. It need not make room, as `whole_checkpoint` does.
+        asked, self.args = self.args, copy.copy(self.args)
+        self.args.save_total_limit = None
+        if folder is not None and self.train_dataset.load_state(folder):
             self.args.ignore_data_skip = True
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            with self.stop.listening():
+                output = super().train(folder, trial, ignore_keys_for_eval)
+                self.stop.after_the_last_step(self.args, self.state)
+        finally:
+            self.args = asked
+        if self.continued.step == self.state.global_step:
+            # The time and the loss of no step.
+            self.state.log_history.pop()
+        return output
+
+    def set_initial_training_values(self, args, dataloader):
+        epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        finished = self.continued.step is not None and 0 < max_steps <= self.continued.step
+        if finished:
+            logger.info(f"all {max_steps} steps are done: no weight changes, what is missing is finished")
+        # No epoch is begun, where the library would take one step more.
+        return (0 if finished else epochs, *others, max_steps)
 
     def fit(self) -> TrainOutput:
         """
@@ -238,7 +268,7 @@ class StateTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         # Private, as no public method stands around all that is written of a checkpoint.
-        with whole_checkpoint(self) as folder:
+        with whole_checkpoint(self, self._asked.save_total_limit, resumable=self.stop.asked) as folder:
             super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:
                 self.train_dataset.save_state(folder)

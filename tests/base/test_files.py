@@ -2,12 +2,16 @@
 
 import os
 import resource
+import socket
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from pertstate.base.files import partial_of, whole_file
+from pertstate.base.files import PARTIAL, partial_of, place_of_file, whole_file
 from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.manifest import Manifest
 from pertstate.evaluation.comparison import write_table
@@ -26,7 +30,8 @@ def test_the_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with whole_file(str(path)) as partial:
-        assert partial == partial_of(path) == tmp_path / "a.json.partial"
+        assert partial.parent == tmp_path and partial.name.startswith(f".a.json.{os.getpid()}-")
+        assert partial.name.endswith(PARTIAL) and partial != partial_of(path)
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
@@ -45,12 +50,70 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, old, written)
     assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == ({"a.json": old} if old else {})
 
 
-def test_what_a_kill_left_is_written_over(tmp_path):
-    path = tmp_path / "a.json"
-    partial_of(path).write_text("a part, longer than the file")
-    with whole_file(path) as partial:
-        partial.write_text("new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
+def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "else").mkdir()
+    target, link = tmp_path / "else" / "a.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("first", "second"):
+        with whole_file(link) as partial:
+            partial.write_text(text)
+        assert link.is_symlink() and target.read_text() == text and os.listdir(tmp_path / "else") == ["a.json"]
+
+
+@pytest.mark.parametrize("what", ["fifo", "socket", "folder", "link to a fifo", "links in a circle"])
+def test_what_is_no_regular_file_is_refused_and_stays(tmp_path, what, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = Path("out")
+    if what == "folder":
+        path.mkdir()
+    elif what == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("out")
+    elif what == "links in a circle":
+        Path("other").symlink_to("out")
+        path.symlink_to("other")
+    else:
+        os.mkfifo("pipe" if what.startswith("link") else "out")
+        if what.startswith("link"):
+            path.symlink_to("pipe")
+    before = {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()}
+    with pytest.raises((ValueError, OSError), match="is no regular file|is a folder|Too many levels"), whole_file(path):
+        pass
+    assert {entry.name: entry.lstat().st_mode for entry in tmp_path.iterdir()} == before
+
+
+def test_a_device_is_no_regular_file():
+    """Asked about alone: nothing is written."""
+    with pytest.raises(ValueError, match="/dev/null is no regular file but a device"):
+        place_of_file("/dev/null")
+
+
+def test_errors_of_the_disk_are_one_sentence_in_whatever_form_they_come(tmp_path, full_disk):
+    numbers = torch.zeros(10_000)
+    writers = {
+        "pt": lambda path: torch.save(numbers, path),
+        "safetensors": lambda path: save_file({"a": numbers}, path),
+        "txt": lambda path: path.write_bytes(b"x" * 10_000),
+    }
+    for ending, write in writers.items():
+        path = tmp_path / f"a.{ending}"
+        with pytest.raises(OSError) as caught, whole_file(path) as partial:
+            write(partial)
+        said = str(caught.value)
+        assert "cannot be written, nothing is left of it: " in said and f"a.{ending}" in said, said
+        assert "File too large" in said or "the disk is full, or a limit on the size of files is met" in said, said
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_pass_as_they_are(tmp_path):
+    for error in (
+        RuntimeError("of the program"),
+        FileNotFoundError(2, "No such file or directory", "input"),
+        KeyError("a"),
+    ):
+        with pytest.raises(type(error)) as caught, whole_file(tmp_path / "a"):
+            raise error
+        assert caught.value is error
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path):
@@ -87,7 +150,7 @@ def save_features(path, names):
 
 
 def save_csv(path, names):
-    write_table(pd.DataFrame({"name": names}), path)
+    write_table(pd.DataFrame({"name": names}), path, overwrite=True)
 
 
 def save_manifest(path, names):

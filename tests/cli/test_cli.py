@@ -79,6 +79,7 @@ def folder(tmp_path_factory) -> Path:
 
 def predict(folder, output, *flags, model="counts", adata="screen.h5ad", rc=0) -> ad.AnnData | None:
     words = ["predict", "--model", folder / "models" / model, "--adata", folder / adata, "--output", output, "--quiet"]
+    words.append("--overwrite")
     assert main([str(word) for word in (*words, *flags)]) == rc
     return ad.read_h5ad(output) if rc == 0 else None
 
@@ -264,7 +265,7 @@ def test_inputs_and_outputs_that_are_not_there(folder, tmp_path, capsys):
     predict(folder, tmp_path / "none" / "out.h5ad", rc=1)
     assert f"there is no folder {tmp_path / 'none'}" in error(capsys)
     predict(folder, tmp_path, rc=1)
-    assert f"{tmp_path} is a folder; name the .h5ad file to write" in error(capsys)
+    assert f"{tmp_path} is a folder; name a file to write" in error(capsys)
     predict(folder, folder / "screen.h5ad", rc=1)
     assert "is the input file; write the predictions elsewhere" in error(capsys)
 
@@ -333,7 +334,7 @@ folder, peak = sys.argv[1], []
 processor = StateProcessor.fit(ad.read_h5ad(f"{folder}/small.h5ad"), set_size=64)
 model = StateForPerturbation(StateConfig.from_preset("tiny", input_dim=2000, num_perturbations=1))
 for name in ("small", "large"):
-    predict(model, processor, f"{folder}/{name}.h5ad", f"{folder}/out.h5ad", ["A"], quiet=True)
+    predict(model, processor, f"{folder}/{name}.h5ad", f"{folder}/out.h5ad", ["A"], quiet=True, overwrite=True)
     peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 print(*peak)
 """

@@ -51,10 +51,17 @@ def test_no_file_is_written_over(tmp_path, capsys):
     target = tmp_path / "mine.yaml"
     target.write_text("mine")
     assert main(["configs", "demo", "--output", str(target)]) == 1
-    assert capsys.readouterr().err == f"pertstate configs: error: {target} exists; name a file that does not\n"
+    assert (
+        capsys.readouterr().err
+        == f"pertstate configs: error: {target} exists; name another output, or replace it with --overwrite (overwrite=True)\n"
+    )
     assert target.read_text() == "mine"
     assert main(["configs", "demo", "--output", str(tmp_path / "none" / "x.yaml")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert main(["configs", "demo", "--output", str(target), "--overwrite"]) == 0
+    assert target.read_text() == next(path for path in CONFIGS if path.stem == "demo").read_text()
+    assert main(["configs", "demo", "--overwrite"]) == 1
+    assert "--overwrite has no effect without --output" in capsys.readouterr().err
 
 
 def test_the_version(capsys):

@@ -514,4 +514,4 @@ def test_a_wrong_run_is_one_clear_error(folder, flags, message):
         np.savez(folder / name, **{f"pert_{i}": VECTORS[i] for i in range(count)})
     flags = [flag.format(folder=folder) for flag in flags]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
-        pertstate.train.main(["--config", str(folder / "run.yaml"), *flags])
+        pertstate.train.main(["--config", str(folder / "run.yaml"), "--overwrite", *flags])

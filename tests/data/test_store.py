@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -586,7 +589,8 @@ def test_an_error_leaves_nothing(whole, tmp_path):
         prepare(DataArguments(datasets=str(tmp_path / "bad.h5ad")), tmp_path / "s", quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.h5ad"]
     (tmp_path / "taken").mkdir()
-    with pytest.raises(FileExistsError, match="taken exists; remove it"):
+    (tmp_path / "taken" / "mine").write_text("mine")
+    with pytest.raises(FileExistsError, match="taken exists and is not an empty folder; name a new one, or replace it"):
         prepare(DataArguments(datasets=str(tmp_path / "bad.h5ad")), tmp_path / "taken", quiet=True)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         prepare(DataArguments(datasets=str(tmp_path / "bad.h5ad")), tmp_path / "gone" / "s", quiet=True)
@@ -613,7 +617,9 @@ import os, sys
 count, limit, where = [0], int(sys.argv.pop(1)), sys.argv[sys.argv.index("--output") + 1]
 def audit(event, args):
     if event in ("open", "os.rename", "os.remove", "os.mkdir") and isinstance(args[0], (str, os.PathLike)):
-        count[0] += str(args[0]).startswith(where)
+        # The store, and what is written beside it.
+        folder, name = os.path.split(where)
+        count[0] += str(args[0]).startswith((where, os.path.join(folder, f".{name}.")))
     if count[0] >= limit:
         os._exit(137)
 sys.addaudithook(audit)
@@ -637,12 +643,26 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
             assert not finished
             with pytest.raises(FileNotFoundError, match="is no cell store"):
                 CellStore(output)
-            if (tmp_path / "s.partial" / "store.json").exists():  # killed just before it was renamed
-                assert_holds(CellStore(tmp_path / "s.partial"), whole)
         kill_at += 3 if kill_at < 7 else 9  # when the folder is made, and at times through the rest
     assert kill_at > 20
     assert_holds(CellStore(output), whole)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]  # nothing of the killed ones
+
+
+def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
+    """Killed, it cannot tell them to."""
+    code = "import os, time, data_jobs\nfrom functools import partial\nfrom pertstate.data import preparation\n"
+    code += "preparation._do([partial(data_jobs.wait, i) for i in range(2)], [1, 1], 'wait', 2, True)"
+    (tmp_path / "data_jobs.py").write_text(
+        "import os, time\ndef wait(number):\n    os.write(1, f'{os.getpid()}\\n'.encode())\n    time.sleep(600)\n"
+    )
+    environment = launches.environment(PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        workers = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+        # The pipe ends when nobody holds it any more.
+        assert len(set(workers)) == 2 and process.stdout.read() == ""
 
 
 def test_two_at_once_do_not_meet(folder, tmp_path):
@@ -654,7 +674,7 @@ def test_two_at_once_do_not_meet(folder, tmp_path):
     first = launches.start(["-c", slow, *words[2:]])
     assert first.stdout.readline() == "writing\n"
     second = launches.run(words)
-    assert second.returncode == 1 and "another process is preparing" in second.stderr
+    assert second.returncode == 1 and f"{output} is being written by process {first.pid} on " in second.stderr
     assert first.communicate("\n").returncode == 0
     CellStore(output)
 

@@ -43,7 +43,7 @@ def test_a_panel_for_each_group_that_both_have(files):
         assert group in shown
     # The same cells, all genes moved by the same amount: a perfect correlation.
     assert shown.count("Pearson 1.00") == 3
-    plot_mean_changes(predicted, real, out / "changes.svg", most=1)
+    plot_mean_changes(predicted, real, out / "changes.svg", most=1, overwrite=True)
     assert titles(out / "changes.svg").count("Pearson 1.00") == 1
     assert os.listdir(out) == ["changes.svg"]
 

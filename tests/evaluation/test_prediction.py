@@ -31,7 +31,16 @@ def test_a_pass_over_many_perturbations_predicts_what_a_pass_for_each_does(tmp_p
     found = ad.read_h5ad(tmp_path / "all.h5ad")
     rows = 0
     for name in names:
-        predict(model, processor, tmp_path / "screen.h5ad", tmp_path / "one.h5ad", [name], batch_size=1, **options)
+        predict(
+            model,
+            processor,
+            tmp_path / "screen.h5ad",
+            tmp_path / "one.h5ad",
+            [name],
+            batch_size=1,
+            overwrite=True,
+            **options,
+        )
         one = ad.read_h5ad(tmp_path / "one.h5ad")
         same = found[one.obs_names]
         np.testing.assert_array_equal(same.layers["control"], one.layers["control"])

@@ -480,7 +480,7 @@ def test_the_command_line_predicts_by_name_and_revision(hub, screen, folder, tmp
 
     def run(name, revision, output="out.h5ad"):
         words = ["predict", "--model", name, "--revision", revision, "--adata", tmp_path / "screen.h5ad"]
-        words += ["--output", tmp_path / output, "--perturbation", "pert_0", "--quiet"]
+        words += ["--output", tmp_path / output, "--perturbation", "pert_0", "--quiet", "--overwrite"]
         return pertstate.cli.main([str(word) for word in words])
 
     assert run("ada/model", commit) == 0

@@ -320,8 +320,10 @@ def test_the_card_says_where_it_came_from(tmp_path):
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     folder = LegacyFolderWriter().write(tmp_path / "legacy")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ValueError, match="legacy exists and is not an empty folder; name a new one"):
+    with pytest.raises(FileExistsError, match="legacy exists and is not an empty folder; name a new one"):
         convert(folder, folder)
+    with pytest.raises(FileExistsError, match="holds no checkpoint, so overwrite does not replace it"):
+        convert(folder, folder, overwrite=True)
     assert sorted(folder.rglob("*")) == before
 
 

@@ -404,7 +404,7 @@ def test_singles_never_measured_are_named(folder, tmp_path, capsys):
     assert pertstate.cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
     # Held-out groups that it could not predict are an error of the run, before they are scored.
     with pytest.raises(UnseenPerturbationError, match=r"perturbations \['pert_1'\]: no training cells"):
-        train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1"])
+        train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1", "--overwrite"])
 
 
 def test_with_vectors_the_linear_family_predicts_what_was_never_measured(folder, tmp_path):
@@ -456,4 +456,4 @@ def test_embeddings_are_moved_and_not_clipped(folder, tmp_path):
     entry = model.entries.tolist().index([1, -1])
     torch.testing.assert_close(found[0], model.changes[entry].expand(2, -1), atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="gene_dim=40: state-perturbation-mean predicts the features that it reads"):
-        train.main([str(path), "--gene_input", "X"])
+        train.main([str(path), "--gene_input", "X", "--overwrite"])

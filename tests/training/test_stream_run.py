@@ -127,7 +127,7 @@ def test_the_learning_rate_decays_by_epochs_of_a_stream(folder, tmp_path):
     # 2 x 3 perturbed groups of 20 cells and 4 x 40 control cells: 35 sentences of 8, 4 to a step.
     np.testing.assert_allclose(rates, [1e-3] * 9 + [9e-4] * 9 + [8.1e-4], rtol=1e-12)
     with pytest.raises(ValueError, match=r"the first look at it ended after \d+ cells.*lr_decay_epochs: null"):
-        run(folder, tmp_path, "--lr_decay_epochs", "1", "--fill_cells", "400")
+        run(folder, tmp_path, "--lr_decay_epochs", "1", "--fill_cells", "400", "--overwrite")
 
 
 def test_columns_are_named(folder, tmp_path):

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from trainers import make_trainer, simulated_cells
 from transformers import Trainer
 
 from pertstate import StateForPerturbation
@@ -22,30 +23,7 @@ from pertstate.training import StateTrainer, StateTrainingArguments
 
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory):
-    path = tmp_path_factory.mktemp("screen") / "screen.h5ad"
-    simulate_screen(num_contexts=4, num_perturbations=3, num_genes=60, cells_per_group=24, seed=1).write_h5ad(path)
-    splits = Splits({"screen": [path]}, {"screen"}, {("screen", "type_2"): "val", ("screen", "type_3"): "test"})
-    return load_cells(splits)
-
-
-def make_trainer(screen, tmp_path, multiple_of=1, config=None, **arguments):
-    cells, processor = screen
-    fields = {"input_dim": processor.feature_dim, "num_perturbations": 3, "hidden_dropout": 0.0, **(config or {})}
-    torch.manual_seed(0)
-    model = StateForPerturbation(StateConfig.from_preset("tiny", **fields))
-    train = SentenceDataset(cells, processor, "train", 12, multiple_of=multiple_of)
-    val = SentenceDataset(cells, processor, "val", 12, shuffle=False)
-    settings = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "max_steps": 6,
-        **arguments,
-    }
-    return StateTrainer(model, StateTrainingArguments(**settings), train, val, processing_class=processor)
+    return simulated_cells(tmp_path_factory.mktemp("screen"))
 
 
 def logged(trainer, key):
@@ -55,6 +33,7 @@ def logged(trainer, key):
 def test_the_trainer_overrides_the_minimum():
     overridden = {name for name in vars(StateTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     public = {"train", "get_train_dataloader", "create_scheduler", "compute_loss", "evaluate", "push_to_hub"}
+    public |= {"set_initial_training_values"}
     assert overridden == {*public, "_save", "_save_checkpoint"}
 
 

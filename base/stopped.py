@@ -1,0 +1,56 @@
+"""Ending at a signal: what is being written is cleared away, and the exit code names the signal."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(KeyboardInterrupt):
+    """
+    A signal stopped the work.
+
+    Args:
+        number (`int`): of the signal.
+        left (`str`): what is left of the work, and how to go on.
+
+    Attributes:
+        exit_code (`int`): as a shell gives it: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, number: int, left: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {left}")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def stopped_by_signals(left: str) -> Iterator[None]:
+    """
+    In this block SIGINT and SIGTERM raise [`StoppedError`], which says what is `left`; a second one ends the process at once.
+    Elsewhere than in the main thread, Python lets nobody hear signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+    heard: list[int] = []
+
+    def hear(number: int, frame):
+        if heard or os.getpid() != process:
+            os._exit(128 + number)
+        heard.append(number)
+        raise StoppedError(number, left)
+
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["SIGNALS", "StoppedError", "stopped_by_signals"]
