@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-slow torture lint types docs bench
+.PHONY: demo test test-kernels test-slow torture lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -22,6 +22,11 @@ TESTS ?= -m "not slow"
 
 test: .venv/.installed
 	$(PYTEST) $(TESTS)
+
+# The kernels for a GPU, in Triton's interpreter. Triton comes with torch for GPUs, and is not part of the environment here.
+test-kernels: .venv/.installed
+	test -d build/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton 'triton>=3.9'
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/losses/test_energy_kernels.py
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow

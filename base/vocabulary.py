@@ -24,7 +24,7 @@ PERTURBATION_FEATURES_FILE = "perturbation_features.safetensors"
 FEATURES_TENSOR, NAMES_METADATA = "features", "names"
 
 
-LONGEST_NAME = 1000
+LONGEST_NAME = 100_000
 # A NUL ends a name in some places and not in others; half of a surrogate pair can be written to no file.
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 

@@ -9,7 +9,6 @@ import torch
 from pertstate.losses.energy import energy_distance
 
 
-pytest.importorskip("triton", reason="triton is not installed: it is for Linux alone")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
