@@ -100,7 +100,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
 
     # Training, and the figures of the test split.
-    provenance = Provenance.of_run(run) if args.should_save else None
+    provenance = Provenance.of_run(run, datasets[Split.TRAIN].notes) if args.should_save else None
     trainer = StateTrainer(
         model,
         args,

@@ -349,12 +349,10 @@ class AnnDataSource(WholeSource):
     def _shared_genes(self) -> list[str]:
         genes = [str(gene) for gene in shared_genes(self.parts)]
         everything = set().union(*(part.var_names for part in self.parts))
-        self.gene_note = None
         if len(everything) > len(genes):
-            self.gene_note = (
-                f"{len(everything) - len(genes)} of {len(everything)} genes are not in every file: left out"
-            )
-            logger.warning(self.gene_note)
+            note = f"{len(everything) - len(genes)} of {len(everything)} genes are not in every file: left out"
+            logger.warning(note)
+            self.notes = [note]
         fewest = min(len(part.var_names) for part in self.parts)
         if 1 - len(genes) / fewest > self.max_missing_genes:
             raise ValueError(

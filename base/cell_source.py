@@ -95,6 +95,7 @@ class CellSource(ABC):
         convert_scale (`bool`, *optional*): whether log1p values of another total are converted; None where the source cannot.
         wanted_scale ([`Scale`], *optional*): what they are then converted to; to the first of the source by default.
         progress (`Callable[[int], Any]`, *optional*): is told how many cells were read, block by block.
+        notes (`list[str]`): what was left out, in sentences.
     """
 
     reader: "StateProcessor"
@@ -108,6 +109,7 @@ class CellSource(ABC):
     scaled: bool = True
     convert_scale: bool | None = None
     wanted_scale: Scale | None = None
+    notes: list[str] = []
 
     @abstractmethod
     def kinds(self) -> set[str]:

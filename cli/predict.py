@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--dose",
+        "--doses",
         nargs="+",
         type=float,
         metavar="D",

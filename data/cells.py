@@ -1,6 +1,6 @@
 """Cells of one or several files, sorted into groups, with the splits that a run gives them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +30,13 @@ class Cells:
         groups (`pandas.DataFrame`): one row for each dataset, context, perturbation (and batch, where there are
             batches), in that order: these columns, `split` (`"train"`, `"val"`, `"test"`, `"control"` or `"unused"`),
             and `start` and `stop`, the rows of its cells.
+        notes (`list[str]`): what was left out when the cells were read, in sentences.
     """
 
     features: "np.ndarray | StoredRows"
     genes: "np.ndarray | StoredRows | None"
     groups: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return int((self.groups["stop"] - self.groups["start"]).sum())
@@ -153,7 +155,7 @@ def load(
         everything = np.ones(len(groups), dtype=bool) if hvg_on_all else None
         processor = fit_processor(source, source.reader, trained, chosen_on=everything, **fit_options)
     check_names(groups, processor)
-    return Cells(*source.features(processor), groups), processor
+    return Cells(*source.features(processor), groups, source.notes), processor
 
 
 def load_cells(

@@ -148,9 +148,7 @@ class _Plan:
 def _plan(data: DataArguments, options: PrepareArguments, quiet: bool) -> _Plan:
     source = data.file_source()
     splits = data.resolve_splits(source.groups, source.reader)
-    notes: list[str] = []
-    if source.expression is not None and source.gene_note is not None:
-        notes.append(source.gene_note)
+    notes = list(source.notes)
 
     def learned_from(split: bool) -> np.ndarray:
         """The groups to learn from: those for training; all, where nothing depends on the split."""

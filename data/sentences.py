@@ -112,7 +112,7 @@ class SentenceDataset(TrainingSentences):
                 "sentence_cap, a whole number from 1, belongs to sentences_per_group='capped'; found "
                 f"sentence_cap={sentence_cap!r} with {sentences_per_group!r}"
             )
-        self.cells, self.processor = cells, processor
+        self.cells, self.processor, self.notes = cells, processor, cells.notes
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
         self.repeat = small_groups == "repeat" and split == Split.TRAIN
         self.groups, self.num_without_batch_controls = _make_groups(

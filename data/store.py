@@ -421,6 +421,7 @@ class StoreSource(WholeSource):
         self.genes, self.embedding_dim = manifest.genes, manifest.embedding_dim
         self.expression = None if manifest.expression is None else str(store.path)
         self.normalize, self.target_sum = manifest.normalize, manifest.target_sum
+        self.notes = list(manifest.notes)
 
     def kinds(self) -> set[str]:
         return {given("expression", self.store.manifest.expression)}

@@ -25,9 +25,11 @@ class TrainingSentences(Dataset, ABC):
 
     Attributes:
         processor ([`StateProcessor`]): encodes the labels.
+        notes (`list[str]`): what was left out of the data when they were read, in sentences.
     """
 
     processor: StateProcessor
+    notes: list[str] = []
 
     @property
     @abstractmethod

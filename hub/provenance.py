@@ -1,5 +1,6 @@
 """The data of a run: files, stores and streams, recorded so that others can tell whether they hold the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,16 +49,21 @@ class Provenance:
         datasets (`list[str]`): names of the datasets.
         sources (`list[Source]`): the files, stores and streams that they were read from.
         splits ([`Splits`], *optional*): what is held out, if the run has a TOML file that says so.
+        notes (`list[str]`): what was left out of them, in sentences.
     """
 
     datasets: list[str] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     splits: Splits | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of_run(cls, run: "RunConfig") -> "Provenance":
+    def of_run(cls, run: "RunConfig", notes: Sequence[str] = ()) -> "Provenance":
         """
         Find out what a run reads. Every file is hashed, but for the parquet files of a stream.
+
+        Args:
+            notes (sequence of `str`): what was left out when it was read.
 
         Raises:
             FileNotFoundError, ValueError, OSError: the data are missing or damaged.
@@ -69,7 +75,7 @@ class Provenance:
         elif data.store is not None:
             found = _of_store(data.store)
         if found is not None:
-            return cls(*found, None if data.splits is None else Splits.from_toml(data.splits, found[0]))
+            return cls(*found, None if data.splits is None else Splits.from_toml(data.splits, found[0]), list(notes))
         splits = None if data.splits is None else Splits.from_toml(data.splits)
         files = data.files() if splits is None else splits.datasets
         sources = [
@@ -77,7 +83,7 @@ class Provenance:
             for name, paths in files.items()
             for path in paths
         ]
-        return cls(list(files), sources, splits)
+        return cls(list(files), sources, splits, list(notes))
 
 
 def _of_store(name: str) -> tuple[list[str], list[Source]]:

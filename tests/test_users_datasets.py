@@ -233,3 +233,11 @@ def test_no_column_of_contexts_may_be_said_in_words(tmp_path):
         assert DataArguments(datasets=path, **section).file_source().groups["context"].unique().tolist() == ["K562"]
     with pytest.raises(ValueError, match="set one of context_key .*, the column with each cell's context, and context"):
         DataArguments(datasets=path, context_key=None).file_source()
+
+
+def test_the_card_counts_genes_that_files_do_not_share(tmp_path):
+    one, two = screen(), screen(seed=1)
+    two = two[:, 3:].copy()
+    data = {"a": written(one, tmp_path / "a.h5ad"), "b": written(two, tmp_path / "b.h5ad")}
+    checkpoint = trained(tmp_path, {"datasets": data})
+    assert "- 3 of 20 genes are not in every file: left out\n" in (checkpoint / "README.md").read_text()
