@@ -25,6 +25,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from pertstate.data.pickle_program import LARGEST_PROGRAM, Keys, check_content
+
 
 _ZIP = b"PK\x03\x04"
 # Flags of a member that is encrypted, patched or strongly encrypted.
@@ -32,8 +34,6 @@ _ENCRYPTED = 0x61
 # First bytes of a file of torch.save that is not a zip archive (before torch 1.6, and tensors within a plain pickle).
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_TORCH_PROTOCOL = 1001
-# Opcodes of a pickle; a vocabulary of 100,000 names takes 200,000.
-_LARGEST_PROGRAM = 5_000_000
 # Entries that functions may be given for each byte of the pickle. The pickles that are known here stay below 4.
 _ENTRIES_PER_BYTE = 16
 # Codes of a registry that other code fills, buffers from outside the file, ids as text: none of the known files has them.
@@ -322,13 +322,14 @@ class _Unpickler(pickle.Unpickler):
 
 def _check_program(file: BinaryIO) -> int:
     """The length in bytes of the pickle that begins here, whose opcodes are read and not run."""
-    start = file.tell()
+    start, keys = file.tell(), Keys()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
             raise RefusedPickleError(f"the opcode {opcode.name}")
         # The unpickler makes room for all numbers up to a memo's.
-        if count > _LARGEST_PROGRAM or (opcode.name.endswith("PUT") and int(argument or 0) > _LARGEST_PROGRAM):
-            raise pickle.UnpicklingError(f"it has more than {_LARGEST_PROGRAM:,} steps")
+        if count > LARGEST_PROGRAM or (opcode.name.endswith("PUT") and int(argument or 0) > LARGEST_PROGRAM):
+            raise pickle.UnpicklingError(f"it has more than {LARGEST_PROGRAM:,} steps")
+        keys.step(opcode, argument)
     length = file.tell() - start
     file.seek(start)
     return length
@@ -424,9 +425,12 @@ def read_pickled(path: str | os.PathLike):
             first = file.read(len(_OLD_TORCH))
             file.seek(0)
             if first.startswith(_ZIP):
-                return _read_torch(path)
-            content = io.BytesIO(file.read())
-        return _read_old_torch(content) if first == _OLD_TORCH else _Unpickler(content).load()
+                content = _read_torch(path)
+            else:
+                whole = io.BytesIO(file.read())
+                content = _read_old_torch(whole) if first == _OLD_TORCH else _Unpickler(whole).load()
+        check_content(content)
+        return content
     except RefusedPickleError as error:
         raise RefusedPickleError(
             f"{path}: expected a pickle of tensors, numpy arrays and plain containers, found {error}; nothing of it was "

@@ -13,6 +13,7 @@ import yaml
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.data.bounded_yaml import bounded_merge
+from pertstate.data.pickle_program import check_content
 from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
@@ -173,7 +174,8 @@ def _read_config(path: Path) -> dict:
         raise ValueError(f"{path}: expected a configuration, found {path.stat().st_size:,} bytes")
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        check_content(config)
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
     return _mapping(config, path, "the sections data and model")
 
