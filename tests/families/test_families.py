@@ -106,7 +106,7 @@ def test_a_ceiling_predicts_only_what_was_observed(screen, tmp_path, capsys):  #
     assert predicted.uns["pertstate"]["ceiling"].startswith("decoded from the observed perturbed cells")
     alone = adata[(adata.obs["cell_type"] != "type_3") | (adata.obs["perturbation"] != "pert_2")]
     alone.write_h5ad(tmp_path / "alone.h5ad")
-    words[4] = tmp_path / "alone.h5ad"
+    words[4], words[6] = tmp_path / "alone.h5ad", tmp_path / "none.h5ad"
     assert pertstate.cli.main([str(word) for word in words]) == 1
     assert "type_3 / pert_2: this model decodes observed cells" in capsys.readouterr().err
 

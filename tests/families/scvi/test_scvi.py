@@ -586,7 +586,7 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
 
     case = TestSCVI()
     case.model_type, case.data = "state-embed-sum", {}
-    train.main([str(case.run_yaml(screen, tmp_path))])
+    train.main([str(case.run_yaml(screen, tmp_path)), "--overwrite"])
     words = [
         "predict",
         "--model",
@@ -647,10 +647,10 @@ def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
                 "model": {"model_type": "state-scvi", "preset": "tiny", "kl_warmup_steps": 100, "likelihood": "nb"},
                 "training": {
                     "output_dir": str(tmp_path / "run"),
-                    "max_steps": 900,
+                    "max_steps": 1300,
                     "learning_rate": 3e-3,
                     "lr_decay_epochs": None,
-                    "logging_steps": 45,
+                    "logging_steps": 65,
                     "save_strategy": "no",
                     "disable_tqdm": True,
                     "use_cpu": True,
