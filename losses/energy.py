@@ -58,10 +58,10 @@ class _EnergyDistance(torch.autograd.Function):
 
 @cache
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether a device multiplies half-precision matrices in hardware, and Triton can compile for it."""
-    return (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
-    )
+    """Whether a device multiplies half-precision matrices in hardware, this torch sums them in float32, and Triton is there."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return "dtype" in torch.ops.aten.bmm.overloads() and find_spec("triton") is not None
 
 
 def energy_distance(
