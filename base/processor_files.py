@@ -175,6 +175,24 @@ def check_settings(settings: dict, path: str | os.PathLike):
             )
     if settings["target_sum"] is None and settings.get("predicts") is None:
         raise ValueError(f"{path}: target_sum: expected a number above 0, found null; correct it, or copy it again")
+    for first, second, agree in _CONTRADICTIONS:
+        if not agree(settings):
+            raise ValueError(
+                f"{path}: {first}={settings.get(first)!r} contradicts {second}={settings.get(second)!r}; copy the checkpoint again"
+            )
+
+
+# Pairs of settings, and whether they agree.
+_CONTRADICTIONS: tuple[tuple[str, str, Callable[[dict], bool]], ...] = (
+    ("values", "input", lambda s: (s["values"] == Values.EMBEDDING) == s["input"].startswith("obsm/")),
+    ("values", "normalize", lambda s: s["values"] != Values.COUNTS or s["normalize"] == Normalize.NONE),
+    ("values", "gene_input", lambda s: s["gene_input"] is None or s["values"] == Values.EMBEDDING),
+    ("predicts", "values", lambda s: s.get("predicts") is None or s["values"] == Values.COUNTS),
+    ("context", "context_key", lambda s: s.get("context") is None or s["context_key"] is None),
+    ("doses", "dose_key", lambda s: s.get("doses") is None or s.get("dose_key") is not None),
+    ("dose_span", "doses", lambda s: s.get("dose_span") is None or s.get("doses") is not None),
+    ("batch_datasets", "batch_key", lambda s: s.get("batch_datasets") is None or s["batch_key"] is not None),
+)
 
 
 def check_agreement(settings: dict, vocabulary, features, config: dict | None, path: str | os.PathLike):

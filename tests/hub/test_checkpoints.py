@@ -165,3 +165,39 @@ def test_a_config_asks_for_nothing_that_is_large_or_of_others(folder, tmp_path, 
     changed(tmp_path / "base" / "config.json", **entries)
     with pytest.raises(ValueError, match=message):
         load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"values": "counts"}, "values='counts' contradicts normalize='counts_to_log1p'"),
+        ({"values": "embedding"}, "values='embedding' contradicts input='X'"),
+        ({"input": "obsm/X_pca"}, "values='log1p' contradicts input='obsm/X_pca'"),
+        ({"gene_input": "X"}, "values='log1p' contradicts gene_input='X'"),
+        ({"predicts": "log1p"}, "predicts='log1p' contradicts values='log1p'"),
+        ({"context": "k562"}, "context='k562' contradicts context_key='cell_type'"),
+        ({"doses": {"A": [1.0]}}, "doses=.* contradicts dose_key=None"),
+        ({"dose_span": [1.0, 2.0]}, "dose_span=.* contradicts doses=None"),
+        ({"batch_datasets": ["a", "b"], "batch_key": None}, "batch_datasets=.* contradicts batch_key=None"),
+    ],
+)
+def test_settings_of_a_processor_agree(folder, tmp_path, entries, message):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    changed(tmp_path / "base" / "processor_config.json", **entries)
+    with pytest.raises(ValueError, match=message):
+        load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "I128", "C64", "F16"])
+def test_tensors_of_kinds_that_are_no_torch_type_are_one_error(folder, tmp_path, dtype):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    next(entry for name, entry in header.items() if name != "__metadata__")["dtype"] = dtype
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
+    with pytest.raises(ValueError, match="its weights are not a whole safetensors file"):
+        load_whole(str(tmp_path / "base"))
