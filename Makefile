@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-kernels test-slow torture lint types docs bench
+.PHONY: demo test test-kernels test-slow torture fuzz lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -36,6 +36,12 @@ TRIALS ?= 300
 
 torture: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture.py --trials $(TRIALS) --write docs/reliability.md
+
+# Damaged files of every kind, read for so many seconds; findings go to build/fuzz.
+SECONDS ?= 180
+
+fuzz: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS)
 
 lint: types
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ What one GPU does with the models: training steps as shares of the ceiling of it
 All ceilings are measured in the same run. A step is forward, backward, loss, clip and AdamW; its share counts the matrix
 products of the network alone, over the whole step's time.
 
-    python benchmarks/gpu.py [--parts ceilings precision losses steps profile]
+    python benchmarks/gpu.py [--parts precision losses steps profile]
     python benchmarks/gpu.py --device cpu --small    # that it runs
 """
 

@@ -51,7 +51,16 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
     try:
         names, vectors = _READERS[path.suffix](path)
         return PerturbationFeatures(names, vectors)
-    except (SafetensorError, json.JSONDecodeError, zipfile.BadZipFile, zlib.error, EOFError, csv.Error) as error:
+    except (
+        SafetensorError,
+        json.JSONDecodeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        OSError,
+        csv.Error,
+    ) as error:
         raise ValueError(f"{path} is not a whole {path.suffix} file ({error}); copy or write it again") from error
     except ValueError as error:
         # UnicodeDecodeError, pyarrow's ArrowInvalid and numpy's errors are ValueErrors too.
@@ -95,6 +104,8 @@ def _read_npz(path: Path):
     if not zipfile.is_zipfile(path):
         raise zipfile.BadZipFile("it is no zip archive")
     with np.load(path, allow_pickle=False) as file:
+        if not all(isinstance(file[name], np.ndarray) for name in file.files):
+            raise zipfile.BadZipFile("a member of it is no array")
         if set(file.files) == {NAMES_METADATA, FEATURES_TENSOR} and file[NAMES_METADATA].dtype.kind == "U":
             return file[NAMES_METADATA].tolist(), file[FEATURES_TENSOR]
         return _stack({name: file[name] for name in file.files})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils import PROCESSOR_NAME, find_adapter_config_file, is_peft_available
 
 from pertstate.base.checkpoint_files import check_adapter, find_file, hub_arguments, read_header, read_json
 from pertstate.base.hub_names import is_repository
@@ -50,8 +50,10 @@ def check_family(name: str, revision: str | None = None) -> str:
     The family of a checkpoint, from its `config.json` alone: an Auto class loads the models of others, and their pickles.
 
     Raises:
-        ValueError: there is no config, or it is of no family of this package.
+        ValueError: there is no config, or it is of no family of this package; or the processor's is no JSON object.
     """
+    if (of_processor := find_file(name, PROCESSOR_NAME, hub_arguments({"revision": revision}))) is not None:
+        read_json(of_processor)
     path = find_file(name, MODEL_KEY, hub_arguments({"revision": revision}))
     if path is None:
         raise ValueError(f"{name}: expected a checkpoint, found no {MODEL_KEY}")
