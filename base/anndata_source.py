@@ -294,9 +294,10 @@ class AnnDataSource(WholeSource):
         if self.expression is not None:
             view, place = view_of(data, self.expression, *self.reader.gene_names)
             shared_genes([view])  # an error about one file names it
-            part.var_names, part.scale = view.var_names, scale_of(view, place)
+            taken = take_rows(matrix_of(view, place), slice(0, FIRST_CELLS))
+            part.var_names, part.scale = view.var_names, scale_of(view, place, taken)
             first = np.flatnonzero(part.codes[:FIRST_CELLS] >= 0)
-            check_finite(take_rows(matrix_of(view, place), first), view, first, place, nonnegative=True)
+            check_finite(taken[first], view, first, place, nonnegative=True)
         if self._embedding is not None:
             part.width = matrix_of(data, self._embedding).shape[1]
 

@@ -154,9 +154,15 @@ def view_of(
     return GeneView(data, var_names, raw, duplicates), "X" if of_raw else source
 
 
-def scale_of(data: ad.AnnData, source: str) -> Scale:
-    """What expression is, by those of the first cells of the data that hold no wrong values."""
-    return look_at(_valid(take_rows(matrix_of(data, source), slice(0, FIRST_CELLS))), log_base_of(data, source))
+def scale_of(data: ad.AnnData, source: str, first=None) -> Scale:
+    """
+    What expression is, by those of the first cells of the data that hold no wrong values.
+
+    Args:
+        first (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
+    """
+    first = take_rows(matrix_of(data, source), slice(0, FIRST_CELLS)) if first is None else first
+    return look_at(_valid(first), log_base_of(data, source))
 
 
 def log_base_of(data: ad.AnnData, source: str) -> float | None:
