@@ -1,0 +1,178 @@
+"""What an evaluation found: the table, its averages with intervals, the verdict, and the mean changes behind them."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from pertstate.base.files import whole_file
+from pertstate.base.tables import check_table, table_text, write_csv
+from pertstate.evaluation.metrics import METRICS
+
+
+TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
+_TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen")
+_CHANGES = ("control", "observed", "predicted")
+_CELLS = ("control", "observed", "predicted")
+
+
+@dataclass
+class Scores:
+    """
+    The scores of a model and of the baselines.
+
+    Args:
+        table (`pandas.DataFrame`): one row for each group (context and perturbation, of a dataset where there are several)
+            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN where one is not defined),
+            `reason` (why a method has no figures), `seen` (how the group was trained on; empty where it was not),
+            `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
+        averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
+            that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (of
+            the model: which part of the way from the best baseline to the ceiling it goes).
+        verdict (`str`): what follows of the averages, in words.
+        notes (`list[str]`): what was left out, and what else must be known, in sentences.
+        genes (`list[str]`): names of the features.
+        groups (`list[tuple[str, str, str]]`): dataset, context and perturbation of each group, in the order of `changes`.
+        changes (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, the means of the cells of each group, `(groups,
+            features)` float32; `predicted` is absent where only baselines were scored.
+        cells (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, some cells of each group, `(cells, features)`
+            float32, and `control_group`, `observed_group` and `predicted_group`, the number of the group of each.
+        settings (`dict`): what was asked for: number of cells, seed, ..
+        record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty where it is not known.
+    """
+
+    table: pd.DataFrame
+    averages: pd.DataFrame
+    verdict: str
+    notes: list[str] = field(default_factory=list)
+    genes: list[str] = field(default_factory=list)
+    groups: list[tuple[str, str, str]] = field(default_factory=list)
+    changes: dict[str, np.ndarray] = field(default_factory=dict)
+    cells: dict[str, np.ndarray] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, method: str, metric: str) -> float:
+        """The average of a method; NaN where it has none."""
+        found = self.averages.query("method == @method and metric == @metric")["value"]
+        return float(found.iloc[0]) if len(found) else float("nan")
+
+    def save(self, folder: str | os.PathLike):
+        """Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(self.table, folder / TABLE)
+        check_table(self.averages)
+        arrays = {f"changes.{name}": np.ascontiguousarray(value) for name, value in self.changes.items()}
+        arrays |= {f"cells.{name}": np.ascontiguousarray(value) for name, value in self.cells.items()}
+        with whole_file(folder / ARRAYS) as partial:
+            save_file(arrays, partial)
+        summary = {
+            "verdict": self.verdict,
+            "notes": self.notes,
+            "averages": _records(self.averages),
+            "table": _records(self.table),
+            "genes": self.genes,
+            "groups": [list(group) for group in self.groups],
+            "settings": self.settings,
+            "record": self.record,
+        }
+        with whole_file(folder / SUMMARY) as partial:
+            partial.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Scores":
+        """
+        Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there are no scores.
+            ValueError: they are damaged.
+        """
+        path = Path(folder) / SUMMARY
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no scores: expected {SUMMARY}, which pertstate train and evaluate write"
+            )
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            arrays = load_file(Path(folder) / ARRAYS)
+            table = _frame(summary["table"])
+            scores = cls(
+                table=table,
+                averages=_frame(summary["averages"]),
+                verdict=str(summary["verdict"]),
+                notes=[str(note) for note in summary["notes"]],
+                genes=[str(gene) for gene in summary["genes"]],
+                groups=[(str(a), str(b), str(c)) for a, b, c in summary["groups"]],
+                changes={name: arrays[f"changes.{name}"] for name in _CHANGES if f"changes.{name}" in arrays},
+                cells={
+                    name: arrays[f"cells.{name}"]
+                    for of in _CELLS
+                    for name in (of, f"{of}_group")
+                    if f"cells.{name}" in arrays
+                },
+                settings=dict(summary["settings"]),
+                record=dict(summary["record"]),
+            )
+        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+            raise ValueError(f"the scores in {folder} are damaged ({error!r}); evaluate again") from error
+        for name, values in scores.changes.items():
+            if values.shape != (len(scores.groups), len(scores.genes)):
+                raise ValueError(
+                    f"the scores in {folder} are damaged: expected {name} of shape {(len(scores.groups), len(scores.genes))}, found "
+                    f"{values.shape}; evaluate again"
+                )
+        return scores
+
+
+def format_scores(scores: Scores) -> str:
+    """Table, averages and verdict as text; a dash stands for a figure that is not defined."""
+    table = scores.table
+    several = table["dataset"].nunique() > 1
+    shown = table[[*(["dataset"] if several else []), "context", "perturbation", "method", *METRICS]].copy()
+    for metric in METRICS:
+        shown[metric] = [_figure(value) for value in shown[metric]]
+    if (table["seen"] != "").any():
+        shown["seen in training"] = table["seen"]
+    lines = [table_text(shown), "", format_averages(scores.averages), "", scores.verdict]
+    return "\n".join(lines)
+
+
+def format_averages(averages: pd.DataFrame) -> str:
+    """One line for each method, with its 95 % intervals."""
+    methods = list(dict.fromkeys(averages["method"]))
+    rows = []
+    for method in methods:
+        row = {"average of": method}
+        for metric in METRICS:
+            found = averages[(averages["method"] == method) & (averages["metric"] == metric)]
+            row[metric] = _with_interval(found.iloc[0]) if len(found) else "-"
+        rows.append(row)
+    return table_text(pd.DataFrame(rows)) if rows else "no group to average"
+
+
+def _with_interval(row: pd.Series) -> str:
+    value = _figure(row["value"])
+    return value if row["low"] != row["low"] else f"{value} [{_figure(row['low'])}, {_figure(row['high'])}]"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if value == value else "-"
+
+
+def _records(frame: pd.DataFrame) -> list[dict]:
+    return json.loads(frame.to_json(orient="records", double_precision=15))
+
+
+def _frame(records: list[dict]) -> pd.DataFrame:
+    frame = pd.DataFrame(records)
+    for name in frame.columns:
+        frame[name] = frame[name].astype(str) if name in (*_TEXTS, "metric") else pd.to_numeric(frame[name])
+    return frame
