@@ -190,4 +190,12 @@ def ids_and_doses(
     return ids, doses.gather(-1, order)
 
 
+def ridge_weights(features: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
+    """(M, P) features and (M, D) targets to the (P, D) weights of least `|targets - features W|^2 + ridge |W|^2`."""
+    rows, columns = features.shape
+    if rows < columns:
+        return features.T @ np.linalg.solve(features @ features.T + ridge * np.eye(rows), targets)
+    return np.linalg.solve(features.T @ features + ridge * np.eye(columns), features.T @ targets)
+
+
 __all__ = ["FittedPreTrainedModel", "TrainingMeans"]

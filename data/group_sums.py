@@ -14,6 +14,10 @@ from pertstate.processing import StateProcessor
 
 GroupKey = tuple[str, str, str]
 
+# Added to both means before their ratio is taken, in the units of `expm1`. Cells are mostly scaled to 10,000 counts: this is
+# one count of a gene in a million, below which a ratio of means is noise.
+PSEUDOCOUNT = 1e-2
+
 
 @dataclass
 class GroupSums:
@@ -24,11 +28,14 @@ class GroupSums:
         control (`str`): the perturbation of control cells.
         counts (`dict[GroupKey, int]`), sums (`dict[GroupKey, np.ndarray]`): cells of each group, and their sum
             `(features,)` in float64.
+        expression (`dict[GroupKey, np.ndarray]`, *optional*): the sum of `expm1` of the cells, where they are log1p
+            expression; None where they are not.
     """
 
     control: str
     counts: dict[GroupKey, int] = field(default_factory=dict)
     sums: dict[GroupKey, np.ndarray] = field(default_factory=dict)
+    expression: dict[GroupKey, np.ndarray] | None = None
 
     @classmethod
     def of_cells(
@@ -40,6 +47,7 @@ class GroupSums:
         parts: int = 1,
         progress: bool = False,
         block: int = 4096,
+        log1p: bool = False,
     ) -> "GroupSums":
         """
         Read once, block by block, each cell of the groups that have controls, and each of these controls.
@@ -51,8 +59,9 @@ class GroupSums:
             part, parts (`int`): take this share of the groups; together the shares are all of them.
             progress (`bool`): show a progress bar.
             block (`int`): cells that are read at once.
+            log1p (`bool`): the features are log1p expression, which is summed too.
         """
-        summed = cls(control)
+        summed = cls(control, expression={} if log1p else None)
         spans: dict[GroupKey, list[tuple[int, int]]] = {}
         for *key, start, stop in groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
             dataset, context, perturbation = map(str, key)
@@ -71,24 +80,31 @@ class GroupSums:
     @classmethod
     def merged(cls, several: "list[GroupSums]") -> "GroupSums":
         """The sums over disjoint sets of cells together."""
-        summed = cls(several[0].control)
+        summed = cls(several[0].control, expression=None if several[0].expression is None else {})
         for other in several:
             for key, count in other.counts.items():
-                summed._add(key, count, other.sums[key])
+                summed._add(key, count, other.sums[key], None if other.expression is None else other.expression[key])
         return summed
 
     def add(self, key: GroupKey, cells: "np.ndarray | sp.csr_matrix"):
         """Some more cells of a group, `(cells, features)` float32."""
+        expression = None
         if isinstance(cells, np.ndarray):
             total = cells.sum(axis=0, dtype=np.float64)
+            if self.expression is not None:
+                expression = np.expm1(cells).sum(axis=0, dtype=np.float64)
         else:
             # A sparse matrix would sum itself in float32.
             total = np.bincount(cells.indices, weights=cells.data, minlength=cells.shape[1])
-        self._add(key, cells.shape[0], total)
+            if self.expression is not None:
+                expression = np.bincount(cells.indices, weights=np.expm1(cells.data), minlength=cells.shape[1])
+        self._add(key, cells.shape[0], total, expression)
 
-    def _add(self, key: GroupKey, count: int, total: np.ndarray):
+    def _add(self, key: GroupKey, count: int, total: np.ndarray, expression: np.ndarray | None = None):
         self.counts[key] = self.counts.get(key, 0) + count
         self.sums[key] = self.sums[key] + total if key in self.sums else total
+        if self.expression is not None:
+            self.expression[key] = self.expression[key] + expression if key in self.expression else expression
 
     @property
     def lonely(self) -> list[tuple[str, str]]:
@@ -100,6 +116,11 @@ class GroupSums:
     def num_cells(self) -> int:
         """How many cells there are of perturbed groups that have controls, and of these controls."""
         return sum(self.counts[key] for key in _paired(self.counts, self.control))
+
+    @property
+    def paired(self) -> list[GroupKey]:
+        """The keys of perturbed groups that have controls, and of these controls, sorted."""
+        return sorted(_paired(self.counts, self.control))
 
     def changes(self) -> dict[str, np.ndarray]:
         """
@@ -151,6 +172,17 @@ class GroupSums:
 
     def _mean(self, keys: list[GroupKey]) -> np.ndarray:
         return sum((self.sums[key] for key in keys), np.zeros(1)) / sum(self.counts[key] for key in keys)
+
+
+def log_fold_change(perturbed: np.ndarray, control: np.ndarray, pseudocount: float = PSEUDOCOUNT) -> np.ndarray:
+    """
+    The log of the fold change of mean expression, `log((perturbed + c) / (control + c))`, natural.
+
+    Args:
+        perturbed, control (`np.ndarray` of shape `(features,)`): means of `expm1` of log1p values.
+        pseudocount (`float`): c, in the same units.
+    """
+    return np.log(perturbed + pseudocount) - np.log(control + pseudocount)
 
 
 def _paired(keys, control: str) -> list[GroupKey]:

@@ -11,6 +11,7 @@ from ...base.modeling_fitted import (
     ids_and_doses,
     is_control,
     per_cell,
+    ridge_weights,
 )
 from ...base.modeling_perturbation import PerturbationOutput
 from .configuration_linear import LinearConfig
@@ -88,7 +89,7 @@ class LinearForPerturbation(FittedPreTrainedModel):
             components = np.linalg.svd(changes, full_matrices=False)[2][: config.rank]
             solved = changes @ components.T
             self._set(components=components)
-        weight = _ridge(features, solved, config.ridge)
+        weight = ridge_weights(features, solved, config.ridge)
         self._set(weight=weight)
         if config.intercept:
             full = weight if config.rank is None else weight @ components
@@ -127,14 +128,6 @@ class LinearForPerturbation(FittedPreTrainedModel):
         return self._outputs(
             control_cells + change, unseen, "a perturbation of theirs has no training cells, so that it adds nothing"
         )
-
-
-def _ridge(features: np.ndarray, targets: np.ndarray, ridge: float) -> np.ndarray:
-    """(M, P) features and (M, D) targets to the (P, D) weights of least `|targets - features W|^2 + ridge |W|^2`."""
-    rows, columns = features.shape
-    if rows < columns:
-        return features.T @ np.linalg.solve(features @ features.T + ridge * np.eye(rows), targets)
-    return np.linalg.solve(features.T @ features + ridge * np.eye(columns), features.T @ targets)
 
 
 __all__ = ["LinearForPerturbation"]

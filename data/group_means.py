@@ -1,0 +1,93 @@
+"""The mean cell of each training group: what baselines are made of, small enough to travel with a checkpoint."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pertstate.data.group_sums import GroupKey, GroupSums, log_fold_change
+
+
+@dataclass
+class GroupMeans:
+    """
+    The mean cell of each training group, and of the control cells of each (dataset, context) that has training groups.
+
+    Args:
+        control (`str`): the perturbation of control cells.
+        groups (`list[GroupKey]`): dataset, context and perturbation of each group, sorted.
+        counts (`np.ndarray` of shape `(groups,)`): its cells.
+        means (`np.ndarray` of shape `(groups, features)`): its mean cell, float32, in the units of predictions.
+        expression (`np.ndarray` of shape `(groups, features)`, *optional*): the mean of `expm1` of its cells, float32; None
+            where predictions are no log1p expression.
+    """
+
+    control: str
+    groups: list[GroupKey]
+    counts: np.ndarray
+    means: np.ndarray
+    expression: np.ndarray | None = None
+
+    @classmethod
+    def of_sums(cls, sums: GroupSums) -> "GroupMeans":
+        """The means of groups that have controls, and of these controls. ValueError if there is none."""
+        groups = sums.paired
+        if not groups:
+            raise ValueError("no perturbed training cells with control cells of their dataset and context")
+        counts = np.array([sums.counts[key] for key in groups])
+        means = np.stack([sums.sums[key] / sums.counts[key] for key in groups]).astype(np.float32)
+        expression = None
+        if sums.expression is not None:
+            expression = np.stack([sums.expression[key] / sums.counts[key] for key in groups]).astype(np.float32)
+        return cls(sums.control, groups, counts, means, expression)
+
+    def changes(self) -> dict[str, np.ndarray]:
+        """
+        Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean control
+        cell), `(features,)` float64.
+        """
+        return self._over_contexts(self.change)
+
+    def log_folds(self) -> dict[str, np.ndarray]:
+        """
+        Perturbation to the unweighted mean, over the datasets' contexts that have it, of the log fold change of the mean
+        expression, see [`log_fold_change`], `(features,)` float64. Empty where there is no expression.
+        """
+        return {} if self.expression is None else self._over_contexts(self.log_fold)
+
+    def contexts_of(self, perturbation: str) -> list[tuple[str, str]]:
+        """The (dataset, context) pairs that have training cells of a perturbation, sorted."""
+        return [key[:2] for key in self.groups if key[2] == perturbation]
+
+    def control_mean(self, place: tuple[str, str]) -> np.ndarray:
+        """The mean control cell of a (dataset, context), float64."""
+        return self.means[self._row[*place, self.control]].astype(np.float64)
+
+    def change(self, place: tuple[str, str], perturbation: str) -> np.ndarray:
+        """Mean perturbed cell - mean control cell in a (dataset, context), float64."""
+        return self.means[self._row[*place, perturbation]].astype(np.float64) - self.control_mean(place)
+
+    def log_fold(self, place: tuple[str, str], perturbation: str) -> np.ndarray:
+        """The log fold change of the mean expression in a (dataset, context), float64."""
+        expression: np.ndarray = self.expression  # type: ignore[assignment]  # asked for where there is some
+        perturbed, control = (expression[self._row[*place, name]] for name in (perturbation, self.control))
+        return log_fold_change(perturbed.astype(np.float64), control.astype(np.float64))
+
+    def of(self, perturbations: Iterable[str]) -> "GroupMeans":
+        """The means of these perturbations alone, and of all control cells."""
+        kept = {*perturbations, self.control}
+        rows = [i for i, key in enumerate(self.groups) if key[2] in kept]
+        expression = None if self.expression is None else self.expression[rows]
+        return GroupMeans(self.control, [self.groups[i] for i in rows], self.counts[rows], self.means[rows], expression)
+
+    @cached_property
+    def _row(self) -> dict[GroupKey, int]:
+        return {key: i for i, key in enumerate(self.groups)}
+
+    def _over_contexts(self, change) -> dict[str, np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {}
+        for dataset, context, name in self.groups:
+            if name != self.control:
+                found.setdefault(name, []).append(change((dataset, context), name))
+        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
