@@ -18,7 +18,7 @@ from pertstate.base.printable import joined_lines
 from pertstate.base.tables import table_text
 from pertstate.base.value_scale import look_at, other_matrices
 from pertstate.data.manifest import STORE_FILE
-from pertstate.data.reading import AnnDataFile, is_zarr, read_labels
+from pertstate.data.reading import AnnDataFile, is_zarr
 from pertstate.data.store import CellStore
 from pertstate.processing import StateProcessor
 
@@ -114,7 +114,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         ]
         lines.append("has: " + ", ".join(have))
         base = log_base_of(data, input)
-        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, other_matrices(data, input))
+        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, data)
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
             problems.append("gene names stand twice: set duplicate_genes: first, or sum")
@@ -123,7 +123,8 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
                 problems.append(f"no column found for {name}; obs has {some(columns)}")
         if perturbation_key is None or context_key is None:
             return joined_lines([*lines, *verdict(problems, "")])
-        raw = data.some_obs(slice(None), [perturbation_key])[perturbation_key].dropna().astype(str).unique().tolist()
+        table = data.some_obs(slice(None), [key for key in dict.fromkeys(keys.values()) if key is not None])
+        raw = table[perturbation_key].dropna().astype(str).unique().tolist()
         found = control or suggested_controls(raw)
         keys_of: dict[str, Any] = {
             "perturbation_key": perturbation_key,
@@ -131,7 +132,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             "batch_key": keys["batch_key"],
         }
         reader = StateProcessor(**keys_of, **control_settings(found or "control"))
-        labels = read_labels(data, reader).assign(dataset=path.stem)
+        labels = reader.labels_of(table).assign(dataset=path.stem)
     names = labels["perturbation"].unique()
     control = None if found is None else reader.control
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
@@ -156,7 +157,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     )
 
 
-def _look(matrix, input: str, log_base: float | None, others: str) -> tuple[str, list[str]]:
+def _look(matrix, input: str, log_base: float | None, data: AnnDataFile) -> tuple[str, list[str]]:
     """What the values are, and what is wrong with them."""
     values = matrix.data if sp.issparse(matrix) else matrix
     if not are_finite(values):
@@ -167,7 +168,7 @@ def _look(matrix, input: str, log_base: float | None, others: str) -> tuple[str,
         return f"an embedding, {values.min():.3g} to {values.max():.3g}", []
     if values.size and values.min() < 0:
         return "has negative values: scaled or centred", [
-            f"{input} is scaled; use counts or log1p expression{others or ' (another layer?)'}"
+            f"{input} is scaled; use counts or log1p expression{other_matrices(data, input) or ' (another layer?)'}"
         ]
     scale = look_at(matrix, log_base)
     shallow = scale.too_shallow()

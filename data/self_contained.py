@@ -1,5 +1,6 @@
 """A file of cells is read only if all that it says lies in the file itself, and takes no more memory than it could fill."""
 
+import math
 import os
 import stat
 from pathlib import Path
@@ -14,6 +15,8 @@ MOST_OBJECTS = 200_000
 LONGEST_NAME = 1 << 16  # bytes of a text of fixed width
 # What gzip makes of nothing but zeros is 1,030 times smaller. What is small is read in any case.
 LARGEST_RATIO, SMALL = 1100, 1 << 26
+# Values that are read in any case, each of up to SMALL / SMALL_TABLE bytes.
+SMALL_TABLE = 1 << 14
 # HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
 BYTES_OF_TEXT = 16
 
@@ -52,7 +55,7 @@ def check_hdf5(file: h5py.File):
     while groups:
         place, group = groups.pop()
         for name in group:
-            where = f"{place}/{name.decode(errors='replace')}".lstrip("/")
+            where = f"{place}/{name.decode(errors='replace')}" if place else name.decode(errors="replace")
             kind = group.links.get_info(name).type
             if kind in (h5py.h5l.TYPE_EXTERNAL, h5py.h5l.TYPE_SOFT):
                 target = group.links.get_val(name)
@@ -62,36 +65,40 @@ def check_hdf5(file: h5py.File):
                 continue  # it leads to another place of this file, which is looked at there
             if kind != h5py.h5l.TYPE_HARD:
                 raise ValueError(f"{where} is a link of an unknown kind; {_ADVICE}")
-            address = h5py.h5o.get_info(group, name).addr
-            if address in seen:
+            # Its kind and address are known before it is opened, which takes longer.
+            found = h5py.h5o.get_info(group, name)
+            if found.addr in seen:
                 continue
-            seen.add(address)
+            seen.add(found.addr)
             if len(seen) > MOST_OBJECTS:
                 raise ValueError(
                     f"expected at most {MOST_OBJECTS:,} datasets and groups, found more; write the file again"
                 )
-            found = h5py.h5o.open(group, name)
-            if isinstance(found, h5py.h5g.GroupID):
-                groups.append((where, found))
-            elif isinstance(found, h5py.h5d.DatasetID):
-                _check_dataset(found, where, size)
+            if found.type == h5py.h5o.TYPE_GROUP:
+                groups.append((where, h5py.h5g.open(group, name)))
+            elif found.type == h5py.h5o.TYPE_DATASET:
+                _check_dataset(h5py.h5d.open(group, name), where, size)
 
 
 _ADVICE = "only what lies in the file itself is read: write the data into one file, with adata.write_h5ad"
 # What is read as a whole, whatever its size.
-_TABLES = ("obs", "var", "raw/var", "uns", "raw.var")
+_TABLES = ("obs/", "var/", "raw/var/", "uns/", "raw.var/")
 
 
 def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
     created = dataset.get_create_plist()
-    if created.get_external_count():
+    layout = created.get_layout()
+    if layout == h5py.h5d.CONTIGUOUS and created.get_external_count():  # no other layout can be in another file
         raise ValueError(f"{where} keeps its values in another file ({_shown(created.get_external(0)[0])}); {_ADVICE}")
-    if created.get_layout() == h5py.h5d.VIRTUAL:
+    if layout == h5py.h5d.VIRTUAL:
         sources = [created.get_virtual_filename(i) for i in range(created.get_virtual_count())]
         raise ValueError(f"{where} takes its values from {some(map(_shown, sources), 3)}; {_ADVICE}")
-    if not any(where == table or where.startswith(f"{table}/") for table in _TABLES):
+    if not f"{where}/".startswith(_TABLES):
         return
-    kind, elements = dataset.get_type(), int(np.prod(dataset.shape or (0,), dtype=np.float64))
+    elements = math.prod(dataset.shape or (0,))
+    if elements <= SMALL_TABLE and dataset.get_type().get_size() <= SMALL // SMALL_TABLE:
+        return  # read in any case, whatever the file holds of it
+    kind = dataset.get_type()
     if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
         raise ValueError(
             f"{where} holds texts of {kind.get_size():,} bytes each, expected at most {LONGEST_NAME:,}; write the file again"
