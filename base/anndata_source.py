@@ -71,12 +71,12 @@ class Part:
         yield self.data
 
     def obs(self, data: ad.AnnData, rows: slice, columns: list[str]) -> pd.DataFrame:
-        """Some columns of obs of some cells of what `open` gave; all columns where one of them is missing."""
+        """The given columns of obs for a range of rows of what `open` gave; all columns if one of them is missing."""
         return (data.obs[columns] if set(columns) <= set(data.obs) else data.obs).iloc[rows]
 
     @property
-    def changed(self) -> str:
-        """The first words of errors about data that changed while they were read."""
+    def named(self) -> str:
+        """What errors call this part, as the first words of a sentence or within one."""
         return "the data"
 
 
@@ -122,12 +122,15 @@ class PartReader:
         self._codes: np.ndarray = part.codes
         if len(self._codes) != data.n_obs:
             raise ValueError(
-                f"{part.changed} changed while it was read: it had {len(self._codes)} cells, now {data.n_obs}"
+                f"{part.named} changed while it was read: expected {len(self._codes)} cells, found {data.n_obs}; run again "
+                "once nothing writes to it"
             )
         self._matrices = {name: matrix_of(data, name) for name in recipe.matrices}
         self._columns = data.var_names.get_indexer(recipe.genes)
         if (self._columns < 0).any():
-            raise ValueError(f"{part.changed} changed while it was read: it lacks genes that it had")
+            raise ValueError(
+                f"{part.named} changed while it was read: it lacks genes that it had; run again once nothing writes to it"
+            )
         self._all_genes = np.array_equal(self._columns, np.arange(len(data.var_names)))
 
     def slices(self) -> list[slice]:
@@ -186,7 +189,7 @@ class PartReader:
 
 class Places:
     """
-    The place of each cell where cells stand group by group, and those of a group in the order in which they come.
+    Gives each cell its row in a table that is sorted by group. The cells of one group keep the order in which they come.
 
     Args:
         sizes (`np.ndarray` of shape `(groups,)`): cells of each group.
@@ -223,8 +226,8 @@ class AnnDataSource(WholeSource):
 
     Args:
         parts (`list[Part]`): the objects; their groups are found here.
-        reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie. The source's own tells the batches
-            of several datasets apart.
+        reader ([`StateProcessor`]): reads the labels, and says where the cells' values lie. If there are several datasets, the
+            source's own `reader` is a copy of it that tells their batches apart.
         contexts (`list[str]`, *optional*): leave out the cells of all other contexts.
         convert_scale (`bool`): convert log1p values of parts whose cells sum to another total.
         max_missing_genes (`float`): the largest share of a part's genes that may be missing in others.
@@ -368,11 +371,11 @@ class AnnDataSource(WholeSource):
 
     def scale(self) -> Scale | None:
         """
-        What the values are once they are read: those of another total are converted to `wanted_scale`, or to the first, where
-        that is asked for; those of another base are converted in any case.
+        The scale of the values once they are read. Values of another base are always converted. Values of another total are
+        converted only with `convert_scale`: to `wanted_scale` if it is set, else to the scale of the first part.
 
         Raises:
-            ValueError: parts differ, and it is not asked for.
+            ValueError: the parts have different totals, and `convert_scale` is not set.
         """
         if self.expression is None:
             return None
@@ -382,7 +385,7 @@ class AnnDataSource(WholeSource):
         for part, of in zip(self.parts, scales):
             if differ(wanted, replace(of, base=None)) and not self.convert_scale:
                 raise ValueError(
-                    f"{self.expression} holds {first.describe()} in one file and {of.describe()} in {part.changed}; scale them "
+                    f"{self.expression} holds {first.describe()} in one file and {of.describe()} in {part.named}; scale them "
                     "alike, or convert them with convert_scale: true"
                 )
         return wanted
@@ -411,7 +414,7 @@ class AnnDataSource(WholeSource):
         with ExitStack() as stack:
             found: list[LazyBlock] = []
             for part in self.parts:
-                # One part may be wanted as a whole and another one not at all; only the former are opened.
+                # Only parts that hold wanted cells are opened.
                 if wanted is None or wanted[part.codes[part.codes >= 0]].any():
                     reading = PartReader(stack.enter_context(part.open()), part, recipe)
                     found += [
@@ -454,7 +457,7 @@ class AnnDataSource(WholeSource):
 
 
 def room_note(needed: int) -> str | None:
-    """A sentence where so many bytes will not fit into the memory that is free, as far as the system says."""
+    """A warning if `needed` bytes exceed the free memory that the system reports; else None."""
     if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -42,10 +42,10 @@ class Block:
     Some cells.
 
     Args:
-        rows (`np.ndarray`): their rows where they lie.
+        rows (`np.ndarray`): their rows in the data that they come from.
         codes (`np.ndarray`): their groups.
-        expression (`scipy.sparse.csr_matrix`, *optional*): `(cells, genes)`, as it stands there.
-        totals (`np.ndarray`, *optional*): of counts, each cell's sum over all its genes, float64.
+        expression (`scipy.sparse.csr_matrix`, *optional*): `(cells, genes)`, as stored there.
+        totals (`np.ndarray`, *optional*): if the expression is counts, each cell's sum over all its genes, float64.
         embedding (`np.ndarray`, *optional*): `(cells, dimensions)` float32.
     """
 
@@ -56,7 +56,7 @@ class Block:
     embedding: np.ndarray | None
 
     def pieces(self, values: int = 1 << 22) -> "Iterator[Block]":
-        """The same cells in order, in pieces of so many values once they are dense."""
+        """The same cells in order, in pieces of about `values` values each when dense."""
         width = 1 if self.expression is None else max(1, self.expression.shape[1])
         step = max(1, values // width)
         parts = (self.rows, self.codes, self.expression, self.totals, self.embedding)
@@ -90,11 +90,11 @@ class CellSource(ABC):
         genes (`list[str]`): the genes that all cells have, in order; none where there is no expression.
         expression (`str`, *optional*): where expression is read, for errors; None if there is none.
         embedding_dim (`int`, *optional*): dimensions of the embedding; None if there is none.
-        normalize (`str`), target_sum (`float`, *optional*): what is done to the values where a run does not say it.
+        normalize (`str`), target_sum (`float`, *optional*): what is done to the values if a run sets neither.
         scaled (`bool`): whether expression that is neither counts nor log1p is scaled and then log1p-transformed.
         convert_scale (`bool`, *optional*): whether log1p values of another total are converted; None where the source cannot.
         wanted_scale ([`Scale`], *optional*): what they are then converted to; to the first of the source by default.
-        progress (`Callable[[int], Any]`, *optional*): is told how many cells were read, block by block.
+        progress (`Callable[[int], Any]`, *optional*): called after each block with the number of cells that were read.
         notes (`list[str]`): what was left out, in sentences.
     """
 
@@ -132,7 +132,7 @@ class CellSource(ABC):
         """
 
     def totals(self, wanted: np.ndarray) -> np.ndarray:
-        """The counts of each cell of the wanted groups, float64."""
+        """The total counts of each cell of the wanted groups, float64."""
         found = [np.empty(0)]
         with self.blocks(wanted) as blocks:
             found += [given("counts", read().totals) for _, read in blocks]
@@ -313,11 +313,15 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
     if processor.values == Values.EMBEDDING and source.embedding_dim != processor.feature_dim:
         found = "none" if source.embedding_dim is None else f"one of {source.embedding_dim}"
         raise ValueError(
-            f"the checkpoint reads an embedding of {processor.feature_dim} dimensions, the data hold {found}"
+            f"the checkpoint reads an embedding of {processor.feature_dim} dimensions, the data hold {found}; name the "
+            "embedding that it was trained on with input="
         )
     if processor.vocabulary.genes:
         if source.expression is None:
-            raise ValueError("the checkpoint reads expression, the data hold only an embedding")
+            raise ValueError(
+                "the checkpoint reads expression, the data hold only an embedding; name the expression with input= (or "
+                "gene_input=)"
+            )
         for kind in source.kinds():
             if not fits(processor.expects, kind):
                 raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
@@ -333,7 +337,7 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
     doses = training_doses(source.groups[trained], processor)
     span = DoseScale(trained=processor.doses or {}, span=processor.dose_span).span
     if doses is not None and DoseScale(trained=doses).span == span:
-        span = None  # as it would be found
+        span = None  # the trained doses give the same one
     return processor.with_vocabulary(
         names, batch_datasets=source.reader.batch_datasets, doses=doses, dose_span=span if doses is not None else None
     )

@@ -17,7 +17,7 @@ from .value_scale import LARGEST_LOG1P, Scale, converted, other_matrices
 
 # Total counts that a cell is scaled to by default.
 TARGET_SUM = 1e4
-# So many values, zeros included, are read at once to choose genes.
+# Genes are chosen on all cells at once if these have at most so many values, zeros included; else block by block.
 _SMALL = 1 << 26
 
 
@@ -64,8 +64,8 @@ def take_rows(matrix, rows):
 
 
 def block_of_rows(matrix, values: int, cells: int = 1 << 14) -> list[slice]:
-    """All rows of a matrix in order, cut into blocks of about this many values and at most so many cells."""
-    if hasattr(matrix, "blocks"):  # one on disk knows how its rows lie
+    """All rows of a matrix in order, cut into blocks of about `values` values and at most `cells` cells."""
+    if hasattr(matrix, "blocks"):  # a matrix on disk chooses blocks that suit how it is stored
         return matrix.blocks(values)
     step = max(1, min(cells, values // max(1, matrix.shape[1])))
     return [slice(i, min(i + step, matrix.shape[0])) for i in range(0, matrix.shape[0], step)]
@@ -123,7 +123,7 @@ def check_finite(matrix, adata: ad.AnnData, rows, source: str, nonnegative: bool
 
 
 def cell_of(adata: ad.AnnData, rows) -> Callable[[int], str]:
-    """What errors call each of some rows of the data, by its place among them."""
+    """A function that says what errors call the cell at a place among `rows`."""
     return lambda place: f"cell {adata.obs_names[np.arange(adata.n_obs)[rows][place]]!r}"
 
 
@@ -138,7 +138,7 @@ def kind_of_values(matrix) -> str:
 
 
 def fits(expected: str, kind: str) -> bool:
-    """Whether values of a kind, as `kind_of_values` says of some cells, may be of the kind expected of all."""
+    """Whether the kind that [`kind_of_values`] found in some cells agrees with the kind that is expected of all cells."""
     return kind in (expected, Values.ZEROS) or expected == Values.FRACTIONAL
 
 

@@ -285,7 +285,7 @@ def check_finite_weights(model: nn.Module, name: str | os.PathLike):
             )
 
 
-# What an adapter may say of itself. Anything else must be left empty: other methods of peft load further files, or lay out
+# The settings that an adapter may have. Any other must be empty: other methods of peft load further files, or lay out
 # other tensors.
 _LARGEST_RANK = 4096
 _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
@@ -301,7 +301,7 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
     "use_rslora": (lambda value: type(value) is bool, "true or false"),
     "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, or null"),
     "revision": (lambda value: value is None or isinstance(value, str), "a revision, or null"),
-    # Nothing of these is used here.
+    # These have no effect here.
     "auto_mapping": (lambda value: value is None or isinstance(value, dict), "a mapping, or null"),
     "megatron_core": (lambda value: isinstance(value, str), "a name"),
     "peft_version": (lambda value: isinstance(value, str), "a version"),

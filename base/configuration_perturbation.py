@@ -93,7 +93,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         perturbation_dim (`int`, *optional*):
             Width of a perturbation's feature vector where features (ESM2, fingerprints) are given instead of ids.
             Exactly one of `num_perturbations` and `perturbation_dim` must be set to build a model.
-        num_contexts (`int`, *optional*) :
+        num_contexts (`int`, *optional*):
             Contexts (cell types or lines) in the vocabulary. The State model reads the context from the control
             cells themselves; families with a context embedding size it by this.
         num_batches (`int`, *optional*) [batch_dim]:
@@ -165,8 +165,8 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         As in [`PreTrainedConfig`].
 
         Raises:
-            ValueError: `config.json` asks for labels, which no model here has, or for code of a repository. Of the latter a
-                caller may ask, with `attn_implementation=`.
+            ValueError: `config.json` asks for labels, which no model here has, or for code of a repository. Only a caller may
+                ask for such code, with `attn_implementation=`.
         """
         labels = config_dict.get("num_labels")
         if labels is not None and not (type(labels) is int and 0 <= labels <= 2):
@@ -183,7 +183,7 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """As in [`PreTrainedConfig`], without the places of this machine: of a path, the last part."""
+        """As in [`PreTrainedConfig`], but of a path on this machine only the last part is written."""
         content = json.loads(super().to_json_string(use_diff))
         return json.dumps(public(content), indent=2, sort_keys=True) + "\n"
 
@@ -287,7 +287,9 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
             value = getattr(self, field.name)
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not within_reach(abs(number)) and number != 0:
-                    raise ValueError(f"{field.name}: expected a number that a model can compute with, found {value}")
+                    raise ValueError(
+                        f"{field.name}: expected a number within float32's reach, found {value}; correct it"
+                    )
 
     def _check_at_least(self, low: int, *names: str):
         for name in names:

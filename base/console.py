@@ -19,11 +19,11 @@ _LAYOUT = "\n\t"
 
 class PrintableStream:
     """
-    A text stream to which nothing is written that is not [`printable`], but line breaks, tabs, and the moves of progress
-    bars: a text may begin or end with carriage returns. Characters that its encoding lacks are escapes.
+    A text stream that writes only [`printable`] text, line breaks, tabs, and the cursor moves of progress bars (a text may
+    begin or end with carriage returns). Characters that its encoding lacks are written as escapes.
 
-    It is the last wall, for what libraries and Python itself write. Names are made printable before that, as only there
-    a line break in a name differs from one between lines.
+    It guards against what libraries and Python itself write. Names are made printable before they are put into a text: in
+    the text, a line break in a name cannot be told from one between lines.
     """
 
     def __init__(self, stream: TextIO):
@@ -53,8 +53,8 @@ class PrintableStream:
 @contextlib.contextmanager
 def printable_console() -> Iterator[None]:
     """
-    Within this block, what this process writes to its standard streams is printable, and so are warnings. Tracebacks are
-    from here on, as Python shows them after the block.
+    Within this block, what this process writes to its standard streams is printable, and so are warnings. Tracebacks stay
+    printable after the block, because Python shows them when the block has ended.
     """
     sys.excepthook = _show_traceback
     formatted, out, err = warnings.formatwarning, PrintableStream(sys.stdout), PrintableStream(sys.stderr)
@@ -72,7 +72,7 @@ def printable_console() -> Iterator[None]:
 
 
 def guard_this_process():
-    """As [`printable_console`], for the whole life of a process that another one started to work for it."""
+    """As [`printable_console`], for the whole life of a worker process."""
     out, err = PrintableStream(sys.stdout), PrintableStream(sys.stderr)
     sys.excepthook, warnings.formatwarning = _show_traceback, _one_line(warnings.formatwarning)
     for handler in _handlers_of(sys.stderr):
@@ -81,7 +81,7 @@ def guard_this_process():
 
 
 def _handlers_of(stream: TextIO) -> list[logging.StreamHandler]:
-    """The handlers that write the logs of libraries which were imported before, to a stream as it was then."""
+    """The handlers that libraries imported so far have set up to write their logs to this stream."""
     loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
     found = {handler: None for logger in loggers for handler in logger.handlers}
     return [of for of in found if type(of) is logging.StreamHandler and of.stream is stream]
@@ -114,7 +114,7 @@ def log_to_console(level: int, style: str = "%(message)s"):
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Writes to what is standard error at that moment."""
+    """Writes to whatever `sys.stderr` is when a message is logged."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -125,7 +125,10 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 class _Printable(logging.Formatter):
-    """Other packages lay out their messages in lines; those of this one are single lines before they come here."""
+    """
+    Makes messages printable and keeps their line breaks: those of other packages may have several lines. Those of this
+    package are single lines before they come here.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), _LAYOUT)

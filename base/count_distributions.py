@@ -33,8 +33,8 @@ def _log_ratio(counts: torch.Tensor, mean: torch.Tensor, theta: torch.Tensor) ->
 
 class _NegativeBinomial(torch.autograd.Function):
     """
-    Written out with its derivatives, so that the backward pass keeps the three inputs alone, and so that neither pass
-    meets infinity minus infinity on its way to a finite value. With k counts, mean m and inverse dispersion t,
+    The log-probability and its derivatives, written out, so that only the three inputs are kept for the backward pass, and
+    neither pass subtracts infinity from infinity on its way to a finite value. With k counts, mean m and inverse dispersion t,
 
         log p = lgamma(k + t) - lgamma(t) - lgamma(k + 1) + t log(t / (t + m)) + k log(m / (t + m))
         d log p / dm = (k / m - 1) / (1 + m / t)
@@ -131,7 +131,7 @@ def negative_binomial_mean_log1p(
     33 steps.
 
     Args:
-        mean, inverse_dispersion (`torch.Tensor`): see there; finite and above 0 (a mean of 0 gives 0).
+        mean, inverse_dispersion (`torch.Tensor`): of that distribution; finite and above 0 (a mean of 0 gives 0).
         scale (`torch.Tensor`): what counts are multiplied by, finite, from 0.
 
     Returns:
@@ -154,7 +154,7 @@ def sample_negative_binomial(
     Counts drawn from the distribution of [`negative_binomial_log_prob`], as Poisson counts of Gamma rates.
 
     Args:
-        mean, inverse_dispersion (`torch.Tensor`): see there; both above 0.
+        mean, inverse_dispersion (`torch.Tensor`): of that distribution; both above 0.
         generator (`torch.Generator`, *optional*): on their device; the same state gives the same counts.
 
     Returns:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-# What the name of anything that is still being written ends with.
+# The ending of the name of a file or folder that is still being written.
 PARTIAL = ".partial"
 
-# What the messages of libraries without error numbers hold where a disk is full, or a limit on the size of files is met.
+# A disk that is full or fails, or a limit on the size of files. Libraries that raise errors without a number put the text of
+# one of these into the message.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _UNNAMED, _NOTHING_LEFT = -1, "nothing is left of it"
 # torch says of a failed write that it failed, and not why.
@@ -26,7 +27,7 @@ def partial_of(path: str | os.PathLike) -> Path:
 
 def place_of_file(path: str | os.PathLike) -> Path:
     """
-    Where a file named `path` is written: symbolic links are followed, so that they stay what they are.
+    Where a file named `path` is written: symbolic links are followed, so that they stay links.
 
     Raises:
         ValueError: something is there that is no regular file: a folder, a device, a pipe, a socket.
@@ -81,7 +82,7 @@ def saying_disk_errors(path: str | os.PathLike) -> Iterator[None]:
         if number is None:
             raise
         if isinstance(error, OSError) and _NOTHING_LEFT in str(error.strerror):
-            message = error.strerror  # of a file within: what is written is the whole
+            message = error.strerror  # about one file of a folder; the new error names the folder instead
         else:
             why = (
                 "the disk is full, or a limit on the size of files is met"

@@ -16,7 +16,7 @@ def are_finite(values: np.ndarray) -> bool:
     """Whether all numbers are finite in float32. Takes no memory beside the values."""
     if values.size == 0 or values.dtype.kind not in "f":
         return True
-    return -LARGEST <= float(values.min()) and float(values.max()) <= LARGEST  # NaN is neither
+    return -LARGEST <= float(values.min()) and float(values.max()) <= LARGEST  # False for NaN
 
 
 def wrong(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 
-# The share of genes that may be missing, where nobody says another.
+# The largest share of genes that may be missing by default.
 MAX_MISSING_GENES = 0.5
 _VERSION = re.compile(r"^(ENS[A-Z]*[GTP]\d{6,})\.\d+$")
 
@@ -35,13 +35,14 @@ def other_names(adata: ad.AnnData, missing: list[str]) -> str:
 
 def missing_note(columns: np.ndarray, most: float = MAX_MISSING_GENES) -> str | None:
     """
-    A sentence on genes that are read as unexpressed, by their columns (-1 is none); None where all are there.
+    A sentence that says how many genes of a model are read as unexpressed; None if the data have all of them.
 
     Args:
+        columns (`np.ndarray` of shape `(genes,)`): the column of each gene in the data, -1 where it has none.
         most (`float`): the largest share of genes that may be missing.
 
     Raises:
-        ValueError: more are, or `most` is no share.
+        ValueError: more genes are missing, or `most` is not between 0 and 1.
     """
     if not 0 <= most <= 1:
         raise ValueError(f"max_missing_genes={most}: expected a share of the genes, 0 to 1")

@@ -23,8 +23,8 @@ DUPLICATES = ("error", "first", "sum")
 
 class GeneView:
     """
-    An AnnData, or what reads a file like one, whose genes go by other names; and whose `X` is that of `raw` where this is
-    asked for.
+    An AnnData, or what reads a file like one, with other names for its genes, and with the `X` of `raw` where `raw` is
+    given.
 
     Args:
         data (`AnnData`): the cells.
@@ -51,7 +51,7 @@ class GeneView:
 
     @property
     def var(self) -> pd.DataFrame:
-        """The columns of var of the genes, by their names; of one that stands twice, what stands first."""
+        """The var of the genes, by their names; the row of a gene that stands twice is its first one."""
         var = (self._data if self._raw is None else self._raw).var
         return var.set_axis(self._all_names)[~self._all_names.duplicated()]
 
@@ -85,7 +85,7 @@ class JoinedGenes:
         self._to_genes = sp.csr_matrix((ones, (columns, codes[columns])), shape=(len(codes), self.shape[1]))
         self._said_base = base
         self._scale: Scale | None = None
-        if hasattr(matrix, "blocks"):  # one on disk knows how its rows lie
+        if hasattr(matrix, "blocks"):  # a matrix on disk chooses blocks that suit how it is stored
             self.blocks = matrix.blocks
 
     def __getitem__(self, rows) -> sp.csr_matrix:
@@ -156,7 +156,7 @@ def view_of(
 
 def scale_of(data: ad.AnnData, source: str, first=None) -> Scale:
     """
-    What expression is, by those of the first cells of the data that hold no wrong values.
+    The scale of expression, judged by the first cells of the data, without cells that hold wrong values.
 
     Args:
         first (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
@@ -167,10 +167,10 @@ def scale_of(data: ad.AnnData, source: str, first=None) -> Scale:
 
 def log_base_of(data: ad.AnnData, source: str) -> float | None:
     """
-    The base of the logarithm that the data say they are of; None where they say none, or the natural one.
+    The base of the logarithm that the data name in `uns["log1p"]`; None where they name none: the natural logarithm.
 
     Raises:
-        ValueError: what they say is no base.
+        ValueError: what they name is not the base of a logarithm.
     """
     said = data.uns.get("log1p", {}) if source == "X" else {}
     base = said.get("base") if isinstance(said, Mapping) else None

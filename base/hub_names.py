@@ -11,8 +11,8 @@ def is_repository(name: str | os.PathLike) -> bool:
     """
     Whether a name means a repository on the Hub, `"user/name"`, and no file or folder here.
 
-    A misspelt path is no repository: where the folder that it begins with is there, the name is taken as a path. So it
-    is refused at once; to ask the Hub for it takes minutes where there is no network.
+    A misspelt path is no repository: if the folder that it begins with is there, the name is taken as a path. The error
+    then comes at once; asking the Hub takes minutes where there is no network.
     """
     path = Path(name)
     if str(name).count("/") != 1 or path.exists() or path.parent.is_dir():

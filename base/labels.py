@@ -18,7 +18,7 @@ from .messages import closest, some
 
 # Texts that stand for "no label".
 MISSING = ("", "nan", "none", "na", "n/a", "<na>", "null", "unassigned")
-# The labels that public screens give their controls, with any number behind.
+# The labels that public screens give their controls; a number may follow.
 _CONTROLS = re.compile(
     r"(non[-_ ]?targeting|nt|ntc|ntg|neg(ative)?[-_ ]?(c(on)?tro?l)?|c(on)?tro?l|dmso([-_ ]tf)?|vehicle|unperturbed|untreated|mock"
     r"|pbs|safe[-_ ]?(targeting|harbor)|scrambled?)[-_. \d]*",
@@ -47,8 +47,8 @@ class LabelSettings:
         perturbation_map (`dict[str, str]`, *optional*): labels of the data to names of perturbations. A key is a label, or a
             pattern with one `*`, whose text replaces the `*` of the name: `{"*_g1": "*", "*_g2": "*"}`.
         unlabelled (`str`): what becomes of cells without a label: `"error"`, or `"drop"`.
-        exclude, include (`dict[str, list]`, *optional*): columns of obs, each with values: cells with one of them are left
-            out, or they alone are used.
+        exclude, include (`dict[str, list]`, *optional*): columns of obs, each with a list of values. `exclude` leaves out
+            cells that have one of the values; `include` uses only cells that have one in each column.
         dose_key (`str`, *optional*): column of the dose: a number, or for a combination one for each part, `"1;0.5"`.
         batch_datasets (`list[str]`, *optional*): the datasets whose batches are told apart. A batch is then called
             "DATASET|BATCH": batch 1 of one screen is not batch 1 of another.
@@ -156,8 +156,8 @@ class LabelReader:
             dose (`float` or `str`, *optional*): of the label's parts, separated by ";", or the one dose of all of them.
 
         Raises:
-            ValueError: a dose is not a number above 0, or their number is not that of the parts; or a perturbation is called
-                as the controls are.
+            ValueError: a dose is not a number above 0, there are not as many doses as parts, or a perturbation has
+                the name of the controls.
         """
         key = (label, dataset, dose)
         if key not in self._seen:
@@ -198,7 +198,8 @@ class LabelReader:
         The name that `perturbation_map` gives a label; exact labels go before patterns.
 
         Args:
-            whole (`bool`): the label may be cut into parts yet. Only patterns with the separator are meant for it.
+            whole (`bool`): the label is not split into parts yet. If it holds the separator, only patterns with the separator
+                apply to it.
         """
         table, separator = self.settings.perturbation_map or {}, self.settings.combination_separator
         if label in table:
@@ -276,8 +277,8 @@ class LabelReader:
 
     def unmeasured(self) -> list[str]:
         """
-        Of all labels read so far, those that the separator cuts into a part that stands nowhere else: neither alone, nor with
-        a control, nor in another combination. The separator may belong to a name there.
+        The labels read so far that are split into parts of which one occurs nowhere else: neither alone, nor with a control,
+        nor in another combination. There the separator may belong to a name.
         """
         labels = sorted({label.strip() for label, *_ in self._seen})
         cut = {
@@ -444,7 +445,7 @@ class _Texts:
             raise ValueError(f"obs[{key!r}] holds {cut!r}, a label with a NUL character; rename it")
 
     def texts(self) -> np.ndarray:
-        """The string of each cell; of one without a label, any."""
+        """The string of each cell; any string for a cell without a label."""
         return self.names[self.codes] if len(self.names) else np.full(len(self.codes), "", dtype=object)
 
 
@@ -454,7 +455,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _is_one_of(column: pd.Series, values: list) -> np.ndarray:
-    """Which cells have one of some values; numbers and truth values also where they are given, or stand, as texts."""
+    """Which cells have one of the values. A number or boolean equals its text."""
     wanted = {_comparable(value) for value in values}
     codes, names = pd.factorize(column.astype(object), use_na_sentinel=False)
     return np.array([_comparable(name) in wanted for name in names], dtype=bool)[codes]

@@ -20,7 +20,7 @@ from pertstate.base.printable import get_logger
 
 logger = get_logger(__name__)
 
-# Of the process that holds a lock, what its file says is read up to here.
+# So many bytes are read of a lock's file, which says what process holds the lock.
 _LONGEST = 4096
 
 
@@ -28,7 +28,7 @@ class InUseError(OSError):
     """Another process is writing an output; the message names it."""
 
 
-# What a file system says that has no locks.
+# The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 # The locks of this process, by their files: the descriptor, the thread, and how often the thread has entered.
@@ -62,7 +62,7 @@ def locked(lock: Path, output: str | os.PathLike) -> Iterator[None]:
             mine[2] -= 1
             if mine[2] == 0:
                 del _held[lock]
-                # Gone before it is released: whoever opened it meanwhile finds out, see `_acquire`.
+                # The file goes before the lock is released: a process that opened it meanwhile notices, see `_acquire`.
                 lock.unlink(missing_ok=True)
                 os.close(mine[0])
 

@@ -10,8 +10,8 @@ _Value = TypeVar("_Value")
 
 def closest(name: str, known) -> str:
     """
-    A hint `did you mean 'x'?` for the nearest of `known` names, or the list of them where none is near; where the name is several
-    of them with commas between, how to write a list.
+    A hint for an error about an unknown name: `did you mean 'x'?` with the nearest of the `known` names, or a list of these
+    if none is near. If `name` is several known names joined by commas, the hint says how to write a list.
     """
     known = [str(k) for k in known]
     several = [part.strip() for part in str(name).split(",") if part.strip()]

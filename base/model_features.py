@@ -56,7 +56,7 @@ class ModelFeatures:
         return self._genes(adata, given("gene_input", self.gene_input), rows, "error", as_log1p=True)
 
     def features_of(self, block: Block) -> np.ndarray:
-        """The model's features of a block of a source that was read with the model's genes, as of `features`."""
+        """The model's features of a block that a source read with the model's genes; as `features` gives them."""
         if self.values == Values.EMBEDDING:
             return given("embedding", block.embedding)
         as_log1p = self.values == Values.LOG1P
@@ -123,16 +123,16 @@ class ModelFeatures:
 
     def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
         """
-        Check that log1p values of some data sum to what those of the training cells did; by the first cells of the data.
+        Check, by the first cells of the data, that log1p values have the total and the base of the training cells.
 
         Args:
             input (`str`, *optional*): where the cells are read, instead of the processor's `input`.
             convert (`bool`): convert the values that are read of these data, until other data are checked.
 
         Raises:
-            ValueError: they sum to something else, or are of another base, and are not to be converted.
+            ValueError: they have another total or base, and `convert` is not set.
         """
-        self._scales = None  # of other data
+        self._scales = None  # those of data that were checked before
         source = self.gene_input if self.values == Values.EMBEDDING else input or self.input
         if self.trained_scale is None or source is None or source.startswith("obsm/"):
             return
@@ -150,8 +150,8 @@ class ModelFeatures:
 def storable(column: pd.Series) -> pd.Series:
     """A column of obs or var as every version of anndata can write and read it: mixed and missing values as texts."""
     if isinstance(column.dtype, pd.CategoricalDtype):
-        texts = isinstance(column.cat.categories.dtype, np.dtype) and column.cat.categories.dtype.kind in "biuf"
-        return column if texts else column.cat.rename_categories([str(of) for of in column.cat.categories])
+        numbers = isinstance(column.cat.categories.dtype, np.dtype) and column.cat.categories.dtype.kind in "biuf"
+        return column if numbers else column.cat.rename_categories([str(of) for of in column.cat.categories])
     if isinstance(column.dtype, np.dtype) and column.dtype.kind in "biuf":
         return column
     return column.map(str, na_action="ignore").astype(object).astype("category")

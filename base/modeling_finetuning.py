@@ -59,7 +59,7 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
     """What every model has to be trained further: on other names than it knows, with low-rank adapters, or in part."""
 
     config: PerturbationConfig
-    # Parts whose linear layers adapters are put beside; where a part has attention, the names of its layers.
+    # Parts whose linear layers get adapters; where a part has attention, the names of its layers.
     _adapted_parts: tuple[str, ...] = ()
     _attention_layers: tuple[str, ...] = ()
     _feed_forward_layers: tuple[str, ...] = ()
@@ -236,8 +236,8 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
 
     def lora_targets(self, feed_forward: bool = False) -> list[str]:
         """
-        Names of the linear layers that low-rank adapters (Hu et al. 2022, LoRA) are put beside: those of the backbone's
-        attention, or all linear layers of encoders and heads in a family without attention.
+        Names of the linear layers that get low-rank adapters (Hu et al. 2022, LoRA): those of the backbone's attention, or
+        all linear layers of encoders and heads in a family without attention.
 
         Args:
             feed_forward (`bool`): those of the backbone's feed-forward layers, too.
@@ -257,7 +257,7 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
             names = [name for name in names if name.rpartition(".")[2] in wanted]
         if not names:
             raise ValueError(
-                f"{self.config.model_type} has no layers that low-rank adapters go beside; leave lora_rank out and train all "
+                f"{self.config.model_type} has no layers that take low-rank adapters; leave lora_rank out and train all "
                 "of it"
             )
         return names
@@ -272,7 +272,7 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
         if not self._attention_layers:
             raise ValueError(
                 f"{self.config.model_type} has no backbone that could be frozen; its parts are "
-                f"{[name for name, _ in self.named_children()]}"
+                f"{[name for name, _ in self.named_children()]}; leave freeze_backbone out"
             )
         for part in self._adapted_parts:
             self.get_submodule(part).requires_grad_(False)

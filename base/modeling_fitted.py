@@ -47,8 +47,8 @@ class TrainingMeans:
 
 class FittedPreTrainedModel(PerturbationPreTrainedModel):
     r"""
-    A family whose weights are computed by `fit(means: TrainingMeans)` of the subclass, which the Trainer calls, instead of
-    by an optimiser. The weights are frozen.
+    A family without an optimiser: the Trainer calls `fit(means: TrainingMeans)` of the subclass, which computes the weights.
+    They are frozen.
 
     Each family says what it predicts for a perturbation or context that was not in training. The output marks such
     sentences in `unseen`, and an [`UnseenWarning`] counts them.
@@ -58,7 +58,7 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
     fitted = True
     supports_gradient_checkpointing = False
     _forward_options = frozenset()
-    # Which perturbations or contexts were in training, (N,) bool, of a family that looks there.
+    # Which perturbations or contexts were in training, (N,) bool, in the families that predict by it.
     seen: torch.Tensor
 
     @classmethod

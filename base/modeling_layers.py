@@ -331,7 +331,7 @@ class SetTransformer(nn.Module):
         length = hidden_states.shape[1]
         attention_mask: Any  # of the form that the kernel takes
         if self.config.attention == "bidirectional" and mask is None:
-            attention_mask = None  # made while it is compiled, a mask that hides nothing would leave the fast kernel
+            attention_mask = None  # under torch.compile, even a mask that hides nothing would rule out the fast kernel
         elif mask is not None and self._attends_on_gpu(hidden_states):
             # The library's own mask waits for the device, to see whether it hides anything.
             attention_mask = mask[:, None, None, :].expand(-1, 1, length, -1)

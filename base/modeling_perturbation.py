@@ -184,7 +184,7 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     def _check_batches(self, batch_ids: torch.Tensor | None) -> torch.Tensor:
         """The same ids, for a model that embeds batches. ValueError unless they are given and known."""
         if batch_ids is None:
-            raise ValueError("batch_encoder=True needs batch_ids, found None")
+            raise ValueError("batch_encoder=True needs batch_ids, found None; give the batch of each cell")
         # In training every batch is known, and a check would wait for the device at each step.
         if not self.training and (batch_ids < 0).any():
             raise ValueError(
@@ -301,7 +301,8 @@ class EncoderPreTrainedModel(PerturbationPreTrainedModel):
         """
         Predictions (B, S, D_out) in the config's units, with the genes decoded from them.
 
-        Where `detach`, the gene decoder's gradient stops at the latents, and it now and then sees the true ones.
+        With `detach`, the gene decoder's gradient stops at the latents, and in training one step in `true_latents_every`
+        decodes the true ones.
         """
         if self.config.nonnegative_output:
             predictions = nn.functional.relu(predictions)

@@ -29,7 +29,7 @@ from pertstate.base.messages import some
 JOURNAL, _ENTRIES = ".new", ".entries"
 _LOCK = ".lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# Where two folders cannot be swapped or files not be linked, which is no fault of the output.
+# Errors where two folders cannot be swapped, or files cannot be linked: the system lacks it, the output is not at fault.
 _NO_SWAP = (
     *(errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EBUSY, errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK),
     *(errno.EROFS, errno.ENOENT),
@@ -120,7 +120,7 @@ def _folder_in_use(path: str | os.PathLike, kind: Kind) -> Iterator[Path]:
 def claimed_run(path: str | os.PathLike, kind: Kind) -> Iterator[Path]:
     """As [`claimed_folder`], of a folder that may hold anything, and whose parents are made where they are missing."""
     place = Path(os.path.realpath(path))
-    # A link that leads nowhere yet is not seen by who makes folders.
+    # If `path` is a link that leads nowhere yet, the folder that it names is made: making `path` itself would fail.
     (place if Path(path).is_symlink() and not place.exists() else place.parent).mkdir(parents=True, exist_ok=True)
     with _folder_in_use(path, kind) as place:
         yield place
@@ -148,7 +148,7 @@ def whole_folder(path: str | os.PathLike, kind: Kind) -> Iterator[Path]:
 
 
 def _put(scratch: Path, place: Path, kind: Kind):
-    """Give a whole folder its place."""
+    """Move a whole new folder to its place."""
     if not place.exists():
         os.rename(scratch, place)
         return
@@ -163,17 +163,17 @@ def _put(scratch: Path, place: Path, kind: Kind):
 
 
 def _finish(place: Path, kind: Kind):
-    """Move a whole new output from where it lies in its folder to its places there, from whatever point on."""
+    """Move the entries of a new output in `JOURNAL` to their places in the folder; a move that was cut short goes on."""
     new = place / JOURNAL
     if not (new / _ENTRIES).exists():
         shutil.rmtree(new, ignore_errors=True)
         return
     names = json.loads((new / _ENTRIES).read_text(encoding="utf-8"))
     key = next(name for name in kind.keys if name in names)
-    # Until it is moved, the key has another name: what lies here is not to be read.
+    # The key has another name until all else is moved, so that nobody takes `JOURNAL` for an output.
     hidden = new / (key + PARTIAL)
     if hidden.exists():
-        # Without its key the folder holds nothing, neither the old nor the new.
+        # Without its key the folder counts as empty: it holds neither the old output nor the new one.
         for old in kind.keys:
             (place / old).unlink(missing_ok=True)
         for entry in [*place.iterdir()]:
@@ -185,14 +185,14 @@ def _finish(place: Path, kind: Kind):
                     _remove(place / name)
                 os.replace(new / name, place / name)
         os.replace(hidden, place / key)
-    # What is left is a list of what was moved.
+    # Only the list of entries is left.
     shutil.rmtree(new)
 
 
 def _swap(scratch: Path, place: Path, kind: Kind) -> bool:
     """
-    Swap two folders in one step, after which `scratch` holds the old output. What is not of its kind is then in both, as
-    links to the same files. False where the system cannot do so; `place` is then as it was.
+    Swap two folders in one step; `scratch` then holds the old output. Entries that are not of the kind are first linked into
+    `scratch`, so both folders have them. False where the system cannot swap; `place` is then as it was.
     """
     if scratch.parent == place or Path.cwd().is_relative_to(place):
         return False  # the shell that is in the old folder would be left in a folder that is gone
@@ -220,8 +220,8 @@ def _swap(scratch: Path, place: Path, kind: Kind) -> bool:
 
 def replace_folder(new: Path, place: Path):
     """
-    Rename a folder to `place`. A folder that is there is swapped with it in one step where the system can do so; what was
-    there is then `new`. Otherwise it is renamed first, so that a kill in between leaves both beside, under other names.
+    Rename a folder to `place`. If a folder is there, the two are swapped in one step, where the system can do so: the old one
+    is then at `new`. Otherwise the old one is renamed first, so that a kill in between leaves both, under other names.
     """
     if place.exists():
         try:
@@ -285,7 +285,9 @@ def _remove_left(folder: Path, name: str):
 
 def _check_parent(path: str | os.PathLike, place: Path):
     if not place.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {Path(path).parent}")
+        raise FileNotFoundError(
+            f"{path}: there is no folder {Path(path).parent}; make it first, or name another output"
+        )
 
 
 def _check_overwrite(path: str | os.PathLike, exists: bool, overwrite: bool):

@@ -38,7 +38,7 @@ class PredictedCells:
         return {name: key if isinstance(key, str) else name for name, key in keys.items()}
 
     def of_output(self) -> dict:
-        """The settings by which the labels of an output are read, and nothing is left out or named anew."""
+        """The settings that read the labels of an output: no cell is left out, and no label is renamed."""
         columns = self.output_columns()
         return {
             "perturbation_key": columns["perturbation"],

@@ -18,9 +18,9 @@ def printable(text: object, keep: str = "") -> str:
     r"""
     A text as it can be printed, logged and tabulated: letters of all scripts, marks, numbers, signs, emoji and blanks stay. All
     else is written as an escape, `\x1b` or `\u202e`: control characters, line breaks and tabs, characters that change the
-    direction of text or cannot be seen, halves of characters, and code points that mean nothing or what each system likes.
+    direction of text or cannot be seen, lone surrogates, and code points that are unassigned or for private use.
 
-    A text that was made printable stays as it is when that is done again.
+    `printable` changes nothing in a text that it has returned.
 
     Args:
         text (`object`): the text; of another object, its `str`.
@@ -36,7 +36,7 @@ def code_of(character: str) -> str:
 
 
 def escaped(text: str, escape: Callable[[str], str], keep: str = "") -> str:
-    """A text in which `escape` gives what stands for each character that is not [`printable`]; those of `keep` stay."""
+    """The text, with `escape(c)` for each character c that is not [`printable`]; the characters of `keep` stay."""
     if text.isascii() and text.isprintable():
         return text
     shown, marks = [], 0
@@ -71,7 +71,7 @@ def _is_selector(character: str) -> bool:
 
 
 def _may_be_new(number: int) -> bool:
-    """Whether a code point without a meaning is one where later versions of Unicode have emoji or Chinese characters."""
+    """Whether an unassigned code point lies where later versions of Unicode may have emoji or Chinese characters."""
     return (0x1F000 <= number <= 0x1FAFF or 0x20000 <= number <= 0x3FFFF) and number & 0xFFFE != 0xFFFE
 
 

@@ -41,20 +41,18 @@ def _is_count(value) -> bool:
 def fits_scale(value) -> bool:
     """Whether a value is a scale as a checkpoint or store remembers it."""
     return (
-        isinstance(value, dict) and {"values"} <= set(value) <= {"values", "total"} and _is_dose(value.get("total", 1))
+        isinstance(value, dict)
+        and {"values"} <= set(value) <= {"values", "total"}
+        and _is_positive(value.get("total", 1))
     )
 
 
-def _is_dose(value) -> bool:
+def _is_positive(value) -> bool:
     return type(value) in (int, float) and within_reach(value)
 
 
 def _is_place(value) -> bool:
     return isinstance(value, str) and re.fullmatch(r"X|raw/X|(layers|obsm)/.+", value, re.DOTALL) is not None
-
-
-def _is_number_of_counts(value) -> bool:
-    return type(value) in (int, float) and within_reach(value)
 
 
 # The check of each setting, and how errors describe what is expected. Settings of the second table may be absent.
@@ -70,7 +68,7 @@ _SETTINGS: dict[str, tuple[Callable, str]] = {
         "'log1p', 'counts' or 'embedding'",
     ),
     "normalize": (lambda value: value in (Normalize.COUNTS_TO_LOG1P, Normalize.NONE), "'counts_to_log1p' or 'none'"),
-    "target_sum": (lambda value: value is None or _is_number_of_counts(value), "a number above 0, or null"),
+    "target_sum": (lambda value: value is None or _is_positive(value), "a number above 0, or null"),
     "combination_separator": (lambda value: value is None or _is_name(value), "a text, or null"),
     "feature_dim": (_is_count, "a number of features"),
     "set_size": (_is_count, "a number of cells"),
@@ -99,13 +97,13 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "dataset": (lambda value: value is None or _is_name(value), "the name of a dataset, or null"),
     "dose_encoding": (lambda value: value in ("log", "linear"), "'log' or 'linear'"),
     "doses": (
-        lambda value: value is None or _is_table(value, lambda of: isinstance(of, list) and all(map(_is_dose, of))),
+        lambda value: value is None or _is_table(value, lambda of: isinstance(of, list) and all(map(_is_positive, of))),
         "the doses of each perturbation, or null",
     ),
     "dose_span": (
         lambda value: (
             value is None
-            or (isinstance(value, list) and len(value) == 2 and all(map(_is_dose, value)) and value[0] <= value[1])
+            or (isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value)) and value[0] <= value[1])
         ),
         "the smallest and the largest dose, or null",
     ),
@@ -134,16 +132,16 @@ PROCESSOR_SETTINGS = tuple(
     )
 )
 OPTIONAL_SETTINGS = tuple(name for name in _OPTIONAL_SETTINGS if name != "perturbation_dim")
-# What transformers writes beside them.
+# Settings that transformers adds.
 _OF_LIBRARY = ("auto_map", "processor_class")
 
 
-# What an optional setting is where it is absent; None for those that are not here.
+# The values that optional settings have where they are absent; None for those not listed.
 DEFAULTS = {"unlabelled": "error", "dose_encoding": "log", "duplicate_genes": "error", "ignore_gene_versions": False}
 
 
 def is_default(name: str, value) -> bool:
-    """Whether an optional setting is what it is where it is absent."""
+    """Whether an optional setting has the value that it has where it is absent."""
     return name in OPTIONAL_SETTINGS and value == DEFAULTS.get(name)
 
 
@@ -167,7 +165,7 @@ def check_settings(settings: dict, path: str | os.PathLike):
             raise ValueError(f"{path}: unknown setting {name!r}; {closest(name, known)}")
     missing = [name for name in _SETTINGS if name not in settings]
     if missing:
-        raise ValueError(f"{path}: expected the settings {sorted(_SETTINGS)}, found none of {missing}; copy it again")
+        raise ValueError(f"{path}: expected the settings {sorted(_SETTINGS)}, but {missing} are missing; copy it again")
     for name, (fits, expected) in known.items():
         if name in settings and not fits(settings[name]):
             raise ValueError(
@@ -245,7 +243,8 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     if settings["values"] != Values.EMBEDDING:
         found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
         asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
-    # A processor with vectors needs a model that takes them; one that reads expression beside an embedding, a gene decoder.
+    # A processor with vectors needs a model that takes them. A processor that reads expression beside an embedding needs a
+    # model with a gene decoder.
     needed = {"perturbation_dim": features is not None, "gene_dim": settings["gene_input"] is not None}
     for name, (what, number) in found.items():
         if asked[name] is not None or needed.get(name, False):

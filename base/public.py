@@ -68,8 +68,7 @@ def public(value: Any) -> Any:
         return public(os.fspath(value))
     if not isinstance(value, str):
         return value
-    found = _last_part(value) if _WHOLE.fullmatch(value) and " / " not in value else public_text(value)
-    return value if found == value else found
+    return _last_part(value) if _WHOLE.fullmatch(value) and " / " not in value else public_text(value)
 
 
 def last_part(path: str | os.PathLike) -> str:

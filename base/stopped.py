@@ -31,7 +31,7 @@ class StoppedError(KeyboardInterrupt):
 def stopped_by_signals(left: str) -> Iterator[None]:
     """
     In this block SIGINT and SIGTERM raise [`StoppedError`], which says what is `left`; a second one ends the process at once.
-    Elsewhere than in the main thread, Python lets nobody hear signals.
+    Outside the main thread this does nothing: Python handles signals there alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

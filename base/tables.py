@@ -49,11 +49,13 @@ def check_table(frame: pd.DataFrame):
         rows = np.flatnonzero(np.isinf(frame[name]))
         if len(rows):
             names = [value for value in frame.iloc[rows[0]] if isinstance(value, str)]
-            raise FloatingPointError(f"{name} of {names} is {frame[name].iloc[rows[0]]}, expected a finite number")
+            raise FloatingPointError(
+                f"{name} of {names} is {frame[name].iloc[rows[0]]}, expected a finite number; nothing is written"
+            )
 
 
 def read_csv(path: str | os.PathLike) -> pd.DataFrame:
-    """A table that [`write_csv`] wrote, or any other CSV file with a header, its names as they were."""
+    """A table that [`write_csv`] wrote, with its names as they were before; or any other CSV file with a header."""
     return _with_names(pd.read_csv(path), name_of_cell)
 
 
@@ -64,13 +66,13 @@ def cell_of_name(name: str) -> str:
 
 
 def name_of_cell(cell: str) -> str:
-    """The name of which [`cell_of_name`] made a cell. A cell that needed no change is its own name."""
+    """The name that [`cell_of_name`] made a cell of. A cell that needed no change is its own name."""
     name = _HEX_ESCAPE.sub(_character, cell)
     return name[1:] if name.startswith(_AS_TEXT) and _begins_a_formula(name[1:]) else name
 
 
 def _begins_a_formula(name: str) -> bool:
-    # One that begins with marks like ours gets one more, so that it keeps its own.
+    # A name that already begins with such marks before a formula gets one more, so that reading it back leaves its own.
     bare = name.lstrip(_AS_TEXT)
     return _FORMULA.match(bare) is not None and (bare != name or _NUMBER.fullmatch(name) is None)
 

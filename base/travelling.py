@@ -79,8 +79,8 @@ class Travelling(PushToHubMixin):
 
     def _get_files_timestamps(self, working_dir: str | os.PathLike) -> dict[str, float]:
         """
-        When each file was last written, as transformers sees it before it writes its own: it pushes what has changed since.
-        What we write before that is not listed, and so is always pushed.
+        When each file was last written. transformers asks this before it writes its own files, and pushes those that have
+        changed since. The files that this package writes before that are not listed, and so are always pushed.
         """
         stamps = super()._get_files_timestamps(working_dir)
         return {name: stamp for name, stamp in stamps.items() if not name.endswith(self._written_first)}

@@ -13,12 +13,12 @@ _NO_TOTAL = 1e7
 # Cells of each block that are looked at closely, those of all blocks, and about how many of their values are kept.
 CELLS_OF_BLOCK = 128
 CELLS_OF_ALL = 1024
-# Blocks are summed up for their depth until they had so many cells.
+# The depth of cells is measured on blocks until so many cells were seen.
 CELLS_OF_DEPTHS = 2000
 VALUES_OF_ALL = 1 << 20
 
-# Sums of cells are one total if all lie within this part of their median, and those without a logarithm (or with one)
-# spread ten times as far. Single precision is no nearer than the second number.
+# Sums of cells are one total if two things hold: they spread by at most this part of their median, and the sums under the
+# alternative (with or without a logarithm) spread ten times as far. The second number is the rounding of single precision.
 _SAME_SUM, _ROUNDING = 0.01, 1e-5
 # Values near each other, as ratios, are whole multiples of a cell's smallest value by so much.
 _WHOLE = 0.02
@@ -35,7 +35,7 @@ _FEWEST_CELLS, _FEWEST_VALUES = 20, 20
 
 
 def inverse_log1p(values: np.ndarray, base: float | None = None) -> np.ndarray:
-    """What `log(1 + x) / log(base)` was taken of, float64; None is e."""
+    """The x of `values = log(1 + x) / log(base)`, float64; the base None is e."""
     values = values.astype(np.float64)
     return np.expm1(values if base is None else values * np.log(base))
 
@@ -74,7 +74,7 @@ class Evidence:
     **Fractional counts** are told by [`are_fractional_counts`].
 
     Args:
-        log_base (`float`, *optional*): base that the data say.
+        log_base (`float`, *optional*): the base that the data name.
     """
 
     def __init__(self, log_base: float | None = None):
@@ -313,7 +313,7 @@ class Evidence:
 
 
 def _are_whole(values: np.ndarray) -> bool:
-    """Whether all of some values are whole numbers. Most fractional ones show it at once."""
+    """Whether all values are whole numbers. Read in pieces: the first piece mostly shows it if they are not."""
     if values.dtype.kind in "iu":
         return True
     values = values.ravel()
@@ -330,7 +330,7 @@ def _starts(genes: np.ndarray) -> np.ndarray:
 
 
 def _whole_share(ratios: np.ndarray) -> float:
-    """Of ratios up to 10 and not near 1, the share that is whole; 0 of too few."""
+    """The share of whole numbers among ratios up to 10 that are not near 1; 0 if there are too few."""
     ratios = ratios[ratios < _LARGEST_MULTIPLE]
     whole = np.abs(ratios - np.rint(ratios)) <= _WHOLE
     right, wrong = np.count_nonzero(whole & (ratios > 1.5)), np.count_nonzero(~whole)

@@ -36,7 +36,10 @@ class Scale:
     median_genes: float | None = None
 
     def for_checkpoint(self) -> dict | None:
-        """What a checkpoint remembers, for JSON: of log1p values their total, where it is certain, and that counts are not whole."""
+        """
+        What a checkpoint remembers, for JSON: the total of log1p values where it is certain, or that values are fractional
+        counts or linear. None otherwise.
+        """
         if self.values == Values.LOG1P and self.total is not None:
             return {"values": self.values, "total": float(f"{self.total:.4g}")}
         return {"values": self.values} if self.values in (Values.FRACTIONAL, Values.LINEAR) else None
@@ -55,7 +58,7 @@ class Scale:
         return {Values.ZEROS: "only zeros", Values.EMBEDDING: "an embedding"}[self.values]
 
     def too_shallow(self) -> str | None:
-        """A sentence where cells are so shallow that scores will be mostly noise."""
+        """A warning if cells are so shallow that scores will be mostly noise; else None."""
         if self.median_genes is None:
             return None
         if self.median_genes >= _FEW_GENES and (self.median_counts is None or self.median_counts >= _FEW_COUNTS):
@@ -70,7 +73,7 @@ def look_at(matrix, log_base: float | None = None) -> Scale:
 
     Args:
         matrix (CSR or `np.ndarray` of shape `(cells, genes)`): finite values that are not negative, over all genes of the data.
-        log_base (`float`, *optional*): base of the logarithm, where the data say it. Evidence for another one goes before.
+        log_base (`float`, *optional*): base of the logarithm, where the data name it. Evidence for another base overrules it.
     """
     seen = Evidence(log_base)
     seen.add(matrix)

@@ -35,12 +35,13 @@ def _is_name(value: str) -> bool:
 
 @dataclass
 class Vocabulary:
-    """The names behind a model's numbers, in order. Saved as `vocabulary.json` beside the weights.
+    """
+    The names behind a model's numbers, in order. Saved as `vocabulary.json` beside the weights.
 
     Args:
         genes (`list[str]`): features of a cell in the model's order; for an embedding, the genes of the gene decoder.
         perturbations (`list[str]`): single perturbations seen in training. The control is no perturbation and is not
-            among them, but for converted checkpoints that gave it a row of its own.
+            among them, except in converted checkpoints that gave it a row of its own.
         contexts (`list[str]`): cell types or lines seen in training.
         batches (`list[str]`): experimental batches seen in training.
     """
@@ -280,7 +281,9 @@ def control_rows(
     wanted = list(present) if context is None else [context] if isinstance(context, str) else list(context)
     if not wanted:
         raise ValueError(
-            "the data hold no cells, so no control cells" if context is None else "context: found an empty list"
+            "the data hold no cells, so no control cells"
+            if context is None
+            else "context: found an empty list, expected names of contexts; leave it out for all"
         )
     unknown = [name for name in wanted if name not in present]
     if unknown:
@@ -299,7 +302,8 @@ def control_rows(
 
 
 def encode_ids(parts: list[list[str]], known: dict[str, int]) -> np.ndarray:
-    """Ids of the perturbations applied together, `(len(parts), K)` int64, padded with -1; all -1 is the control.
+    """
+    Ids of the perturbations applied together, `(len(parts), K)` int64, padded with -1; all -1 is the control.
 
     Raises:
         KeyError: a perturbation is not in the vocabulary; the message names the nearest ones.

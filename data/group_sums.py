@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from tqdm.auto import tqdm
 
 from pertstate.base.constants import PERTURBATION_FEATURES, PERTURBATION_IDS
+from pertstate.base.messages import given
 from pertstate.base.modeling_fitted import TrainingMeans
 from pertstate.processing import StateProcessor
 
@@ -104,6 +105,7 @@ class GroupSums:
         self.counts[key] = self.counts.get(key, 0) + count
         self.sums[key] = self.sums[key] + total if key in self.sums else total
         if self.expression is not None:
+            expression = given("expression", expression)
             self.expression[key] = self.expression[key] + expression if key in self.expression else expression
 
     @property

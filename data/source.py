@@ -33,7 +33,7 @@ class FilePart(Part):
         return data.some_obs(rows, columns)
 
     @property
-    def changed(self) -> str:
+    def named(self) -> str:
         return str(self.path)
 
 

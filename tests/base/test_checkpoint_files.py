@@ -482,7 +482,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, file, content):
         ({"set_size": 10**12}, "set_size: expected a number of cells, found 10{12}"),
         ({"feature_dim": 1.5}, "feature_dim: expected a number of features, found 1.5"),
         ({"feature_dim": None}, "feature_dim: expected a number of features, found None"),
-        ({"control": ...}, r"expected the settings .*, found none of \['control'\]"),
+        ({"control": ...}, r"expected the settings .*, but \['control'\] are missing"),
         ({"control": 1}, "control: expected a label, found 1"),
         ({"perturbation_key": ""}, "perturbation_key: expected the name of a column, or null, found ''"),
         ({"batch_key": [3]}, r"batch_key: expected the names of columns, or null, found \[3\]"),

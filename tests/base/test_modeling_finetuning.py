@@ -362,7 +362,7 @@ def test_adapters_go_beside_the_layers_that_the_family_names():
     ):
         model_of("state-embed-sum").lora_targets(feed_forward=True)
     fitted = FAMILIES["state-linear"].model(FAMILIES["state-linear"].config(**SIZES))
-    with pytest.raises(ValueError, match="state-linear has no layers that low-rank adapters go beside"):
+    with pytest.raises(ValueError, match="state-linear has no layers that take low-rank adapters"):
         fitted.lora_targets()
 
 
