@@ -22,11 +22,13 @@ from transformers.utils.logging import disable_progress_bar
 from pertstate.base.console import log_to_console, show
 from pertstate.base.constants import Split
 from pertstate.base.printable import get_logger
+from pertstate.evaluation.scores import averages_as_figures
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
 from pertstate.training.pretrained import Pretrained
+from pertstate.training.recording import check_same_run, record_of
 from pertstate.training.run import (
     build_config,
     check_further,
@@ -100,6 +102,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
 
     # Training, and the figures of the test split.
+    fitted = FAMILIES[config.model_type].model.fitted
     provenance = Provenance.of_run(run, datasets[Split.TRAIN].notes) if args.should_save else None
     trainer = StateTrainer(
         model,
@@ -107,8 +110,15 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
         datasets[Split.TRAIN],
         datasets.get(Split.VAL),
         processing_class=processor,
-        card=render_card(run, config, processor, args=args, provenance=provenance) if args.should_save else None,
     )
+    record = record_of(
+        run, datasets[Split.TRAIN], fitted, provenance, pretrained, None if fitted else trainer.learned_means()
+    )
+    trainer.record = record
+    if args.should_save:
+        trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)
+        if resume is not None:
+            check_same_run(resume, record)
     if args.resume_from_checkpoint:
         logger.info(f"resuming from {resume}" if resume else "nothing to resume from: starting anew")
     if args.overwrite and args.should_save:
@@ -116,13 +126,20 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
         clear_run(Path(str(args.output_dir)))
     trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=resume)
-    metrics = {}
+    record.means = trainer.learned_means()
+    metrics, scores = {}, None
     if Split.TEST in datasets:
-        metrics = trainer.evaluate(datasets[Split.TEST], metric_key_prefix=Split.TEST)
+        metrics = trainer.evaluate(datasets[Split.TEST], metric_key_prefix=Split.TEST, loss_only=True)
+        scores = trainer.test(datasets[Split.TEST])
+        metrics |= averages_as_figures(scores, Split.TEST)
 
     # The checkpoint: the whole folder or nothing.
     if args.should_save:
-        trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance=provenance)
+        trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance, record, scores)
+        if scores is not None:
+            scores.save(Path(str(args.output_dir), "scores"))
+            for line in (*(f"note: {note}" for note in scores.notes), scores.verdict):
+                logger.info(line)
         with whole_checkpoint_folder(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
         logger.info(f"checkpoint: {args.output_dir}")

@@ -3,56 +3,98 @@
 import argparse
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from pertstate.base.console import say, show
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
-HELP = "Score predicted cells against real ones, next to two baselines: no change and the perturbation mean."
+HELP = "Score predicted cells, or a model, against real cells, beside the baselines and the ceiling; with a verdict."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--predicted", required=True, metavar="P.h5ad", help="what `pertstate predict` wrote")
+    parser.add_argument("--predicted", metavar="P.h5ad", help="what `pertstate predict` wrote, or another tool")
+    parser.add_argument(
+        "--model",
+        metavar="CHECKPOINT",
+        help="folder or Hub repository: predicts what is scored, where --predicted is absent; its record says what it learned",
+    )
+    parser.add_argument("--revision", help="revision of the Hub repository")
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
-    parser.add_argument("--train", required=True, metavar="TRAIN.h5ad", help="cells that the baselines learn from")
+    parser.add_argument(
+        "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, where no record of a model says it"
+    )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
+    parser.add_argument("--scores", metavar="FOLDER", help="also write all that reports are made of")
     parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
     add_reading_arguments(parser)
-    parser.add_argument("--context", help="the context of all real cells, where the files have no such column")
+    parser.add_argument("--context", nargs="+", help="score these contexts; one, where the files have no such column")
+    parser.add_argument("--perturbation", nargs="+", metavar="NAME", help="score these perturbations")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument(
         "--convert-scale", action="store_true", help="convert log1p values of another total than the model's"
     )
     parser.add_argument(
-        "--max-controls",
-        type=int,
+        "--cells",
+        default="1000",
         metavar="N",
-        help="at most N control cells of each context, drawn at random; by default all. Time grows with the square of N",
+        help="at most N cells of each kind in a group, drawn at random (default 1000), or all. Time grows with the square of N",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of this draw")
+    parser.add_argument("--include-seen", action="store_true", help="average over groups that were trained on, too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the intervals")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace):
-    from pertstate.evaluation.comparison import claimed_table, evaluate, format_table, write_table
+    from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
+    from pertstate.evaluation.scores import format_scores
 
     if args.overwrite and not args.output:
         raise ValueError("--overwrite has no effect without --output")
+    if args.predicted is None and args.model is None:
+        raise ValueError("name the predicted cells with --predicted, or the model that is to predict them with --model")
+    if args.cells != "all" and not (args.cells.isdigit() and int(args.cells) > 0):
+        raise ValueError(f"--cells {args.cells}: expected a number of at least 1, or all")
     # Before there is any work to lose.
     with claimed_table(args.output, args.overwrite) if args.output else nullcontext():
-        keys = {**reading_of(args), "context": args.context, "input": args.input}
-        table, notes = evaluate(
+        model = processor = record = None
+        if args.model is not None:
+            model, processor, record = _checkpoint(args)
+        keys = {**reading_of(args), "input": args.input}
+        scores = evaluate(
             args.predicted,
             args.real,
             args.train,
+            model=model if args.predicted is None else None,
+            processor=processor,
+            record=record,
+            contexts=args.context,
+            perturbations=args.perturbation,
             quiet=args.quiet,
             convert_scale=args.convert_scale,
-            max_controls=args.max_controls,
+            max_cells=None if args.cells == "all" else int(args.cells),
             seed=args.seed,
+            include_seen=args.include_seen,
             **keys,
         )
-        for note in notes:
+        for note in scores.notes:
             say(f"note: {note}", sys.stderr)
-        show(format_table(table))
+        show(format_scores(scores))
+        if args.scores:
+            scores.save(args.scores)
         if args.output:
-            write_table(table, args.output, args.overwrite)
+            write_table(table_of(scores), args.output, args.overwrite)
+
+
+def _checkpoint(args: argparse.Namespace):
+    """The model, the processor and the record of a checkpoint."""
+    import transformers
+
+    from pertstate.data.record import RunRecord
+    from pertstate.hub.checkpoints import check_name, load_whole
+    from pertstate.hub.push import fetch_checkpoint
+
+    check_name(args.model, "--model")
+    path = Path(args.model) if Path(args.model).is_dir() else fetch_checkpoint(args.model, args.revision)
+    transformers.utils.logging.disable_progress_bar()
+    return *load_whole(str(path)), RunRecord.load(path)

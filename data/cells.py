@@ -1,14 +1,15 @@
 """Cells of one or several files, sorted into groups, with the splits that a run gives them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from pertstate.base.cell_source import GROUP_KEYS, WholeSource, fit_processor, further_processor, with_rows
+from pertstate.base.cell_source import GROUP_KEYS, fit_processor, further_processor, with_rows
 from pertstate.base.constants import Normalize, Split
-from pertstate.data.source import FileSource
+from pertstate.data.source import FileSource, NamedSource
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
 
@@ -31,12 +32,15 @@ class Cells:
             batches), in that order: these columns, `split` (`"train"`, `"val"`, `"test"`, `"control"` or `"unused"`),
             and `start` and `stop`, the rows of its cells.
         notes (`list[str]`): what was left out when the cells were read, in sentences.
+        ids (`Callable`, *optional*): gives a number for the barcode of each of some rows, see
+            [`~pertstate.data.cell_ids.cell_ids`]; None where cells have no barcodes.
     """
 
     features: "np.ndarray | StoredRows"
     genes: "np.ndarray | StoredRows | None"
     groups: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    ids: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return int((self.groups["stop"] - self.groups["start"]).sum())
@@ -121,7 +125,7 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
 
 
 def load(
-    source: WholeSource,
+    source: NamedSource,
     splits: Splits,
     hvg_on_all: bool = False,
     processor: StateProcessor | None = None,
@@ -132,7 +136,7 @@ def load(
     The cells of a source for a run, with their splits, and a processor fitted on the training cells (or the one given).
 
     Args:
-        source ([`WholeSource`]): the cells.
+        source ([`NamedSource`]): the cells.
         splits ([`Splits`]): what is held out of them.
         hvg_on_all (`bool`): choose highly variable genes on all cells, including held-out ones. Use it only to repeat
             figures that were measured in this way.
@@ -155,7 +159,7 @@ def load(
         everything = np.ones(len(groups), dtype=bool) if hvg_on_all else None
         processor = fit_processor(source, source.reader, trained, chosen_on=everything, **fit_options)
     check_names(groups, processor)
-    return Cells(*source.features(processor), groups, source.notes), processor
+    return Cells(*source.features(processor), groups, source.notes, source.cell_ids), processor
 
 
 def load_cells(

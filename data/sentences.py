@@ -8,16 +8,19 @@ import pandas as pd
 import torch
 
 from pertstate.base.cell_sentences import SentenceLayout
-from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split
+from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split, Values
 from pertstate.base.messages import closest
 from pertstate.base.printable import get_logger
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.record import RecordedGroup, hashes_of, lowest, recorded_groups
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 
 
 logger = get_logger(__name__)
+
+_HASHED = 1 << 20  # barcodes that are read at once
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,27 @@ class SentenceDataset(TrainingSentences):
 
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:
         cells = self.training_cells()
-        return GroupSums.of_cells(cells.features, cells.groups, self.processor.control, part, parts, progress)
+        log1p = self.processor.values == Values.LOG1P
+        return GroupSums.of_cells(
+            cells.features, cells.groups, self.processor.control, part, parts, progress, log1p=log1p
+        )
+
+    def recorded_groups(self) -> list[RecordedGroup]:
+        return recorded_groups(self.cells.groups)
+
+    def learned_controls(self) -> list[tuple[str, str]]:
+        return sorted({(group.dataset, group.context) for group in self.groups})
+
+    def hashes(self) -> tuple[np.ndarray, bool] | None:
+        ids, groups = self.cells.ids, self.cells.groups
+        if ids is None:
+            return None
+        spans = groups.loc[groups["split"] == Split.TRAIN, ["perturbation", "start", "stop"]].to_numpy()
+        return lowest(
+            hashes_of(ids(np.arange(first, min(first + _HASHED, stop))), str(name))
+            for name, start, stop in spans
+            for first in range(start, stop, _HASHED)
+        )
 
     def training_cells(self) -> Cells:
         groups = self.cells.groups

@@ -1,14 +1,19 @@
 """Files as a source of cells: read block by block, labels first."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Recipe
+from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Places, Recipe
+from pertstate.base.cell_source import WholeSource
 from pertstate.base.gene_names import MAX_MISSING_GENES
+from pertstate.data.cell_ids import cell_ids
 from pertstate.data.reading import AnnDataFile, naming
 from pertstate.processing import StateProcessor
 
@@ -37,7 +42,15 @@ class FilePart(Part):
         return str(self.path)
 
 
-class FileSource(AnnDataSource):
+class NamedSource(WholeSource):
+    """A source whose cells have barcodes."""
+
+    @abstractmethod
+    def cell_ids(self, rows: np.ndarray) -> np.ndarray:
+        """A number for the barcode of each of some cells, see [`~pertstate.data.cell_ids.cell_ids`]."""
+
+
+class FileSource(AnnDataSource, NamedSource):
     """
     The cells of files, read block by block.
 
@@ -62,6 +75,18 @@ class FileSource(AnnDataSource):
     ):
         parts = [FilePart(dataset, path=path) for dataset, paths in datasets.items() for path in paths]
         super().__init__(parts, reader, contexts, convert_scale, max_missing_genes)
+
+    def cell_ids(self, rows: np.ndarray) -> np.ndarray:
+        return self._ids[rows]
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        found, places = np.zeros(int(self.sizes.sum()), dtype=np.uint64), Places(self.sizes)
+        for part in self.parts:
+            with part.open() as data:
+                kept = part.codes >= 0
+                found[places.take(part.codes[kept])] = cell_ids(data.obs_names)[kept]
+        return found
 
 
 @contextmanager

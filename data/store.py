@@ -13,13 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
-from pertstate.base.cell_source import Block, LazyBlock, WholeSource, check_contexts
+from pertstate.base.cell_source import Block, LazyBlock, check_contexts
 from pertstate.base.cell_values import normalize_counts
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite, check_totals, wrong
 from pertstate.base.messages import given, some
 from pertstate.base.value_scale import Scale
 from pertstate.base.vocabulary import PerturbationFeatures
+from pertstate.data.cell_ids import cell_ids
 from pertstate.data.cells import Cells, load
 from pertstate.data.manifest import (
     BARCODE,
@@ -33,6 +34,7 @@ from pertstate.data.manifest import (
     Manifest,
     sha256_of,
 )
+from pertstate.data.source import NamedSource
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
 
@@ -173,6 +175,13 @@ class CellStore:
             column = frame[name]
             labels[name[len(OBS) :]] = (column.astype("category") if column.dtype == object else column).to_numpy()
         return labels.set_axis(pd.Index(frame[BARCODE].astype(str), name=None))
+
+    def barcodes(self, rows: np.ndarray) -> np.ndarray:
+        """The barcodes of some cells."""
+        found = np.empty(len(rows), dtype=object)
+        for piece, local, place in self.locate(np.asarray(rows, dtype=np.int64)) if len(rows) else ():
+            found[place] = piece.labels([BARCODE], local)[BARCODE].to_numpy()
+        return found
 
     def to_anndata(self, rows: np.ndarray | None = None) -> ad.AnnData:
         """Some cells (all by default) as they were read: X the stored expression, `obsm["embedding"]` the embedding."""
@@ -390,7 +399,7 @@ class StoredRows:
         part.astype(np.float32, copy=False).toarray(out=out)
 
 
-class StoreSource(WholeSource):
+class StoreSource(NamedSource):
     """
     The cells of a store as a source.
 
@@ -456,6 +465,9 @@ class StoreSource(WholeSource):
     def totals(self, wanted: np.ndarray) -> np.ndarray:
         groups = self.groups[wanted]
         return np.concatenate([self.store.totals(np.arange(a, b)) for a, b in zip(groups["start"], groups["stop"])])
+
+    def cell_ids(self, rows: np.ndarray) -> np.ndarray:
+        return cell_ids(self.store.barcodes(rows))
 
     def features(self, processor: StateProcessor) -> "tuple[StoredRows, StoredRows | None]":
         decoded = processor.gene_input is not None

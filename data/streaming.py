@@ -11,11 +11,21 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
-from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, PERTURBATION_IDS, Split
+from pertstate.base.constants import (
+    BATCH_IDS,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+    PERTURBATION_IDS,
+    Split,
+    Values,
+)
 from pertstate.base.printable import get_logger
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.record import RecordedGroup
 from pertstate.data.stream_blocks import CellBlock, CellKey, FeatureReader
 from pertstate.data.stream_reading import START, CellStream, Position
 from pertstate.data.stream_state import read_stream_state, write_stream_state
@@ -164,11 +174,20 @@ class SentenceStream(TrainingSentences, IterableDataset):
         """The epoch of the pass that begins next; of an endless stream, that of the pass under way."""
         return int(self._shared[0])
 
-    def training_cells(self) -> Cells:
-        cells = self.survey.to_cells(Split.TRAIN)
-        if cells is None:
-            raise ValueError("the survey sampled no training cells to learn baselines from; give it baseline_cells=")
-        return cells
+    def training_cells(self) -> Cells | None:
+        """Those that the survey sampled, see `baseline_cells` of [`survey_stream`]."""
+        return self.survey.to_cells(Split.TRAIN)
+
+    def recorded_groups(self) -> list[RecordedGroup]:
+        counts = sorted(self.survey.counts.items())
+        return [RecordedGroup(*key, self.survey.split_of(*key) or Split.UNUSED, count) for key, count in counts]
+
+    def learned_controls(self) -> list[tuple[str, str]]:
+        return sorted(
+            key[:2]
+            for key in self.survey.counts
+            if self._trains_on(CellKey(*key, batch=None)) and key[2] == self.processor.control
+        )
 
     @property
     def num_cells(self) -> int:
@@ -242,7 +261,8 @@ class SentenceStream(TrainingSentences, IterableDataset):
         Raises:
             ValueError: a value or label is wrong, or a label was not seen in the survey.
         """
-        summed, known = GroupSums(self.processor.control), set()
+        expression: dict | None = {} if self.processor.values == Values.LOG1P else None
+        summed, known = GroupSums(self.processor.control, expression=expression), set()
         with tqdm(desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
             for block, _ in self.source.blocks(part=part, parts=parts):
                 wanted = [(key, rows) for key, rows in block.groups() if self._teaches(key)]

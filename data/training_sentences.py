@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.record import RecordedGroup
 from pertstate.processing import StateProcessor
 
 
@@ -42,13 +44,23 @@ class TrainingSentences(Dataset, ABC):
         """
 
     @abstractmethod
-    def training_cells(self) -> Cells:
-        """
-        Training cells and control cells, which the baselines of an evaluation learn from.
+    def training_cells(self) -> Cells | None:
+        """Training cells and control cells, which the baselines of an evaluation learn from; None where none are at hand."""
 
-        Raises:
-            ValueError: there are none at hand.
+    @abstractmethod
+    def recorded_groups(self) -> list[RecordedGroup]:
+        """All groups of the data, with their splits."""
+
+    @abstractmethod
+    def learned_controls(self) -> list[tuple[str, str]]:
+        """The (dataset, context) pairs whose control cells stand in sentences."""
+
+    def hashes(self) -> tuple[np.ndarray, bool] | None:
         """
+        Hashes of the training cells, see [`~pertstate.data.record.hashes_of`], and whether they are those of all; None where
+        cells have no barcodes.
+        """
+        return None
 
     @abstractmethod
     def group_sums(self, part: int = 0, parts: int = 1, progress: bool = False) -> GroupSums:

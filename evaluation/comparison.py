@@ -1,8 +1,8 @@
-"""Predicted cells of one file against the real cells of another, beside the baselines."""
+"""Predicted cells of one file, or those of a model, against the real cells of another, beside the baselines."""
 
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,93 +10,268 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from pertstate.base.constants import Values
+from pertstate.base.constants import Split, Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
 from pertstate.base.outputs import claimed_file
-from pertstate.base.tables import check_table, table_text, write_csv
+from pertstate.base.processor_files import PROCESSOR_SETTINGS
+from pertstate.base.public import last_part
+from pertstate.base.tables import check_table, write_csv
+from pertstate.data.cell_ids import cell_ids, order_of
 from pertstate.data.cells import sort_into_groups
+from pertstate.data.group_means import GroupMeans
+from pertstate.data.group_sums import GroupSums
 from pertstate.data.reading import AnnDataFile
-from pertstate.evaluation.metrics import (
-    ADDITIVE,
-    CEILING_MODEL,
-    METRICS,
-    MODEL,
-    PERTURBATION_MEAN,
-    AsPredicted,
-    Controls,
-    MeanChanges,
-    average,
-    score_group,
-)
+from pertstate.data.record import RunRecord
+from pertstate.evaluation.assembly import samples_of, scores_of
+from pertstate.evaluation.group_scores import baselines_of, is_log1p
+from pertstate.evaluation.metrics import AsPredicted
+from pertstate.evaluation.others_data import read_as
+from pertstate.evaluation.predicted_groups import predicted_groups
+from pertstate.evaluation.prediction import CEILING
+from pertstate.evaluation.scores import Scores
+from pertstate.evaluation.scoring import MAX_CELLS, Group, Predicted, RealCells, score_groups
 from pertstate.processing import StateProcessor, Vocabulary
 
 
 def evaluate(
-    predicted: str | os.PathLike,
+    predicted: str | os.PathLike | None,
     real: str | os.PathLike,
-    train: str | os.PathLike,
+    train: str | os.PathLike | None = None,
+    *,
+    model=None,
+    processor: StateProcessor | None = None,
+    record: RunRecord | None = None,
+    contexts: list[str] | None = None,
+    perturbations: list[str] | None = None,
     quiet: bool = False,
     convert_scale: bool = False,
-    max_controls: int | None = None,
+    max_cells: int | None = MAX_CELLS,
     seed: int = 0,
+    include_seen: bool = False,
+    name: str = "the model",
     **keys,
-) -> tuple[pd.DataFrame, list[str]]:
+) -> Scores:
     """
-    Score predicted cells of each (context, perturbation) against the real ones.
+    Score each (context, perturbation): predicted cells, or those that a model predicts here, against the real ones.
 
     All methods are judged on the same real cells, and every change is measured from the mean of the same real control
-    cells. The baselines learn from `train`. It may be the whole screen: those of its cells that are among the evaluated
-    real cells, by barcode and labels, are left out.
+    cells. The baselines know what the record of the model says; without a record, they learn from `train`. That may be the
+    whole screen: those of its cells that are among the evaluated real cells, by barcode and labels, are left out. Groups
+    that the model, or a checkpoint that it was trained from, was trained on are marked, and are not averaged.
 
     Args:
-        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout.
+        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout; None where `model` is to predict.
         real: `.h5ad` with the real perturbed and control cells.
-        train: `.h5ad` with the cells that the model was trained on.
+        train (*optional*): `.h5ad` with the cells that the baselines learn from, where there is no record.
+        model ([`PerturbationPreTrainedModel`], *optional*), processor ([`StateProcessor`], *optional*): of one checkpoint.
+        record ([`RunRecord`], *optional*): of the checkpoint that predicted.
+        contexts, perturbations (`list[str]`, *optional*): score these alone. By default: all that are predicted; of a model,
+            those that its record holds out for the test, or where there are none, all that it knows.
         quiet (`bool`): no progress bar.
-        max_controls (`int`, *optional*): at most so many control cells of each context, drawn with `seed`; by default all.
-            The time grows with the square of their number.
-        seed (`int`): of this draw.
+        max_cells (`int`, *optional*): at most so many cells of each kind in a group, drawn with `seed`; all by None. The time
+            grows with the square of their number.
+        seed (`int`): of this draw, and of the bootstrap.
         convert_scale (`bool`): convert log1p values of `real` and `train` whose cells sum to another total than the model's.
+        include_seen (`bool`): average over groups that were trained on, too.
+        name (`str`): what the verdict calls the model.
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, where
             they are not as `predicted` says.
 
     Returns:
-        `(DataFrame, list[str])`: one row for each context, perturbation and method, with the columns of `METRICS` and
-        the numbers of cells, and at the end the averages (context and perturbation `"mean"`); and notes on what was left
-        out.
+        [`Scores`].
 
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
             compare.
     """
+    if (predicted is None) == (model is None):
+        raise ValueError("evaluate needs predicted cells or a model that predicts them, one of the two")
+    if model is not None and processor is None:
+        raise ValueError("evaluate needs the processor of the model")
     notes: list[str] = []
-    with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth, AnnDataFile(train) as training:
-        reader, processor = readers_of(guess, keys)
-        of_training = readers_of(guess, keys)[1]
-        processor.check_scale(truth, convert=convert_scale)
-        of_training.check_scale(training, convert=convert_scale)
-        ceiling = guess.uns.get("pertstate", {}).get("ceiling")
-        if ceiling is not None:
-            notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: {predicted} was {ceiling}")
-        scored = reader.labels(guess), processor.labels(truth)
-        pairs = [tuple(pair) for pair in scored[0][["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
-        there = set(map(tuple, scored[1][["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
-        common = [pair for pair in pairs if pair in there and pair[1] != processor.control]
+    with ExitStack() as stack:
+        truth = stack.enter_context(AnnDataFile(real))
+        if model is None:
+            guess = stack.enter_context(AnnDataFile(predicted))
+            reader, scorer = readers_of(guess, keys)
+            if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
+                reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
+            ceiling = guess.uns.get("pertstate", {}).get("ceiling")
+        else:
+            guess, reader, ceiling = None, None, CEILING if model.is_ceiling else None
+            scorer = scorer_of(processor, model.config, keys)
+            if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
+                scorer = scorer_of(processor, model.config, {**keys, "context": contexts[0]})
+        scorer.check_scale(truth, convert=convert_scale)
+        real_labels = scorer.labels(truth)
+        there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
+        if guess is not None:
+            labels = reader.labels(guess)
+            pairs = [tuple(pair) for pair in labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
+        else:
+            pairs = _asked(processor, record, there, contexts, perturbations)
+        pairs = [
+            pair
+            for pair in pairs
+            if pair[1] != scorer.control
+            and (contexts is None or pair[0] in contexts)
+            and (perturbations is None or pair[1] in map(scorer.canonical, perturbations))
+        ]
+        common = [pair for pair in pairs if pair in there]
         missing = [" / ".join(pair) for pair in pairs if pair not in there]
         if not common:
             raise ValueError(
-                f"no (context, perturbation) of {predicted} is in {real}: predicted {missing[:5]}, real "
+                f"no (context, perturbation) of {predicted or name} is in {real}: predicted {missing[:5]}, real "
                 f"{[' / '.join(pair) for pair in sorted(there)[:5]]}"
             )
         if missing:
             notes.append(f"{len(missing)} predicted groups have no real cells and are not scored: {missing[:10]}")
+        groups: list[Group] = [("", context, perturbation) for context, perturbation in common]
+        cells = real_cells_of_file(scorer, truth, real_labels, sorted({context for context, _ in common}))
+        means = None if record is None else record.means
+        if train is not None and means is not None:
+            notes.append(f"the baselines know what the record of the model says; {train} was not read")
+        elif train is not None:
+            means = _means_of_file(train, scorer, real_labels, common, convert_scale, notes)
+        elif means is None:
+            notes.append(
+                "what the model was trained on is not known, so that no baseline but 'no change' can be scored: name its "
+                "checkpoint with --model, or the training cells with --train"
+            )
+        baselines = baselines_of(means, scorer, clip=scorer.values != Values.EMBEDDING)
+        if model is None:
+            found = _predicted_of_file(reader, guess, labels, groups, cells, scorer.control, seed, max_cells)
+        else:
+            inputs = read_as(
+                processor, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches)
+            )
+            cells.inputs = lambda rows: inputs.features(truth, rows)
+            if inputs.batch_key is not None:
+                batches = inputs.labels(truth)["batch"].to_numpy()
+                cells.batches = lambda rows: batches[rows]
+            found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
+        bar = tqdm(found, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
+        results = list(score_groups(cells, bar, scorer.control, baselines, seed, max_cells, samples_of(len(groups))))
+        genes = scorer.output_names(len(results[0].means["observed"])) or [str(gene) for gene in guess.var_names]
 
+    def seen(group: Group) -> str:
+        if record is None:
+            return ""
+        how = record.seen(None, *group[1:])
+        if how or cells.ids is None:
+            return how
+        ids = cells.ids(cells.rows(group, seed, max_cells))
+        return "its cells were trained on" if record.seen_cells(group[2], ids) else ""
+
+    settings = {"cells": max_cells or "all", "real": last_part(real)}
+    return scores_of(
+        sorted(results, key=lambda result: common.index(result.group[1:])),
+        genes,
+        record,
+        name,
+        notes,
+        seed,
+        include_seen,
+        seen,
+        ceiling is not None,
+        settings,
+    )
+
+
+def _lacks_contexts(scorer: StateProcessor, data: AnnDataFile) -> bool:
+    """Whether a file lacks the column of contexts, so that the one context of all cells has to be named."""
+    key = scorer.context_key
+    return scorer.context is None and not set([key] if isinstance(key, str) else key or []) <= set(data.obs_columns)
+
+
+def _reading_of(keys: dict) -> dict:
+    return {
+        name: value
+        for name, value in keys.items()
+        if name in ("perturbation_key", "context_key", "batch_key", "control")
+    }
+
+
+def _asked(
+    processor: StateProcessor,
+    record: RunRecord | None,
+    there: set[tuple[str, str]],
+    contexts: list[str] | None,
+    perturbations: list[str] | None,
+) -> list[tuple[str, str]]:
+    """What a model is scored on: what is asked for, what its record holds out for the test, or all that it knows."""
+    held = set() if record is None else {(g.context, g.perturbation) for g in record.of_split(Split.TEST)}
+    if held & there and contexts is None and perturbations is None:
+        return sorted(held & there)
+    vectors, vocabulary = processor.perturbation_features, set(processor.vocabulary.perturbations)
+    known = vocabulary if vectors is None else set(vectors.names)
+    return sorted(pair for pair in there if set(processor.split_combination(pair[1])) <= known)
+
+
+def real_cells_of_file(
+    scorer: StateProcessor, truth: AnnDataFile, labels: pd.DataFrame, contexts: list[str]
+) -> RealCells:
+    """
+    The real cells of a file. ValueError if a context has no control cells.
+
+    Args:
+        scorer ([`StateProcessor`]): reads them in the units of predictions.
+        labels (`pandas.DataFrame`): of the file.
+        contexts (`list[str]`): those that are scored.
+    """
+    scorer.control_groups(labels, contexts)
+    grouped = labels.reset_index(drop=True).groupby(["context", "perturbation"], observed=True, sort=False).indices
+    ids = cell_ids(labels.index)
+    return RealCells(
+        {("", str(context), str(name)): np.asarray(rows) for (context, name), rows in grouped.items()},
+        lambda rows: ids[rows],
+        lambda rows: _in_order(rows, lambda taken: scorer.as_predicted(scorer.features(truth, taken))),
+    )
+
+
+def _in_order(rows: np.ndarray, read) -> np.ndarray:
+    """Cells of rows in any order, which are read in that of the file."""
+    order = np.argsort(rows, kind="stable")
+    found = read(rows[order])
+    cells = np.empty_like(found)
+    cells[order] = found
+    return cells
+
+
+def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control, seed, max_cells):
+    """The predicted cells of each group of a file, in the order in which they are drawn."""
+    grouped = labels.reset_index(drop=True).groupby(["context", "perturbation"], observed=True, sort=False).indices
+    barcodes = (
+        guess.some_obs(slice(None), ["control_barcode"])["control_barcode"].astype(str)
+        if "control_barcode" in guess.obs_columns
+        else None
+    )
+    ids = cell_ids(labels.index if barcodes is None else barcodes)
+    of_context: dict[str, np.ndarray] = {}
+    for group in groups:
+        rows = np.asarray(grouped[group[1], group[2]])
+        rows = rows[order_of(ids[rows], len(rows), seed)][:max_cells]
+        if group[1] not in of_context:
+            of_context = {group[1]: cells.ids(cells.rows(("", group[1], control), seed, max_cells))}
+        # Where each was predicted from the control cell that is drawn at its place.
+        paired = barcodes is not None and np.array_equal(ids[rows], of_context[group[1]][: len(rows)])
+        yield (
+            group,
+            Predicted(_in_order(rows, lambda taken: reader.as_predicted(reader.features(guess, taken))), paired),
+        )
+
+
+def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> GroupMeans | None:
+    """The means of the training groups of a file, without the cells that are scored."""
+    with AnnDataFile(train) as training:
+        of_training = scorer.with_vocabulary(scorer.vocabulary)
+        of_training.check_scale(training, convert=convert_scale)
         labels = of_training.labels(training)
         # The barcode alone does not tell which cell it is: files often number their cells from 0.
         real_cells, train_cells = (
             pd.MultiIndex.from_arrays([frame["context"], frame["perturbation"], frame.index])
-            for frame in (scored[1], labels)
+            for frame in (real_labels, labels)
         )
         evaluated = real_cells.droplevel(2).isin(common)
         seen = train_cells.isin(real_cells[evaluated])
@@ -104,75 +279,25 @@ def evaluate(
             notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
         rows = np.flatnonzero(~seen & labels["perturbation"].notna().to_numpy())
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
-        changes = MeanChanges.fit(
-            AsPredicted(_Rows(of_training, training, rows[order]), processor),
+        sums = GroupSums.of_cells(
+            AsPredicted(_Rows(of_training, training, rows[order]), scorer),
             groups,
-            processor.control,
-            clip=processor.values != Values.EMBEDDING,
+            scorer.control,
+            log1p=is_log1p(scorer, decoded=False),
         )
-        unseen = sorted({p for _, p in common if p not in changes.changes})
-        if unseen:
-            notes.append(
-                f"{len(unseen)} perturbations are not in the training cells, so they have no row {PERTURBATION_MEAN!r}: {unseen[:10]}"
-            )
+        return GroupMeans.of_sums(sums) if sums.paired else None
 
-        controls = processor.control_groups(scored[1], sorted({context for context, _ in common}))
-        table, scores = [], []
-        of_context: dict[str, Controls] = {}
-        for context, perturbation in tqdm(common, unit="groups", desc="evaluate", disable=quiet):
-            cells = {
-                name: source.as_predicted(source.features(file, np.flatnonzero(_is(frame, context, perturbation))))
-                for name, source, file, frame in (
-                    ("predicted", reader, guess, scored[0]),
-                    ("real", processor, truth, scored[1]),
-                )
-            }
-            if context not in of_context:  # one context at a time: its groups need not follow one another
-                drawn = np.random.default_rng(seed).permutation(controls[context])[:max_controls]
-                rows_of_context = np.sort(drawn)
-                of_context = {context: Controls(processor.as_predicted(processor.features(truth, rows_of_context)))}
-            base = of_context[context]
-            scores.append(
-                score_group(
-                    cells["predicted"],
-                    cells["real"],
-                    base,
-                    perturbation,
-                    processor.split_combination(perturbation),
-                    changes,
-                )
-            )
-            counts = {
-                "predicted_cells": len(cells["predicted"]),
-                "real_cells": len(cells["real"]),
-                "control_cells": len(base.cells),
-            }
-            table += [
-                {"context": context, "perturbation": perturbation, "method": method, **figures, **counts}
-                for method, figures in scores[-1].items()
-            ]
-    for method in (PERTURBATION_MEAN, ADDITIVE):
-        number = sum(method in of_group for of_group in scores)
-        if 0 < number < len(scores):
-            notes.append(
-                f"the average of {method!r} is that of {number} of {len(scores)} groups: it knows nothing of the others"
-            )
-    table += [
-        {"context": "mean", "perturbation": "mean", "method": method, **figures}
-        for method, figures in average(scores).items()
+
+def table_of(scores: Scores) -> pd.DataFrame:
+    """The table of scores, with the averages as rows of the context and perturbation `"mean"` at its end."""
+    wide = [
+        {"dataset": "", "context": "mean", "perturbation": "mean", "method": method, "reason": "", "seen": ""}
+        | {row.metric: row.value for row in rows.itertuples()}
+        | {f"{row.metric}_{end}": getattr(row, end) for row in rows.itertuples() for end in ("low", "high")}
+        for method, rows in scores.averages.groupby("method", sort=False)
     ]
-    table = pd.DataFrame(table)
-    if ceiling is not None:
-        table["method"] = table["method"].replace(MODEL, CEILING_MODEL)
-    return table, notes
-
-
-def format_table(table: pd.DataFrame) -> str:
-    """The table as aligned text, with a dash for an undefined correlation."""
-    shown = table[["context", "perturbation", "method", *METRICS]].copy()
-    for metric in METRICS:
-        shown[metric] = [f"{value:.4f}" if value == value else "-" for value in shown[metric]]
-    return table_text(shown)
+    table = pd.concat([scores.table, pd.DataFrame(wide)], ignore_index=True) if wide else scores.table
+    return table if table["dataset"].any() else table.drop(columns="dataset")
 
 
 def write_table(table: pd.DataFrame, output: str | os.PathLike, overwrite: bool = False):
@@ -217,14 +342,20 @@ class _Rows:
         return self.processor.features(self.data, self.rows[part])
 
 
-def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
-    """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
+def scorer_of(processor: StateProcessor, config, keys: dict | None = None) -> StateProcessor:
+    """A processor that reads real cells in the units and genes of a model's predictions."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
     if "control" in settings:
         settings |= control_settings(settings["control"])
-    recorded = guess.uns.get("pertstate", {}).get("processor")
-    if recorded is not None:
-        settings = {**json.loads(str(recorded)), **settings}
+    settings = {**{name: getattr(processor, name) for name in PROCESSOR_SETTINGS}, **settings}
+    if config.gene_dim is None:
+        settings["gene_input"] = None
+    return _scorer(settings, processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)])
+
+
+def _scorer(settings: dict, genes: list[str]) -> StateProcessor:
+    """See [`scorer_of`]: with these settings, and the names of the features that are predicted."""
+    settings = dict(settings)
     if settings.get("gene_input") is not None:
         # The expression that a gene decoder predicts is in X. The real expression is where the decoder's target was.
         settings |= {"input": settings["gene_input"], "gene_input": None, "values": Values.LOG1P}
@@ -233,16 +364,22 @@ def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProce
     settings |= control_settings(settings.get("control", "control")) if "control_labels" not in settings else {}
     settings["batch_key"] = None
     if settings.get("values") == Values.EMBEDDING:
-        settings |= {"vocabulary": Vocabulary(), "feature_dim": len(guess.var_names)}
-    else:
-        settings["vocabulary"] = Vocabulary(genes=[str(g) for g in guess.var_names])
-    truth = StateProcessor(**settings)
+        return StateProcessor(**{**settings, "vocabulary": Vocabulary(), "feature_dim": len(genes)})
+    return StateProcessor(**{**settings, "vocabulary": Vocabulary(genes=genes)})
+
+
+def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
+    """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
+    settings = {name: value for name, value in (keys or {}).items() if value is not None}
+    if "control" in settings:
+        settings |= control_settings(settings["control"])
+    recorded = guess.uns.get("pertstate", {}).get("processor")
+    if recorded is not None:
+        settings = {**json.loads(str(recorded)), **settings}
+    genes = [str(gene) for gene in guess.var_names]
+    truth = _scorer(settings, genes)
     # The columns of predictions are those that were recorded, whatever those of the real cells are. Their values are not
     # checked: a model's counts are not whole numbers, and its expression may be negative.
     recorded_by = truth if recorded is None else StateProcessor(**json.loads(str(recorded)))
     as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **recorded_by.of_output())
     return as_they_are, truth
-
-
-def _is(frame: pd.DataFrame, context: str, perturbation: str) -> np.ndarray:
-    return ((frame["context"] == context) & (frame["perturbation"] == perturbation)).to_numpy()

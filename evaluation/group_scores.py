@@ -3,23 +3,74 @@
 import numpy as np
 from transformers import EvalPrediction
 
+from pertstate.base.constants import PERTURBATION_FEATURES, Split, Values
 from pertstate.data.cells import Cells
+from pertstate.data.group_means import GroupMeans
+from pertstate.data.group_sums import GroupSums
 from pertstate.data.sentences import SentenceDataset
-from pertstate.evaluation.metrics import METRICS, MODEL, AsPredicted, MeanChanges, average, score_group
+from pertstate.evaluation.baselines import ADDITIVE, NO_CHANGE, PERTURBATION_MEAN, Baselines
+from pertstate.evaluation.metrics import METRICS, MODEL, AsPredicted
+from pertstate.evaluation.scoring import ControlCells, Group, GroupResult, Predicted, RealCells, score_group
 from pertstate.processing import StateProcessor
 
 
-def scored_cells(cells: Cells, processor: StateProcessor, is_ceiling: bool):
-    """
-    What predictions are compared with: the features, in the units of the predictions. Of a model that is a ceiling, the
-    genes, as it is given the features themselves.
-    """
-    return cells.genes if is_ceiling else AsPredicted(cells.features, processor)
+# What is logged in training; the scores of the test split have them all.
+LOGGED = (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE)
 
 
-def learned_changes(cells: Cells, processor: StateProcessor, is_ceiling: bool, clip: bool) -> MeanChanges:
-    """The mean change of each perturbation over training cells and their controls; see [`MeanChanges`]."""
-    return MeanChanges.fit(scored_cells(cells, processor, is_ceiling), cells.groups, processor.control, clip)
+def scored_cells(cells: Cells, processor: StateProcessor, decoded: bool):
+    """
+    What predictions are compared with: the features, in the units of the predictions, or the genes where they are decoded.
+    """
+    return cells.genes if decoded else AsPredicted(cells.features, processor)
+
+
+def is_log1p(processor: StateProcessor, decoded: bool) -> bool:
+    """Whether what is scored is log1p expression."""
+    return decoded or (processor.predicts or processor.values) == Values.LOG1P
+
+
+def sums_of(cells: Cells, processor: StateProcessor, decoded: bool, part: int = 0, parts: int = 1) -> GroupSums:
+    """Sums of training cells and their controls, in the units of predictions; see [`GroupSums.of_cells`]."""
+    features, log1p = scored_cells(cells, processor, decoded), is_log1p(processor, decoded)
+    return GroupSums.of_cells(features, cells.groups, processor.control, part, parts, log1p=log1p)
+
+
+def baselines_of(
+    means: GroupMeans | None, processor: StateProcessor, clip: bool, methods: tuple[str, ...] | None = None
+) -> Baselines:
+    """The baselines that learned from some training groups."""
+    features = processor.perturbation_features
+
+    def vectors(names: list[str]) -> np.ndarray | None:
+        parts = {part for name in names for part in processor.split_combination(name)}
+        known = set(features.names) if features is not None else set()
+        return processor.encode(names)[PERTURBATION_FEATURES] if parts <= known else None
+
+    return Baselines(means, processor.split_combination, clip, None if features is None else vectors, methods)
+
+
+def real_cells_of(cells: Cells, processor: StateProcessor, decoded: bool) -> RealCells:
+    """The cells of a run, to be scored against."""
+    rows_of: dict[Group, list[np.ndarray]] = {}
+    for dataset, context, perturbation, start, stop in cells.groups[
+        ["dataset", "context", "perturbation", "start", "stop"]
+    ].itertuples(index=False):
+        rows_of.setdefault((str(dataset), str(context), str(perturbation)), []).append(np.arange(start, stop))
+    scored = scored_cells(cells, processor, decoded)
+    return RealCells(
+        {group: np.concatenate(rows) for group, rows in rows_of.items()},
+        cells.ids,
+        lambda rows: scored[rows],
+        lambda rows: cells.features[rows],
+        cells.batch_names if "batch" in cells.groups else None,
+    )
+
+
+def groups_of(cells: Cells, split: str = Split.TEST) -> list[Group]:
+    """The groups of a split, sorted."""
+    own = cells.groups[cells.groups["split"] == split]
+    return sorted({(str(a), str(b), str(c)) for a, b, c in own[["dataset", "context", "perturbation"]].to_numpy()})
 
 
 class GroupScores:
@@ -28,37 +79,48 @@ class GroupScores:
 
     Args:
         dataset ([`SentenceDataset`]): of an evaluation, where every perturbed cell stands in one sentence.
-        changes ([`MeanChanges`]): what the baselines know.
-        is_ceiling (`bool`): whether the model was given the observed cells, and is scored on genes.
+        baselines ([`Baselines`]): what they know.
+        decoded (`bool`): whether predictions are decoded genes.
     """
 
-    def __init__(self, dataset: SentenceDataset, changes: MeanChanges, is_ceiling: bool):
-        self.dataset, self.changes = dataset, changes
-        self._cells = scored_cells(dataset.cells, dataset.processor, is_ceiling)
+    def __init__(self, dataset: SentenceDataset, baselines: Baselines, decoded: bool):
+        self.dataset, self.baselines = dataset, baselines
+        self._cells = scored_cells(dataset.cells, dataset.processor, decoded)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """[`METRICS`] of the model and of each baseline, averaged over (context, perturbation) groups."""
+        """[`METRICS`] of the model and of some baselines, averaged over (context, perturbation) groups."""
         predictions = np.asarray(prediction.predictions)
         of_group: dict[int, list[int]] = {}
         for i in range(len(self.dataset)):
             of_group.setdefault(self.dataset.rows(i)[0], []).append(i)
-        scores = [self._score(index, sentences, predictions) for index, sentences in of_group.items()]
-        logged: dict[str, float] = {}
-        for method, figures in average(scores).items():
-            prefix = "" if method == MODEL else method.replace(" ", "_") + "_"
-            logged |= {f"{prefix}{metric}": figures[metric] for metric in METRICS}
-        # The change of "no change" has no direction, so it has no correlation.
-        return {name: value for name, value in logged.items() if value == value}
+        results = [self._score(index, sentences, predictions) for index, sentences in of_group.items()]
+        return logged_figures(results)
 
-    def _score(self, index: int, sentences: list[int], predictions: np.ndarray) -> dict[str, dict[str, float]]:
-        rows = [self.dataset.rows(i) for i in sentences]
-        perturbation = self.dataset.groups[index].perturbation
+    def _score(self, index: int, sentences: list[int], predictions: np.ndarray) -> GroupResult:
+        rows, group = [self.dataset.rows(i) for i in sentences], self.dataset.groups[index]
+        # The baselines start from the very control cells that the model was given.
+        controls = self._cells[np.concatenate([controls for _, _, controls in rows])]
+        cells = np.concatenate([predictions[i, : len(targets)] for i, (_, targets, _) in zip(sentences, rows)])
         return score_group(
-            np.concatenate([predictions[i, : len(targets)] for i, (_, targets, _) in zip(sentences, rows)]),
+            (group.dataset, group.context, group.perturbation),
+            Predicted(cells, of_controls=True),
             self._cells[np.concatenate([targets for _, targets, _ in rows])],
-            # The baselines start from the very control cells that the model was given.
-            self._cells[np.concatenate([controls for _, _, controls in rows])],
-            perturbation,
-            self.dataset.processor.split_combination(perturbation),
-            self.changes,
+            ControlCells(controls, (group.dataset, group.context), draws=0),
+            self.baselines,
         )
+
+
+def logged_figures(results: list[GroupResult], methods: tuple[str, ...] = LOGGED) -> dict[str, float]:
+    """
+    The unweighted mean over groups of each method's figures, without undefined correlations: `pearson`, .. of the model,
+    `no_change_pearson`, .. of a baseline.
+    """
+    logged: dict[str, float] = {}
+    for method in methods:
+        rows = [result.figures[method][0] for result in results if method in result.figures]
+        prefix = "" if method == MODEL else method.replace(" ", "_") + "_"
+        for m, metric in enumerate(METRICS):
+            defined = [float(row[m]) for row in rows if np.isfinite(row[m])]
+            if defined:
+                logged[f"{prefix}{metric}"] = float(np.mean(defined))
+    return logged

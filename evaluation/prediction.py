@@ -27,6 +27,7 @@ from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import get_logger
+from pertstate.data.cell_ids import cell_ids, order_of
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.others_data import read_as
 from pertstate.processing import NO_DOSES, StateProcessor
@@ -137,7 +138,8 @@ def predict(
         groups = processor.control_groups(labels, contexts)
         chosen = {}
         for context, rows in groups.items():
-            rows = np.random.default_rng(seed).permutation(rows)
+            # By their barcodes, so that the draw does not depend on where the cells stand.
+            rows = rows[order_of(cell_ids(labels.index[rows]), len(rows), seed)]
             chosen[context] = rows[:cells_per_perturbation]
         if uses_batches:
             check_batches(processor, labels["batch"].to_numpy()[np.concatenate([*chosen.values()])])
@@ -304,7 +306,7 @@ def _observed(arms: list[Arm], labels: pd.DataFrame, at_most: int | None, seed: 
                 f"{arm.context} / {arm.perturbation}: this model decodes observed cells (the ceiling of decoding), and the "
                 "file has no such cells; name perturbations that it has"
             )
-        rows = np.random.default_rng(seed).permutation(rows)[:at_most]
+        rows = rows[order_of(cell_ids(labels.index[rows]), len(rows), seed)][:at_most]
         found.append(Arm(arm.context, arm.perturbation, arm.encoded, rows, first))
         first += len(rows)
     return found

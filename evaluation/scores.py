@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from pertstate.base.files import whole_file
 from pertstate.base.tables import check_table, table_text, write_csv
-from pertstate.evaluation.metrics import METRICS
+from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
 
 
 TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
@@ -130,6 +130,15 @@ class Scores:
                     f"{values.shape}; evaluate again"
                 )
         return scores
+
+
+def averages_as_figures(scores: Scores, prefix: str) -> dict[str, float]:
+    """The averages as a Trainer logs them: `PREFIX_pearson`, .. of the model, `PREFIX_no_change_pearson`, .. of a baseline."""
+    figures = {}
+    for row in scores.averages.itertuples(index=False):
+        method = "" if row.method in (MODEL, CEILING_MODEL) else row.method.replace(" ", "_") + "_"
+        figures[f"{prefix}_{method}{row.metric}"] = float(row.value)
+    return figures
 
 
 def format_scores(scores: Scores) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 
+from pertstate.data.record import RunRecord
 from pertstate.data.simulator import simulate_screen
-from pertstate.evaluation.comparison import evaluate, write_table
+from pertstate.evaluation.comparison import evaluate, table_of, write_table
 from pertstate.evaluation.plots import plot_mean_changes
 
 
@@ -40,14 +41,17 @@ def main():
         *("--context", HELD_OUT, "--output", str(predicted), "--overwrite"),
     )
 
-    table, _ = evaluate(predicted, real, real, quiet=True)
-    write_table(table, FOLDER / "scores.csv", overwrite=True)
+    scores = evaluate(predicted, real, record=RunRecord.load(FOLDER / "checkpoint"), quiet=True)
+    write_table(table_of(scores), FOLDER / "scores.csv", overwrite=True)
     plot_mean_changes(predicted, real, FOLDER / "mean_change.png", overwrite=True)
+    table = table_of(scores)
     mean = table[table["context"] == "mean"].set_index("method")[["pearson", "mae", "energy"]]
     mean.columns = ["Pearson of the mean change", "MAE of the mean", "energy distance"]
     shown = mean.map(lambda value: "-" if np.isnan(value) else f"{value:.4f}")
     perturbations = ad.read_h5ad(predicted).obs["perturbation"].nunique()
-    print(f"\n{HELD_OUT}, never seen perturbed: mean of {perturbations} perturbations\n\n{shown.to_string()}\n")
+    print(
+        f"\n{HELD_OUT}, never seen perturbed: mean of {perturbations} perturbations\n\n{shown.to_string()}\n\n{scores.verdict}\n"
+    )
     for what, name in (
         ("checkpoint", "checkpoint"),
         ("predicted cells", "predicted.h5ad"),

@@ -15,17 +15,15 @@ from huggingface_hub import EvalResult, ModelCardData
 from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
+from pertstate.base.constants import Split
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public, public_text
-from pertstate.evaluation.metrics import (
-    ADDITIVE,
-    METRICS,
-    MODEL,
-    NO_CHANGE,
-    PERTURBATION_MEAN,
-)
+from pertstate.data.record import RunRecord
+from pertstate.evaluation.baselines import BASELINES
+from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.scores import Scores
 from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.processing import StateProcessor
@@ -59,6 +57,8 @@ def render_card(
     state=None,
     args: "StateTrainingArguments | None" = None,
     provenance: Provenance | None = None,
+    record: RunRecord | None = None,
+    scores: Scores | None = None,
 ) -> str:
     """
     The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold; of paths,
@@ -68,10 +68,13 @@ def render_card(
         run ([`RunConfig`], *optional*): the run. Without it the card says that the run is not recorded.
         config ([`PerturbationConfig`]): the model's config. The card includes the `card.md` of its family.
         processor ([`StateProcessor`]): gives names and normalisation.
-        metrics (`dict[str, float]`, *optional*): scores of the test split; its keys start with `test_`.
+        metrics (`dict[str, float]`, *optional*): averages of the test split; their keys start with `test_`. Those of `scores`,
+            where these are given.
         state (`TrainerState`, *optional*): gives the number of steps and the run time.
         args ([`StateTrainingArguments`], *optional*): gives licences, hardware and the number of processes.
         provenance ([`Provenance`], *optional*): where the run's data came from. By default it is read from `run` here.
+        record ([`RunRecord`], *optional*): what the model and its ancestors were trained on.
+        scores ([`Scores`], *optional*): those of the test split, with intervals and verdict.
 
     Returns:
         `str`: Markdown that begins with the metadata of the Hub as YAML.
@@ -85,7 +88,7 @@ def render_card(
     base_model = None if run is None else run.model.get("pretrained")
     is_adapter = args is not None and args.lora_rank is not None
     license = UNKNOWN_LICENSE if args is None or args.license is None else args.license
-    results = _results(metrics or {})
+    results = _results(metrics or {}) if scores is None else _scored(scores)
     data = ModelCardData(
         license=license,
         library_name="peft" if is_adapter else "transformers",
@@ -117,6 +120,9 @@ def render_card(
         run=run,
         provenance=provenance,
         held_out=[] if run is None else _held_out(run, provenance),
+        seen_before=[] if record is None else _seen_before(record),
+        verdict=None if scores is None else scores.verdict,
+        score_notes=[] if scores is None else scores.notes,
         heldout_controls_used=run is not None
         and run.data.control_sentences
         and run.data.heldout_controls
@@ -199,11 +205,40 @@ def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
 def _results(metrics: dict) -> list[dict]:
     """The scores of the model and of each baseline that was scored. A score that is undefined is None."""
     rows = []
-    for method in (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE):
+    for method in (MODEL, *BASELINES, CEILING):
         prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
         if f"{prefix}energy" in metrics:
-            rows.append({"name": method, **{m: _finite(metrics.get(prefix + m)) for m in METRICS}})
+            rows.append({"name": method, **{m: _finite(metrics.get(prefix + m)) for m in METRICS}, "intervals": {}})
     return rows
+
+
+def _scored(scores: Scores) -> list[dict]:
+    """The averages of scores, and their intervals as text."""
+    rows: dict[str, dict] = {}
+    for row in scores.averages.to_dict("records"):
+        method = MODEL if row["method"] == CEILING_MODEL else row["method"]
+        found = rows.setdefault(method, {"name": method, **dict.fromkeys(METRICS), "intervals": {}})
+        found[row["metric"]] = _finite(row["value"])
+        if math.isfinite(row["low"]):
+            found["intervals"][row["metric"]] = f" [{row['low']:.4f}, {row['high']:.4f}]"
+    return list(rows.values())
+
+
+def _seen_before(record: RunRecord) -> list[str]:
+    """What earlier checkpoints were trained on of what this run holds out: lines of Markdown."""
+    held = [group for split in (Split.TEST, Split.VAL) for group in record.of_split(split)]
+    lines = []
+    for ancestor in record.ancestors:
+        if ancestor.groups is None:
+            lines.append(f"{as_code(ancestor.name)} has no record: it may have been trained on what is held out here")
+            continue
+        known = {(group.context, group.perturbation) for group in ancestor.groups}
+        seen = sorted({f"{g.context} / {g.perturbation}" for g in held if (g.context, g.perturbation) in known})
+        if seen:
+            lines.append(
+                f"{as_code(ancestor.name)} was trained on {len(seen)} of the held-out groups: {as_names(seen)}"
+            )
+    return lines
 
 
 def _finite(figure: float | None) -> float | None:
@@ -228,7 +263,14 @@ def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling
             dataset_split="test",
             dataset_revision=on_the_hub[0].commit if on_the_hub else None,
             metric_type=_METRICS[metric][0],
-            metric_name=_METRICS[metric][1] + (of_model if row["name"] == MODEL else f", {row['name']} (baseline)"),
+            metric_name=_METRICS[metric][1]
+            + (
+                of_model
+                if row["name"] == MODEL
+                else f", {row['name']} (no model)"
+                if row["name"] == CEILING
+                else f", {row['name']} (baseline)"
+            ),
             metric_value=round(row[metric], 6),
         )
         for row in results

@@ -6,13 +6,14 @@ from pathlib import Path
 from transformers.utils import cached_file
 
 from pertstate.base.checkpoint_files import check_finite_weights
+from pertstate.data.record import RECORD_ARRAYS, RECORD_FILE
 from pertstate.hub.checkpoints import load_adapter
 from pertstate.hub.public_files import public_bytes
 from pertstate.hub.publish import claimed_checkpoint, whole_checkpoint_folder
 
 
 # The files in which an adapter's folder describes its training. They hold for the merged checkpoint, too.
-_RECORDS = ("README.md", "training_args.json")
+_RECORDS = ("README.md", "training_args.json", RECORD_FILE, RECORD_ARRAYS)
 
 
 def merge_adapter(
@@ -53,4 +54,5 @@ def merge_adapter(
             processor.save_pretrained(folder)
             for record, path in found.items():
                 if path is not None:
-                    (folder / record).write_bytes(public_bytes(path))
+                    own = record in (RECORD_FILE, RECORD_ARRAYS)  # written without paths
+                    (folder / record).write_bytes(Path(path).read_bytes() if own else public_bytes(path))

@@ -15,6 +15,7 @@ from pertstate.base.hub_names import is_repository
 from pertstate.base.messages import closest
 from pertstate.base.public import public_text
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
+from pertstate.data.record import RECORD_ARRAYS, RECORD_FILE
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card, with_repository
 from pertstate.hub.public_files import public_bytes
@@ -31,7 +32,18 @@ PROCESSOR, WEIGHTS, CARD, ADAPTER_WEIGHTS = (
 _WEIGHTS_INDEX = WEIGHTS + ".index.json"
 _ARGUMENTS = "training_args.json"
 # The files of a checkpoint on the Hub, all of them at the top. A push deletes those that the checkpoint no longer has.
-_OWN = (MODEL_KEY, ADAPTER_KEY, PROCESSOR, VOCABULARY_FILE, CARD, _ARGUMENTS, "*.safetensors", _WEIGHTS_INDEX, "*.py")
+_OWN = (
+    MODEL_KEY,
+    ADAPTER_KEY,
+    PROCESSOR,
+    VOCABULARY_FILE,
+    CARD,
+    _ARGUMENTS,
+    RECORD_FILE,
+    "*.safetensors",
+    _WEIGHTS_INDEX,
+    "*.py",
+)
 # What these say beside the weights is for people and for other programs, and holds no path.
 _RECORDS = (MODEL_KEY, _ARGUMENTS)
 _MAY_LACK = "model or revision"
@@ -194,7 +206,7 @@ def _read_processor(folder: Path) -> tuple[StateProcessor, list[str]]:
     files = [PROCESSOR, VOCABULARY_FILE, *code]
     if processor.perturbation_features is not None:
         files.append(PERTURBATION_FEATURES_FILE)
-    return processor, files + [name for name in (_ARGUMENTS,) if (folder / name).is_file()]
+    return processor, files + [n for n in (_ARGUMENTS, RECORD_FILE, RECORD_ARRAYS) if (folder / n).is_file()]
 
 
 def _weights_of(folder: Path) -> list[str]:

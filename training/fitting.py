@@ -5,9 +5,11 @@ import time
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.stream_survey import check_controls
 from pertstate.data.training_sentences import TrainingSentences
+from pertstate.evaluation.group_scores import sums_of
 
 
 def fit_model(
@@ -50,3 +52,19 @@ def gather_sums(data: TrainingSentences, accelerator: Accelerator, progress: boo
     sums = GroupSums.merged(gather_object([own]))
     check_controls(sums.lonely)
     return sums
+
+
+def gather_means(data: TrainingSentences, decoded: bool, accelerator: Accelerator) -> GroupMeans | None:
+    """
+    The means of the training groups in the units of predictions, the same on every process; None where there are none, as
+    only control cells are trained on or a stream kept no training cells.
+
+    Args:
+        decoded (`bool`): whether what is predicted are decoded genes.
+    """
+    cells = data.training_cells()
+    if cells is None:
+        return None
+    own = sums_of(cells, data.processor, decoded, accelerator.process_index, accelerator.num_processes)
+    sums = GroupSums.merged(gather_object([own]))
+    return GroupMeans.of_sums(sums) if sums.paired else None

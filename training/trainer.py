@@ -6,27 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from pertstate.base.checkpoint_files import check_finite_weights
-from pertstate.base.constants import GENE_LABELS, LABELS
+from pertstate.base.constants import GENE_LABELS, LABELS, Split
 from pertstate.base.files import whole_file
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger
+from pertstate.data.group_means import GroupMeans
+from pertstate.data.record import RunRecord
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.training_sentences import TrainingSentences
-from pertstate.evaluation.group_scores import GroupScores, learned_changes
-from pertstate.evaluation.metrics import MeanChanges
+from pertstate.evaluation.assembly import samples_of, scores_of
+from pertstate.evaluation.baselines import Baselines
+from pertstate.evaluation.group_scores import (
+    LOGGED,
+    GroupScores,
+    baselines_of,
+    groups_of,
+    real_cells_of,
+)
+from pertstate.evaluation.metrics import MODEL
+from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import check_perturbations, counted_elsewhere
+from pertstate.evaluation.scores import Scores, averages_as_figures
+from pertstate.evaluation.scoring import score_groups
 from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.fitting import fit_model
+from pertstate.training.fitting import fit_model, gather_means
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
@@ -59,6 +73,7 @@ class StateTrainer(Trainer):
         eval_dataset ([`SentenceDataset`], *optional*): as in `Trainer`.
         processing_class ([`StateProcessor`], *optional*): saved beside the weights.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
+        record ([`RunRecord`], *optional*): what the run learns from, saved beside the weights.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -79,6 +94,7 @@ class StateTrainer(Trainer):
         eval_dataset=None,
         processing_class=None,
         card: str | None = None,
+        record: RunRecord | None = None,
         **kwargs,
     ):
         self.push = TrainingPush(args)
@@ -105,7 +121,8 @@ class StateTrainer(Trainer):
         self.processor, self.card = processing_class, card
         # Those that are saved: while a checkpoint is written, `args` are a copy.
         self._asked = args
-        self._mean_changes: MeanChanges | None = None
+        self._means: GroupMeans | None = None
+        self.record = record
         self._unseen = 0
 
     # Training
@@ -165,8 +182,9 @@ class StateTrainer(Trainer):
         """
         progress = self.args.should_log and not self.args.disable_tqdm
         sums, metrics = fit_model(self.model, self.train_dataset, self.accelerator, progress)
-        # What the baselines of an evaluation know, too.
-        self._mean_changes = MeanChanges(sums.changes(), self.model.config.nonnegative_output)
+        if not self.decodes:
+            # What the baselines of an evaluation know, too.
+            self._means = GroupMeans.of_sums(sums)
         self.log(metrics)
         if self.eval_dataset is not None and self.args.eval_strategy != "no":
             self.evaluate()
@@ -206,15 +224,17 @@ class StateTrainer(Trainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", loss_only: bool = False
+    ) -> dict[str, float]:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
         with self.terms.paused(), counted_elsewhere():
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
-                if not self.args.prediction_loss_only:
-                    self.compute_metrics = GroupScores(dataset, self.mean_changes, self.model.is_ceiling)
+                if not (self.args.prediction_loss_only or loss_only):
+                    self.compute_metrics = GroupScores(dataset, self.baselines(LOGGED), self.decodes)
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._unseen:
             logger.warning(
@@ -224,17 +244,46 @@ class StateTrainer(Trainer):
         return metrics
 
     @property
-    def mean_changes(self) -> MeanChanges:
-        """What the baselines know: the mean change of each perturbation over the training split."""
-        if self._mean_changes is None:
-            data, is_ceiling = self.train_dataset, self.model.is_ceiling
-            clip = self.model.config.nonnegative_output or is_ceiling
-            self._mean_changes = learned_changes(data.training_cells(), data.processor, is_ceiling, clip)
-        return self._mean_changes
+    def decodes(self) -> bool:
+        """Whether what is scored are the genes that the model decodes, and not its predicted features."""
+        return self.model.config.gene_dim is not None
+
+    def baselines(self, methods: tuple[str, ...] | None = None) -> Baselines:
+        """What the baselines know: the means of the training groups. All processes call it together."""
+        clip = self.model.config.nonnegative_output or self.decodes
+        return baselines_of(self.learned_means(), self.train_dataset.processor, clip, methods)
+
+    def learned_means(self) -> GroupMeans | None:
+        """The means of the training groups, in the units of predictions; None where only control cells are trained on."""
+        if self._means is None:
+            self._means = gather_means(self.train_dataset, self.decodes, self.accelerator)
+        return self._means
 
     def _scored(self, outputs, labels):
-        """Of a model's outputs, the predicted cells (or, of a model that is given these, the genes)."""
-        return outputs[int(self.model.is_ceiling)] if isinstance(outputs, tuple) else outputs
+        """Of a model's outputs, the predicted cells, or the genes that are decoded from them."""
+        return outputs[int(self.decodes)] if isinstance(outputs, tuple) else outputs
+
+    def test(self, dataset: SentenceDataset, split: str = Split.TEST, prefix: str = Split.TEST) -> Scores:
+        """
+        Score the model on the groups of a split, beside all baselines: the figures of the model card, and of `pertstate
+        evaluate --model`. Every process calls it; each scores some of the groups.
+
+        Args:
+            dataset ([`SentenceDataset`]): of the split.
+            split (`str`), prefix (`str`): which groups, and what the logged figures begin with.
+        """
+        processor, cells, seed = dataset.processor, dataset.cells, 0
+        groups = groups_of(cells, split)
+        real, baselines = real_cells_of(cells, processor, self.decodes), self.baselines()
+        model = self.accelerator.unwrap_model(self.model)
+        rank, processes = self.args.process_index, self.args.world_size
+        own = predicted_groups(model, processor, real, groups[rank::processes], seed)
+        results = list(score_groups(real, own, processor.control, baselines, seed, samples=samples_of(len(groups))))
+        gathered = sorted(gather_object(results), key=lambda result: result.group)
+        features = processor.vocabulary.genes or processor.output_names(len(gathered[0].means["observed"]))
+        scores = scores_of(gathered, features, self.record, MODEL, seed=seed, is_ceiling=self.model.is_ceiling)
+        self.log(averages_as_figures(scores, prefix))
+        return scores
 
     # Saving
 
@@ -254,6 +303,8 @@ class StateTrainer(Trainer):
             hide(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
+        if self.record is not None:
+            self.record.save(folder)
         (folder / "training_args.json").write_text(self._asked.to_json_string(), encoding="utf-8")
         self._write_card(folder)
         if not is_staged(folder):

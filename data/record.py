@@ -1,0 +1,315 @@
+"""What a checkpoint learned from: the one record that baselines, marks of leaks, cards and resumed runs read."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from pertstate.base.checkpoint_files import find_file, read_json
+from pertstate.base.constants import Split
+from pertstate.base.files import whole_file
+from pertstate.base.public import public
+from pertstate.data.cell_ids import is_number, mixed, name_id
+from pertstate.data.group_means import GroupMeans
+
+
+RECORD_FILE, RECORD_ARRAYS = "record.json", "record.safetensors"
+FORMAT = 1
+# The hashes of at most so many training cells are kept, the lowest ones: a fair sample, 8 MB.
+MAX_HASHES = 1_000_000
+# Where at least this share of a group's cells were trained on under another name, the group counts as seen.
+SEEN_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class RecordedGroup:
+    """One (dataset, context, perturbation) of a run: its split, and how many cells it has."""
+
+    dataset: str
+    context: str
+    perturbation: str
+    split: str
+    cells: int
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """
+    A checkpoint that training started from, or that this one started from in its turn.
+
+    Args:
+        name (`str`): its repository, or the last part of its folder.
+        groups (`list[RecordedGroup]`, *optional*): what it was trained on; None where it has no record.
+    """
+
+    name: str
+    groups: list[RecordedGroup] | None
+
+
+@dataclass
+class RunRecord:
+    """
+    What a run trained on and what it held out.
+
+    Args:
+        control (`str`): the canonical name of control cells.
+        groups (`list[RecordedGroup]`): all groups of the run's data, with their splits.
+        learned_controls (`list[tuple[str, str]]`): the (dataset, context) pairs whose control cells were among the training
+            cells.
+        sources (`list[dict]`): the files, stores and streams, with their hashes; see [`~pertstate.hub.provenance.Source`].
+        settings (`dict`): the sections of the run that shape its result.
+        notes (`list[str]`): what was left out of the data, in sentences.
+        chosen_on_all (`bool`): highly variable genes were chosen on all cells, test cells among them.
+        ancestors (`list[Ancestor]`): the checkpoints that came before, the nearest first.
+        means ([`GroupMeans`], *optional*): of the training groups, in the units of predictions.
+        hashes (`np.ndarray`, *optional*): hashes of training cells, sorted; None where cells have no barcodes.
+        whole (`bool`): whether these are all training cells, and no sample.
+    """
+
+    control: str
+    groups: list[RecordedGroup]
+    learned_controls: list[tuple[str, str]] = field(default_factory=list)
+    sources: list[dict] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    chosen_on_all: bool = False
+    ancestors: list[Ancestor] = field(default_factory=list)
+    means: GroupMeans | None = None
+    hashes: np.ndarray | None = None
+    whole: bool = True
+
+    # Questions
+
+    def of_split(self, split: str) -> list[RecordedGroup]:
+        """The groups of a split."""
+        return [group for group in self.groups if group.split == split]
+
+    def seen(self, dataset: str | None, context: str, perturbation: str) -> str:
+        """
+        How a group was trained on, in words; empty where it was not.
+
+        Args:
+            dataset (`str`, *optional*): its dataset, where it is known to be one of the run's.
+        """
+        for group in self.of_split(Split.TRAIN):
+            if (group.context, group.perturbation) == (context, perturbation) and dataset in (None, group.dataset):
+                return "trained on"
+        for ancestor in self.ancestors:
+            for group in ancestor.groups or ():
+                if (group.context, group.perturbation) == (context, perturbation) and group.split == Split.TRAIN:
+                    return f"trained on by {ancestor.name}"
+        return ""
+
+    def seen_cells(self, perturbation: str, ids: np.ndarray | None) -> bool:
+        """
+        Whether cells of a perturbation are among the training cells, whatever their context is called.
+
+        Args:
+            ids (`np.ndarray`, *optional*): see [`~pertstate.data.cell_ids.cell_ids`].
+        """
+        if self.hashes is None or ids is None or not len(self.hashes):
+            return False
+        found = hashes_of(ids, perturbation)
+        found = found if self.whole else found[found <= self.hashes[-1]]
+        return bool(len(found)) and float(np.isin(found, self.hashes).mean()) >= SEEN_SHARE
+
+    def warnings(self, scored: Iterable[tuple[str | None, str]]) -> list[str]:
+        """
+        What must be said beside scores.
+
+        Args:
+            scored (iterable of `(dataset, context)`): where the scored groups are of.
+        """
+        notes = []
+        if self.chosen_on_all:
+            notes.append("highly variable genes were chosen on all cells, the scored ones among them")
+        places = set(scored)
+        learned = sorted({c for d, c in self.learned_controls if (d, c) in places or (None, c) in places})
+        if learned:
+            notes.append(
+                f"control cells of the scored contexts were among the training cells: {', '.join(learned[:10])}"
+            )
+        test, val = (
+            {(g.dataset, g.context, g.perturbation) for g in self.of_split(s)} for s in (Split.TEST, Split.VAL)
+        )
+        if test and test == val:
+            notes.append("the validation groups, which chose the checkpoint, are the test groups")
+        notes += [
+            f"what {ancestor.name}, from which training started, was trained on is not recorded: it may have seen the scored groups"
+            for ancestor in self.ancestors
+            if ancestor.groups is None
+        ]
+        return notes
+
+    def as_ancestors(self, name: str) -> list[Ancestor]:
+        """This checkpoint and those that came before it, for the record of a run that starts from it."""
+        return [Ancestor(name, self.of_split(Split.TRAIN)), *self.ancestors]
+
+    def difference(self, other: "RunRecord") -> str | None:
+        """How the data, the split or the settings of another run differ from these; None where they do not."""
+        for name, mine, its in (
+            ("the groups and their splits", _split_text(self.groups), _split_text(other.groups)),
+            ("the data files", [_source_key(s) for s in self.sources], [_source_key(s) for s in other.sources]),
+        ):
+            if mine != its:
+                only, new = ([x for x in a if x not in b][:3] for a, b in ((mine, its), (its, mine)))
+                return f"{name} differ: recorded {only or 'the same and fewer'}, now {new or 'fewer'}"
+        for key in sorted({*self.settings, *other.settings}):
+            if self.settings.get(key) != other.settings.get(key):
+                return f"{key} differs: recorded {self.settings.get(key)!r}, now {other.settings.get(key)!r}"
+        return None
+
+    # Saving and loading
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the arrays, for JSON."""
+        return {
+            "format": FORMAT,
+            "control": self.control,
+            "groups": _nested(self.groups),
+            "learned_controls": [list(place) for place in self.learned_controls],
+            "sources": public(self.sources),
+            "settings": public(self.settings),
+            "notes": self.notes,
+            "chosen_on_all": self.chosen_on_all,
+            "ancestors": [
+                {"name": one.name, "groups": None if one.groups is None else _nested(one.groups)}
+                for one in self.ancestors
+            ],
+            "means": None if self.means is None else [list(key) for key in self.means.groups],
+            "all_hashes": self.whole,
+        }
+
+    def save(self, folder: str | os.PathLike):
+        """Write `record.json` and `record.safetensors`."""
+        arrays = {}
+        if self.hashes is not None:
+            arrays["cells"] = self.hashes
+        if self.means is not None:
+            arrays |= {"counts": self.means.counts, "means": self.means.means}
+            if self.means.expression is not None:
+                arrays["expression"] = self.means.expression
+        with whole_file(Path(folder, RECORD_ARRAYS)) as partial:
+            save_file(arrays, partial)
+        with whole_file(Path(folder, RECORD_FILE)) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, name: str | os.PathLike, hub: dict | None = None) -> "RunRecord | None":
+        """
+        The record of a checkpoint; None where it has none.
+
+        Args:
+            name: its folder, or a repository on the Hub.
+            hub (`dict`, *optional*): arguments of the library that fetches files, such as `revision`.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        path = find_file(str(name), RECORD_FILE, hub or {})
+        if path is None:
+            return None
+        arrays_path = find_file(str(name), RECORD_ARRAYS, hub or {})
+        content = read_json(path)
+        try:
+            arrays = {} if arrays_path is None else load_file(arrays_path)
+            return cls._of(content, arrays)
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise ValueError(
+                f"{path}: the record of the checkpoint is damaged ({error!r}); copy the checkpoint again"
+            ) from error
+
+    @classmethod
+    def _of(cls, content: dict, arrays: dict[str, np.ndarray]) -> "RunRecord":
+        if content["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, found {content['format']!r}")
+        means = None
+        if content["means"] is not None:
+            keys = [(str(a), str(b), str(c)) for a, b, c in content["means"]]
+            found = arrays["means"]
+            for of in (found, arrays.get("expression", found)):
+                if of.ndim != 2 or len(of) != len(keys) or not np.isfinite(of).all():
+                    raise ValueError(f"expected {len(keys)} finite rows of means, found shape {of.shape}")
+            means = GroupMeans(str(content["control"]), keys, arrays["counts"], found, arrays.get("expression"))
+        return cls(
+            control=str(content["control"]),
+            groups=_flat(content["groups"]),
+            learned_controls=[(str(a), str(b)) for a, b in content["learned_controls"]],
+            sources=[dict(source) for source in content["sources"]],
+            settings=dict(content["settings"]),
+            notes=[str(note) for note in content["notes"]],
+            chosen_on_all=bool(content["chosen_on_all"]),
+            ancestors=[
+                Ancestor(str(one["name"]), None if one["groups"] is None else _flat(one["groups"]))
+                for one in content["ancestors"]
+            ],
+            means=means,
+            hashes=arrays.get("cells"),
+            whole=bool(content["all_hashes"]),
+        )
+
+    def without_arrays(self) -> "RunRecord":
+        """The same without means and hashes."""
+        return replace(self, means=None, hashes=None)
+
+
+def recorded_groups(groups: pd.DataFrame) -> list[RecordedGroup]:
+    """The groups of a table with `dataset`, `context`, `perturbation`, `split`, `start` and `stop`; batches are put together."""
+    sizes = groups.assign(cells=groups["stop"] - groups["start"])
+    keys = ["dataset", "context", "perturbation", "split"]
+    summed = sizes.groupby(keys, observed=True, sort=True)["cells"].sum()
+    return [RecordedGroup(*map(str, key), int(cells)) for key, cells in summed.items()]
+
+
+def hashes_of(ids: np.ndarray, perturbation: str) -> np.ndarray:
+    """Hashes of cells, unlike those of other perturbations; of cells that are merely numbered, none."""
+    ids = ids[~is_number(ids)]
+    return mixed(ids ^ np.uint64(name_id(perturbation)))
+
+
+def lowest(hashes: Iterable[np.ndarray], at_most: int = MAX_HASHES) -> tuple[np.ndarray, bool]:
+    """The lowest of some hashes, sorted, and whether these are all."""
+    kept, whole = np.zeros(0, dtype=np.uint64), True
+    for found in hashes:
+        kept = np.unique(np.concatenate([kept, found]))
+        whole &= len(kept) <= at_most
+        kept = kept[:at_most]
+    return kept, whole
+
+
+def source_of(source: Any) -> dict:
+    """What is recorded of a source of cells."""
+    return {name: value for name, value in asdict(source).items() if value is not None}
+
+
+def _nested(groups: list[RecordedGroup]) -> dict:
+    nested: dict[str, Any] = {}
+    for group in groups:
+        of_context = nested.setdefault(group.dataset, {}).setdefault(group.context, {})
+        of_context.setdefault(group.split, {})[group.perturbation] = group.cells
+    return nested
+
+
+def _flat(nested: dict) -> list[RecordedGroup]:
+    return [
+        RecordedGroup(dataset, context, perturbation, split, int(cells))
+        for dataset, of_dataset in nested.items()
+        for context, of_context in of_dataset.items()
+        for split, of_split in of_context.items()
+        for perturbation, cells in of_split.items()
+    ]
+
+
+def _split_text(groups: list[RecordedGroup]) -> list[str]:
+    return sorted(f"{g.dataset} / {g.context} / {g.perturbation} ({g.split}, {g.cells} cells)" for g in groups)
+
+
+def _source_key(source: dict) -> str:
+    return f"{source['name']} {source.get('sha256') or source.get('commit') or source['what']}"

@@ -1,0 +1,118 @@
+"""From the results of single groups to scores: table, averages, verdict, marks of what was trained on."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from pertstate.data.record import RunRecord
+from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.scores import Scores
+from pertstate.evaluation.scoring import Group, GroupResult, methods_of
+from pertstate.evaluation.verdict import averages_of, verdict_of
+
+
+# At most so many cells of each kind are kept for pictures, over all groups.
+KEPT_CELLS = 1000
+_COUNTS = ("predicted_cells", "real_cells", "control_cells")
+
+
+def samples_of(groups: int) -> int:
+    """How many cells of each kind a group keeps for pictures."""
+    return min(50, KEPT_CELLS // max(1, groups))
+
+
+def scores_of(
+    results: list[GroupResult],
+    features: list[str],
+    record: RunRecord | None,
+    name: str,
+    notes: list[str] | None = None,
+    seed: int = 0,
+    include_seen: bool = False,
+    seen: Callable[[Group], str] | None = None,
+    is_ceiling: bool = False,
+    settings: dict | None = None,
+) -> Scores:
+    """
+    The scores of some groups.
+
+    Args:
+        results (`list[GroupResult]`): of each group.
+        features (`list[str]`): names of the features.
+        record ([`RunRecord`], *optional*): what the model was trained on.
+        name (`str`): the model's, in the verdict.
+        notes (`list[str]`, *optional*): what is known already.
+        seed (`int`): of the resamplings.
+        include_seen (`bool`): average over groups that were trained on, too.
+        seen (`Callable`, *optional*): says of a group how it was trained on; by default the record does.
+        is_ceiling (`bool`): the model was given the real cells.
+        settings (`dict`, *optional*): what was asked for.
+    """
+    notes = list(notes or [])
+    of_record = (lambda group: record.seen(*group)) if record is not None else (lambda group: "")
+    how = {result.group: (seen or of_record)(result.group) for result in results}
+    averaged = [result for result in results if include_seen or not how[result.group]]
+    marked = [group for group in how if how[group]]
+    if marked:
+        listed = "; ".join(
+            f"{context} / {perturbation}: {how[d, context, perturbation]}" for d, context, perturbation in marked[:5]
+        )
+        notes.append(
+            f"{len(marked)} of {len(results)} scored groups were seen in training ({listed}): "
+            + ("they are in the averages, as was asked for" if include_seen else "they are left out of the averages")
+        )
+    if record is not None:
+        notes += record.warnings({group[:2] for group in how})
+    averages = averages_of(averaged, seed)
+    table = pd.DataFrame([row for result in results for row in _rows(result, methods_of(results), how[result.group])])
+    if is_ceiling:
+        notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: it was given the real cells")
+        for frame in (table, averages):
+            frame["method"] = frame["method"].replace(MODEL, CEILING_MODEL)
+    shown = [name for name in ("control", "observed", "predicted") if all(name in result.means for result in results)]
+    return Scores(
+        table=table,
+        averages=averages,
+        verdict=verdict_of(averaged, name, seed),
+        notes=list(dict.fromkeys(notes)),
+        genes=list(features),
+        groups=[result.group for result in results],
+        changes={name: np.stack([result.means[name] for result in results]) for name in shown},
+        cells=_samples(results, shown),
+        settings={"seed": seed, **(settings or {})},
+        record={} if record is None else record.to_dict(),
+    )
+
+
+def _rows(result: GroupResult, methods: list[str], seen: str) -> list[dict]:
+    dataset, context, perturbation = result.group
+    rows = []
+    for method in methods:
+        figures = result.figures.get(method)
+        if figures is None and method == MODEL:
+            continue
+        rows.append(
+            {
+                "dataset": dataset,
+                "context": context,
+                "perturbation": perturbation,
+                "method": method,
+                **{metric: np.nan if figures is None else float(figures[0, m]) for m, metric in enumerate(METRICS)},
+                "reason": result.reasons.get(method, ""),
+                "seen": "" if method == CEILING else seen,
+                **{count: float(result.numbers.get(count, np.nan)) for count in _COUNTS},
+                "confidence": np.nan if result.confidence is None or method != MODEL else result.confidence,
+            }
+        )
+    return rows
+
+
+def _samples(results: list[GroupResult], names: list[str]) -> dict[str, np.ndarray]:
+    found = {}
+    for name in names:
+        parts = [result.samples[name] for result in results if name in result.samples]
+        if parts and len(parts) == len(results):
+            found[name] = np.concatenate(parts)
+            found[f"{name}_group"] = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return found

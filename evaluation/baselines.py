@@ -1,0 +1,181 @@
+"""Simple predictions that any model must beat: each adds what training cells show to the control cells."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pertstate.base.modeling_fitted import ridge_weights
+from pertstate.data.group_means import GroupMeans
+
+
+NO_CHANGE = "no change"
+PERTURBATION_MEAN = "perturbation mean"
+LOG_FOLD_CHANGE = "log fold change"
+HALF_AND_HALF = "half and half"
+NEAREST_CONTEXT = "nearest context"
+ADDITIVE = "additive"
+LINEAR = "linear"
+MEAN_OF_ALL = "mean of all perturbations"
+BASELINES = (
+    NO_CHANGE,
+    PERTURBATION_MEAN,
+    LOG_FOLD_CHANGE,
+    HALF_AND_HALF,
+    NEAREST_CONTEXT,
+    ADDITIVE,
+    LINEAR,
+    MEAN_OF_ALL,
+)
+# The penalty of the row "linear"; that of the family `state-linear` is the same by default.
+RIDGE = 0.1
+
+
+@dataclass
+class Change:
+    """
+    What a baseline does to control cells.
+
+    Args:
+        added (`np.ndarray` of shape `(features,)`, *optional*): added to each cell.
+        log_fold (`np.ndarray` of shape `(features,)`, *optional*): the expression, `expm1` of the cell, is multiplied by
+            `exp` of it. With both, the prediction is the mean of the two.
+    """
+
+    added: np.ndarray | None = None
+    log_fold: np.ndarray | None = None
+
+    def apply(self, cells: np.ndarray, clip: bool) -> np.ndarray:
+        """Changed cells, `(cells, features)` float32; with `clip`, none is below 0."""
+        found = []
+        if self.added is not None:
+            moved = cells + self.added.astype(np.float32)
+            found.append(np.maximum(moved, 0) if clip else moved)
+        if self.log_fold is not None:
+            found.append(np.log1p(np.expm1(cells) * np.exp(self.log_fold).astype(np.float32)))
+        return found[0] if len(found) == 1 else (found[0] + found[1]) / np.float32(2)
+
+
+class Baselines:
+    """
+    The baselines of [`BASELINES`], learned from the means of training groups.
+
+    - no change: the control cells.
+    - perturbation mean: plus the perturbation's mean change, the unweighted mean over training contexts of (mean
+      perturbed cell - mean control cell).
+    - log fold change: times the perturbation's geometric mean fold change over training contexts, see
+      [`GroupMeans.log_folds`]; of a combination that was not trained on, times those of its parts.
+    - half and half: the mean of these two; of a combination that was not trained on, with the sums of its parts.
+    - nearest context: plus the change in the one training context whose mean control cell is nearest.
+    - additive: plus the mean changes of the parts of a combination.
+    - linear: plus a ridge regression of the mean changes on the perturbations (one-hot), or on their vectors where the
+      model has some.
+    - mean of all perturbations: plus the mean of all perturbations' mean changes.
+
+    Args:
+        means ([`GroupMeans`], *optional*): of the training groups; None where they are not known.
+        split (`Callable`): gives the parts of a perturbation.
+        clip (`bool`): whether what is predicted is expression, and clipped at 0.
+        vectors (`Callable`, *optional*): gives the vectors of perturbations, `(perturbations, width)`, or None where one has
+            none.
+        methods (`tuple[str, ...]`, *optional*): these alone; all by default.
+    """
+
+    def __init__(
+        self,
+        means: GroupMeans | None,
+        split: Callable[[str], list[str]],
+        clip: bool,
+        vectors: Callable[[list[str]], np.ndarray | None] | None = None,
+        methods: tuple[str, ...] | None = None,
+    ):
+        self.means, self.split, self.clip, self.vectors, self.methods = means, split, clip, vectors, methods
+        self._changes = {} if means is None else means.changes()
+        self._log_folds = {} if means is None else means.log_folds()
+        self._mean_of_all = np.mean(list(self._changes.values()), axis=0) if len(self._changes) > 1 else None
+        self._linear: tuple[dict[str, int], np.ndarray, np.ndarray] | None = None
+
+    def of(self, perturbation: str, control_mean: np.ndarray) -> dict[str, Change | str]:
+        """
+        What each baseline knows of a perturbation: a change, or the reason why it knows none.
+
+        Args:
+            perturbation (`str`): its canonical name.
+            control_mean (`np.ndarray` of shape `(features,)`): mean of the control cells that are changed.
+        """
+        found = self._known(perturbation, control_mean)
+        return {name: of for name, of in found.items() if self.methods is None or name in self.methods}
+
+    def _known(self, perturbation: str, control_mean: np.ndarray) -> dict[str, Change | str]:
+        if self.means is None:
+            unknown = "the training cells are not known"
+            return {NO_CHANGE: Change(np.zeros(len(control_mean))), **dict.fromkeys(BASELINES[1:], unknown)}
+        parts = self.split(perturbation)
+        nothing = "no training cell of it"
+        own, own_log = self._changes.get(perturbation), self._log_folds.get(perturbation)
+        added = own if own is not None else self._sum(self._changes, parts)
+        log_fold = own_log if own_log is not None else self._sum(self._log_folds, parts)
+        found: dict[str, Change | str] = {NO_CHANGE: Change(np.zeros(len(control_mean)))}
+        found[PERTURBATION_MEAN] = nothing if own is None else Change(own)
+        if self.means.expression is None:
+            found[LOG_FOLD_CHANGE] = found[HALF_AND_HALF] = "only for log1p expression"
+        else:
+            found[LOG_FOLD_CHANGE] = nothing if log_fold is None else Change(log_fold=log_fold)
+            found[HALF_AND_HALF] = nothing if added is None else Change(added, log_fold)
+        found[NEAREST_CONTEXT] = self._nearest(perturbation, control_mean)
+        of_parts = self._sum(self._changes, parts)
+        if len(parts) < 2:
+            found[ADDITIVE] = "no combination"
+        else:
+            found[ADDITIVE] = "no training cell of one of its parts" if of_parts is None else Change(of_parts)
+        found[LINEAR] = self._ridge(perturbation, parts)
+        found[MEAN_OF_ALL] = (
+            "fewer than two training perturbations" if self._mean_of_all is None else Change(self._mean_of_all)
+        )
+        return found
+
+    @staticmethod
+    def _sum(of: dict[str, np.ndarray], parts: list[str]) -> np.ndarray | None:
+        """The sum over the parts of a combination; None for a single perturbation, and where a part is unknown."""
+        if len(parts) < 2 or not all(part in of for part in parts):
+            return None
+        return np.sum([of[part] for part in parts], axis=0)
+
+    def _nearest(self, perturbation: str, control_mean: np.ndarray) -> Change | str:
+        having = self.means.contexts_of(perturbation)
+        if not having:
+            return "no training cell of it"
+        if len(having) < 2:
+            return "one training context alone has it"
+        distances = [np.linalg.norm(self.means.control_mean(place) - control_mean) for place in having]
+        return Change(self.means.change(having[int(np.argmin(distances))], perturbation))
+
+    def _ridge(self, perturbation: str, parts: list[str]) -> Change | str:
+        if len(self._changes) < 2:
+            return "fewer than two training perturbations"
+        if self.vectors is not None:
+            names = list(self._changes)
+            known, asked = self.vectors(names), self.vectors([perturbation])
+            if known is None or asked is None:
+                return "no vector of it"
+            if self._linear is None:
+                self._linear = ({}, *self._solve(known))
+            return Change(asked[0] @ self._linear[1] + self._linear[2])
+        if self._linear is None:
+            names = sorted({part for name in self._changes for part in self.split(name)})
+            of_name = {name: i for i, name in enumerate(names)}
+            one_hot = np.zeros((len(self._changes), len(names)))
+            for row, name in enumerate(self._changes):
+                for part in self.split(name):
+                    one_hot[row, of_name[part]] += 1
+            self._linear = (of_name, *self._solve(one_hot))
+        of_name, weight, intercept = self._linear
+        if not all(part in of_name for part in parts):
+            return "no training cell of it" if len(parts) < 2 else "no training cell of one of its parts"
+        return Change(np.sum([weight[of_name[part]] for part in parts], axis=0) + intercept)
+
+    def _solve(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        changes = np.stack(list(self._changes.values()))
+        feature_means, change_means = features.mean(axis=0), changes.mean(axis=0)
+        weight = ridge_weights(features - feature_means, changes - change_means, RIDGE)
+        return weight, change_means - feature_means @ weight

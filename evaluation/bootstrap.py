@@ -1,0 +1,104 @@
+"""The bootstrap: figures of resampled cells and groups, and the intervals that follow."""
+
+import zlib
+
+import numpy as np
+import torch
+
+
+# Resampled figures for each figure. The ends of a 95 % interval of 200 move by about a tenth of its width.
+DRAWS = 200
+LEVEL = 0.95
+
+
+def generator_of(seed: int, *names: str) -> np.random.Generator:
+    """A generator for something that has names: the same whatever else is drawn, and in whatever order."""
+    return np.random.default_rng([seed, *(zlib.crc32(name.encode("utf-8", "surrogatepass")) for name in names)])
+
+
+def bootstrap_weights(generator: np.random.Generator, cells: int, draws: int = DRAWS) -> np.ndarray:
+    """
+    `(1 + draws, cells)` float32, each row of sum 1: how much a cell counts. Of row 0 all count alike; each other row is
+    a sample of `cells` cells with replacement.
+    """
+    drawn = generator.multinomial(cells, np.full(cells, 1 / cells), size=draws)
+    return np.concatenate([np.ones((1, cells)), drawn]).astype(np.float32) / np.float32(cells)
+
+
+def weighted_distances(
+    x: np.ndarray, y: np.ndarray, weights_x: np.ndarray, weights_y: np.ndarray, block: int = 2048
+) -> np.ndarray:
+    """
+    `sum_ij u_i v_j |x_i - y_j|` for each pair of rows u of `weights_x` and v of `weights_y`; Euclidean, in float32, added up
+    in float64, in blocks of bounded memory.
+
+    Args:
+        x, y (`np.ndarray` of shape `(cells, features)`): two sets of cells. Where `y` is `x`, a cell's distance to itself is 0.
+        weights_x, weights_y (`np.ndarray` of shape `(rows, cells)`): float32.
+
+    Returns:
+        `np.ndarray` of shape `(rows,)`: float64.
+    """
+    same = x is y
+    # Near the origin, the matrix products behind the distances round less.
+    center = y.mean(axis=0, dtype=np.float64)
+    a = torch.from_numpy((x - center).astype(np.float32))
+    b = a if same else torch.from_numpy((y - center).astype(np.float32))
+    u, v = torch.from_numpy(weights_x), torch.from_numpy(weights_y)
+    total = torch.zeros(len(weights_x), dtype=torch.float64)
+    for i in range(0, len(a), block):
+        for j in range(0, len(b), block):
+            distances = torch.cdist(a[i : i + block], b[j : j + block])
+            if same and i == j:
+                distances.fill_diagonal_(0)
+            rows = u[:, i : i + block] @ distances
+            total += (rows.double() * v[:, j : j + block].double()).sum(dim=1)
+    return total.numpy()
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson correlation of the rows of two arrays `(rows, features)`; NaN where a row is the same for all features."""
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, (x * y).sum(axis=1) / scale, np.nan)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """
+    The 95 % interval of a figure. The mean of the resampled figures is moved onto the figure first: resampling repeats cells,
+    which lowers distances within a set.
+
+    Args:
+        draws (`np.ndarray` of shape `(1 + draws,)`): the figure, then those of the resampled cells.
+
+    Returns:
+        `(float, float)`: NaN where fewer than half of the resampled figures are defined.
+    """
+    figure, resampled = draws[0], draws[1:][np.isfinite(draws[1:])]
+    if not np.isfinite(figure) or 2 * len(resampled) < len(draws) - 1:
+        return float("nan"), float("nan")
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(resampled, tails) + (figure - resampled.mean())
+    return float(low), float(high)
+
+
+def resampled_average(figures: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """
+    The average over groups and over resampled groups.
+
+    Args:
+        figures (`np.ndarray` of shape `(groups, 1 + draws)`): of each group; NaN where it is not defined.
+        chosen (`np.ndarray` of shape `(draws, groups)`): the groups of each resampling.
+
+    Returns:
+        `np.ndarray` of shape `(1 + draws,)`.
+    """
+    whole = _mean(figures[:, 0])
+    drawn = [_mean(figures[groups, 1 + i]) for i, groups in enumerate(chosen)]
+    return np.array([whole, *drawn])
+
+
+def _mean(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else float("nan")

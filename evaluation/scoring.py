@@ -1,0 +1,295 @@
+"""The one way in which groups are scored: the same cells, the same controls and the same figures, whoever asks."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from pertstate.data.cell_ids import order_of
+from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, Baselines
+from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation, generator_of, weighted_distances
+from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
+
+
+# At most so many control cells, predicted cells and real cells of a group are scored.
+MAX_CELLS = 1000
+# Of a group with few real cells, at most so many control and predicted cells for each real one: more would cost time and
+# tell nothing. But as many as FEWEST are taken in any case.
+CELLS_FOR_EACH, FEWEST = 10, 100
+# Random halves of the real cells of a group, from which the ceiling is estimated.
+HALVES = 10
+
+Group = tuple[str, str, str]
+
+
+@dataclass
+class RealCells:
+    """
+    Real cells that predictions are scored against, wherever they lie.
+
+    Args:
+        rows_of (`dict[Group, np.ndarray]`): the rows of the cells of each (dataset, context, perturbation).
+        ids (`Callable`, *optional*): gives a number for the barcode of each of some rows, see
+            [`~pertstate.data.cell_ids.cell_ids`]; None where cells have no barcodes.
+        scored (`Callable`): gives the cells of some rows in the units of predictions, `(rows, features)` float32.
+        inputs (`Callable`, *optional*): gives them as the model takes them; None where nothing is to be predicted.
+        batches (`Callable`, *optional*): gives their experimental batches; None where there are none.
+    """
+
+    rows_of: dict[Group, np.ndarray]
+    ids: Callable[[np.ndarray], np.ndarray] | None
+    scored: Callable[[np.ndarray], np.ndarray]
+    inputs: Callable[[np.ndarray], np.ndarray] | None = None
+    batches: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def rows(self, group: Group, seed: int, at_most: int | None) -> np.ndarray:
+        """
+        The cells of a group in the order in which they are drawn: that of their barcodes and the seed, so that it does not
+        depend on where the cells stand.
+        """
+        rows = self.rows_of.get(group, np.zeros(0, dtype=np.int64))
+        return rows[order_of(self.ids(rows) if self.ids else None, len(rows), seed)][:at_most]
+
+
+@dataclass
+class Predicted:
+    """
+    The predicted cells of a group.
+
+    Args:
+        cells (`np.ndarray` of shape `(cells, features)`): float32.
+        of_controls (`bool`): cell i was predicted from the i-th control cell of its context.
+        confidence (`float`, *optional*): what the model expects of its error.
+    """
+
+    cells: np.ndarray
+    of_controls: bool = False
+    confidence: float | None = None
+
+
+class ControlCells:
+    """
+    The control cells of a context, and what is computed of them alone, once for all its groups.
+
+    Args:
+        cells (`np.ndarray` of shape `(cells, features)`): in the order in which they are drawn.
+        names (`tuple[str, str]`): dataset and context.
+        seed (`int`), draws (`int`): of the bootstrap; without draws, only the figures themselves are found.
+    """
+
+    def __init__(self, cells: np.ndarray, names: tuple[str, str], seed: int = 0, draws: int = DRAWS):
+        self.cells, self.names, self.seed, self.draws = cells, names, seed, draws
+        self._smaller: dict[int, ControlCells] = {}
+
+    def first(self, number: int) -> "ControlCells":
+        """The first of the cells."""
+        if number >= len(self.cells):
+            return self
+        if number not in self._smaller:
+            self._smaller = {number: ControlCells(self.cells[:number], self.names, self.seed, self.draws)}
+        return self._smaller[number]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """See [`bootstrap_weights`]."""
+        return bootstrap_weights(generator_of(self.seed, self.names[1]), len(self.cells), self.draws)
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """The mean of the cells, and of each resampling, `(1 + draws, features)` float64."""
+        return means_of(self.cells, self.weights)
+
+    @cached_property
+    def within(self) -> np.ndarray:
+        """The mean distance of all pairs, of the cells and of each resampling."""
+        return weighted_distances(self.cells, self.cells, self.weights, self.weights)
+
+
+@dataclass
+class GroupResult:
+    """
+    The scores of one group.
+
+    Args:
+        group (`Group`): dataset, context, perturbation.
+        figures (`dict[str, np.ndarray]`): method to `(1 + draws, metrics)`: the [`METRICS`], then those of each resampling.
+        reasons (`dict[str, str]`): method to the reason why it has no figures.
+        numbers (`dict[str, int]`): `predicted_cells`, `real_cells` and `control_cells`.
+        means (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, each `(features,)` float32.
+        samples (`dict[str, np.ndarray]`): some `control`, `observed` and `predicted` cells.
+        confidence (`float`, *optional*): of the model.
+    """
+
+    group: Group
+    figures: dict[str, np.ndarray]
+    reasons: dict[str, str]
+    numbers: dict[str, int]
+    means: dict[str, np.ndarray]
+    samples: dict[str, np.ndarray] = field(default_factory=dict)
+    confidence: float | None = None
+
+
+def means_of(cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """
+    The weighted means of cells, `(rows, features)` float64; the first row, in which all cells count alike, is added up in
+    float64.
+    """
+    means = (weights @ cells).astype(np.float64)
+    means[0] = cells.mean(axis=0, dtype=np.float64)
+    return means
+
+
+def score_group(
+    group: Group,
+    predicted: Predicted | None,
+    real: np.ndarray,
+    controls: ControlCells,
+    baselines: Baselines,
+    seed: int = 0,
+) -> GroupResult:
+    """
+    Score the model, each baseline and a repeat of the experiment on one group.
+
+    Every change is measured from the mean of the same control cells. The baselines change these very cells. Resamplings draw
+    real cells and control cells; a cell that was predicted from a control cell, or is its change, is drawn with it.
+
+    The ceiling says what a repeat of the experiment with as many cells would reach. It is estimated from random halves of
+    the n real cells: with r the correlation of their changes, `2r / (1 + r)` (Spearman-Brown); the MAE of their means
+    divided by the square root of 2; half of their energy distance, as both shrink with the number of cells.
+
+    Args:
+        group (`Group`): dataset, context, perturbation.
+        predicted ([`Predicted`], *optional*): predicted cells; without them the baselines alone are scored.
+        real (`np.ndarray` of shape `(cells, features)`): real perturbed cells.
+        controls ([`ControlCells`]): real control cells.
+        baselines ([`Baselines`]): what they learned.
+        seed (`int`): of the resamplings and halves.
+
+    Raises:
+        FloatingPointError: a figure is infinite, or NaN where it is no undefined correlation; the error names it.
+    """
+    controls = controls.first(max(FEWEST, CELLS_FOR_EACH * len(real)))
+    generator = generator_of(seed, *group[1:])
+    weights = bootstrap_weights(generator, len(real), controls.draws)
+    observed = means_of(real, weights)
+    within = weighted_distances(real, real, weights, weights)
+    result = GroupResult(
+        group,
+        figures={},
+        reasons={},
+        numbers={"real_cells": len(real), "control_cells": len(controls.cells)},
+        means={"control": controls.means[0].astype(np.float32), "observed": observed[0].astype(np.float32)},
+    )
+
+    def figures(cells: np.ndarray, drawn: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+        own = weighted_distances(cells, cells, drawn, drawn) if own is None else own
+        between = weighted_distances(cells, real, drawn, weights)
+        return np.stack(
+            [
+                correlation(means - controls.means, observed - controls.means),
+                np.abs(means - observed).mean(axis=1),
+                between - own / 2 - within / 2,
+            ],
+            axis=1,
+        )
+
+    if predicted is not None:
+        cells = predicted.cells[: len(controls.cells)] if predicted.of_controls else predicted.cells
+        alike = predicted.of_controls and len(cells) == len(controls.cells)
+        drawn = (
+            controls.weights
+            if alike
+            else bootstrap_weights(generator_of(seed, *group[1:], MODEL), len(cells), controls.draws)
+        )
+        means = means_of(cells, drawn)
+        result.figures[MODEL] = figures(cells, drawn, means)
+        result.numbers["predicted_cells"], result.confidence = len(cells), predicted.confidence
+        result.means["predicted"] = means[0].astype(np.float32)
+    for method, change in baselines.of(group[2], controls.means[0]).items():
+        if isinstance(change, str):
+            result.reasons[method] = change
+        elif method == NO_CHANGE:
+            result.figures[method] = figures(controls.cells, controls.weights, controls.means, controls.within)
+        else:
+            changed = change.apply(controls.cells, baselines.clip)
+            result.figures[method] = figures(changed, controls.weights, means_of(changed, controls.weights))
+    if len(real) < 4:
+        result.reasons[CEILING] = "fewer than four real cells"
+    else:
+        result.figures[CEILING] = _ceiling(real, controls.means[0], generator, controls.draws)
+    for method, found in result.figures.items():
+        _check_finite(found[0], method, group[2])
+    return result
+
+
+def _ceiling(real: np.ndarray, control_mean: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
+    halves = np.stack([generator.permutation(len(real)) < len(real) // 2 for _ in range(HALVES)])
+    first, second = (
+        part.astype(np.float32) / part.sum(axis=1, keepdims=True, dtype=np.float32) for part in (halves, ~halves)
+    )
+    means = [(part @ real).astype(np.float64) for part in (first, second)]
+    of_halves = correlation(*(mean - control_mean for mean in means))
+    r = float(of_halves[np.isfinite(of_halves)].mean()) if np.isfinite(of_halves).any() else np.nan
+    between, a, b = (
+        weighted_distances(real, real, u, v).mean() for u, v in ((first, second), (first, first), (second, second))
+    )
+    figures = [
+        0.0 if r <= 0 else 2 * r / (1 + r),
+        np.abs(means[0] - means[1]).mean() / np.sqrt(2),
+        (between - a / 2 - b / 2) / 2,
+    ]
+    # It is an estimate itself: no interval is given.
+    return np.vstack([figures, np.full((draws, len(METRICS)), np.nan)])
+
+
+def _check_finite(figures: np.ndarray, method: str, perturbation: str):
+    for metric, value in zip(METRICS, figures):
+        if np.isinf(value) or (np.isnan(value) and metric != "pearson"):
+            raise FloatingPointError(
+                f"{metric} of {method!r} for the perturbation {perturbation!r} is {value}: its predicted or real cells hold "
+                "values that are NaN, infinite or too large"
+            )
+
+
+def score_groups(
+    real: RealCells,
+    groups: Iterable[tuple[Group, Predicted | None]],
+    control: str,
+    baselines: Baselines,
+    seed: int = 0,
+    max_cells: int | None = MAX_CELLS,
+    samples: int = 0,
+    draws: int = DRAWS,
+) -> Iterator[GroupResult]:
+    """
+    Score groups one after another, those of a context together.
+
+    Args:
+        real ([`RealCells`]): real cells and their controls.
+        groups (iterable of `(Group, Predicted)`): what is scored.
+        control (`str`): the perturbation of control cells.
+        baselines ([`Baselines`]): what they learned.
+        seed (`int`), max_cells (`int`, *optional*): at most so many cells of each kind, drawn with this seed; all by None.
+        samples (`int`): so many cells of each kind are kept for pictures.
+        draws (`int`): resamplings of the bootstrap.
+    """
+    kept: dict[tuple[str, str], ControlCells] = {}
+    for group, predicted in groups:
+        place = group[:2]
+        if place not in kept:
+            rows = real.rows((*place, control), seed, max_cells)
+            kept = {place: ControlCells(real.scored(rows), place, seed, draws)}
+        cells = real.scored(real.rows(group, seed, max_cells))
+        result = score_group(group, predicted, cells, kept[place], baselines, seed)
+        shown = {"control": kept[place].cells, "observed": cells}
+        if predicted is not None:
+            shown["predicted"] = predicted.cells
+        result.samples = {name: of[:samples].astype(np.float32) for name, of in shown.items()}
+        yield result
+
+
+def methods_of(results: list[GroupResult]) -> list[str]:
+    """All methods that have figures or reasons, in the order of tables."""
+    found = {name for result in results for name in (*result.figures, *result.reasons)}
+    return [name for name in (MODEL, *BASELINES, CEILING) if name in found]

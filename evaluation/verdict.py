@@ -1,0 +1,138 @@
+"""Averages over groups with their intervals, and what follows of them in words."""
+
+import numpy as np
+import pandas as pd
+
+from pertstate.evaluation.bootstrap import interval, resampled_average
+from pertstate.evaluation.metrics import CEILING, HIGHER_IS_BETTER, METRICS, MODEL, NAMES
+from pertstate.evaluation.scoring import GroupResult, methods_of
+
+
+def averages_of(results: list[GroupResult], seed: int = 0) -> pd.DataFrame:
+    """
+    The average of each method and metric over groups, with a 95 % interval by the bootstrap over groups and, within each,
+    over cells. See [`Scores`] for the columns.
+    """
+    chosen = _resampled_groups(results, _draws(results), seed)
+    rows, values = [], {}
+    for method in methods_of(results):
+        for m, metric in enumerate(METRICS):
+            figures = _figures(results, method, m)
+            if not np.isfinite(figures[:, 0]).any():
+                continue
+            draws = resampled_average(figures, chosen)
+            low, high = interval(draws)
+            values[method, metric] = draws[0]
+            number = int(np.isfinite(figures[:, 0]).sum())
+            rows.append(
+                {"method": method, "metric": metric, "value": draws[0], "low": low, "high": high, "groups": number}
+            )
+    for row in rows:
+        row["share"] = _share(values, row["metric"]) if row["method"] == MODEL else np.nan
+    return pd.DataFrame(rows, columns=["method", "metric", "value", "low", "high", "groups", "share"])
+
+
+def best_baseline(values: dict[tuple[str, str], float], metric: str) -> str | None:
+    """The baseline with the best average; None where there is none."""
+    found = {method: value for (method, of), value in values.items() if of == metric and method not in (MODEL, CEILING)}
+    if not found:
+        return None
+    return (max if HIGHER_IS_BETTER[metric] else min)(found, key=lambda method: found[method])
+
+
+def _share(values: dict[tuple[str, str], float], metric: str) -> float:
+    """Which part of the way from the best baseline to the ceiling the model goes; NaN where there is no way."""
+    best, ceiling = best_baseline(values, metric), values.get((CEILING, metric))
+    if best is None or ceiling is None or (MODEL, metric) not in values:
+        return float("nan")
+    way = ceiling - values[best, metric]
+    ahead = way > 0 if HIGHER_IS_BETTER[metric] else way < 0
+    return float((values[MODEL, metric] - values[best, metric]) / way) if ahead else float("nan")
+
+
+def verdict_of(results: list[GroupResult], name: str = "the model", seed: int = 0) -> str:
+    """
+    What the paired bootstrap says of the model beside each baseline, metric by metric. "Better" and "worse" are said only
+    where the 95 % interval of the difference, over the groups that both have, leaves out 0.
+    """
+    if not results:
+        return "No verdict: no group is left that the model was not trained on."
+    if not any(MODEL in result.figures for result in results):
+        return "No verdict: no model was scored, only baselines."
+    chosen = _resampled_groups(results, _draws(results), seed)
+    said = [f"In {NAMES[metric]}: {_of_metric(results, m, metric, chosen)}." for m, metric in enumerate(METRICS)]
+    number = f"{len(results)} group{'s' if len(results) > 1 else ''}"
+    return " ".join([f"What {number} say of {name}.", *said])
+
+
+def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarray) -> str:
+    model = _figures(results, MODEL, m)
+    sign = 1 if HIGHER_IS_BETTER[metric] else -1
+    better: list[tuple[float, float, float, str]] = []
+    worse: list[tuple[float, float, float, str]] = []
+    alike: list[tuple[float, float, float, str]] = []
+    unknown: list[tuple[float, float, float, str]] = []
+    for method in methods_of(results):
+        if method in (MODEL, CEILING):
+            continue
+        draws = resampled_average(sign * (model - _figures(results, method, m)), chosen)
+        if not np.isfinite(draws[0]):
+            continue
+        low, high = interval(draws)
+        kind = unknown if low != low else better if low > 0 else worse if high < 0 else alike
+        kind.append((float(draws[0]), low, high, method))
+    if not (better or worse or alike):
+        return "no verdict, as there are too few cells for an interval" if unknown else "no baseline to compare with"
+    parts = []
+    if worse:
+        parts.append("worse than " + ", ".join(_named(found, sign) for found in sorted(worse)))
+    if alike:
+        parts.append("not distinguishable from " + ", ".join(method for *_, method in sorted(alike)))
+    if better and not (worse or alike or unknown):
+        every = "every baseline" if len(better) > 1 else "the one baseline"
+        parts.append(f"better than {every}, the nearest of which is {_named(min(better), sign)}")
+    elif better:
+        parts.append("better than " + ", ".join(method for *_, method in sorted(better)))
+    if unknown:
+        parts.append("no interval beside " + ", ".join(method for *_, method in unknown))
+    return "; ".join(parts)
+
+
+def _named(found: tuple[float, float, float, str], sign: int) -> str:
+    """A baseline, and the model's figure less its own, with the interval of that difference."""
+    difference, low, high, method = found
+    ends = sorted((sign * low, sign * high))
+    return f"{method} ({sign * difference:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
+
+
+def _figures(results: list[GroupResult], method: str, m: int) -> np.ndarray:
+    """A metric of a method in each group, `(groups, 1 + draws)`; NaN where the method has none."""
+    nothing = np.full(1 + _draws(results), np.nan)
+    return np.stack([result.figures[method][:, m] if method in result.figures else nothing for result in results])
+
+
+def _draws(results: list[GroupResult]) -> int:
+    return len(next(iter(results[0].figures.values()))) - 1 if results else 0
+
+
+def _resampled_groups(results: list, draws: int, seed: int) -> np.ndarray:
+    """The groups of each resampling, `(draws, groups)`."""
+    return np.random.default_rng([seed, 1]).integers(0, max(1, len(results)), (draws, len(results)))
+
+
+def compare(first: list[GroupResult], second: list[GroupResult], names: tuple[str, str], seed: int = 0) -> str:
+    """What the paired bootstrap says of two models on the groups that both predicted, metric by metric."""
+    of_second = {result.group: result for result in second if MODEL in result.figures}
+    pairs = [(a, of_second[a.group]) for a in first if a.group in of_second and MODEL in a.figures]
+    if not pairs:
+        return f"{names[0]} and {names[1]} have no group in common."
+    chosen = _resampled_groups(pairs, _draws(first), seed)
+    said = []
+    for m, metric in enumerate(METRICS):
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        difference = np.stack([sign * (a.figures[MODEL][:, m] - b.figures[MODEL][:, m]) for a, b in pairs])
+        draws = resampled_average(difference, chosen)
+        low, high = interval(draws)
+        word = "not distinguishable from" if not (low > 0 or high < 0) else "better than" if low > 0 else "worse than"
+        said.append(f"In {NAMES[metric]}: {word} {_named((float(draws[0]), low, high, names[1]), sign)}.")
+    return " ".join([f"What {len(pairs)} groups say of {names[0]}.", *said])

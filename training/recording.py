@@ -1,0 +1,136 @@
+"""The record of a run: made before its first step, from what it reads and what it starts from."""
+
+from typing import TYPE_CHECKING
+
+from pertstate.base.checkpoint_files import hub_arguments
+from pertstate.base.hub_names import is_repository
+from pertstate.base.public import last_part, public
+from pertstate.data.group_means import GroupMeans
+from pertstate.data.record import Ancestor, RunRecord, source_of
+from pertstate.data.training_sentences import TrainingSentences
+from pertstate.hub.provenance import Provenance
+from pertstate.training.pretrained import Pretrained
+
+
+if TYPE_CHECKING:
+    from pertstate.training.run_config import RunConfig
+
+# What may differ between a run and the one that continues it: where it is written, how long it goes on, what it tells.
+_FREE = (
+    *(
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite",
+        "max_steps",
+        "num_train_epochs",
+        "save_steps",
+        "save_total_limit",
+    ),
+    *(
+        "save_strategy",
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+    ),
+    *(
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_revision",
+        "license",
+        "data_license",
+    ),
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "per_device_eval_batch_size"),
+    *("eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "use_cpu"),
+    *(
+        "bf16",
+        "fp16",
+        "tf32",
+        "torch_compile",
+        "torch_compile_mode",
+        "torch_compile_backend",
+        "log_level",
+        "logging_dir",
+    ),
+)
+
+
+# The data themselves are told by their hashes.
+_HASHED = ("datasets", "store", "splits", "files")
+
+
+def settings_of(run: "RunConfig") -> dict:
+    """What of a run's sections shapes its result."""
+    data = {
+        f"data.{name}": getattr(run.data, name)
+        for name in sorted(run.given)
+        if hasattr(run.data, name) and name not in _HASHED
+    }
+    training = {f"training.{name}": value for name, value in run.training.items() if name not in _FREE}
+    model = {f"model.{name}": value for name, value in run.model.items()}
+    return public({**data, **model, **training})
+
+
+def record_of(
+    run: "RunConfig",
+    data: TrainingSentences,
+    fitted: bool,
+    provenance: Provenance | None,
+    pretrained: Pretrained | None,
+    means: GroupMeans | None,
+) -> RunRecord:
+    """
+    What a run learns from.
+
+    Args:
+        run (`RunConfig`): its sections.
+        data ([`TrainingSentences`]): its training split, which knows the other splits' groups too.
+        fitted (`bool`): the model is fitted in one pass, in which only controls of training groups take part.
+        provenance ([`Provenance`], *optional*): the files, of the process that hashed them.
+        pretrained ([`Pretrained`], *optional*): the checkpoint that it starts from.
+        means ([`GroupMeans`], *optional*): of the training groups.
+    """
+    groups = data.recorded_groups()
+    trained = {(group.dataset, group.context) for group in groups if group.split == "train"}
+    learned = sorted(trained) if fitted else data.learned_controls()
+    hashes, whole = data.hashes() or (None, True)
+    return RunRecord(
+        control=data.processor.control,
+        groups=groups,
+        learned_controls=learned,
+        sources=[] if provenance is None else [source_of(source) for source in provenance.sources],
+        settings=settings_of(run),
+        notes=list(data.notes),
+        chosen_on_all=run.data.hvg_on_all and isinstance(run.data.genes, int),
+        ancestors=ancestors_of(pretrained),
+        means=means,
+        hashes=hashes,
+        whole=whole,
+    )
+
+
+def check_same_run(checkpoint: str, record: RunRecord):
+    """
+    Raises:
+        ValueError: the checkpoint that is continued is of another run; the error says what differs.
+    """
+    before = RunRecord.load(checkpoint)
+    if before is not None and (difference := before.difference(record)) is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is of another run: {difference}; continue it with what it was begun with, or "
+            "train anew in another output_dir (or with --overwrite)"
+        )
+
+
+def ancestors_of(pretrained: Pretrained | None) -> list[Ancestor]:
+    """The checkpoint that a run starts from, and those before it."""
+    if pretrained is None:
+        return []
+    name = pretrained.name if is_repository(pretrained.name) else last_part(pretrained.name)
+    record = RunRecord.load(pretrained.name, hub_arguments({"revision": pretrained.revision}))
+    return [Ancestor(name, None)] if record is None else record.as_ancestors(name)
