@@ -149,7 +149,7 @@ class RunRecord:
         return notes
 
     def as_ancestors(self, name: str) -> list[Ancestor]:
-        """This checkpoint and those that came before it, for the record of a run that starts from it."""
+        """The checkpoint of this record and those before it, for the record of a run that starts from it."""
         return [Ancestor(name, self.of_split(Split.TRAIN)), *self.ancestors]
 
     def difference(self, other: "RunRecord") -> str | None:

@@ -19,9 +19,7 @@ LOGGED = (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE)
 
 
 def scored_cells(cells: Cells, processor: StateProcessor, decoded: bool):
-    """
-    What predictions are compared with: the features, in the units of the predictions, or the genes where they are decoded.
-    """
+    """What predictions are compared with: features in the units of predictions, or genes where they are decoded."""
     return cells.genes if decoded else AsPredicted(cells.features, processor)
 
 
