@@ -10,6 +10,7 @@ import pandas as pd
 from transformers import ProcessorMixin
 
 from .base.anndata_source import AnnDataSource, Part
+from .base.cell_ids import cell_ids, order_of
 from .base.cell_sentences import CellSentences, SentenceLayout
 from .base.cell_source import fit_processor
 from .base.cell_values import (
@@ -469,7 +470,10 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.check_scale(adata, input, convert_scale)
         labels = self.labels(adata)
         groups = self.control_groups(labels, context)
-        cut = {name: self.cut(rows, seed) for name, rows in groups.items()}
+        if seed is not None:
+            orders = {name: order_of(cell_ids(adata.obs_names[rows]), len(rows), seed) for name, rows in groups.items()}
+            groups = {name: rows[orders[name]] for name, rows in groups.items()}
+        cut = {name: self.cut(rows) for name, rows in groups.items()}
         values = {name: self.features(adata, np.sort(rows), missing_genes, input) for name, rows in groups.items()}
 
         # Every sentence of every context, once for each perturbation.
@@ -505,10 +509,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         """Context to the row numbers of its control cells. ValueError for a context without any."""
         return control_rows(labels, self.control, self.perturbation_key, context)
 
-    def cut(self, rows: np.ndarray, seed: int | None = None) -> list[np.ndarray]:
+    def cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """Row numbers cut into sentences of at most `set_size` cells, of nearly equal sizes."""
-        if seed is not None:
-            rows = np.random.default_rng(seed).permutation(rows)
         return np.array_split(rows, -(-len(rows) // self.set_size))
 
     def decode(self, outputs: PerturbationOutput, sentences: CellSentences, checkpoint: str | None = None):

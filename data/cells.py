@@ -33,7 +33,7 @@ class Cells:
             and `start` and `stop`, the rows of its cells.
         notes (`list[str]`): what was left out when the cells were read, in sentences.
         ids (`Callable`, *optional*): gives a number for the barcode of each of some rows, see
-            [`~pertstate.data.cell_ids.cell_ids`]; None where cells have no barcodes.
+            [`~pertstate.base.cell_ids.cell_ids`]; None where cells have no barcodes.
     """
 
     features: "np.ndarray | StoredRows"

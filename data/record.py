@@ -12,11 +12,11 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
 from pertstate.base.public import public
-from pertstate.data.cell_ids import is_number, mixed, name_id
 from pertstate.data.group_means import GroupMeans
 
 
@@ -112,7 +112,7 @@ class RunRecord:
         Whether cells of a perturbation are among the training cells, whatever their context is called.
 
         Args:
-            ids (`np.ndarray`, *optional*): see [`~pertstate.data.cell_ids.cell_ids`].
+            ids (`np.ndarray`, *optional*): see [`~pertstate.base.cell_ids.cell_ids`].
         """
         if self.hashes is None or ids is None or not len(self.hashes):
             return False

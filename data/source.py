@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Places, Recipe
+from pertstate.base.cell_ids import cell_ids
 from pertstate.base.cell_source import WholeSource
 from pertstate.base.gene_names import MAX_MISSING_GENES
-from pertstate.data.cell_ids import cell_ids
 from pertstate.data.reading import AnnDataFile, naming
 from pertstate.processing import StateProcessor
 
@@ -47,7 +47,7 @@ class NamedSource(WholeSource):
 
     @abstractmethod
     def cell_ids(self, rows: np.ndarray) -> np.ndarray:
-        """A number for the barcode of each of some cells, see [`~pertstate.data.cell_ids.cell_ids`]."""
+        """A number for the barcode of each of some cells, see [`~pertstate.base.cell_ids.cell_ids`]."""
 
 
 class FileSource(AnnDataSource, NamedSource):

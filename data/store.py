@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 import scipy.sparse as sp
 
+from pertstate.base.cell_ids import cell_ids
 from pertstate.base.cell_source import Block, LazyBlock, check_contexts
 from pertstate.base.cell_values import normalize_counts
 from pertstate.base.constants import Values
@@ -20,7 +21,6 @@ from pertstate.base.finite import are_finite, check_totals, wrong
 from pertstate.base.messages import given, some
 from pertstate.base.value_scale import Scale
 from pertstate.base.vocabulary import PerturbationFeatures
-from pertstate.data.cell_ids import cell_ids
 from pertstate.data.cells import Cells, load
 from pertstate.data.manifest import (
     BARCODE,

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
@@ -17,7 +18,6 @@ from pertstate.base.outputs import claimed_file
 from pertstate.base.processor_files import PROCESSOR_SETTINGS
 from pertstate.base.public import last_part
 from pertstate.base.tables import check_table, write_csv
-from pertstate.data.cell_ids import cell_ids, order_of
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums

@@ -14,7 +14,7 @@ METRICS = ("pearson", "mae", "energy")
 HIGHER_IS_BETTER = {"pearson": True, "mae": False, "energy": False}
 # What each is called in sentences.
 NAMES = {"pearson": "correlation of the mean change", "mae": "MAE of the mean", "energy": "energy distance"}
-# The rows of a table that are no baselines: the model, and what a repeat of the experiment would reach.
+# The rows of a table that are no baselines: the model, and what a perfect model would reach.
 MODEL, CEILING = "model", "ceiling"
 # The name of a model that was given the observed cells.
 CEILING_MODEL = "model (ceiling)"

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import saying_disk_errors, whole_file
@@ -27,7 +28,6 @@ from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import get_logger
-from pertstate.data.cell_ids import cell_ids, order_of
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.others_data import read_as
 from pertstate.processing import NO_DOSES, StateProcessor

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pertstate.data.cell_ids import order_of
+from pertstate.base.cell_ids import order_of
 from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, Baselines
 from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation, generator_of, weighted_distances
 from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
@@ -31,7 +31,7 @@ class RealCells:
     Args:
         rows_of (`dict[Group, np.ndarray]`): the rows of the cells of each (dataset, context, perturbation).
         ids (`Callable`, *optional*): gives a number for the barcode of each of some rows, see
-            [`~pertstate.data.cell_ids.cell_ids`]; None where cells have no barcodes.
+            [`~pertstate.base.cell_ids.cell_ids`]; None where cells have no barcodes.
         scored (`Callable`): gives the cells of some rows in the units of predictions, `(rows, features)` float32.
         inputs (`Callable`, *optional*): gives them as the model takes them; None where nothing is to be predicted.
         batches (`Callable`, *optional*): gives their experimental batches; None where there are none.
@@ -149,14 +149,16 @@ def score_group(
     seed: int = 0,
 ) -> GroupResult:
     """
-    Score the model, each baseline and a repeat of the experiment on one group.
+    Score the model and each baseline on one group, and estimate the ceiling.
 
     Every change is measured from the mean of the same control cells. The baselines change these very cells. Resamplings draw
     real cells and control cells; a cell that was predicted from a control cell, or is its change, is drawn with it.
 
-    The ceiling says what a repeat of the experiment with as many cells would reach. It is estimated from random halves of
-    the n real cells: with r the correlation of their changes, `2r / (1 + r)` (Spearman-Brown); the MAE of their means
-    divided by the square root of 2; half of their energy distance, as both shrink with the number of cells.
+    The ceiling says what a perfect model would reach, which knows the true distribution of the perturbed cells and is judged by
+    n real cells. It is estimated from random halves of these: with r the correlation of their changes, the square root of
+    `2r / (1 + r)` (Spearman and Brown's reliability of all cells; its root is the correlation with the truth); half of the MAE
+    of their means, whose error is twice that of all cells; `(1 + n / m) / 4` of their energy distance, which shrinks as the
+    number of cells grows, for a model that predicts m cells, as many as there are control cells.
 
     Args:
         group (`Group`): dataset, context, perturbation.
@@ -217,30 +219,30 @@ def score_group(
     if len(real) < 4:
         result.reasons[CEILING] = "fewer than four real cells"
     else:
-        result.figures[CEILING] = _ceiling(real, controls.means[0], generator, controls.draws)
+        result.figures[CEILING] = _ceiling(real, controls, generator)
     for method, found in result.figures.items():
         _check_finite(found[0], method, group[2])
     return result
 
 
-def _ceiling(real: np.ndarray, control_mean: np.ndarray, generator: np.random.Generator, draws: int) -> np.ndarray:
+def _ceiling(real: np.ndarray, controls: ControlCells, generator: np.random.Generator) -> np.ndarray:
     halves = np.stack([generator.permutation(len(real)) < len(real) // 2 for _ in range(HALVES)])
     first, second = (
         part.astype(np.float32) / part.sum(axis=1, keepdims=True, dtype=np.float32) for part in (halves, ~halves)
     )
     means = [(part @ real).astype(np.float64) for part in (first, second)]
-    of_halves = correlation(*(mean - control_mean for mean in means))
+    of_halves = correlation(*(mean - controls.means[0] for mean in means))
     r = float(of_halves[np.isfinite(of_halves)].mean()) if np.isfinite(of_halves).any() else np.nan
     between, a, b = (
         weighted_distances(real, real, u, v).mean() for u, v in ((first, second), (first, first), (second, second))
     )
     figures = [
-        0.0 if r <= 0 else 2 * r / (1 + r),
-        np.abs(means[0] - means[1]).mean() / np.sqrt(2),
-        (between - a / 2 - b / 2) / 2,
+        0.0 if r <= 0 else np.sqrt(2 * r / (1 + r)),
+        np.abs(means[0] - means[1]).mean() / 2,
+        (between - a / 2 - b / 2) * (1 + len(real) / len(controls.cells)) / 4,
     ]
     # It is an estimate itself: no interval is given.
-    return np.vstack([figures, np.full((draws, len(METRICS)), np.nan)])
+    return np.vstack([figures, np.full((controls.draws, len(METRICS)), np.nan)])
 
 
 def _check_finite(figures: np.ndarray, method: str, perturbation: str):

@@ -18,13 +18,11 @@ from pertstate.cli import main
 from pertstate.configuration_state import StateConfig
 from pertstate.data import simulate_screen
 from pertstate.data.cells import sort_into_groups
-from pertstate.evaluation import MeanChanges, score_group
-from pertstate.evaluation.metrics import (
-    METRICS,
-    MODEL,
-    NO_CHANGE,
-    PERTURBATION_MEAN,
-)
+from pertstate.data.group_means import GroupMeans
+from pertstate.data.group_sums import GroupSums
+from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, PERTURBATION_MEAN, Baselines
+from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
+from pertstate.evaluation.scoring import ControlCells, Predicted, score_group
 
 
 GENES, SET_SIZE = 30, 8
@@ -404,29 +402,36 @@ def test_the_table_is_that_of_score_group(folder, tmp_path, model):
     trained = ~(here & real.obs["perturbation"].isin(names)).to_numpy()  # what is scored teaches no baseline
     obs = real.obs.rename(columns={"cell_type": "context"})[trained]
     order, groups = sort_into_groups(obs[["context", "perturbation"]].astype(str).assign(dataset=""))
-    changes = MeanChanges.fit(units[trained][order], groups, "control", clip=model != "embedding")
-    controls = units[cells_of(real, "type_0", "control")]
+    log1p = model not in ("embedding", "raw")
+    means = GroupMeans.of_sums(GroupSums.of_cells(units[trained][order], groups, "control", log1p=log1p))
+    baselines = Baselines(means, lambda name: name.split("+"), clip=model != "embedding")
+    controls = ControlCells(units[cells_of(real, "type_0", "control")], ("", "type_0"))
     expected = {
         name: score_group(
-            predicted[cells_of(predicted, "type_0", name)].X,
+            ("", "type_0", name),
+            Predicted(predicted[cells_of(predicted, "type_0", name)].X),
             units[cells_of(real, "type_0", name)],
             controls,
-            name,
-            name.split("+"),
-            changes,
+            baselines,
         )
         for name in names
     }
-    assert set(found.index[:-4]) == {("type_0", name, method) for name in names for method in expected[name]}
+    methods = {MODEL, *BASELINES, CEILING}
+    of_groups = found[found.index.get_level_values(0) != "mean"]
+    assert set(of_groups.index) == {("type_0", name, method) for name in names for method in methods}
     for name in names:
-        for method, figures in expected[name].items():
+        for method in methods - {CEILING}:  # whose halves are drawn in the order of the cells
             row = found.loc["type_0", name, method]
-            for metric in METRICS:
-                assert row[metric] == pytest.approx(figures[metric], abs=1e-5, rel=1e-4, nan_ok=True), (name, method)
+            figures = expected[name].figures.get(method)
+            assert (figures is None) == (isinstance(row["reason"], str) and row["reason"] != ""), (name, method)
+            for m, metric in enumerate(METRICS):
+                wanted = np.nan if figures is None else figures[0, m]
+                assert row[metric] == pytest.approx(wanted, abs=1e-5, rel=1e-4, nan_ok=True), (name, method)
             assert (row["real_cells"], row["control_cells"]) == (10, 20)
-    for metric in METRICS:
+    for m, metric in enumerate(METRICS):
         mean = found.loc["mean", "mean", MODEL][metric]
-        assert mean == pytest.approx(np.mean([expected[name][MODEL][metric] for name in names]), abs=1e-5, rel=1e-4)
+        wanted = np.mean([expected[name].figures[MODEL][0, m] for name in names])
+        assert mean == pytest.approx(wanted, abs=1e-5, rel=1e-4)
     assert np.isnan(found.loc["type_0", "pert_0", NO_CHANGE]["pearson"])
 
 
@@ -454,17 +459,15 @@ def test_what_is_printed(folder, tmp_path, capsys):
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[0].split() == ["context", "perturbation", "method", *METRICS]
-    assert [line.split()[:2] for line in lines[1:]] == [
-        *[["type_0", "pert_0"]] * 2,
-        *[["type_0", "pert_2"]] * 2,
-        *[["type_1", "pert_0"]] * 2,
-        *[["mean", "mean"]] * 2,
-    ]
+    groups = [["type_0", "pert_0"], ["type_0", "pert_2"], ["type_1", "pert_0"]]
+    rows = 2 + len(BASELINES)  # with those of the model and the ceiling
+    assert [line.split()[:2] for line in lines[1 : 1 + 3 * rows]] == [group for group in groups for _ in range(rows)]
+    assert lines[-1].startswith("What 3 groups say of the model. In correlation of the mean change: ")
     assert "1 predicted groups have no real cells and are not scored: ['type_1 / pert_2']" in printed.err
     assert "30 cells of" in printed.err and "are among the real cells that are scored: left out of it" in printed.err
     # All cells of pert_0 and pert_2 are scored, so that the baselines know neither.
-    assert "so they have no row 'perturbation mean': ['pert_0', 'pert_2']" in printed.err
-    assert "perturbation mean" not in printed.out
+    means = [line.split() for line in lines if "perturbation mean " in line]
+    assert [line[-3:] for line in means] == [["-", "-", "-"]] * 3
 
 
 def test_training_cells_are_told_apart_by_more_than_their_number(folder, tmp_path, capsys):

@@ -68,18 +68,17 @@ def test_values_of_another_scale_are_converted_where_asked(folder, tmp_path, cap
     assert "--convert-scale" in found and len(found.splitlines()) == 1
 
 
-def test_fewer_controls_are_drawn_with_a_seed(folder):
+def test_fewer_cells_are_drawn_with_a_seed(folder):
     files = [folder / name for name in ("predicted.h5ad", "screen.h5ad", "screen.h5ad")]
 
     def controls_and_scores(**options):
-        table, _ = evaluate(*files, quiet=True, **options)
-        groups = table[table["context"] != "mean"]
-        return groups["control_cells"].unique().tolist(), table[list(METRICS)].to_numpy()
+        table = evaluate(*files, quiet=True, **options).table
+        return table["control_cells"].unique().tolist(), table[list(METRICS)].to_numpy()
 
     cells, whole = controls_and_scores()
     assert cells == [24]
-    cells, drawn = controls_and_scores(max_controls=10, seed=1)
+    cells, drawn = controls_and_scores(max_cells=10, seed=1)
     assert cells == [10] and not np.allclose(drawn, whole, equal_nan=True)
-    np.testing.assert_array_equal(controls_and_scores(max_controls=10, seed=1)[1], drawn)
-    assert not np.allclose(controls_and_scores(max_controls=10, seed=2)[1], drawn, equal_nan=True)
-    np.testing.assert_array_equal(controls_and_scores(max_controls=1000)[1], whole)
+    np.testing.assert_array_equal(controls_and_scores(max_cells=10, seed=1)[1], drawn)
+    assert not np.allclose(controls_and_scores(max_cells=10, seed=2)[1], drawn, equal_nan=True)
+    np.testing.assert_allclose(controls_and_scores(max_cells=None)[1], whole, rtol=1e-5)

@@ -27,10 +27,11 @@ from pertstate.data import (
     simulate_screen,
 )
 from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.stores import write_parquet
-from pertstate.evaluation import MeanChanges, predict
-from pertstate.evaluation.metrics import ADDITIVE, PERTURBATION_MEAN
+from pertstate.evaluation import Baselines, predict
+from pertstate.evaluation.baselines import ADDITIVE, PERTURBATION_MEAN
 from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
 
@@ -128,15 +129,16 @@ def test_means_are_exact_on_real_cells(shared, tmp_path):
     np.testing.assert_array_equal(model.changes.numpy(), np.stack([0 * change, change]).astype(np.float32))
     controls = processor.features(adata, np.flatnonzero(is_control & (adata.obs["cell_type"] == "NK").to_numpy()))
     groups = cells.groups[cells.groups["split"].isin(["train", "control"])]
-    baseline = MeanChanges.fit(cells.features, groups, "control")
+    means = GroupMeans.of_sums(GroupSums.of_cells(cells.features, groups, "control"))
     [name] = processor.vocabulary.perturbations
     outputs = model(
         torch.from_numpy(controls)[None], **{k: torch.from_numpy(v) for k, v in processor.encode([name]).items()}
     )
     # Rounded to float32 once, and where the change is added once more.
-    expected = baseline.perturbation_mean(name, controls)
+    known = Baselines(means, lambda name: [name], clip=True).of(name, controls.mean(axis=0))
+    expected = known[PERTURBATION_MEAN].apply(controls, True)
     np.testing.assert_allclose(outputs.predictions[0].numpy(), expected, rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(baseline.changes[name].astype(np.float32), model.changes[1].numpy())
+    np.testing.assert_allclose(means.changes()[name], model.changes[1].numpy(), rtol=0, atol=1e-6)
 
     model = fit("state-context-mean", cells, processor, tmp_path).model
     for table, means in ((model.perturbed_means, stimulated), (model.control_means, base)):
@@ -165,7 +167,8 @@ def test_closed_forms_are_exact_on_real_cells(shared, tmp_path):
         a, b = name.split("+")
         expected = np.maximum(controls + changes[a] + changes[b], 0)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-        np.testing.assert_allclose(trainer.mean_changes.additive([a, b], controls), expected, rtol=0, atol=1e-12)
+        known = trainer.baselines().of(name, controls.mean(axis=0))
+        np.testing.assert_allclose(known[ADDITIVE].apply(controls, True), expected, rtol=0, atol=1e-6)
 
     model = fit("state-linear", cells, processor, tmp_path, nonnegative_output=False).model
     singles = processor.vocabulary.perturbations

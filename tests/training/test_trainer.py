@@ -17,7 +17,8 @@ from pertstate.data import (
     load_cells,
     simulate_screen,
 )
-from pertstate.evaluation.metrics import score_group
+from pertstate.evaluation.group_scores import LOGGED, logged_figures
+from pertstate.evaluation.scoring import ControlCells, Predicted, score_group
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
@@ -99,22 +100,18 @@ def test_evaluation_scores_groups_beside_the_baselines(screen, tmp_path):
         features = dataset.cells.features
         scores.append(
             score_group(
-                np.concatenate(cells),
+                (group.dataset, group.context, group.perturbation),
+                Predicted(np.concatenate(cells), of_controls=True),
                 features[group.rows],
-                features[np.concatenate(given)],
-                group.perturbation,
-                [group.perturbation],
-                trainer.mean_changes,
+                ControlCells(features[np.concatenate(given)], (group.dataset, group.context)),
+                trainer.baselines(),
             )
         )
     assert len(scores) == 3
-    for method, prefix in (("model", ""), ("no change", "no_change_"), ("perturbation mean", "perturbation_mean_")):
-        for metric in ("pearson", "mae", "energy"):
-            if (method, metric) == ("no change", "pearson"):
-                assert "eval_no_change_pearson" not in metrics
-                continue
-            expected = np.mean([score[method][metric] for score in scores])
-            assert metrics[f"eval_{prefix}{metric}"] == pytest.approx(expected, rel=1e-4), (method, metric)
+    expected = {f"eval_{name}": figure for name, figure in logged_figures(scores, LOGGED).items()}
+    assert {"eval_pearson", "eval_no_change_energy", "eval_perturbation_mean_mae"} <= set(expected)
+    assert "eval_no_change_pearson" not in expected
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_baselines_know_the_training_split_alone(screen, tmp_path):
@@ -126,7 +123,7 @@ def test_baselines_know_the_training_split_alone(screen, tmp_path):
         treated = cells.features[here & (cells.obs["perturbation"] == "pert_1").to_numpy()]
         controls = cells.features[here & (cells.obs["perturbation"] == "control").to_numpy()]
         changes.append(treated.mean(axis=0) - controls.mean(axis=0))
-    np.testing.assert_allclose(trainer.mean_changes.changes["pert_1"], np.mean(changes, axis=0), atol=1e-5)
+    np.testing.assert_allclose(trainer.learned_means().changes()["pert_1"], np.mean(changes, axis=0), atol=1e-5)
 
 
 def test_an_infinite_loss_stops_the_run(screen, tmp_path):
@@ -143,6 +140,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "anndata_source.py",
+        "cell_ids.py",
         "cell_sentences.py",
         "cell_source.py",
         "cell_values.py",

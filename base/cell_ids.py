@@ -44,3 +44,6 @@ def order_of(ids: np.ndarray | None, number: int, seed: int) -> np.ndarray:
     if ids is None:
         return np.random.default_rng(seed).permutation(number)
     return np.argsort(mixed(ids, seed), kind="stable")
+
+
+__all__ = ["cell_ids", "is_number", "mixed", "name_id", "order_of"]
