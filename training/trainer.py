@@ -30,7 +30,6 @@ from pertstate.evaluation.group_scores import (
     groups_of,
     real_cells_of,
 )
-from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import check_perturbations, counted_elsewhere
 from pertstate.evaluation.scores import Scores, averages_as_figures
@@ -281,7 +280,7 @@ class StateTrainer(Trainer):
         results = list(score_groups(real, own, processor.control, baselines, seed, samples=samples_of(len(groups))))
         gathered = sorted(gather_object(results), key=lambda result: result.group)
         features = processor.vocabulary.genes or processor.output_names(len(gathered[0].means["observed"]))
-        scores = scores_of(gathered, features, self.record, MODEL, seed=seed, is_ceiling=self.model.is_ceiling)
+        scores = scores_of(gathered, features, self.record, "the model", seed=seed, is_ceiling=self.model.is_ceiling)
         self.log(averages_as_figures(scores, prefix))
         return scores
 
