@@ -265,7 +265,7 @@ def recorded_groups(groups: pd.DataFrame) -> list[RecordedGroup]:
     sizes = groups.assign(cells=groups["stop"] - groups["start"])
     keys = ["dataset", "context", "perturbation", "split"]
     summed = sizes.groupby(keys, observed=True, sort=True)["cells"].sum()
-    return [RecordedGroup(*map(str, key), int(cells)) for key, cells in summed.items()]
+    return [RecordedGroup(str(a), str(b), str(c), str(d), int(cells)) for (a, b, c, d), cells in summed.items()]
 
 
 def hashes_of(ids: np.ndarray, perturbation: str) -> np.ndarray:

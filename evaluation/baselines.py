@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pertstate.base.messages import given
 from pertstate.base.modeling_fitted import ridge_weights
 from pertstate.data.group_means import GroupMeans
 
@@ -142,13 +143,14 @@ class Baselines:
         return np.sum([of[part] for part in parts], axis=0)
 
     def _nearest(self, perturbation: str, control_mean: np.ndarray) -> Change | str:
-        having = self.means.contexts_of(perturbation)
+        means = given("means", self.means)
+        having = means.contexts_of(perturbation)
         if not having:
             return "no training cell of it"
         if len(having) < 2:
             return "one training context alone has it"
-        distances = [np.linalg.norm(self.means.control_mean(place) - control_mean) for place in having]
-        return Change(self.means.change(having[int(np.argmin(distances))], perturbation))
+        distances = [np.linalg.norm(means.control_mean(place) - control_mean) for place in having]
+        return Change(means.change(having[int(np.argmin(distances))], perturbation))
 
     def _ridge(self, perturbation: str, parts: list[str]) -> Change | str:
         if len(self._changes) < 2:

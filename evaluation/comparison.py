@@ -14,6 +14,7 @@ from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
+from pertstate.base.messages import given
 from pertstate.base.outputs import claimed_file
 from pertstate.base.processor_files import PROCESSOR_SETTINGS
 from pertstate.base.public import last_part
@@ -87,30 +88,29 @@ def evaluate(
     """
     if (predicted is None) == (model is None):
         raise ValueError("evaluate needs predicted cells or a model that predicts them, one of the two")
-    if model is not None and processor is None:
-        raise ValueError("evaluate needs the processor of the model")
     notes: list[str] = []
     with ExitStack() as stack:
         truth = stack.enter_context(AnnDataFile(real))
         if model is None:
-            guess = stack.enter_context(AnnDataFile(predicted))
+            guess = stack.enter_context(AnnDataFile(str(predicted)))
             reader, scorer = readers_of(guess, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
             ceiling = guess.uns.get("pertstate", {}).get("ceiling")
         else:
-            guess, reader, ceiling = None, None, CEILING if model.is_ceiling else None
-            scorer = scorer_of(processor, model.config, keys)
+            own = given("the model's processor", processor)
+            ceiling = CEILING if model.is_ceiling else None
+            scorer = scorer_of(own, model.config, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
-                scorer = scorer_of(processor, model.config, {**keys, "context": contexts[0]})
+                scorer = scorer_of(own, model.config, {**keys, "context": contexts[0]})
         scorer.check_scale(truth, convert=convert_scale)
         real_labels = scorer.labels(truth)
         there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
-        if guess is not None:
+        if model is None:
             labels = reader.labels(guess)
             pairs = [tuple(pair) for pair in labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
         else:
-            pairs = _asked(processor, record, there, contexts, perturbations)
+            pairs = _asked(own, record, there, contexts, perturbations)
         pairs = [
             pair
             for pair in pairs
@@ -143,9 +143,7 @@ def evaluate(
         if model is None:
             found = _predicted_of_file(reader, guess, labels, groups, cells, scorer.control, seed, max_cells)
         else:
-            inputs = read_as(
-                processor, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches)
-            )
+            inputs = read_as(own, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches))
             cells.inputs = lambda rows: inputs.features(truth, rows)
             if inputs.batch_key is not None:
                 batches = inputs.labels(truth)["batch"].to_numpy()
@@ -153,7 +151,7 @@ def evaluate(
             found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
         bar = tqdm(found, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
         results = list(score_groups(cells, bar, scorer.control, baselines, seed, max_cells, samples_of(len(groups))))
-        genes = scorer.output_names(len(results[0].means["observed"])) or [str(gene) for gene in guess.var_names]
+        genes = scorer.output_names(len(results[0].means["observed"]))
 
     def seen(group: Group) -> str:
         if record is None:
@@ -253,7 +251,7 @@ def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control,
         rows = np.asarray(grouped[group[1], group[2]])
         rows = rows[order_of(ids[rows], len(rows), seed)][:max_cells]
         if group[1] not in of_context:
-            of_context = {group[1]: cells.ids(cells.rows(("", group[1], control), seed, max_cells))}
+            of_context = {group[1]: given("ids", cells.ids)(cells.rows(("", group[1], control), seed, max_cells))}
         # Where each was predicted from the control cell that is drawn at its place.
         paired = barcodes is not None and np.array_equal(ids[rows], of_context[group[1]][: len(rows)])
         yield (

@@ -1,6 +1,7 @@
 """Predictions of a model for groups of real cells, in memory, as `pertstate predict` makes them of a file."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, LABELS
 from pertstate.base.finite import check_predicted
+from pertstate.base.messages import given
 from pertstate.evaluation.prediction import check_batches, check_perturbations, counted_elsewhere
 from pertstate.evaluation.scoring import MAX_CELLS, Group, Predicted, RealCells
 from pertstate.processing import StateProcessor
@@ -52,7 +54,7 @@ def predicted_groups(
         source = group if model.is_ceiling else (dataset, context, processor.control)
         if source != place:
             rows = real.rows(source, seed, max_cells)
-            cells, place = real.inputs(rows), source
+            cells, place = given("inputs", real.inputs)(rows), source
             batches = None
             if real.batches is not None and processor.batch_key is not None:
                 known = real.batches(rows)
@@ -60,11 +62,13 @@ def predicted_groups(
                     check_batches(processor, known)
                 batches = processor.encode_batches(known)
         found, confidence = _predict(model, processor, cells, batches, context, of_name[perturbation], batch_size)
-        of_group = f"{context} / {perturbation}"
-        check_predicted(
-            found, [f"feature {i}" for i in range(found.shape[1])], lambda row, of=of_group: f"{of} (cell {row})"
-        )
+        names_of_features = processor.vocabulary.genes or processor.output_names(found.shape[1])
+        check_predicted(found, names_of_features, partial(_named, context, perturbation))
         yield group, Predicted(found, not model.is_ceiling, confidence)
+
+
+def _named(context: str, perturbation: str, row: int) -> str:
+    return f"{context} / {perturbation} (cell {row})"
 
 
 def _predict(model, processor, cells, batches, context, encoded, batch_size) -> tuple[np.ndarray, float | None]:

@@ -204,7 +204,7 @@ def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
 
 def _results(metrics: dict) -> list[dict]:
     """The scores of the model and of each baseline that was scored. A score that is undefined is None."""
-    rows = []
+    rows: list[dict] = []
     for method in (MODEL, *BASELINES, CEILING):
         prefix = "test_" + ("" if method == MODEL else method.replace(" ", "_") + "_")
         if f"{prefix}energy" in metrics:
