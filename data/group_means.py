@@ -58,7 +58,7 @@ class GroupMeans:
 
     def contexts_of(self, perturbation: str) -> list[tuple[str, str]]:
         """The (dataset, context) pairs that have training cells of a perturbation, sorted."""
-        return [key[:2] for key in self.groups if key[2] == perturbation]
+        return self._contexts.get(perturbation, [])
 
     def control_mean(self, place: tuple[str, str]) -> np.ndarray:
         """The mean control cell of a (dataset, context), float64."""
@@ -80,6 +80,13 @@ class GroupMeans:
         rows = [i for i, key in enumerate(self.groups) if key[2] in kept]
         expression = None if self.expression is None else self.expression[rows]
         return GroupMeans(self.control, [self.groups[i] for i in rows], self.counts[rows], self.means[rows], expression)
+
+    @cached_property
+    def _contexts(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for dataset, context, name in self.groups:
+            found.setdefault(name, []).append((dataset, context))
+        return found
 
     @cached_property
     def _row(self) -> dict[GroupKey, int]:

@@ -3,7 +3,8 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,23 @@ class RunRecord:
         Args:
             dataset (`str`, *optional*): its dataset, where it is known to be one of the run's.
         """
+        datasets, of_ancestors = self._trained
+        of_pair = datasets.get((context, perturbation), set())
+        if of_pair if dataset is None else dataset in of_pair:
+            return "trained on"
+        return of_ancestors.get((context, perturbation), "")
+
+    @cached_property
+    def _trained(self) -> tuple[dict[tuple[str, str], set[str]], dict[tuple[str, str], str]]:
+        """The datasets in which each (context, perturbation) was trained on, and what is said of those of ancestors."""
+        datasets: dict[tuple[str, str], set[str]] = {}
         for group in self.of_split(Split.TRAIN):
-            if (group.context, group.perturbation) == (context, perturbation) and dataset in (None, group.dataset):
-                return "trained on"
+            datasets.setdefault((group.context, group.perturbation), set()).add(group.dataset)
+        of_ancestors: dict[tuple[str, str], str] = {}
         for ancestor in self.ancestors:
             for group in ancestor.groups or ():
-                if (group.context, group.perturbation) == (context, perturbation) and group.split == Split.TRAIN:
-                    return f"trained on by {ancestor.name}"
-        return ""
+                of_ancestors.setdefault((group.context, group.perturbation), f"trained on by {ancestor.name}")
+        return datasets, of_ancestors
 
     def seen_cells(self, perturbation: str, ids: np.ndarray | None) -> bool:
         """
@@ -254,10 +264,6 @@ class RunRecord:
             hashes=arrays.get("cells"),
             whole=bool(content["all_hashes"]),
         )
-
-    def without_arrays(self) -> "RunRecord":
-        """The same without means and hashes."""
-        return replace(self, means=None, hashes=None)
 
 
 def recorded_groups(groups: pd.DataFrame) -> list[RecordedGroup]:

@@ -65,7 +65,8 @@ def scores_of(
     if record is not None:
         notes += record.warnings({group[:2] for group in how})
     averages = averages_of(averaged, seed)
-    table = pd.DataFrame([row for result in results for row in _rows(result, methods_of(results), how[result.group])])
+    methods = methods_of(results)
+    table = pd.DataFrame([row for result in results for row in _rows(result, methods, how[result.group])])
     if is_ceiling:
         notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: it was given the real cells")
         for frame in (table, averages):
