@@ -101,9 +101,9 @@ def test_labels_in_every_order_are_those_of_the_plain_file(tmp_path):
         == 0
     )
     assert set(ad.read_h5ad(tmp_path / "p.h5ad").obs["perturbation"]) == {"A", "B", "A+B"}
-    table, notes = evaluate(tmp_path / "p.h5ad", tmp_path / "other.h5ad", tmp_path / "other.h5ad", quiet=True)
-    scored = table[table["perturbation"] != "mean"]
-    assert set(scored["perturbation"]) == {"A", "B", "A+B"} and not [note for note in notes if "no real cells" in note]
+    scores = evaluate(tmp_path / "p.h5ad", tmp_path / "other.h5ad", tmp_path / "other.h5ad", quiet=True)
+    assert set(scores.table["perturbation"]) == {"A", "B", "A+B"}
+    assert not [note for note in scores.notes if "no real cells" in note]
 
 
 def test_the_additive_baseline_of_gears_labels_is_that_of_plain_ones(tmp_path):
@@ -120,9 +120,9 @@ def test_the_additive_baseline_of_gears_labels_is_that_of_plain_ones(tmp_path):
         assert content
         processor, model = AutoProcessor.from_pretrained(tmp_path / name), AutoModel.from_pretrained(tmp_path / name)
         predict(model, processor, path, tmp_path / "p.h5ad", perturbations=["A+B"], quiet=True, overwrite=True)
-        table, _ = evaluate(tmp_path / "p.h5ad", path, path, quiet=True)
+        table = evaluate(tmp_path / "p.h5ad", path, path, quiet=True).table
         rows.append(table[table["method"] == "additive"].reset_index(drop=True))
-    assert len(rows[0]) == 3
+    assert len(rows[0]) == 2
     pd.testing.assert_frame_equal(rows[0], rows[1])
 
 
@@ -318,8 +318,8 @@ def test_doses_stand_in_the_output_and_in_its_scores(series, caplog):
         for d in (0.01, 0.1, 1)
     }
     assert change[0.01] < change[0.1] < change[1]
-    table, _ = evaluate(out, series / "s.h5ad", series / "s.h5ad", quiet=True)
-    assert set(table["perturbation"]) == {"drug@0.01", "drug@0.1", "drug@1", "mean"}
+    table = evaluate(out, series / "s.h5ad", series / "s.h5ad", quiet=True).table
+    assert set(table["perturbation"]) == {"drug@0.01", "drug@0.1", "drug@1"}
 
 
 @pytest.mark.parametrize(

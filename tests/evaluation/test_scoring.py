@@ -168,6 +168,16 @@ def test_distances_are_those_of_float64():
             np.testing.assert_allclose(weighted_distances(a, b, *weights, block=block), expected, rtol=1e-6)
 
 
+def test_near_and_equal_cells_keep_their_digits():
+    x = rng(0).gamma(1, 2, (40, 500)).astype(np.float32)
+    near = x + rng(1).normal(0, 1e-3, x.shape).astype(np.float32)
+    uniform = np.full((1, 40), 1 / 40, dtype=np.float32)
+    exact = double_sum(x, near)
+    between, within, own = (weighted_distances(a, b, uniform, uniform)[0] for a, b in ((x, near), (x, x), (near, near)))
+    assert between - within / 2 - own / 2 == pytest.approx(exact, abs=1e-5)
+    assert weighted_distances(x, x.copy(), uniform, uniform)[0] == pytest.approx(cdist(x, x).mean(), rel=1e-6)
+
+
 def test_too_few_or_broken_cells_are_said():
     real, controls = rng(0).random((3, 5)).astype(np.float32), rng(1).random((6, 5)).astype(np.float32)
     result = scored(None, real, controls)
