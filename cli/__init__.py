@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
 from pertstate.base.stopped import StoppedError, stopped_by_signals
-from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, train
+from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, report, train
 
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "info": info,
     "predict": predict,
     "evaluate": evaluate,
+    "report": report,
     "push": push,
     "convert": convert,
     "merge": merge,

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM
 
 
 # Without a GPU, its kernels are run by Triton's interpreter. Triton is told so before anything imports it.
@@ -23,12 +24,12 @@ def _one_thread():
 
 
 def pytest_collection_modifyitems(config, items):
-    """A clone without the reference data leaves out the tests that read it, and says so in one line."""
-    if SHARED.is_dir():
-        return
-    left_out = [item for item in items if item.get_closest_marker("shared")]
+    """Tests that need what is not there, the reference data or a browser, are left out, and one line says so."""
+    absent = [] if SHARED.is_dir() else ["shared"]
+    absent += [] if CHROMIUM else ["browser"]
+    left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     if left_out:
-        items[:] = [item for item in items if not item.get_closest_marker("shared")]
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
         config.hook.pytest_deselected(items=left_out)
 
 
@@ -45,6 +46,8 @@ def pytest_terminal_summary(terminalreporter, config):
     # Not their number: with several workers, these collect the tests, and not the process that reports.
     if not SHARED.is_dir():
         terminalreporter.write_line(f"the tests that read reference data were left out: no folder {SHARED}")
+    if not CHROMIUM:
+        terminalreporter.write_line("the tests of pages in a browser were left out: no chromium")
 
 
 @pytest.fixture

@@ -1,0 +1,205 @@
+"""What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well confidence ranks errors."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from pertstate.base.files import PARTIAL
+from pertstate.evaluation.metrics import METRICS, MODEL
+from pertstate.evaluation.scores import SUMMARY, Scores
+
+
+SCORES_FOLDER, STATE_FILE = "scores", "trainer_state.json"
+KINDS = ("control", "observed", "predicted")
+# Columns of the table of scores that are no figures of merit.
+COUNTS = ("predicted_cells", "real_cells", "control_cells")
+_NO_FIGURES = {"dataset", "context", "perturbation", "method", "reason", "seen", "confidence", *COUNTS}
+# More points than these are slow to draw, and hide one another.
+MAP_POINTS = 3000
+_COMPONENTS, _FEWEST = 50, 15
+
+
+def find_scores(path: str | os.PathLike) -> Path:
+    """
+    The folder of scores that a name stands for: a run, or the folder itself.
+
+    Raises:
+        FileNotFoundError: neither holds scores.
+    """
+    for folder in (Path(path), Path(path) / SCORES_FOLDER):
+        if (folder / SUMMARY).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{path} holds no scores: expected {SUMMARY} in it or in its folder {SCORES_FOLDER}, which pertstate train and evaluate "
+        "write; name the folder of a run, or of scores"
+    )
+
+
+def read_log(path: str | os.PathLike) -> list[dict[str, float]]:
+    """
+    What a run logged, one entry for each log: that of its own trainer state, or of its latest checkpoint's. `path` is the run, or
+    the folder of scores in it. Empty where there is none, as of models that are fitted in one pass.
+
+    Raises:
+        ValueError: the state is damaged.
+    """
+    folder = Path(path)
+    for run in (folder, folder.parent) if folder.name == SCORES_FOLDER else (folder,):
+        found = [*run.glob(STATE_FILE), *run.glob(f"checkpoint-*/{STATE_FILE}")]
+        states = [state for state in found if not state.parent.name.endswith(PARTIAL)]
+        if states:
+            return max(
+                (_log_of(state) for state in states), key=lambda log: max((row["step"] for row in log), default=-1)
+            )
+    return []
+
+
+def _log_of(path: Path) -> list[dict[str, float]]:
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return [
+            {str(key): value for key, value in row.items() if _is_number(value)} for row in history if "step" in row
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: expected log_history of a Trainer, found {error!r}; remove it") from error
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def by_step(log: list[dict[str, float]]) -> pd.DataFrame:
+    """
+    The log of a Trainer as a table with one row for each step: `step`, `epoch`, and a column for each figure; NaN where a step has
+    none. Of two entries of a step with the same figure, the later one counts.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log:
+        rows.setdefault(int(entry["step"]), {}).update(entry)
+    table = pd.DataFrame([rows[step] for step in sorted(rows)])
+    first = [name for name in ("step", "epoch") if name in table]
+    return table[first + [name for name in table if name not in first]]
+
+
+def metrics_of(table: pd.DataFrame) -> list[str]:
+    """The columns of a table of scores that are figures of merit: [`METRICS`] first."""
+    numbers = [name for name in table if name not in _NO_FIGURES and table[name].dtype.kind in "fiu"]
+    return [name for name in METRICS if name in numbers] + [name for name in numbers if name not in METRICS]
+
+
+def mean_changes(scores: Scores) -> dict[str, np.ndarray]:
+    """`observed` and `predicted` mean changes from control, `(groups, genes)` float32 each, where the scores have them."""
+    control = scores.changes.get("control")
+    if control is None:
+        return {}
+    return {name: scores.changes[name] - control for name in KINDS[1:] if name in scores.changes}
+
+
+def gene_tests(scores: Scores) -> np.ndarray | None:
+    """
+    Whether a gene differs between real perturbed and control cells: Welch's t-test in the sample of cells that the scores keep, with
+    p-values adjusted over the genes of a group (Benjamini & Hochberg 1995).
+
+    A group without control cells of its own takes those of its context. A gene that does not vary in either sample is not tested, and
+    has p-value 1.
+
+    Returns:
+        `np.ndarray` of shape `(groups, genes)`, float32; NaN in groups with fewer than two cells of either kind. None where the scores
+        keep no cells.
+    """
+    cells = scores.cells
+    if not {"observed", "control"} <= set(cells):
+        return None
+    found = np.full((len(scores.groups), len(scores.genes)), np.nan, np.float32)
+    rows = {kind: _rows_of(cells[f"{kind}_group"], len(scores.groups)) for kind in KINDS[:2]}
+    of_context: dict[tuple[str, str], list[np.ndarray]] = {}
+    for number, group in enumerate(scores.groups):
+        of_context.setdefault(group[:2], []).append(rows["control"][number])
+    for number, group in enumerate(scores.groups):
+        own = rows["control"][number]
+        controls = own if len(own) else np.concatenate(of_context[group[:2]])
+        if len(rows["observed"][number]) > 1 and len(controls) > 1:
+            found[number] = _welch(cells["observed"][rows["observed"][number]], cells["control"][controls])
+    return found
+
+
+def _rows_of(groups: np.ndarray, number: int) -> list[np.ndarray]:
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.searchsorted(groups[order], np.arange(1, number)))
+
+
+def _welch(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Adjusted p-values of each column."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    parts = [values.var(axis=0, ddof=1) / len(values) for values in (x, y)]
+    error = parts[0] + parts[1]
+    varies = error > 0
+    p = np.ones(x.shape[1])
+    part_x, part_y, error = parts[0][varies], parts[1][varies], error[varies]
+    freedom = error**2 / (part_x**2 / (len(x) - 1) + part_y**2 / (len(y) - 1))
+    t = (x[:, varies].mean(axis=0) - y[:, varies].mean(axis=0)) / np.sqrt(error)
+    p[varies] = 2 * stats.t.sf(np.abs(t), freedom)
+    return stats.false_discovery_control(p) if len(p) else p
+
+
+def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFrame | None:
+    """
+    Real perturbed, control and predicted cells in two dimensions: PCA of all of them together, then UMAP (McInnes et al. 2018).
+
+    Args:
+        scores ([`Scores`]): their cells are drawn from, the same number of each kind where there are enough.
+        most (`int`): the largest number of cells.
+        seed (`int`): of the draw and of UMAP.
+
+    Returns:
+        `pandas.DataFrame`: columns `x`, `y`, `kind` (one of `KINDS`) and `group`, a number; None where there are too few cells.
+    """
+    kinds = [kind for kind in KINDS if len(scores.cells.get(kind, ()))]
+    if sum(len(scores.cells[kind]) for kind in kinds) < _FEWEST or not scores.genes:
+        return None
+    from sklearn.decomposition import PCA
+    from umap import UMAP
+
+    generator = np.random.default_rng(seed)
+    drawn = {
+        kind: np.sort(generator.permutation(len(scores.cells[kind]))[: max(1, most // len(kinds))]) for kind in kinds
+    }
+    values = np.concatenate([scores.cells[kind][rows] for kind, rows in drawn.items()]).astype(np.float32)
+    components = min(_COMPONENTS, *values.shape)
+    reduced = PCA(components, svd_solver="randomized" if components < min(values.shape) else "full", random_state=seed)
+    neighbors = min(15, len(values) - 1)
+    # One job: with a seed the library would warn and take one anyway.
+    places = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(reduced.fit_transform(values))
+    return pd.DataFrame(
+        {
+            "x": places[:, 0],
+            "y": places[:, 1],
+            "kind": np.repeat(kinds, [len(rows) for rows in drawn.values()]),
+            "group": np.concatenate([scores.cells[f"{kind}_group"][rows] for kind, rows in drawn.items()]),
+        }
+    )
+
+
+def calibration(scores: Scores) -> tuple[pd.DataFrame, float] | None:
+    """
+    The confidence of a model beside its error: the loss that it expects of itself and the energy distance that was found.
+
+    Returns:
+        The rows of the model's groups that were not trained on and have both, and Spearman's rank correlation of the two, NaN where
+        it is not defined; None where the model has no confidence.
+    """
+    table = scores.table
+    if "confidence" not in table:
+        return None
+    rows = table[(table["method"] == MODEL) & table["confidence"].notna() & table["energy"].notna()]
+    unseen = rows[rows["seen"] == ""]
+    rows = unseen if len(unseen) else rows
+    if not len(rows):
+        return None
+    ranks = [rows[name].rank() for name in ("confidence", "energy")]
+    defined = len(rows) > 1 and all(rank.std() > 0 for rank in ranks)
+    return rows, float(np.corrcoef(*ranks)[0, 1]) if defined else float("nan")
