@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pertstate._version import __version__
+from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
@@ -97,7 +98,7 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
         averages=_averages(scores.averages),
         metrics=list(dict.fromkeys(scores.averages["metric"])) if len(scores.averages) else [],
         has_seen=bool((scores.table["seen"] != "").any()),
-        record=_entries(public(scores.record)),
+        record=_entries(public(_in_short(scores.record))),
         settings=_entries(public(scores.settings)),
         missing=missing,
         groups=len(scores.groups),
@@ -277,11 +278,40 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else "–"
 
 
+def _in_short(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what is for programs, and with the groups of each context and split counted."""
+    short: dict[str, Any] = {name.replace("_", " "): held for name, held in record.items() if name not in ("format", "means", "all_hashes")}
+    if isinstance(record.get("groups"), dict):
+        short["groups"] = {
+            dataset: {
+                context: "; ".join(
+                    f"{split}: {sum(of.values()):,} cells"
+                    + (f" of {len(of):,} perturbations" if split != Split.CONTROL else "")
+                    for split, of in of_context.items()
+                )
+                for context, of_context in of_dataset.items()
+            }
+            for dataset, of_dataset in record["groups"].items()
+        }
+    if "sources" in record:
+        short["sources"] = [", ".join(f"{name} {value}" for name, value in of.items()) for of in record["sources"]]
+    if "ancestors" in record:
+        short["ancestors"] = [
+            f"{one['name']}: " + ("not recorded" if one["groups"] is None else f"trained on {_contexts(one['groups'])}")
+            for one in record["ancestors"]
+        ]
+    return short
+
+
+def _contexts(groups: dict[str, dict]) -> str:
+    return ", ".join(context for of_dataset in groups.values() for context in of_dataset)
+
+
 def _entries(value: Any) -> list[dict[str, Any]]:
     """A record as a list of entries: a name with a text, with a list, or with entries of its own."""
     found = []
     for name, held in value.items():
-        entry: dict[str, Any] = {"name": str(name).replace("_", " "), "text": None, "items": None, "entries": None}
+        entry: dict[str, Any] = {"name": str(name), "text": None, "items": None, "entries": None}
         if isinstance(held, dict):
             entry["entries"] = _entries(held)
         elif isinstance(held, list | tuple):

@@ -197,6 +197,8 @@
   const drawAverages = () => {
     const place = by("averages-pictures");
     if (!place) return;
+    // All places first: the number of columns, and so the width of each picture, depends on them.
+    const places = [];
     for (const metric of [...new Set(data.averages.map((row) => row.metric))]) {
       const rows = data.averages.filter((row) => row.metric === metric && row.value !== null).reverse();
       if (!rows.length) continue;
@@ -204,6 +206,9 @@
       div.setAttribute("role", "img");
       div.setAttribute("aria-label", `Average ${metric} of each method`);
       place.append(div);
+      places.push([metric, rows, div]);
+    }
+    for (const [metric, rows, div] of places) {
       const isModel = (row) => row.method === data.model;
       Plotly.newPlot(div, [{
         type: "scatter", mode: "markers", x: rows.map((row) => row.value), y: rows.map((_, i) => i), text: rows.map((row) => plain(row.method)),
@@ -361,7 +366,9 @@
   const curvesOf = () => {
     const names = new Set(Object.keys(data.history).filter((name) => !["step", "epoch"].includes(name)).map((name) => name.replace(/^eval_/, "")));
     const found = [...names].filter((name) => [name, `eval_${name}`].some((key) => (data.history[key] ?? []).filter((value) => value !== null).length > 1));
-    return found.length ? found : [...names];
+    const shown = found.length ? found : [...names];
+    // The loss is what most people look for.
+    return shown.sort((a, b) => (b === "loss") - (a === "loss"));
   };
 
   const start = async () => {
