@@ -280,7 +280,9 @@ def _figure(value: float) -> str:
 
 def _in_short(record: dict[str, Any]) -> dict[str, Any]:
     """A record without what is for programs, and with the groups of each context and split counted."""
-    short: dict[str, Any] = {name.replace("_", " "): held for name, held in record.items() if name not in ("format", "means", "all_hashes")}
+    short: dict[str, Any] = {
+        name.replace("_", " "): held for name, held in record.items() if name not in ("format", "means", "all_hashes")
+    }
     if isinstance(record.get("groups"), dict):
         short["groups"] = {
             dataset: {
