@@ -5,7 +5,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
-from .base.modeling_finetuning import BATCHES, FEATURES
+from .base.modeling_anchor import Anchor
+from .base.modeling_finetuning import BATCHES, FEATURES, PERTURBATIONS
 from .base.modeling_layers import ConfidenceHead, SetTransformer
 from .base.modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 from .configuration_state import StateConfig
@@ -58,6 +59,13 @@ class StateForPerturbation(StatePreTrainedModel):
             self.output_adapter = nn.Sequential(
                 nn.Linear(config.output_dim, bottleneck), nn.GELU(), nn.Linear(bottleneck, config.output_dim)
             )
+        if config.residual == "anchor":
+            self.anchor = Anchor(
+                config.perturbation_width,
+                config.output_dim,
+                expression=config.nonnegative_output,
+                by_features=config.num_perturbations is None,
+            )
         self._make_gene_decoder()
         self.post_init()
 
@@ -70,6 +78,10 @@ class StateForPerturbation(StatePreTrainedModel):
         if self.config.output_adapter:
             axes["output_adapter.0.weight"] = {1: FEATURES}
             axes |= {"output_adapter.2.weight": {0: FEATURES}, "output_adapter.2.bias": {0: FEATURES}}
+        if self.config.residual == "anchor":
+            for name, table in self.anchor.named_buffers(prefix="anchor"):
+                of_rows = {} if self.anchor.by_features else {0: PERTURBATIONS}
+                axes[name] = {**of_rows, 1: FEATURES} if table.dim() == 2 else {0: FEATURES}
         return axes
 
     def _init_weights(self, module: nn.Module):
@@ -80,8 +92,11 @@ class StateForPerturbation(StatePreTrainedModel):
             if self.config.confidence_token:
                 init.normal_(module.confidence_token, std=self.config.initializer_range)
         # Not in the branch above: transformers does not initialise a custom top module without parameters of its own.
-        if module is self.output_head.layers[-1] and self.config.residual == "output":
+        if module is self.output_head.layers[-1] and self.config.residual in ("output", "anchor"):
             init.zeros_(module.weight)
+        if isinstance(module, Anchor):
+            for table in module.buffers():
+                init.zeros_(table)
 
     @capture_outputs
     def forward(
@@ -127,6 +142,9 @@ class StateForPerturbation(StatePreTrainedModel):
         predictions = self.output_head(cells)
         if config.residual == "output":
             predictions = predictions + control_cells
+        if config.residual == "anchor":
+            changed = self.anchor(control_cells, perturbation_ids, perturbation_doses, perturbation_features)
+            predictions = predictions + changed
         if config.output_adapter:
             predictions = self.output_adapter(predictions)
         return self._outputs(

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,10 @@ from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
+from pertstate.training.anchoring import fit_anchor
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.fitting import fit_model, gather_means
+from pertstate.training.averaging import WeightAverage
+from pertstate.training.fitting import fit_model, gather_means, gather_sums
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
@@ -61,6 +64,8 @@ class StateTrainer(Trainer):
     - stops with an error where a logged term is NaN or infinite;
     - writes checkpoints that are whole or do not exist, and pushes them so; continues from whole ones alone;
     - stops at SIGINT or SIGTERM after the running step, with a checkpoint of it, see [`Stop`];
+    - starts a model with `residual="anchor"` from what the training cells show, see [`~pertstate.base.modeling_anchor.Anchor`];
+    - evaluates and saves an average of the weights, where `average_decay` asks for one;
     - continues a stream where a checkpoint left it, without reading it from its start;
     - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
@@ -104,8 +109,11 @@ class StateTrainer(Trainer):
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
         self.continued, self.stop = Continued(), Stop()
+        averaged = args.average_decay is not None and not model.fitted
+        self.average = WeightAverage(model, args.average_decay) if averaged else None
+        own = [self.average, self.continued, self.push, self.stop]
         # The last one ends the training: all else has been done then.
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.continued, self.push, self.stop]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *(callback for callback in own if callback is not None)]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
@@ -140,10 +148,14 @@ class StateTrainer(Trainer):
             if folder is None:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint; leave it out")
         self.continued.start(folder, bool(self.args.load_best_model_at_end))
+        if self.average is not None:
+            self.average.continue_from(folder)
         # The library would remove the last checkpoint at the end where it keeps one and another is the best; a run that has
         # none cannot be resumed. It need not make room, as `whole_checkpoint` does.
         asked, self.args = self.args, copy.copy(self.args)
         self.args.save_total_limit = None
+        if folder is None:
+            self._set_anchor()
         if folder is not None and self.train_dataset.load_state(folder):
             self.args.ignore_data_skip = True
         try:
@@ -152,6 +164,9 @@ class StateTrainer(Trainer):
                 self.stop.after_the_last_step(self.args, self.state)
         finally:
             self.args = asked
+            if self.average is not None:
+                loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+                self.average.finish(keep=not loaded)
         if self.continued.step == self.state.global_step:
             # The time and the loss of no step.
             self.state.log_history.pop()
@@ -189,6 +204,16 @@ class StateTrainer(Trainer):
             self.evaluate()
         return TrainOutput(0, float("nan"), metrics)
 
+    def _set_anchor(self):
+        """Give the anchor of a new model what the training cells show; that of a checkpoint stays as it is."""
+        anchor = getattr(self.model, "anchor", None)
+        if anchor is None or any(table.any() for table in anchor.buffers()):
+            return
+        means = gather_means(self.train_dataset, False, self.accelerator) if self.decodes else self.learned_means()
+        if means is None:
+            means = GroupMeans.of_sums(gather_sums(self.train_dataset, self.accelerator, progress=False))
+        fit_anchor(self.model, means, self.train_dataset.processor)
+
     def get_train_dataloader(self) -> DataLoader:
         loader = None if self.train_dataset is None else self.train_dataset.loader(self.args, self.data_collator)
         return super().get_train_dataloader() if loader is None else loader
@@ -200,7 +225,7 @@ class StateTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.lr_decay_epochs is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+            return super().create_scheduler(self.args.schedule_steps or num_training_steps, optimizer)
         # Counted in steps, so that it continues from a checkpoint where it was.
         steps = max(1, round(self.args.lr_decay_epochs * self.steps_per_epoch))
         optimizer = self.create_optimizer() if optimizer is None else optimizer
@@ -228,7 +253,8 @@ class StateTrainer(Trainer):
     ) -> dict[str, float]:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
-        with self.terms.paused(), counted_elsewhere():
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with self.terms.paused(), counted_elsewhere(), averaged:
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
@@ -318,10 +344,13 @@ class StateTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         # Private, as no public method stands around all that is written of a checkpoint.
-        with whole_checkpoint(self, self._asked.save_total_limit, resumable=self.stop.asked) as folder:
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with averaged, whole_checkpoint(self, self._asked.save_total_limit, resumable=self.stop.asked) as folder:
             super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:
                 self.train_dataset.save_state(folder)
+                if self.average is not None and self.args.should_save:
+                    self.average.save_last(folder)
 
     def push_to_hub(  # type: ignore[override]  # it always waits, and its card is not made here
         self,
