@@ -78,6 +78,7 @@ class StateTrainer(Trainer):
         processing_class ([`StateProcessor`], *optional*): saved beside the weights.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
         record ([`RunRecord`], *optional*): what the run learns from, saved beside the weights.
+        stop ([`Stop`], *optional*): what a signal does.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -99,6 +100,7 @@ class StateTrainer(Trainer):
         processing_class=None,
         card: str | None = None,
         record: RunRecord | None = None,
+        stop: Stop | None = None,
         **kwargs,
     ):
         self.push = TrainingPush(args)
@@ -108,12 +110,15 @@ class StateTrainer(Trainer):
         kwargs.setdefault("preprocess_logits_for_metrics", self._scored)
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
-        self.continued, self.stop = Continued(), Stop()
+        self.continued, self.stop = Continued(), Stop() if stop is None else stop
         averaged = args.average_decay is not None and not model.fitted
         self.average = WeightAverage(model, args.average_decay) if averaged else None
         own = [self.average, self.continued, self.push, self.stop]
         # The last one ends the training: all else has been done then.
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *(callback for callback in own if callback is not None)]
+        kwargs["callbacks"] = [
+            *(kwargs.get("callbacks") or []),
+            *(callback for callback in own if callback is not None),
+        ]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
@@ -156,6 +161,9 @@ class StateTrainer(Trainer):
         self.args.save_total_limit = None
         if folder is None:
             self._set_anchor()
+        if self.args.max_steps == 0:
+            self.args = asked
+            return TrainOutput(0, float("nan"), {})
         if folder is not None and self.train_dataset.load_state(folder):
             self.args.ignore_data_skip = True
         try:

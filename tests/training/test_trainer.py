@@ -158,6 +158,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "messages.py",
         "model.safetensors",
         "model_features.py",
+        "modeling_anchor.py",
         "modeling_finetuning.py",
         "modeling_layers.py",
         "modeling_perturbation.py",
