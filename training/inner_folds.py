@@ -10,6 +10,7 @@ import pandas as pd
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from pertstate.base.constants import Split
+from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.base.stopped import StoppedError
 from pertstate.data.cells import Cells
@@ -80,7 +81,7 @@ def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[
         names = set(held[i::number])
         own = training[training["perturbation"].isin(names)]
         groups_of = set(own[["dataset", "context", "perturbation"]].itertuples(index=False, name=None))
-        found.append(InnerFold(f"{len(names)} combinations", groups_of))
+        found.append(InnerFold(some(sorted(names)), groups_of))
     return found
 
 
