@@ -23,6 +23,8 @@ logger = get_logger("pertstate.train")
 
 Key = tuple[str, str, str]
 
+# Groups of contexts that are trained on are held out in so many parts.
+_PARTS = 5
 # Shares of the steps at which the held-out groups are scored, beside the start.
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
@@ -41,8 +43,8 @@ def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[
 
     - Where test groups are of contexts without training groups, or there are no test groups: all groups of a context. Of many
       contexts, those with a middling number of cells.
-    - Where they are perturbations of contexts that are trained on: combinations whose parts all stand in other training
-      groups, in so many parts.
+    - Where they are of contexts that are trained on: a fifth of the groups whose perturbation other contexts have, too; or,
+      where a test perturbation has no training group, of the combinations whose parts all stand in other training groups.
 
     Args:
         groups (`pandas.DataFrame`): `dataset`, `context`, `perturbation`, `split`, `start` and `stop` of the cells.
@@ -69,20 +71,25 @@ def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[
         return [
             InnerFold("/".join(place), {(*place, name) for name in rows.get_group(place)}) for place in sorted(chosen)
         ]
-    combined = sorted({name for name in training["perturbation"] if len(parts(name)) > 1})
-    held = []
-    for name in combined:
-        others = {part for other in set(training["perturbation"]) - {name, control} for part in parts(other)}
-        if set(parts(name)) <= others:
-            held.append(name)
-    number = min(folds, len(held))
-    found = []
-    for i in range(number):
-        names = set(held[i::number])
-        own = training[training["perturbation"].isin(names)]
-        groups_of = set(own[["dataset", "context", "perturbation"]].itertuples(index=False, name=None))
-        found.append(InnerFold(some(sorted(names)), groups_of))
-    return found
+    rows = sorted(training[["perturbation", "dataset", "context"]].drop_duplicates().itertuples(index=False, name=None))
+    names = {name for name, *_ in rows}
+    if set(table.loc[table["split"] == Split.TEST, "perturbation"]) <= names:
+        # Each perturbation stays in other contexts.
+        several = {name for name in names if sum(other == name for other, *_ in rows) > 1}
+        units = [[row] for row in rows if row[0] in several]
+    else:
+        units = []
+        for name in sorted(name for name in names if len(parts(name)) > 1):
+            others = {part for other in names - {name, control} for part in parts(other)}
+            if set(parts(name)) <= others:
+                units.append([row for row in rows if row[0] == name])
+    of_parts = [sum(units[i::_PARTS], []) for i in range(min(_PARTS, len(units)))]
+    return [
+        InnerFold(
+            some(sorted({name for name, *_ in held})), {(dataset, context, name) for name, dataset, context in held}
+        )
+        for held in of_parts[:folds]
+    ]
 
 
 def with_fold(cells: Cells, fold: InnerFold) -> Cells:

@@ -59,7 +59,7 @@ def test_held_out_cells_do_not_enter_the_anchor(screen, tmp_path):
     changes = []
     cells, processor = screen
     for context in ("type_0", "type_1"):
-        of = cells.groups.query("context == @context").set_index("perturbation")
+        of = cells.groups[cells.groups["context"] == context].set_index("perturbation")
         mean = {
             name: cells.features[start:stop].mean(axis=0) for name, start, stop in of[["start", "stop"]].itertuples()
         }

@@ -51,10 +51,26 @@ def test_a_single_context_leaves_nothing_to_hold_out():
 def test_with_perturbations_held_out_combinations_of_known_parts_are_held_out():
     names = ["a", "b", "c", "a+b", "b+c", "a+d", "d", "e+f"]
     rows = [("x", name, "train", 4) for name in names] + [("x", "a+c", "test", 4)]
-    assert folds(rows) == [
-        ("['a+b', 'b+c']", {("x", "a+b"), ("x", "b+c")}),
+    assert folds(rows, 9) == [
+        ("['a+b']", {("x", "a+b")}),
         ("['a+d']", {("x", "a+d")}),
+        ("['b+c']", {("x", "b+c")}),
     ]
+    assert len(folds(rows, 2)) == 2
+
+
+def test_with_groups_held_out_groups_whose_perturbation_other_contexts_have_are_held_out():
+    rows = [(context, name, "train", 4) for context in "xyz" for name in ("a", "b")]
+    rows += [("x", "c", "train", 4), ("y", "c", "test", 4)]
+    found = folds(rows, 9)
+    assert [groups for _, groups in found] == [
+        {("x", "a"), ("z", "b")},
+        {("y", "a")},
+        {("z", "a")},
+        {("x", "b")},
+        {("y", "b")},
+    ]
+    assert found[0][0] == "['a', 'b']"
 
 
 def test_groups_that_the_run_holds_out_take_no_part_in_a_fold():
@@ -147,6 +163,6 @@ def test_test_cells_choose_nothing(screen, tmp_path):
 
 
 def test_where_nothing_can_be_held_out_a_part_of_the_steps_is_taken_and_said(screen, tmp_path):
-    printed = train(tmp_path, screen, "--contexts", "type_0", "--test_contexts", "[]", "--test_perturbations", "pert_1")
+    printed = train(tmp_path, screen, "--contexts", "[type_0, type_3]")
     assert "no training groups can be held out as the test groups are, so 8 of 32 steps are taken" in printed
     assert chosen(tmp_path) == (8, 32)
