@@ -101,6 +101,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         gene_key (`str`, *optional*), ignore_gene_versions (`bool`), duplicate_genes (`str`): see [`view_of`].
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
+        control_expression (`bool`): batches that are predicted say what all control cells of a context express, see
+            [`ModelFeatures.control_values`]; for a model that reads it.
         feature_dim (`int`): features of a cell.
         set_size (`int`): cells of a sentence.
         perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
@@ -143,6 +145,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         dataset: str | None = None,
         dose_span: list[float] | None = None,
         duplicate_genes: str = "error",
+        control_expression: bool = False,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -157,6 +160,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.dose_key, self.dose_encoding, self.doses, self.dose_span = dose_key, dose_encoding, doses, dose_span
         self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
         self.duplicate_genes = duplicate_genes
+        self.control_expression = control_expression
         self.batch_datasets, self.dataset = batch_datasets, dataset
         self.scale = scale
         self.trained_scale = None if scale is None else Scale(**scale)
@@ -447,7 +451,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
             `perturbation_features` (B, P), `context_ids` (B,), `cell_mask` (B, S), and where they apply
-            `perturbation_doses` (B, K) and `batch_ids` (B, S). Each control cell is in one sentence per perturbation.
+            `perturbation_doses` (B, K), `batch_ids` (B, S), and `control_expression` (B, feature_dim) with
+            `control_counts` (B,). Each control cell is in one sentence per perturbation.
             The sizes of a context's sentences differ by one at most.
 
         Raises:
@@ -474,7 +479,11 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             orders = {name: order_of(cell_ids(adata.obs_names[rows]), len(rows), seed) for name, rows in groups.items()}
             groups = {name: rows[orders[name]] for name, rows in groups.items()}
         cut = {name: self.cut(rows) for name, rows in groups.items()}
-        values = {name: self.features(adata, np.sort(rows), missing_genes, input) for name, rows in groups.items()}
+
+        def read(rows: np.ndarray) -> np.ndarray:
+            return self.features(adata, rows, missing_genes, input)
+
+        values = {name: read(np.sort(rows)) for name, rows in groups.items()}
 
         # Every sentence of every context, once for each perturbation.
         drawn = [(name, rows) for name, sentences in cut.items() for rows in sentences]
@@ -486,6 +495,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             CONTROL_CELLS: layout.spread(np.concatenate(controls * len(names))),
             **{key: of_names[of_perturbation] for key, of_names in encoded.items()},
             CONTEXT_IDS: np.tile(contexts, len(names)),
+            **self.control_values([name for name, _ in drawn] * len(names), read, groups.__getitem__, {}),
         }
         rows = np.concatenate([rows for _, rows in drawn])
         batches = None

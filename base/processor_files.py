@@ -87,6 +87,7 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "include": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
     "scale": (lambda value: value is None or fits_scale(value), "the kind and total of the values, or null"),
     "gene_key": (lambda value: value is None or _is_name(value), "the name of a column of var, or null"),
+    "control_expression": (lambda value: type(value) is bool, "true or false"),
     "ignore_gene_versions": (lambda value: type(value) is bool, "true or false"),
     "duplicate_genes": (lambda value: value in ("error", "first", "sum"), "'error', 'first' or 'sum'"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),

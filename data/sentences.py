@@ -117,6 +117,8 @@ class SentenceDataset(TrainingSentences):
             )
         self.cells, self.processor, self.notes = cells, processor, cells.notes
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
+        # What the control cells of each (dataset, context) express, where the model reads it.
+        self._expressed: dict[tuple[str, str], tuple[np.ndarray, int]] = {}
         self.repeat = small_groups == "repeat" and split == Split.TRAIN
         self.groups, self.num_without_batch_controls = _make_groups(
             cells.groups,
@@ -252,11 +254,21 @@ class SentenceDataset(TrainingSentences):
             **{key: values[self._perturbation[groups]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[groups],
         }
+        places = [(self.groups[index].dataset, self.groups[index].context) for index in groups]
+        batch |= self.processor.control_values(places, self.cells.features.__getitem__, self._pool, self._expressed)
         if self.has_batches:
             batch[BATCH_IDS] = layout.spread(self.batch_ids(np.concatenate(controls)))
         if self.cells.genes is not None:
             batch[GENE_LABELS] = self._read(layout, self.cells.genes, targets)
         return SentenceBatch(layout.batch(batch))
+
+    def _pool(self, place: tuple[str, str]) -> np.ndarray:
+        """The rows of all control cells of a (dataset, context)."""
+        groups = self.cells.groups
+        here = (groups["split"] == Split.CONTROL) & (groups["dataset"] == place[0]) & (groups["context"] == place[1])
+        return np.concatenate(
+            [np.arange(start, stop) for start, stop in groups.loc[here, ["start", "stop"]].to_numpy()]
+        )
 
     def batch_ids(self, rows: np.ndarray) -> np.ndarray:
         """The id of the experimental batch of each of some cells; -1 for one that the processor does not know."""

@@ -48,20 +48,23 @@ def predicted_groups(
     encoded = processor.encode(names)
     check_perturbations(model, encoded, processor)
     of_name = {name: {key: values[i : i + 1] for key, values in encoded.items()} for i, name in enumerate(names)}
-    place, cells, batches = None, np.zeros((0, 0)), None
+    place, cells, batches, of_context = None, np.zeros((0, 0)), None, {}
     for group in groups:
         dataset, context, perturbation = group
         source = group if model.is_ceiling else (dataset, context, processor.control)
         if source != place:
             rows = real.rows(source, seed, max_cells)
-            cells, place = given("inputs", real.inputs)(rows), source
+            inputs = given("inputs", real.inputs)
+            cells, place = inputs(rows), source
+            of_context = processor.control_values([source], inputs, lambda of: real.rows(of, seed, None), {})
             batches = None
             if real.batches is not None and processor.batch_key is not None:
                 known = real.batches(rows)
                 if model.config.embeds_batches:
                     check_batches(processor, known)
                 batches = processor.encode_batches(known)
-        found, confidence = _predict(model, processor, cells, batches, context, of_name[perturbation], batch_size)
+        encoded_group = {**of_name[perturbation], **of_context}
+        found, confidence = _predict(model, processor, cells, batches, context, encoded_group, batch_size)
         names_of_features = processor.vocabulary.genes or processor.output_names(found.shape[1])
         check_predicted(found, names_of_features, partial(_named, context, perturbation))
         yield group, Predicted(found, not model.is_ceiling, confidence)

@@ -174,7 +174,7 @@ def predict(
             _write_frame(file, processor, labels, arms, rows, model.config, uns, carried, var)
             bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
             writer = _Writer(file, processor, model.config, total, labels.index)
-            reader = _Reader(processor, data, labels, missing_genes, input, model.device)
+            reader = _Reader(processor, data, labels, groups, missing_genes, input, model.device)
             for packed in _packs(processor, arms, batch_size, alone=generator is not None):
                 batch, cells, mask = reader.batch(packed)
                 if model.is_ceiling:
@@ -369,8 +369,11 @@ def _packs(processor, arms: list[Arm], batch_size: int, alone: bool) -> Iterator
 class _Reader:
     """Makes the batches of a pass. Cells that several perturbations start from are read once, as long as they follow."""
 
-    def __init__(self, processor, data, labels: pd.DataFrame, missing_genes: str, input: str | None, device):
+    def __init__(
+        self, processor, data, labels: pd.DataFrame, controls: dict, missing_genes: str, input: str | None, device
+    ):
         self.processor, self.data, self.labels, self.device = processor, data, labels, device
+        self._controls, self._known = controls, {}
         self._options = (missing_genes, input)
         self._rows, self._values = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float32)
 
@@ -380,7 +383,7 @@ class _Reader:
         rows = np.concatenate(sentences)
         wanted = np.unique(rows)
         if not np.array_equal(wanted, self._rows):
-            self._rows, self._values = wanted, processor.features(self.data, wanted, *self._options)
+            self._rows, self._values = wanted, self._read(wanted)
         cells = self._values[np.searchsorted(wanted, rows)]
         layout = SentenceLayout([len(of) for of in sentences])
         each = np.repeat(np.arange(len(packed)), [len(unit.sentences) for unit in packed])
@@ -388,12 +391,17 @@ class _Reader:
             CONTROL_CELLS: layout.spread(cells),
             CONTEXT_IDS: processor.encode_contexts([unit.arm.context for unit in packed])[each],
         }
+        contexts = [packed[i].arm.context for i in each]
+        batch |= processor.control_values(contexts, self._read, self._controls.__getitem__, self._known)
         for key in packed[0].arm.encoded:
             batch[key] = np.stack([unit.arm.encoded[key] for unit in packed])[each]
         if processor.batch_key is not None:
             batch[BATCH_IDS] = layout.spread(processor.encode_batches(self.labels["batch"].to_numpy()[rows]))
         tensors = layout.batch(batch, masked=True)
         return {key: value.to(self.device) for key, value in tensors.items()}, cells, layout.mask
+
+    def _read(self, rows: np.ndarray) -> np.ndarray:
+        return self.processor.features(self.data, rows, *self._options)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
-from pertstate.training.anchoring import fit_anchor
+from pertstate.training.anchoring import control_tables, fit_anchor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.averaging import WeightAverage
 from pertstate.training.fitting import fit_model, gather_means, gather_sums
@@ -159,8 +159,7 @@ class StateTrainer(Trainer):
         # none cannot be resumed. It need not make room, as `whole_checkpoint` does.
         asked, self.args = self.args, copy.copy(self.args)
         self.args.save_total_limit = None
-        if folder is None:
-            self._set_anchor()
+        self._set_anchor()
         if self.args.max_steps == 0:
             self.args = asked
             return TrainOutput(0, float("nan"), {})
@@ -214,13 +213,17 @@ class StateTrainer(Trainer):
 
     def _set_anchor(self):
         """Give the anchor of a new model what the training cells show; that of a checkpoint stays as it is."""
-        anchor = getattr(self.model, "anchor", None)
+        anchor, processor = getattr(self.model, "anchor", None), self.train_dataset.processor
+        processor.control_expression = anchor is not None and anchor.corrects and self.train_dataset.knows_controls
         if anchor is None or any(table.any() for table in anchor.buffers()):
             return
         means = gather_means(self.train_dataset, False, self.accelerator) if self.decodes else self.learned_means()
         if means is None:
             means = GroupMeans.of_sums(gather_sums(self.train_dataset, self.accelerator, progress=False))
-        fit_anchor(self.model, means, self.train_dataset.processor)
+        fit_anchor(anchor, means, processor)
+        cells = self.train_dataset.training_cells()
+        if processor.control_expression and cells is not None:
+            anchor.set(**control_tables(means, cells, processor, self.accelerator))
 
     def get_train_dataloader(self) -> DataLoader:
         loader = None if self.train_dataset is None else self.train_dataset.loader(self.args, self.data_collator)

@@ -14,7 +14,7 @@ GENES = 7
 
 
 def filled(**options) -> Anchor:
-    anchor = Anchor(3, GENES, **{"expression": True, "by_features": False, **options})
+    anchor = Anchor(3, GENES, **{"contexts": 0, "expression": True, "by_features": False, **options})
     generator = np.random.default_rng(0)
     anchor.set(**{name: generator.normal(size=table.shape) for name, table in anchor.named_buffers()})
     return anchor
@@ -130,3 +130,80 @@ def test_rows_follow_the_names_of_perturbations_and_columns_those_of_genes():
 def test_the_anchor_adds_to_control_cells_and_needs_their_features():
     with pytest.raises(ValueError, match="residual='anchor' adds to or compares with the control cell"):
         config(output_dim=4)
+
+
+def with_controls(contexts: int = 4) -> Anchor:
+    anchor = filled(contexts=contexts)
+    generator = np.random.default_rng(3)
+    anchor.set(
+        control_expression=generator.gamma(1.0, 2.0, size=(contexts, GENES)),
+        control_counts=np.array([50.0, 0.0, 20.0, 200.0]),
+        control_variation=generator.gamma(2.0, 1.0, size=GENES),
+    )
+    return anchor
+
+
+def expected_correction(anchor: Anchor, expression: np.ndarray, count: int, context: int) -> np.ndarray:
+    """Gene by gene, as the formula is written."""
+    table, counts = anchor.control_expression.numpy().astype(float), anchor.control_counts.numpy()
+    others = [c for c in range(len(counts)) if counts[c] > 0 and c != context]
+    if not others:
+        return np.zeros(GENES)
+    found = []
+    for gene in range(GENES):
+        variation = float(anchor.control_variation[gene])
+        logs = [np.log(table[c, gene] + 0.01) for c in others] + [np.log(expression[gene] + 0.01)]
+        errors = [variation / counts[c] for c in others] + [variation / count]
+        between = max(0.0, np.var(logs, ddof=1) - np.mean(errors))
+        pooled = np.log(np.mean([table[c, gene] for c in others]) + 0.01)
+        found.append(errors[-1] / (errors[-1] + between) * (pooled - logs[-1]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("context", [-1, 0, 3])
+def test_the_correction_is_that_of_the_formula(context):
+    anchor = with_controls()
+    expression = np.random.default_rng(4).gamma(1.0, 2.0, size=GENES)
+    found = anchor.correction(
+        torch.tensor(expression, dtype=torch.float32)[None], torch.tensor([30]), torch.tensor([context])
+    )
+    np.testing.assert_allclose(found[0], expected_correction(anchor, expression, 30, context), rtol=1e-4, atol=1e-5)
+
+
+def test_many_cells_are_believed_and_few_are_not():
+    anchor = with_controls()
+    anchor.set(control_expression=np.full((4, GENES), 2.0), control_counts=np.full(4, 1e6))
+    expression = torch.full((2, GENES), 2.02)
+    few, many = anchor.correction(expression, torch.tensor([5, 10**9]), torch.tensor([-1, -1]))
+    torch.testing.assert_close(few, torch.log(torch.full((GENES,), 2.01 / 2.03)), rtol=1e-3, atol=1e-6)
+    assert many.abs().max() < 1e-4
+
+
+def test_a_gene_that_differs_by_more_than_its_noise_is_left_as_it_is():
+    anchor = with_controls()
+    anchor.set(control_expression=np.full((4, GENES), 2.0), control_variation=np.full(GENES, 1e-4))
+    found = anchor.correction(torch.full((1, GENES), 9.0), torch.tensor([1000]), torch.tensor([-1]))
+    assert found.abs().max() < 1e-3
+
+
+def test_there_is_no_correction_without_another_context():
+    anchor = with_controls()
+    anchor.set(control_counts=np.array([0.0, 0.0, 20.0, 0.0]))
+    expression, count = torch.rand(1, GENES), torch.tensor([9])
+    assert torch.equal(anchor.correction(expression, count, torch.tensor([2])), torch.zeros(1, GENES))
+    assert anchor.correction(expression, count, torch.tensor([-1])).abs().max() > 0
+
+
+def test_the_correction_multiplies_what_is_predicted_of_perturbed_cells_alone():
+    anchor, x = with_controls(), cells()
+    expression = torch.rand(2, GENES, generator=torch.Generator().manual_seed(2)) * 4
+    given = {
+        "context_ids": torch.tensor([0, -1]),
+        "control_expression": expression,
+        "control_counts": torch.tensor([30, 40]),
+    }
+    ids = torch.tensor([[1], [-1]])
+    plain, corrected = anchor(x, ids), anchor(x, ids, **given)
+    factor = anchor.correction(expression, given["control_counts"], given["context_ids"])[0].exp()
+    torch.testing.assert_close(corrected[0].expm1(), plain[0].expm1() * factor)
+    torch.testing.assert_close(corrected[1], x[1])
