@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     pretrained = Pretrained.of(run.model)
     if run.stream.path is None:
-        args, processor, make_datasets, about = from_cells(run, pretrained)
+        run, args, processor, make_datasets, about = from_cells(run, pretrained)
     else:
-        args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
+        run, args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
     check_processes(args.world_size)
     log_to_console(logging.INFO if args.should_log else logging.ERROR)
     config = build_config(run, processor, pretrained)

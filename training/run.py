@@ -3,10 +3,11 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from pertstate.base.cell_source import GROUP_KEYS
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Split, Values
@@ -26,6 +27,7 @@ from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.automatic import settled, with_defaults
 from pertstate.training.lora import add_adapter, freeze_backbone
 from pertstate.training.pretrained import (
     NAMING,
@@ -65,7 +67,7 @@ def read_run(argv: list[str]) -> RunConfig:
     defaults = config_class(run.model).training_defaults
     kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
     run.training = {**kept, **run.training}
-    return run
+    return with_defaults(run)
 
 
 def config_class(model: dict) -> type[PerturbationConfig]:
@@ -84,12 +86,13 @@ def config_class(model: dict) -> type[PerturbationConfig]:
 def model_fields(model: dict) -> dict[str, Any]:
     """What a model section may hold beside `preset`, and its types."""
     of_config = {field.name: field.type for field in dataclasses.fields(config_class(model))}
-    return {**of_config, "model_type": str, **dict.fromkeys(NAMING, str | None)}
+    return {**of_config, "set_size": int | Literal["auto"], "model_type": str, **dict.fromkeys(NAMING, str | None)}
 
 
 def training_fields() -> dict[str, Any]:
     """What a training section may hold, and its types."""
-    return {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
+    of_arguments = {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
+    return {**of_arguments, "max_steps": int | Literal["auto"]}
 
 
 def check_processes(world_size: int):
@@ -264,17 +267,25 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
 
 def from_cells(
     run: RunConfig, pretrained: Pretrained | None
-) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
-    """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
+) -> tuple[RunConfig, StateTrainingArguments, StateProcessor, Callable, str]:
+    """
+    The run with what its data decide, its arguments, processor, what makes the datasets of the splits from a config, and a
+    description.
+    """
     cells, processor, splits = load_data(run, pretrained)
-    args = training_arguments(run, has_validation=bool((cells.groups["split"] == Split.VAL).any()))
+    has_validation = bool((cells.groups["split"] == Split.VAL).any())
+    training = cells.groups[cells.groups["split"] == Split.TRAIN]
+    sizes = (training["stop"] - training["start"]).groupby([training[key] for key in GROUP_KEYS[:3]]).sum().to_numpy()
+    settled_run, said = settled(run, sizes, has_validation)
+    args = training_arguments(settled_run, has_validation)
 
     def datasets(config: PerturbationConfig) -> dict:
-        made = sentences(cells, processor, run, args, config.set_size)
+        made = sentences(cells, processor, settled_run, args, config.set_size)
         check_batches(config, made)
         return made
 
-    return args, processor, datasets, describe(cells, processor, splits, run)
+    about = describe(cells, processor, splits, settled_run)
+    return settled_run, args, processor, datasets, about if said is None else f"{about}\n{said}"
 
 
 def further(
