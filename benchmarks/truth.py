@@ -26,11 +26,11 @@ from transformers import AutoModel, AutoProcessor
 
 import pertstate.train
 from pertstate.data.record import RunRecord
-from pertstate.evaluation.verdict import averages_of, verdict_of
 from pertstate.evaluation.group_scores import baselines_of, groups_of, real_cells_of
 from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.scoring import GroupResult, methods_of, score_groups
+from pertstate.evaluation.verdict import averages_of, verdict_of
 from pertstate.training.run import load_data, read_run
 
 
@@ -152,7 +152,7 @@ def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dic
     for method in methods_of(pooled):
         row = []
         for metric in METRICS:
-            found = averages.query("method == @method and metric == @metric")
+            found = averages[(averages["method"] == method) & (averages["metric"] == metric)]
             row.append(
                 "-" if found.empty else "{:.4f} [{:.4f}, {:.4f}]".format(*found.iloc[0][["value", "low", "high"]])
             )
@@ -161,7 +161,7 @@ def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dic
     single = [averages_of([r for fold in folds for r in runs[fold, seed][0]]) for seed in seeds]
     spread = []
     for metric in METRICS:
-        values = [of.query("method == @MODEL and metric == @metric")["value"].iloc[0] for of in single]
+        values = [of[(of["method"] == MODEL) & (of["metric"] == metric)]["value"].iloc[0] for of in single]
         spread.append(f"{metric} {min(values):.4f} to {max(values):.4f}")
     facts = [about for _, about in runs.values()]
     steps = ", ".join(f"{fold} {'/'.join(str(runs[fold, seed][1]['max_steps']) for seed in seeds)}" for fold in folds)
