@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
-    parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
+    parser.add_argument(
+        "--output", required=True, metavar="OUT.h5ad", help="file to write, .h5ad or .zarr, whole or not at all"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -92,6 +94,22 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="NAME",
         help="columns of obs of the control cells that the predicted cells get; columns of var come through by themselves",
     )
+    layout = parser.add_argument_group("layout of the output")
+    controls = layout.add_mutually_exclusive_group()
+    controls.add_argument(
+        "--with-controls",
+        action="store_true",
+        help="real control cells as rows, before the predicted cells; their perturbation is the control",
+    )
+    controls.add_argument(
+        "--control-layer",
+        action="store_true",
+        help="each predicted cell's control cell beside it, in layers/control; by default each is stored once",
+    )
+    layout.add_argument("--sparse", action="store_true", help="write matrices as CSR")
+    layout.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the matrices; float16 keeps three digits"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -125,7 +143,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
 
 def run(args: argparse.Namespace):
-    from pertstate.evaluation.prediction import claimed_output
+    from pertstate.evaluation.predicted_file import claimed_output
 
     # Before there is any work to lose.
     with claimed_output(args.output, args.adata, args.overwrite):
@@ -134,8 +152,12 @@ def run(args: argparse.Namespace):
 
 def _predict(args: argparse.Namespace):
     from pertstate.data.perturbation_features import read_perturbation_features
+    from pertstate.evaluation.predicted_file import LAYER, ONCE, ROWS, OutputLayout
     from pertstate.evaluation.prediction import predict
 
+    layout = OutputLayout(
+        ROWS if args.with_controls else LAYER if args.control_layer else ONCE, args.sparse, args.dtype
+    )
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
@@ -162,5 +184,6 @@ def _predict(args: argparse.Namespace):
         max_missing_genes=args.max_missing_genes,
         obs_columns=args.obs_columns,
         overwrite=args.overwrite,
+        layout=layout,
     )
     say(f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts")

@@ -3,8 +3,18 @@
 from pertstate.evaluation.baselines import Baselines
 from pertstate.evaluation.comparison import evaluate
 from pertstate.evaluation.metrics import energy_between, pearson_of_change
+from pertstate.evaluation.predicted_file import OutputLayout, controls_of
 from pertstate.evaluation.prediction import predict
 from pertstate.evaluation.scores import Scores
 
 
-__all__ = ["Baselines", "Scores", "energy_between", "evaluate", "pearson_of_change", "predict"]
+__all__ = [
+    "Baselines",
+    "OutputLayout",
+    "Scores",
+    "controls_of",
+    "energy_between",
+    "evaluate",
+    "pearson_of_change",
+    "predict",
+]

@@ -139,7 +139,7 @@ setattr(module, name, wait)
 raise SystemExit(pertstate.cli.main(sys.argv[4:]))
 """
 WORK = {
-    "predict": ("pertstate.evaluation.prediction", "_plan"),
+    "predict": ("pertstate.evaluation.prediction", "plan_arms"),
     "merge": ("pertstate.hub.merging", "load_adapter"),
     "convert": ("pertstate.legacy.conversion", "_model"),
     "prepare": ("pertstate.data.preparation", "_plan"),
