@@ -204,8 +204,11 @@ class BatchReader:
 
     def features(self, rows: np.ndarray) -> np.ndarray:
         """The model's features of some cells, in any order and repeated, `(cells, feature_dim)` float32."""
-        wanted = np.unique(rows)
-        return self.processor.features(self.data, wanted, *self._options)[np.searchsorted(wanted, rows)]
+        wanted, values = self._rows, self._values
+        if not np.isin(rows, wanted).all():
+            wanted = np.unique(rows)
+            values = self.processor.features(self.data, wanted, *self._options)
+        return values[np.searchsorted(wanted, rows)]
 
     def batch(self, packed: list[Unit]) -> tuple[dict[str, torch.Tensor], np.ndarray, np.ndarray]:
         """The tensors of some units, their cells `(cells, feature_dim)` in the order of the sentences, and their mask."""

@@ -13,6 +13,7 @@ import pandas as pd
 from pertstate.base.constants import Values
 from pertstate.base.messages import closest
 from pertstate.base.outputs import claimed_file, claimed_folder
+from pertstate.evaluation.cell_eval import CellEval
 from pertstate.evaluation.cells_file import ZARR, ZARR_FOLDER, CellTable, DenseRows, SparseRows, write_frame
 from pertstate.evaluation.experiment import Arm, Unit, places
 from pertstate.processing import StateProcessor
@@ -127,6 +128,7 @@ class PredictedFile:
         uns (`dict`): what the output says of itself.
         var (`pandas.DataFrame`): its genes or dimensions.
         carried (`pandas.DataFrame`, *optional*): further columns of obs, of all cells of the input.
+        naming ([`CellEval`], *optional*): the columns are as that says, and no others.
         check (`Callable`): raises the error of the disk.
     """
 
@@ -142,10 +144,11 @@ class PredictedFile:
         uns: dict,
         var: pd.DataFrame,
         carried: pd.DataFrame | None,
+        naming: CellEval | None,
         check: Callable[[], None],
     ):
         self.group, self.processor, self.config, self.layout, self.check = group, processor, config, layout, check
-        self.labels, self.controls, self.arms, self.carried = labels, controls, arms, carried
+        self.labels, self.controls, self.arms, self.carried, self.naming = labels, controls, arms, carried, naming
         self.before = len(controls) if layout.controls == ROWS else 0
         total = self.before + sum(len(arm.cells) for arm in arms)
         on_embedding, decoded = processor.values == Values.EMBEDDING, config.gene_dim is not None
@@ -177,9 +180,13 @@ class PredictedFile:
         # One row an arm, so that what is the same for its cells is written down once.
         table = processor.output_obs(names, contexts, [""] * len(names)).drop(columns="control_barcode")
         cells = pd.DataFrame(index=self.labels.index)
-        if "batch" in self.labels:
-            cells[columns["batch"]] = self.labels["batch"].to_numpy()
-        cells["control_barcode"] = self.labels.index
+        if self.naming is not None:
+            pairs = [*zip(contexts, names)]
+            table = self.naming.obs_of(pairs, columns["context"], processor.control).set_axis(table.index)
+        else:
+            if "batch" in self.labels:
+                cells[columns["batch"]] = self.labels["batch"].to_numpy()
+            cells["control_barcode"] = self.labels.index
         for name, values in () if self.carried is None else self.carried.items():
             if name in table or name in cells or name == POINTER:
                 raise ValueError(
@@ -191,7 +198,7 @@ class PredictedFile:
         kinds = {name: kind for name, (kind, _) in coded.items()}
         position = np.full(len(self.labels), -1, dtype=np.int64)
         position[self.controls] = np.arange(len(self.controls))
-        points = self.layout.controls != LAYER and bool((position[used] >= 0).all())
+        points = self.naming is None and self.layout.controls != LAYER and bool((position[used] >= 0).all())
         if points:
             kinds[POINTER] = np.dtype(np.int32 if len(self.controls) < 1 << 31 else np.int64)
         written = CellTable(self.group, kinds)
@@ -275,11 +282,14 @@ class PredictedFile:
                 self.beside.write(rows, self.processor.as_predicted(inputs[part]))
         self.check()
 
-    def close(self):
-        """Write what is left."""
-        for matrix in self._matrices:
-            matrix.close()
-        self.check()
+    def __enter__(self) -> "PredictedFile":
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            for matrix in self._matrices:
+                matrix.close()
+            self.check()
 
 
 def _coded(frame: pd.DataFrame, used: np.ndarray) -> dict[str, tuple[pd.Index | np.dtype, np.ndarray]]:

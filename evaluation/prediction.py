@@ -2,8 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.constants import CONTROL_CELLS, LABELS, Values
+from pertstate.base.files import whole_file
 from pertstate.base.finite import check_predicted
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.messages import some
@@ -21,6 +23,7 @@ from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.printable import get_logger
 from pertstate.data.reading import AnnDataFile, read_labels
+from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
 from pertstate.evaluation.cells_file import whole_cells
 from pertstate.evaluation.experiment import (
     Arm,
@@ -31,8 +34,10 @@ from pertstate.evaluation.experiment import (
     packs,
     plan_arms,
 )
+from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout, PredictedFile, claimed_output
+from pertstate.evaluation.summary import SUFFIXES, SummaryFile
 from pertstate.processing import NO_DOSES, StateProcessor
 
 
@@ -45,10 +50,10 @@ def predict(
     model,
     processor: StateProcessor,
     adata_path: str | os.PathLike,
-    output: str | os.PathLike,
+    output: str | os.PathLike | None = None,
     perturbations: list[str] | None = None,
     contexts: list[str] | None = None,
-    cells_per_perturbation: int | None = None,
+    cells_per_perturbation: int | Mapping[str, int] | None = None,
     seed: int = 0,
     batch_size: int = 8,
     missing_genes: str = "error",
@@ -64,6 +69,8 @@ def predict(
     obs_columns: list[str] | None = None,
     overwrite: bool = False,
     layout: OutputLayout | None = None,
+    summary: str | os.PathLike | None = None,
+    cell_eval: CellEval | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`.
@@ -72,14 +79,15 @@ def predict(
         model ([`PerturbationPreTrainedModel`]): in any mode, on any device; it is put into evaluation mode.
         processor ([`StateProcessor`]): of the same checkpoint.
         adata_path: `.h5ad` with the control cells; read block by block.
-        output: `.h5ad` or `.zarr` to write, with the layout of [`StateProcessor.decode`], but for the control cells: see
+        output (*optional*): `.h5ad` or `.zarr` to write, with the layout of [`StateProcessor.decode`], but for the control cells: see
             [`OutputLayout`] and [`controls_of`]. It appears whole or not at all.
         perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination. By default those that the file itself
             has in each context, so that the output can be compared with the file.
         contexts (`list[str]`, *optional*): by default all contexts of the file.
-        cells_per_perturbation (`int`, *optional*): use at most this many control cells of a context, drawn at random; all
-            by default. Each of them is used once for each perturbation. (A model that is a ceiling is given the perturbed
-            cells instead, and at most this many.)
+        cells_per_perturbation (`int` or `Mapping[str, int]`, *optional*): use at most this many control cells of a context,
+            drawn at random, or so many for each perturbation, see [`read_cell_counts`], whose perturbations are then predicted
+            by default; all control cells by default. Each of them is used once for each perturbation. (A model that is a
+            ceiling is given the perturbed cells instead, and at most this many.)
         seed (`int`): of the draw, and of the order in which cells are put into sentences.
         batch_size (`int`): full sentences in one forward pass; of shorter ones, as many as there is room for.
         missing_genes, input: see [`StateProcessor.__call__`].
@@ -95,6 +103,9 @@ def predict(
             come through by themselves.
         overwrite (`bool`): replace an output that is there.
         layout ([`OutputLayout`], *optional*): where control cells are, and how numbers are stored.
+        summary (*optional*): `.parquet` or `.csv` to write instead of cells: means and changes of each group and gene, see
+            [`SummaryFile`].
+        cell_eval ([`CellEval`], *optional*): write the output, and a file of real cells, as `cell-eval` takes them.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
@@ -108,15 +119,26 @@ def predict(
         FileExistsError, FileNotFoundError, InUseError: see [`claimed_output`].
         OSError: the output cannot be written; nothing is left behind.
     """
-    output, layout = Path(output), OutputLayout() if layout is None else layout
     for name, value in (("cells_per_perturbation", cells_per_perturbation), ("batch_size", batch_size)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
+    if (output is None) == (summary is None):
+        raise ValueError("predict writes cells (output) or their summary, one of the two")
+    if summary is not None:
+        _check_summary(summary, {"layout": layout, "cell_eval": cell_eval, "obs_columns": obs_columns}, model)
+    layout = OutputLayout() if layout is None else layout
+    if cell_eval is not None:
+        layout = replace(layout, controls=ROWS)
+    target = Path(str(output if summary is None else summary))
+    files = [target] if cell_eval is None or cell_eval.real is None else [target, Path(cell_eval.real)]
     model.eval()
-    with claimed_output(output, adata_path, overwrite), AnnDataFile(adata_path) as data:
-        uses_batches = bool(model.config.embeds_batches)
+    with ExitStack() as stack:
+        for path in files:
+            stack.enter_context(claimed_output(path, adata_path, overwrite))
+        data = stack.enter_context(AnnDataFile(adata_path))
+        decoded, uses_batches = model.config.gene_dim is not None, bool(model.config.embeds_batches)
         processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
-        perturbations = _at_doses(processor, perturbations, doses)
+        perturbations, cells_of = _asked(processor, perturbations, doses, cells_per_perturbation)
         processor.check_scale(data, input, convert_scale)
         lacking = processor.check_genes(data, input, max_missing_genes) if missing_genes == "zero" else None
         if lacking is not None:
@@ -127,74 +149,114 @@ def predict(
         for context, rows in groups.items():
             # By their barcodes, so that the draw does not depend on where the cells stand.
             rows = rows[order_of(cell_ids(labels.index[rows]), len(rows), seed)]
-            chosen[context] = rows[:cells_per_perturbation]
+            chosen[context] = rows if cells_of is not None else rows[:cells_per_perturbation]
         if uses_batches:
             check_batches(processor, labels["batch"].to_numpy()[np.concatenate([*chosen.values()])])
-        arms = plan_arms(processor, labels, chosen, perturbations)
+        arms = plan_arms(processor, labels, chosen, perturbations, cells_of)
         check_perturbations(
             model, {key: np.stack([arm.encoded[key] for arm in arms]) for key in arms[0].encoded}, processor
         )
         if model.is_ceiling:
-            arms = observed_arms(arms, labels, cells_per_perturbation, seed)
-        _check_layout(layout, model, processor)
-        new_doses = processor.unseen_doses(dict.fromkeys(arm.perturbation for arm in arms))
-        if new_doses:
-            logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
-        note = "; ".join(f"{name}: {len(chosen[name])} of {len(rows)} control cells" for name, rows in groups.items())
-        uns = processor.describe_output(model.config.gene_dim is not None, note, checkpoint)
-        if lacking is not None:
-            uns["missing_genes"] = lacking
-        if sample_counts is not None:
-            uns["X"] += f", of counts drawn with seed {sample_counts}"
-        if model.is_ceiling:
-            uns |= {"controls": "none", "ceiling": CEILING}
-        carried = None
-        if obs_columns:
-            carried = carried_columns(data.some_obs(slice(None), obs_columns), obs_columns, np.arange(len(labels)))
-        in_order = layout.in_order or sample_counts is not None
+            arms = observed_arms(arms, labels, cells_per_perturbation if cells_of is None else cells_of, seed)
+        _warn(processor, arms, cells_of)
+        in_order = layout.in_order or summary is not None or sample_counts is not None
         reader = BatchReader(processor, data, labels, missing_genes, input, model.device, held=in_order)
+
+        def expression(rows: np.ndarray) -> np.ndarray:
+            """Cells of the data in the units and genes of predictions."""
+            if not decoded:
+                return processor.as_predicted(reader.features(rows))
+            wanted = np.unique(rows)
+            return processor.gene_features(data, wanted)[np.searchsorted(wanted, rows)]
+
+        log1p = is_log1p(processor, decoded)
+        if summary is not None:
+            names = processor.vocabulary.genes or processor.output_names(model.config.output_dim)
+            partial = stack.enter_context(whole_file(target))
+            sink: PredictedFile | SummaryFile = stack.enter_context(
+                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed)
+            )
+        else:
+            _check_layout(layout, model, processor)
+            note = "; ".join(f"{c}: {len(chosen[c])} of {len(rows)} control cells" for c, rows in groups.items())
+            uns = processor.describe_output(decoded, note, checkpoint)
+            uns |= {} if lacking is None else {"missing_genes": lacking}
+            if sample_counts is not None:
+                uns["X"] += f", of counts drawn with seed {sample_counts}"
+            if model.is_ceiling:
+                uns |= {"controls": "none", "ceiling": CEILING}
+            carried = None
+            if obs_columns:
+                everything = np.arange(len(labels))
+                carried = carried_columns(data.some_obs(slice(None), obs_columns), obs_columns, everything)
+            var = _var_of_output(processor, model.config, data, input)
+            if cell_eval is not None:
+                cell_eval.check(target, log1p)
+                if cell_eval.real is not None:
+                    names_of = (processor.output_columns()["context"], processor.control)
+                    of_real = real_rows(arms, labels, processor.control)
+                    # It appears after the predicted cells, if these come to their end.
+                    opened = stack.enter_context(whole_cells(files[1]))
+                    write_real(*opened, cell_eval, of_real, labels, names_of, var, expression, layout.sparse)
+            group, check_disk = stack.enter_context(whole_cells(target))
+            sink = stack.enter_context(
+                PredictedFile(
+                    group,
+                    processor,
+                    model.config,
+                    layout,
+                    labels,
+                    _stored_controls(layout, chosen, arms, model.is_ceiling),
+                    arms,
+                    uns,
+                    var,
+                    carried,
+                    cell_eval,
+                    check_disk,
+                )
+            )
+            sink.write_controls(reader.features, expression)
+        total = sum(len(arm.cells) for arm in arms)
+        bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
         unseen: dict[tuple[str, str], None] = {}
-        with whole_cells(output) as (group, check_disk):
-            sink = PredictedFile(
-                group,
-                processor,
-                model.config,
-                layout,
-                labels,
-                _stored_controls(layout, chosen, arms, model.is_ceiling),
-                arms,
-                uns,
-                _var_of_output(processor, model.config, data, input),
-                carried,
-                check_disk,
-            )
-            decoded = model.config.gene_dim is not None
-            sink.write_controls(
-                reader.features,
-                lambda rows: (
-                    processor.gene_features(data, rows) if decoded else processor.as_predicted(reader.features(rows))
-                ),
-            )
-            bar = tqdm(
-                total=sum(len(arm.cells) for arm in arms),
-                unit="cells",
-                unit_scale=True,
-                disable=quiet,
-                desc="predict",
-            )
-            with bar:
-                passes = packs(processor, arms, batch_size, alone=sample_counts is not None, in_order=in_order)
-                for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen):
-                    sink.write(packed, values, embedding, inputs)
-                    bar.update(len(values))
-            sink.close()
+        passes = packs(processor, arms, batch_size, alone=sample_counts is not None, in_order=in_order)
+        for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen):
+            sink.write(packed, values, embedding, inputs)
+            bar.update(len(values))
     if unseen:
         logger.warning(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
             f"cells: {[' / '.join(group) for group in unseen][:10]}; the model card says how these are predicted"
         )
     counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
-    return {"cells": sum(len(arm.cells) for arm in arms), **counts, "unseen": len(unseen)}
+    return {"cells": total, **counts, "unseen": len(unseen)}
+
+
+def _check_summary(summary: str | os.PathLike, others: dict, model):
+    """ValueError if a summary cannot be written, or something is asked for that only an output of cells has."""
+    if Path(summary).suffix not in SUFFIXES:
+        raise ValueError(f"--summary {summary}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    asked = [name for name, value in others.items() if value is not None]
+    if asked:
+        raise ValueError(f"{', '.join(asked)}: a summary holds no cells; leave it out, or write an output")
+    if model.is_ceiling:
+        raise ValueError(
+            "this model decodes observed cells (the ceiling of decoding), which no control cell is paired with"
+        )
+
+
+def _warn(processor: StateProcessor, arms: list[Arm], cells_of: dict[str, int] | None):
+    """Say what is new to the model, and where there are fewer control cells than predicted cells are asked for."""
+    new_doses = processor.unseen_doses(dict.fromkeys(arm.perturbation for arm in arms))
+    if new_doses:
+        logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
+    short = [arm for arm in arms if cells_of is not None and len(arm.cells) < cells_of[arm.perturbation]]
+    if short:
+        named = [f"{a.context} / {a.perturbation}: {len(a.cells)} of {(cells_of or {})[a.perturbation]}" for a in short]
+        logger.warning(
+            f"{len(short)} of {len(arms)} groups have fewer control cells than predicted cells are asked for, and get one for "
+            f"each: {some(named)}"
+        )
 
 
 def _check_layout(layout: OutputLayout, model, processor: StateProcessor):
@@ -211,9 +273,12 @@ def _stored_controls(
     layout: OutputLayout, chosen: dict[str, np.ndarray], arms: list[Arm], is_ceiling: bool
 ) -> np.ndarray:
     """The rows of the input whose cells are stored by themselves, each once, context by context."""
-    if is_ceiling and layout.controls != ROWS:
+    if layout.controls == ROWS:
+        return np.concatenate([*chosen.values()])
+    if is_ceiling:
         return np.concatenate([arm.cells for arm in arms])  # what went in
-    return np.concatenate([*chosen.values()])
+    most = {context: max((len(arm.cells) for arm in arms if arm.context == context), default=0) for context in chosen}
+    return np.concatenate([rows[: most[context]] for context, rows in chosen.items()])
 
 
 def _var_of_output(processor: StateProcessor, config, data: AnnDataFile, input: str | None) -> pd.DataFrame:
@@ -299,6 +364,28 @@ def counted_elsewhere() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnseenWarning)
         yield
+
+
+def _asked(
+    processor: StateProcessor,
+    perturbations: list[str] | None,
+    doses: list[float] | None,
+    cells: "int | Mapping[str, int] | None",
+) -> tuple[list[str] | None, dict[str, int] | None]:
+    """
+    Canonical names of what is asked for, at each dose; and the number of cells of each, where a table says it.
+
+    Raises:
+        ValueError: doses are given and no perturbation is named, or the model knows no doses; the table lacks a perturbation.
+    """
+    if not isinstance(cells, Mapping):
+        return _at_doses(processor, perturbations, doses), None
+    table = {name: number for name, number in cells.items() if processor.canonical(name) != processor.control}
+    if perturbations is not None:
+        known = {processor.canonical(name): number for name, number in table.items()}
+        table = wanted_cells(known, [processor.canonical(name) for name in perturbations])
+    named = {at: number for name, number in table.items() for at in _at_doses(processor, [name], doses) or ()}
+    return list(named), named
 
 
 def _at_doses(processor, perturbations: list[str] | None, doses: list[float] | None) -> list[str] | None:

@@ -224,8 +224,19 @@ def test_layouts_by_flags(folder, tmp_path, capsys):
     assert beside.layers["control"].dtype == beside.X.dtype == np.float16 and "control_cells" not in beside.uns
     with pytest.raises(SystemExit):
         predict(folder, tmp_path / "out.h5ad", "--with-controls", "--control-layer")
+    capsys.readouterr()
     predict(folder, tmp_path / "out.h5ad", "--sparse", "--dtype", "float16", rc=1)
     assert "choose sparse or float16, not both" in error(capsys)
+
+
+def test_a_pair_for_cell_eval_by_flags(folder, tmp_path, capsys):
+    (tmp_path / "n.csv").write_text("target_gene,n_cells\npert_0,4\npert_1,3\n")
+    flags = ("--cells-per-perturbation", tmp_path / "n.csv", "--cell-eval", tmp_path / "real.h5ad")
+    found = predict(folder, tmp_path / "out.h5ad", *flags, "--cell-eval-control", "ctrl")
+    assert found.obs["target_gene"].value_counts().to_dict() == {"ctrl": 40, "pert_0": 8, "pert_1": 6}
+    assert set(ad.read_h5ad(tmp_path / "real.h5ad").obs["target_gene"]) == {"ctrl", "pert_0", "pert_1"}
+    predict(folder, tmp_path / "out.h5ad", "--cell-eval-column", "target", rc=1)
+    assert "--cell-eval-control have no effect without --cell-eval" in error(capsys)
 
 
 def test_a_file_of_control_cells_and_a_new_context(folder, tmp_path, capsys):

@@ -7,30 +7,10 @@ import pytest
 import scanpy as sc
 import scipy.sparse as sp
 import torch
+from predictions import CONTROLS, GENES, SET_SIZE, model_of, run, screen
 
-from pertstate import StateConfig, StateForPerturbation, StateProcessor
-from pertstate.data import simulate_screen
-from pertstate.evaluation import OutputLayout, controls_of, evaluate, predict
-
-
-GENES, SET_SIZE, CONTROLS = 30, 8, 20
-
-
-def screen() -> ad.AnnData:
-    adata = simulate_screen(num_contexts=2, num_perturbations=3, num_genes=GENES, cells_per_group=10, seed=3)
-    adata.obs["depth"] = np.asarray(adata.X.sum(axis=1)).ravel()
-    rng = np.random.default_rng(0)
-    embedding = np.log1p(adata.X @ rng.normal(size=(GENES, 6)) ** 2).astype(np.float32)
-    adata.obsm["X_emb"] = embedding - embedding.mean(axis=0)
-    return adata
-
-
-def model_of(processor: StateProcessor, **fields) -> StateForPerturbation:
-    torch.manual_seed(0)
-    sizes = {"input_dim": processor.feature_dim, "num_perturbations": 3, "set_size": SET_SIZE, **fields}
-    model = StateForPerturbation(StateConfig.from_preset("tiny", **sizes))
-    torch.nn.init.normal_(model.output_head.layers[-1].weight, std=0.2)
-    return model.eval()
+from pertstate import StateProcessor
+from pertstate.evaluation import OutputLayout, controls_of, evaluate
 
 
 KINDS = {
@@ -52,20 +32,6 @@ def made(tmp_path_factory):
         run(folder, (model, processor), folder / f"{kind}.h5ad", controls="layer")
         models[kind] = (model, processor, ad.read_h5ad(folder / f"{kind}.h5ad"))
     return folder, models
-
-
-def run(folder, model, output, perturbations=None, adata="screen.h5ad", **options):
-    layout = {name: options.pop(name) for name in ("controls", "sparse", "dtype") if name in options}
-    predict(
-        *model[:2],
-        folder / adata,
-        output,
-        perturbations,
-        quiet=True,
-        layout=OutputLayout(**layout),
-        obs_columns=options.pop("obs_columns", None),
-        **options,
-    )
 
 
 def dense(matrix) -> np.ndarray:
