@@ -229,6 +229,18 @@ def test_layouts_by_flags(folder, tmp_path, capsys):
     assert "choose sparse or float16, not both" in error(capsys)
 
 
+def test_a_summary_of_all_perturbations(folder, tmp_path, capsys):
+    words = ["predict", "--model", folder / "models" / "counts", "--adata", folder / "screen.h5ad", "--quiet", "--all"]
+    assert main([str(word) for word in (*words, "--summary", tmp_path / "out.parquet")]) == 0
+    assert f"{tmp_path / 'out.parquet'}: 120 cells, 3 perturbations in 2 contexts" in capsys.readouterr().out
+    found = pd.read_parquet(tmp_path / "out.parquet")
+    assert len(found) == 2 * 3 * GENES and set(found["cells"]) == {20}
+    assert main([str(word) for word in (*words, "--summary", tmp_path / "out.parquet")]) == 1
+    assert "out.parquet exists" in error(capsys)
+    assert main([str(word) for word in (*words, "--sparse", "--summary", tmp_path / "out.csv")]) == 1
+    assert "layout: a summary holds no cells" in error(capsys) and os.listdir(tmp_path) == ["out.parquet"]
+
+
 def test_a_pair_for_cell_eval_by_flags(folder, tmp_path, capsys):
     (tmp_path / "n.csv").write_text("target_gene,n_cells\npert_0,4\npert_1,3\n")
     flags = ("--cells-per-perturbation", tmp_path / "n.csv", "--cell-eval", tmp_path / "real.h5ad")
