@@ -82,9 +82,10 @@ class PredictedCells:
         if batches is not None:
             frame[columns["batch"]] = batches
         if self.dose_key is not None or doses is not None:
-            values = np.array(dosed, dtype=object)
-            single = all(text and ";" not in text for text in dosed)
-            frame[self.dose_key or "dose"] = (values.astype(float) if single else values)[codes]
+            # Numbers, where there is one for each perturbation; control cells have none.
+            single = all(";" not in text and (text or name == self.control) for text, name in zip(dosed, unique))
+            values = np.array([float(text or "nan") for text in dosed] if single else dosed)
+            frame[self.dose_key or "dose"] = values.astype(float if single else object)[codes]
         obs = pd.DataFrame(frame)
         obs["control_barcode"] = np.asarray(barcodes)
         for name, values in () if carried is None else carried.items():

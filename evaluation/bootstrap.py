@@ -101,6 +101,21 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def intervals(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    [`interval`] of many figures at once, all of them defined.
+
+    Args:
+        draws (`np.ndarray` of shape `(1 + draws, figures)`): the figures, then those of the resampled cells.
+
+    Returns:
+        `(np.ndarray, np.ndarray)` of shape `(figures,)`: lower and upper ends.
+    """
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(draws[1:], tails, axis=0) + (draws[0] - draws[1:].mean(axis=0))
+    return low, high
+
+
 def resampled_average(figures: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """
     The average over groups and over resampled groups.

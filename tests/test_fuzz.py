@@ -32,6 +32,7 @@ from pertstate.data.info import describe
 from pertstate.data.matrices import RowReader
 from pertstate.data.reading import AnnDataFile
 from pertstate.data.stores import open_store, write_parquet
+from pertstate.evaluation import controls_of
 from pertstate.evaluation.prediction import predict
 
 
@@ -647,7 +648,7 @@ def test_predictions_start_from_the_cells_of_the_file(tmp_path, predictor, suffi
     assert sorted(set(found.obs["control_barcode"])) == ["cell0", "cell3", "cell6", "cell9"]
     rows = [int(name[4:]) for name in found.obs["control_barcode"]]
     totals = np.maximum(counts().sum(axis=1, keepdims=True), 1)
-    np.testing.assert_allclose(found.layers["control"], np.log1p(counts() / totals * 1e4)[rows], rtol=1e-6)
+    np.testing.assert_allclose(controls_of(found), np.log1p(counts() / totals * 1e4)[rows], rtol=1e-6)
 
 
 def test_predictions_of_damaged_files_are_not_written(template, tmp_path, predictor):

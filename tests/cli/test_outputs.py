@@ -139,7 +139,7 @@ setattr(module, name, wait)
 raise SystemExit(pertstate.cli.main(sys.argv[4:]))
 """
 WORK = {
-    "predict": ("pertstate.evaluation.prediction", "_plan"),
+    "predict": ("pertstate.evaluation.prediction", "plan_arms"),
     "merge": ("pertstate.hub.merging", "load_adapter"),
     "convert": ("pertstate.legacy.conversion", "_model"),
     "prepare": ("pertstate.data.preparation", "_plan"),
@@ -191,6 +191,34 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, com
         assert not over or content(output) == before
         said.add(last)
     assert said
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.parquet", "out.csv", "pair.h5ad"])
+def test_a_full_disk_and_every_kind_of_prediction(folder, tmp_path, name):
+    output = tmp_path / name
+    words = [
+        "predict",
+        "--model",
+        folder / "base",
+        "--adata",
+        folder / "first.h5ad",
+        "--quiet",
+        "--perturbation",
+        "pert_1",
+    ]
+    words += ["--summary" if output.suffix in (".parquet", ".csv") else "--output", output]
+    words += ["--cell-eval", tmp_path / "real.h5ad"] if name == "pair.h5ad" else []
+    said = 0
+    for limit in (60, 400, 3000, 20_000, 100_000_000):
+        done = launches.run(["-c", FULL, limit, *words])
+        if done.returncode == 0:
+            break
+        assert "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert "cannot be written, nothing is left of it: File too large" in last and str(tmp_path) in last, last
+        assert os.listdir(tmp_path) == []
+        said += 1
+    assert said and done.returncode == 0 and name in os.listdir(tmp_path)
 
 
 def test_a_folder_of_something_else_is_not_overwritten(folder, tmp_path, capsys):

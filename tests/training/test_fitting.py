@@ -30,7 +30,7 @@ from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.stores import write_parquet
-from pertstate.evaluation import Baselines, predict
+from pertstate.evaluation import Baselines, controls_of, predict
 from pertstate.evaluation.baselines import ADDITIVE, PERTURBATION_MEAN
 from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
@@ -385,8 +385,8 @@ def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     out = ad.read_h5ad(tmp_path / "out.h5ad")
     unseen = (out.obs["perturbation"] == "pert_0+pert_2").to_numpy()
-    assert np.array_equal(out.X[unseen], out.layers["control"][unseen])
-    assert not np.array_equal(out.X[~unseen], out.layers["control"][~unseen])
+    assert np.array_equal(out.X[unseen], controls_of(out)[unseen])
+    assert not np.array_equal(out.X[~unseen], controls_of(out)[~unseen])
 
 
 def test_singles_never_measured_are_named(folder, tmp_path, capsys):
