@@ -17,6 +17,8 @@ from .public import public
 from .travelling import Travelling
 
 
+# Kinds of the numbers of a model.
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Keywords that transformers itself hands to a config when it loads or saves one.
 _LIBRARY_KEYWORDS = frozenset(
     {
@@ -165,14 +167,18 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         As in [`PreTrainedConfig`].
 
         Raises:
-            ValueError: `config.json` asks for labels, which no model here has, or for code of a repository. Only a caller may
-                ask for such code, with `attn_implementation=`.
+            ValueError: `config.json` asks for labels, which no model here has, for numbers of a kind that none has, or for code
+                of a repository. Only a caller may ask for such code, with `attn_implementation=`.
         """
         labels = config_dict.get("num_labels")
         if labels is not None and not (type(labels) is int and 0 <= labels <= 2):
             raise ValueError(
                 f"num_labels is {labels!r}: no model of this package has labels; leave it out of config.json"
             )
+        for name in ("dtype", "torch_dtype"):
+            # transformers takes any name of torch's.
+            if (kind := config_dict.get(name)) is not None and str(kind).removeprefix("torch.") not in _DTYPES:
+                raise ValueError(f"{name} is {str(kind)[:60]!r}: expected one of {list(_DTYPES)}; correct config.json")
         for name in ("attn_implementation", "_attn_implementation"):
             kernel = config_dict.get(name)
             if isinstance(kernel, dict) or (kernel is not None and not re.fullmatch(r"[a-z0-9_|]+", str(kernel))):

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .bounded_text import parse_json
 from .checkpoint_files import read_json
 from .files import whole_file
 from .finite import are_finite
@@ -236,15 +237,19 @@ class PerturbationFeatures:
     def from_file(cls, path: str | os.PathLike) -> "PerturbationFeatures":
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if NAMES_METADATA not in metadata or FEATURES_TENSOR not in file.keys():
-                    raise ValueError(
-                        f"{path}: expected the tensor {FEATURES_TENSOR!r} and {NAMES_METADATA!r} in the metadata, found "
-                        f"{some(file.keys())} and {some(metadata)}"
-                    )
-                names, vectors = json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
-        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+                metadata, keys = file.metadata() or {}, list(file.keys())
+                vectors = as_array(file.get_tensor(FEATURES_TENSOR)) if FEATURES_TENSOR in keys else None
+        except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        if NAMES_METADATA not in metadata or vectors is None:
+            raise ValueError(
+                f"{path}: expected the tensor {FEATURES_TENSOR!r} and {NAMES_METADATA!r} in the metadata, found "
+                f"{some(keys)} and {some(metadata)}"
+            )
+        try:
+            names = parse_json(metadata[NAMES_METADATA])
+        except ValueError as error:
+            raise ValueError(f"{path}: {NAMES_METADATA!r} is not whole JSON ({error}); copy it again") from error
         if not isinstance(names, list):
             raise ValueError(f"{path}: {NAMES_METADATA!r}: expected a list of names, found {type(names).__name__}")
         return cls(names, vectors)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from pertstate.base.bounded_text import read_text
 from pertstate.base.constants import Split
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.labels import control_settings
@@ -370,7 +371,7 @@ def read_names(path: Path) -> list[str]:
     """The names in a file, one on a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of gene names (looked from {Path.cwd()})")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: expected gene names, one on a line; found none")
     return names

@@ -93,10 +93,13 @@ class Keys:
                     yield _SCALAR if left.name in _SCALARS else _OTHER
 
 
-def check_content(content):
+def check_content(content, largest: int = LARGEST_CONTENT):
     """
     Check that a content of plain containers stays small once each value is written out wherever it stands: lists of
     lists of one list, a few bytes long, take years to compare or to print.
+
+    Args:
+        largest (`int`): number of values.
 
     Raises:
         ValueError: it does not, or it holds itself.
@@ -120,8 +123,8 @@ def check_content(content):
             continue
         sizes[key] = 1 + sum(sizes.get(id(part), 1) for part in parts)
         under_way.discard(key)
-        if sizes[key] > LARGEST_CONTENT:
-            raise ValueError(f"it holds more than {LARGEST_CONTENT:,} values once all are written out")
+        if sizes[key] > largest:
+            raise ValueError(f"it holds more than {largest:,} values once all are written out")
         todo.pop()
 
 

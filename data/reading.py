@@ -16,15 +16,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pertstate.base.bounded_text import check_regular
 from pertstate.base.printable import get_logger
 from pertstate.data.matrices import RowReader, check_chunks
-from pertstate.data.self_contained import check_hdf5, check_regular, check_zarr, check_zarr_array
+from pertstate.data.self_contained import check_hdf5, check_zarr, check_zarr_array
 from pertstate.processing import StateProcessor
 
 
 logger = get_logger(__name__)
 
 _ENDINGS = (".h5ad", ".h5", ".h5ad.gz")
+# What a pattern of files may stand for. It may come from a run file of others.
+_MOST_FILES, _MOST_RECURSIONS = 10_000, 2
 _FOLDERS: list[tempfile.TemporaryDirectory] = []  # of unpacked files, until the process ends
 
 
@@ -37,6 +40,10 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
     text = os.path.expandvars(os.path.expanduser(str(pattern)))
     if "{" in text and not Path(text).exists():
         return [path for part in _braces(text) for path in expand_paths(part)]
+    if text.count("**") > _MOST_RECURSIONS:
+        raise ValueError(
+            f"{text[:100]}: expected '**' at most {_MOST_RECURSIONS} times, found it {text.count('**')} times"
+        )
     path = Path(text)
     if is_zarr(path):
         files = [path]
@@ -57,11 +64,17 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
 
 def _braces(text: str) -> list[str]:
     """The texts that braces stand for, in order: `x{a,b}` is `xa` and `xb`."""
-    before, _, rest = text.partition("{")
-    inner, closed, after = rest.partition("}")
-    if not closed:
-        raise ValueError(f"{text}: a brace is opened and not closed")
-    return [f"{before}{option.strip()}{after}" for option in inner.split(",")]
+    found = [""]
+    while "{" in text:
+        before, _, rest = text.partition("{")
+        inner, closed, text = rest.partition("}")
+        if not closed:
+            raise ValueError(f"{before[-100:]}{{{inner[:100]}: a brace is opened and not closed")
+        options = inner.split(",")
+        if len(found) * len(options) > _MOST_FILES:
+            raise ValueError(f"{before[-100:]}{{{inner[:100]}}}: its braces stand for more than {_MOST_FILES:,} files")
+        found = [f"{start}{before}{option.strip()}" for start in found for option in options]
+    return [f"{start}{text}" for start in found]
 
 
 def is_zarr(path: Path) -> bool:
@@ -371,6 +384,8 @@ def _reading(path: Path):
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # an inner block has said it
         kind, size = (".zarr", "") if path.is_dir() else (".h5ad", f" ({path.stat().st_size:,} bytes)")
         raise ValueError(
             f"{path}{size} cannot be read as {kind}: {type(error).__name__}: {error}. "

@@ -13,6 +13,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.bounded_text import LARGEST_TABLES
 from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
@@ -227,7 +228,7 @@ class RunRecord:
         if path is None:
             return None
         arrays_path = find_file(str(name), RECORD_ARRAYS, hub or {})
-        content = read_json(path)
+        content = read_json(path, LARGEST_TABLES)
         try:
             arrays = {} if arrays_path is None else load_file(arrays_path)
             return cls._of(content, arrays)

@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from pertstate.base.bounded_text import kind_of
 from pertstate.base.messages import some
 
 
@@ -19,23 +20,6 @@ LARGEST_RATIO, SMALL = 1100, 1 << 26
 SMALL_TABLE = 1 << 14
 # HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
 BYTES_OF_TEXT = 16
-
-
-def check_regular(path: Path):
-    """
-    Check that a path is a file or a folder: reading a pipe waits for ever, and a device has no end.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{path}: expected a file, found {_kind(mode)}; write what it gives to a file first")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
 
 
 # HDF5
@@ -141,7 +125,7 @@ def check_zarr(path: Path):
                 )
             mode = one.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ValueError(f"{where}: expected a file or a folder, found {_kind(mode)}; write the store again")
+                raise ValueError(f"{where}: expected a file or a folder, found {kind_of(mode)}; write the store again")
 
 
 def check_zarr_array(array, where: str):

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from pertstate.base.bounded_text import parse_json
 from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
 from pertstate.base.messages import given
 from pertstate.base.outputs import claimed_file
-from pertstate.base.processor_files import PROCESSOR_SETTINGS
+from pertstate.base.processor_files import PROCESSOR_SETTINGS, check_settings
 from pertstate.base.public import last_part
 from pertstate.base.tables import check_table, write_csv
 from pertstate.data.cells import sort_into_groups
@@ -96,7 +97,7 @@ def evaluate(
             reader, scorer = readers_of(guess, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
-            ceiling = guess.uns.get("pertstate", {}).get("ceiling")
+            ceiling = _about(guess).get("ceiling")
         else:
             own = given("the model's processor", processor)
             ceiling = CEILING if model.is_ceiling else None
@@ -366,18 +367,46 @@ def _scorer(settings: dict, genes: list[str]) -> StateProcessor:
     return StateProcessor(**{**settings, "vocabulary": Vocabulary(genes=genes)})
 
 
+def _about(guess: AnnDataFile) -> dict:
+    """What a file of predictions says of itself."""
+    about = guess.uns.get("pertstate", {})
+    if not isinstance(about, dict):
+        raise ValueError(
+            f"{guess.path}: uns['pertstate']: expected a mapping, found a {type(about).__name__}; predict again"
+        )
+    return about
+
+
+def _recorded_settings(guess: AnnDataFile) -> dict | None:
+    """How real cells were read, as predictions record it; None where they do not. ValueError where no processor wrote it."""
+    recorded = _about(guess).get("processor")
+    if recorded is None:
+        return None
+    where = f"{guess.path}: uns['pertstate']['processor']"
+    try:
+        settings = parse_json(str(recorded))
+    except ValueError as error:
+        raise ValueError(f"{where} is not whole JSON ({error}); predict again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{where}: expected the settings of a processor, found a {type(settings).__name__}; predict again"
+        )
+    check_settings({"feature_dim": max(1, len(guess.var_names)), **settings}, where)
+    return settings
+
+
 def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
     if "control" in settings:
         settings |= control_settings(settings["control"])
-    recorded = guess.uns.get("pertstate", {}).get("processor")
+    recorded = _recorded_settings(guess)
     if recorded is not None:
-        settings = {**json.loads(str(recorded)), **settings}
+        settings = {**recorded, **settings}
     genes = [str(gene) for gene in guess.var_names]
     truth = _scorer(settings, genes)
     # The columns of predictions are those that were recorded, whatever those of the real cells are. Their values are not
     # checked: a model's counts are not whole numbers, and its expression may be negative.
-    recorded_by = truth if recorded is None else StateProcessor(**json.loads(str(recorded)))
+    recorded_by = truth if recorded is None else StateProcessor(**recorded)
     as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **recorded_by.of_output())
     return as_they_are, truth

@@ -1,6 +1,5 @@
 """What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well confidence ranks errors."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
 from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.scores import SUMMARY, Scores
@@ -60,7 +60,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, float]]:
 
 def _log_of(path: Path) -> list[dict[str, float]]:
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        history = load_json(path, LARGEST_TABLES)["log_history"]
         return [
             {str(key): value for key, value in row.items() if _is_number(value)} for row in history if "step" in row
         ]

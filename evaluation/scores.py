@@ -11,6 +11,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
@@ -101,7 +102,7 @@ class Scores:
                 f"{folder} holds no scores: expected {SUMMARY}, which pertstate train and evaluate write"
             )
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = load_json(path, LARGEST_TABLES)
             arrays = load_file(Path(folder) / ARRAYS)
             table = _frame(summary["table"])
             scores = cls(

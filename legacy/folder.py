@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
-from pertstate.data.bounded_yaml import bounded_merge
-from pertstate.data.pickle_program import check_content
+from pertstate.data.bounded_yaml import BoundedLoader, load_yaml
 from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
 
 
@@ -22,7 +20,6 @@ logger = get_logger(__name__)
 _ENDINGS = (".pt", ".torch", ".pkl")
 # The first of these is taken where a folder has several checkpoints.
 _PREFERRED = ("final.ckpt", "last.ckpt")
-_LARGEST_CONFIG = 10_000_000
 _SIZES = (
     "input_dim",
     "output_dim",
@@ -158,26 +155,13 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of text and numbers alone, whose merges stay small."""
-
-    flatten_mapping = bounded_merge
-
-
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; expected a training folder with config.yaml, var_dims.pkl, pert_onehot_map.pt and "
             "checkpoints/"
         )
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"{path}: expected a configuration, found {path.stat().st_size:,} bytes")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        check_content(config)
-    except (ValueError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    return _mapping(config, path, "the sections data and model")
+    return _mapping(load_yaml(path, BoundedLoader), path, "the sections data and model")
 
 
 def _mapping(value, path: Path, what: str) -> dict:

@@ -1,6 +1,5 @@
 """Starting a gene-token transformer from a published scGPT folder: `best_model.pt`, `vocab.json` and `args.json`."""
 
-import json
 import os
 import pickle
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
@@ -202,10 +202,7 @@ def _files(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a whole JSON file, found {error}; copy the folder again") from error
+    content = load_json(path, advice="copy the folder again")
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected names and their values, found a {type(content).__name__}; copy the folder again"

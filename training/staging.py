@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.files import PARTIAL, saying_disk_errors
 from pertstate.base.messages import given
 from pertstate.base.outputs import replace_folder
@@ -204,7 +205,7 @@ def _wrong_files(folder: Path) -> str | None:
 
 def _read_list(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     fits = isinstance(content, dict) and content.keys() == {"resumable", "files"} and isinstance(content["files"], dict)

@@ -165,7 +165,7 @@ def without(*names):
         (
             lambda f: (f / "args.json").write_text('{"embsize": 16,'),
             ValueError,
-            r"args.json: expected a whole JSON file",
+            r"args.json is not a whole JSON file",
         ),
         (
             lambda f: (f / "vocab.json").write_text("[1]"),

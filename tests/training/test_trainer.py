@@ -140,6 +140,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "anndata_source.py",
+        "bounded_text.py",
         "cell_ids.py",
         "cell_sentences.py",
         "cell_source.py",
