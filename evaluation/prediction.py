@@ -45,9 +45,9 @@ class Arm:
 
     Args:
         context, perturbation (`str`): their names.
-        encoded (`dict[str, np.ndarray]`): the perturbation as the model takes it.
-        cells (`np.ndarray`): the rows of the input whose cells go in.
-        first (`int`): the first row of the output that it fills.
+        encoded (`dict[str, np.ndarray]`): the perturbation as the model reads it.
+        cells (`np.ndarray`): the rows of the input whose cells the model is given.
+        first (`int`): the first row of the output that the arm fills.
     """
 
     context: str
@@ -94,8 +94,8 @@ def predict(
         cells_per_perturbation (`int`, *optional*): use at most this many control cells of a context, drawn at random; all
             by default. Each of them is used once for each perturbation. (A model that is a ceiling is given the perturbed
             cells instead, and at most this many.)
-        seed (`int`): of the draw, and of the order in which cells are put into sentences.
-        batch_size (`int`): full sentences in one forward pass; of shorter ones, as many as there is room for.
+        seed (`int`): seed of the draw, and of the order in which cells are put into sentences.
+        batch_size (`int`): full sentences in one forward pass. Shorter ones share a pass as far as there is room.
         missing_genes, input: see [`StateProcessor.__call__`].
         sample_counts (`int`, *optional*): for a model on counts. Write cells that are drawn with this seed and have the
             noise of real counts, instead of the model's expectation.
@@ -105,14 +105,14 @@ def predict(
         doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
         max_missing_genes (`float`): with `missing_genes="zero"`, the largest share of the model's genes that may be missing.
         convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
-        obs_columns (`list[str]`, *optional*): columns of obs of the control cells that the predicted cells get. Columns of var
-            come through by themselves.
+        obs_columns (`list[str]`, *optional*): columns of obs to copy from each control cell to its predicted cell. Columns of
+            var are always copied.
         overwrite (`bool`): replace an output that is there.
 
     Returns:
-        `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
-        (context, perturbation) groups that are `unseen`, which are those that the model predicts in another way as their
-        perturbation or context has no training cells. A warning names them.
+        `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
+        (context, perturbation) is unseen if its perturbation or context has no training cells, so that the model predicts it
+        in another way. A warning names these groups.
 
     Raises:
         KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
@@ -138,7 +138,7 @@ def predict(
         groups = processor.control_groups(labels, contexts)
         chosen = {}
         for context, rows in groups.items():
-            # By their barcodes, so that the draw does not depend on where the cells stand.
+            # Cells are drawn by their barcodes, so that the draw does not depend on where they stand in the file.
             rows = rows[order_of(cell_ids(labels.index[rows]), len(rows), seed)]
             chosen[context] = rows[:cells_per_perturbation]
         if uses_batches:
@@ -205,7 +205,7 @@ def claimed_output(
     output: str | os.PathLike, adata_path: str | os.PathLike, overwrite: bool
 ) -> AbstractContextManager[Path]:
     """
-    See [`claimed_file`].
+    Claim the file of predictions, see [`claimed_file`].
 
     Raises:
         ValueError: the output is the input file.
@@ -229,7 +229,7 @@ def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateP
 
 
 def check_batches(processor: StateProcessor, names: np.ndarray):
-    """ValueError if cells are of batches that a model, which needs to know them, was not trained on; they are named."""
+    """ValueError that names the batches of cells that a model, which uses batches, was not trained on."""
     found = pd.unique(names)
     unknown = [name for name, number in zip(found, processor.encode_batches(found)) if number < 0]
     if unknown:
@@ -239,21 +239,21 @@ def check_batches(processor: StateProcessor, names: np.ndarray):
             + (
                 f"say which of the datasets {processor.batch_datasets} they are of (--dataset)"
                 if several
-                else f"the model knows {some(processor.vocabulary.batches)}, and can predict from control cells of these alone"
+                else f"the model knows {some(processor.vocabulary.batches)}, and predicts only from control cells of these"
             )
         )
 
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """Silences the model's warnings about what was not in training: the caller counts that over all batches."""
+    """Silence the model's warnings about what was not in training. The caller counts such cases over all batches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnseenWarning)
         yield
 
 
 def _at_doses(processor, perturbations: list[str] | None, doses: list[float] | None) -> list[str] | None:
-    """Canonical names of what is asked for, at each dose.
+    """Canonical names of the perturbations asked for, at each dose.
 
     Raises:
         ValueError: doses are given and no perturbation is named, or the model knows no doses.
@@ -318,8 +318,8 @@ class Unit:
     Some sentences of an arm, which are predicted together.
 
     Args:
-        arm ([`Arm`]): whose they are.
-        sentences (`list[np.ndarray]`): the rows of the input that each holds.
+        arm ([`Arm`]): the arm of the sentences.
+        sentences (`list[np.ndarray]`): the rows of the input that each sentence holds.
         first (`int`): the first row of the output that they fill.
     """
 
@@ -333,7 +333,7 @@ class Unit:
 
 
 def _units(processor, arms: list[Arm], batch_size: int) -> Iterator[Unit]:
-    """All sentences of the experiment. Arms that use the same cells follow one another in each part of these cells."""
+    """All sentences of the experiment, in blocks. Arms with the same cells follow one another block by block."""
     for _, group in itertools.groupby(arms, key=lambda arm: id(arm.cells)):
         alike = list(group)
         sentences = processor.cut(alike[0].cells)
@@ -347,7 +347,7 @@ def _units(processor, arms: list[Arm], batch_size: int) -> Iterator[Unit]:
 
 def _packs(processor, arms: list[Arm], batch_size: int, alone: bool) -> Iterator[list[Unit]]:
     """
-    Units that go through the model in one pass: together no more than `batch_size` full sentences, padding counted.
+    Units that go through the model in one pass: together no more than `batch_size` full sentences, padding included.
 
     Args:
         alone (`bool`): one unit in each pass.
@@ -367,7 +367,7 @@ def _packs(processor, arms: list[Arm], batch_size: int, alone: bool) -> Iterator
 
 
 class _Reader:
-    """Makes the batches of a pass. Cells that several perturbations start from are read once, as long as they follow."""
+    """Makes the batches of a pass. Cells are read once for perturbations that follow one another and start from them."""
 
     def __init__(self, processor, data, labels: pd.DataFrame, missing_genes: str, input: str | None, device):
         self.processor, self.data, self.labels, self.device = processor, data, labels, device
@@ -398,7 +398,10 @@ class _Reader:
 
 @contextmanager
 def _whole_hdf5(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
-    """An HDF5 file as of [`whole_file`], and a function that raises the disk's error where a write has failed."""
+    """
+    An HDF5 file that appears whole or not at all, see [`whole_file`], and a function that raises the disk's error if a write
+    has failed.
+    """
     with whole_file(output) as partial, open(partial, "w+b", buffering=0) as raw:
         disk = _Disk(raw, output)
         try:
@@ -410,16 +413,16 @@ def _whole_hdf5(output: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
 
 class _Disk:
     """
-    The file object that h5py writes to. HDF5 cannot close a file whose writes fail, and what it reads back of them would be
-    memory that nobody has filled, which ends the process. So the error of the disk is kept here, and `check` raises it;
-    what is written from then on is kept in memory, where HDF5 finds it again.
+    The file object that h5py writes to. HDF5 cannot close a file whose writes fail. If it reads back what it could not write,
+    it gets undefined memory, which ends the process. So a failed write raises nothing here: its error is kept, and `check`
+    raises it. What is written from then on is kept in memory, from which HDF5 can read it back.
     """
 
     def __init__(self, raw: io.FileIO, output: Path):
         self._raw, self._output = raw, output
         self._error: BaseException | None = None
         self._place = 0
-        self._kept: list[tuple[int, bytes]] = []  # where, and what, in the order in which it came
+        self._kept: list[tuple[int, bytes]] = []  # the place and the content of each write, in order
 
     def check(self):
         if self._error is not None:
@@ -479,7 +482,7 @@ class _Disk:
 
 
 def _write_frame(file, processor, labels, arms, rows, config, uns, carried, var):
-    """Write all of the output but its matrices."""
+    """Write all of the output except its matrices."""
     sizes = [len(arm.cells) for arm in arms]
     obs = processor.output_obs(
         np.repeat(np.array([arm.perturbation for arm in arms], dtype=object), sizes),
@@ -494,7 +497,7 @@ def _write_frame(file, processor, labels, arms, rows, config, uns, carried, var)
         {name: "category" for name in obs.columns if name != "control_barcode" and obs[name].dtype == object}
     )
     ad.io.write_elem(file, "/", ad.AnnData(obs=obs, var=var, uns={"pertstate": uns}))
-    if "raw" in file:  # nothing, in a form that anndata before 0.11 cannot read
+    if "raw" in file:  # an empty entry that anndata before 0.11 cannot read
         del file["raw"]
 
 
@@ -530,7 +533,7 @@ class _Writer:
         self.write_main(packed, predictions, controls)
 
     def write_main(self, packed: list[Unit], predictions: np.ndarray, controls: np.ndarray, counts: bool = False):
-        """Write X and the control cells of some units; `counts` that were drawn are written as predictions are."""
+        """Write X and the control cells of some units. Drawn `counts` are first converted to the units of predictions."""
         predictions = self.processor.as_predicted(predictions) if counts else predictions
         names = self.processor.vocabulary.genes or self.processor.output_names(predictions.shape[1])
         check_predicted(predictions, names, lambda row: self._cell(packed, row))
@@ -547,7 +550,7 @@ class _Writer:
 
 
 def _places(packed: list[Unit]) -> Iterator[tuple[slice, slice]]:
-    """Rows of the output, and the cells of a pass that belong there. Units that follow one another there go together."""
+    """Rows of the output, each with the cells of a pass that fill them. Units that are neighbours there go together."""
     start = done = 0
     for unit, following in itertools.zip_longest(packed, packed[1:]):
         done += unit.cells
