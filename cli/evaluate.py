@@ -13,22 +13,23 @@ HELP = "Score predicted cells, or a model, against real cells, beside the baseli
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--predicted", metavar="P.h5ad", help="what `pertstate predict` wrote, or another tool")
+    parser.add_argument("--predicted", metavar="P.h5ad", help="predicted cells of `pertstate predict` or another tool")
     parser.add_argument(
         "--model",
         metavar="CHECKPOINT",
-        help="folder or Hub repository: predicts what is scored, where --predicted is absent; its record says what it learned",
+        help="folder or Hub repository of a checkpoint. Its record says what it was trained on. Without --predicted it predicts "
+        "the cells that are scored",
     )
     parser.add_argument("--revision", help="revision of the Hub repository")
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
     parser.add_argument(
-        "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, where no record of a model says it"
+        "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, if no record of a model says which"
     )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
-    parser.add_argument("--scores", metavar="FOLDER", help="also write all that reports are made of")
+    parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
     parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
     add_reading_arguments(parser)
-    parser.add_argument("--context", nargs="+", help="score these contexts; one, where the files have no such column")
+    parser.add_argument("--context", nargs="+", help="score these contexts; if the files have no such column, one name")
     parser.add_argument("--perturbation", nargs="+", metavar="NAME", help="score these perturbations")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument(

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--context",
         nargs="+",
         metavar="NAME",
-        help="contexts (cell types or lines); by default all. One name is that of all cells where the file has no such column",
+        help="contexts (cell types or lines); by default all. If the file has no such column, one name, the context of all cells",
     )
     add_reading_arguments(parser)
     parser.add_argument(
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--obs-columns",
         nargs="+",
         metavar="NAME",
-        help="columns of obs of the control cells that the predicted cells get; columns of var come through by themselves",
+        help="obs columns to copy from each control cell to its predicted cell; columns of var are always copied",
     )
     layout = parser.add_argument_group("layout of the output")
     controls = layout.add_mutually_exclusive_group()
@@ -157,7 +157,7 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     try:
         return model.to(device), processor, loaded
     except (RuntimeError, AssertionError) as error:
-        # torch raises either for a device that it does not know or was not built for.
+        # torch raises one or the other for a device that it does not know or was not built for.
         raise ValueError(f"--device {device}: {error}") from error
 
 

@@ -99,8 +99,8 @@ def predict(
         doses (`list[float]`, *optional*): predict each perturbation at each of these doses; for a model that knows doses.
         max_missing_genes (`float`): with `missing_genes="zero"`, the largest share of the model's genes that may be missing.
         convert_scale (`bool`): convert log1p values whose cells sum to another total than those of the training cells.
-        obs_columns (`list[str]`, *optional*): columns of obs of the control cells that the predicted cells get. Columns of var
-            come through by themselves.
+        obs_columns (`list[str]`, *optional*): columns of obs to copy from each control cell to its predicted cell. Columns of
+            var are always copied.
         overwrite (`bool`): replace an output that is there.
         layout ([`OutputLayout`], *optional*): where control cells are, and how numbers are stored.
         summary (*optional*): `.parquet` or `.csv` to write instead of cells: means and changes of each group and gene, see
@@ -108,9 +108,9 @@ def predict(
         cell_eval ([`CellEval`], *optional*): write the output, and a file of real cells, as `cell-eval` takes them.
 
     Returns:
-        `dict[str, int]`: the numbers of `cells` written, of `contexts` and of `perturbations`; and the number of
-        (context, perturbation) groups that are `unseen`, which are those that the model predicts in another way as their
-        perturbation or context has no training cells. A warning names them.
+        `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
+        (context, perturbation) is unseen if its perturbation or context has no training cells, so that the model predicts it
+        in another way. A warning names these groups.
 
     Raises:
         KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
@@ -147,7 +147,7 @@ def predict(
         groups = processor.control_groups(labels, contexts)
         chosen = {}
         for context, rows in groups.items():
-            # By their barcodes, so that the draw does not depend on where the cells stand.
+            # Cells are drawn by their barcodes, so that the draw does not depend on where they stand in the file.
             rows = rows[order_of(cell_ids(labels.index[rows]), len(rows), seed)]
             chosen[context] = rows if cells_of is not None else rows[:cells_per_perturbation]
         if uses_batches:
@@ -343,7 +343,7 @@ def check_perturbations(model, encoded: dict[str, np.ndarray], processor: StateP
 
 
 def check_batches(processor: StateProcessor, names: np.ndarray):
-    """ValueError if cells are of batches that a model, which needs to know them, was not trained on; they are named."""
+    """ValueError that names the batches of cells that a model, which uses batches, was not trained on."""
     found = pd.unique(names)
     unknown = [name for name, number in zip(found, processor.encode_batches(found)) if number < 0]
     if unknown:
@@ -353,14 +353,14 @@ def check_batches(processor: StateProcessor, names: np.ndarray):
             + (
                 f"say which of the datasets {processor.batch_datasets} they are of (--dataset)"
                 if several
-                else f"the model knows {some(processor.vocabulary.batches)}, and can predict from control cells of these alone"
+                else f"the model knows {some(processor.vocabulary.batches)}, and predicts only from control cells of these"
             )
         )
 
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """Silences the model's warnings about what was not in training: the caller counts that over all batches."""
+    """Silence the model's warnings about what was not in training. The caller counts such cases over all batches."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnseenWarning)
         yield
@@ -389,7 +389,7 @@ def _asked(
 
 
 def _at_doses(processor, perturbations: list[str] | None, doses: list[float] | None) -> list[str] | None:
-    """Canonical names of what is asked for, at each dose.
+    """Canonical names of the perturbations asked for, at each dose.
 
     Raises:
         ValueError: doses are given and no perturbation is named, or the model knows no doses.

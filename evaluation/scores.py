@@ -30,22 +30,22 @@ class Scores:
 
     Args:
         table (`pandas.DataFrame`): one row for each group (context and perturbation, of a dataset where there are several)
-            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN where one is not defined),
-            `reason` (why a method has no figures), `seen` (how the group was trained on; empty where it was not),
+            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN if one is not defined),
+            `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
             `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
-            that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (of
-            the model: which part of the way from the best baseline to the ceiling it goes).
-        verdict (`str`): what follows of the averages, in words.
-        notes (`list[str]`): what was left out, and what else must be known, in sentences.
+            that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (only
+            for the model: how far it goes from the best baseline, 0, to the ceiling, 1).
+        verdict (`str`): what follows from the averages, in words.
+        notes (`list[str]`): sentences that say what was left out and what else must be known.
         genes (`list[str]`): names of the features.
         groups (`list[tuple[str, str, str]]`): dataset, context and perturbation of each group, in the order of `changes`.
         changes (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, the means of the cells of each group, `(groups,
-            features)` float32; `predicted` is absent where only baselines were scored.
+            features)` float32; `predicted` is absent if only baselines were scored.
         cells (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, some cells of each group, `(cells, features)`
             float32, and `control_group`, `observed_group` and `predicted_group`, the number of the group of each.
-        settings (`dict`): what was asked for: number of cells, seed, ..
-        record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty where it is not known.
+        settings (`dict`): settings of the evaluation: number of cells, seed, ..
+        record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty if it is not known.
     """
 
     table: pd.DataFrame
@@ -60,12 +60,18 @@ class Scores:
     record: dict[str, Any] = field(default_factory=dict)
 
     def value(self, method: str, metric: str) -> float:
-        """The average of a method; NaN where it has none."""
+        """The average of a method in a metric. NaN if there is none."""
         found = self.averages.query("method == @method and metric == @metric")["value"]
         return float(found.iloc[0]) if len(found) else float("nan")
 
     def save(self, folder: str | os.PathLike):
-        """Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all."""
+        """
+        Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all.
+
+        Raises:
+            FloatingPointError: see [`~pertstate.base.tables.check_table`].
+            OSError: the disk is full, or the folder cannot be written.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(self.table, folder / TABLE)

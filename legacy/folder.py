@@ -18,7 +18,7 @@ from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pic
 logger = get_logger(__name__)
 
 _ENDINGS = (".pt", ".torch", ".pkl")
-# The first of these is taken where a folder has several checkpoints.
+# If a folder has several checkpoints, the first of these that is there is taken.
 _PREFERRED = ("final.ckpt", "last.ckpt")
 _SIZES = (
     "input_dim",
@@ -32,7 +32,7 @@ _SIZES = (
     "n_encoder_layers",
     "n_decoder_layers",
 )
-# Options that change what the weights compute. Where two files have one, they must agree.
+# Options that change what the weights compute. If two files have the same option, they must agree.
 _COMPARED = (
     *_SIZES,
     "predict_residual",
@@ -52,14 +52,16 @@ class LegacyFolder:
 
     Args:
         path (`Path`): the folder.
-        options (`dict`): of the model, under its own names, for [`~pertstate.legacy.config_from_legacy`].
-        weights (`dict[str, StoredTensor]`): not yet read.
-        perturbations, contexts, batches (`list[str]`): names by their place in the one-hot vectors. The perturbations
-            hold the control where that code gave it a place. Contexts and batches are empty where they were not kept.
-        genes (`list[str]`, *optional*): names as they were recorded, of whatever list.
+        options (`dict`): options of the model under the research code's names, for
+            [`~pertstate.legacy.config_from_legacy`].
+        weights (`dict[str, StoredTensor]`): the weights by name, not yet read from the file.
+        perturbations, contexts, batches (`list[str]`): names in the order of the one-hot vectors. The perturbations include
+            the control if the research code gave it a place. Contexts and batches are empty if they were not saved.
+        genes (`list[str]`, *optional*): the recorded names of genes, which may be others than the model's.
         data (`dict`): `data.kwargs` of the configuration.
-        training (`dict`): its section `training`.
-        checkpoint (`Path`): the file of the weights, and `progress`: its epoch and step, in words.
+        training (`dict`): the section `training` of the configuration.
+        checkpoint (`Path`): the file of the weights.
+        progress (`str`): epoch and step of the checkpoint, in words.
     """
 
     path: Path
@@ -75,7 +77,7 @@ class LegacyFolder:
     progress: str
 
     def sha256(self) -> str:
-        """Of the checkpoint's file."""
+        """The SHA-256 of the checkpoint's file, as hexadecimal digits."""
         with open(self.checkpoint, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -188,7 +190,7 @@ def _text(section: dict, name: str, path: Path, where: str) -> str:
 
 
 def _short(value) -> str:
-    """A value in an error: a container from a file may be endless when written out."""
+    """A value as text for an error. Of a container only the type is named, because its text may be endless."""
     return repr(value)[:100] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -258,7 +260,7 @@ def _weights(content: dict, path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_decoder(options: dict, weights: dict, path: Path):
-    """Keep the options of a gene decoder only where there is one: the research code kept them for models without."""
+    """Remove the options of a gene decoder if the model has none: the research code kept them all the same."""
     if not any(name.startswith("gene_decoder.") for name in weights):
         options["decoder_cfg"] = None
         return
@@ -278,7 +280,7 @@ def _check_decoder(options: dict, weights: dict, path: Path):
 
 
 def _check_layers(options: dict, count: int, path: Path):
-    """ValueError for more layers than there are weights, before a model of so many layers is built."""
+    """ValueError if there are more layers than weights. Call it before a model of so many layers is built."""
     inner = options.get("transformer_backbone_kwargs") or {}
     layers = {name: options[name] for name in ("n_encoder_layers", "n_decoder_layers") if name in options}
     layers |= {name: inner[name] for name in ("num_hidden_layers", "n_layer") if _is_int(inner.get(name))}
@@ -288,7 +290,7 @@ def _check_layers(options: dict, count: int, path: Path):
 
 
 def _one_hot_names(folder: Path, stem: str, width: int | None = None, option: str = "") -> list[str] | None:
-    """The names of a one-hot map by their place in its vectors; None where there is no such file."""
+    """The names of a one-hot map in the order of its vectors. None if there is no such file."""
     found = [folder / f"{stem}{ending}" for ending in _ENDINGS if (folder / f"{stem}{ending}").is_file()]
     maps = {path: _ordered_names(path, width, option) for path in found}
     for path, names in maps.items():
@@ -326,7 +328,7 @@ def _ordered_names(path: Path, width: int | None, option: str) -> list[str]:
 
 
 def _place(vector, width: int) -> int | None:
-    """Where a one-hot vector has its 1; None where it is none."""
+    """Where a one-hot vector has its 1. None if the vector is not one-hot."""
     if not isinstance(vector, StoredTensor | StoredArray) or math.prod(vector.shape) != width:
         return None
     values = vector.load()
@@ -338,7 +340,7 @@ def _place(vector, width: int) -> int | None:
 
 
 def _name(value, path: Path) -> str:
-    """Text, or a number as the text that obs columns are read as."""
+    """A name as text. A number becomes the same text as a number in an obs column."""
     if isinstance(value, str) and value.strip() and "\0" not in value:
         return value
     if _is_int(value) or (isinstance(value, float) and math.isfinite(value)):

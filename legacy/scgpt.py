@@ -50,10 +50,11 @@ class LoadReport:
     What was loaded from a published folder.
 
     Args:
-        loaded (`list[str]`): weights of the model that were taken from it, `gene_embedding.weight` for the known genes.
-        missing (`list[str]`): weights of the model that it does not have; they keep their fresh values.
-        unexpected (`list[str]`): weights of it that the model has no place for.
-        new_genes (`list[str]`): genes of the model that its vocabulary does not have; their rows keep fresh values.
+        loaded (`list[str]`): weights of the model that were read from the folder. `gene_embedding.weight` is read for the
+            known genes.
+        missing (`list[str]`): weights of the model that the folder does not have; they keep their fresh values.
+        unexpected (`list[str]`): weights of the folder that the model has no place for.
+        new_genes (`list[str]`): genes of the model that the folder's vocabulary does not have; their rows keep fresh values.
         num_genes (`int`): genes of the model.
     """
 
@@ -80,7 +81,11 @@ def published_fields(folder: str | os.PathLike, given: dict) -> dict:
     The fields of a [`ScGPTConfig`] that a published folder determines: sizes, and the dropout unless `given` has one.
 
     Args:
+        folder: the published folder.
         given (`dict`): fields that the run sets; the sizes among them must be those of the folder.
+
+    Returns:
+        `dict[str, int | float]`: values by field.
 
     Raises:
         FileNotFoundError: the folder or one of its three files is missing.
@@ -122,6 +127,7 @@ def load_published(model: ScGPTForPerturbation, genes: list[str], folder: str | 
     Args:
         model ([`ScGPTForPerturbation`]): of the folder's sizes, see [`published_fields`].
         genes (`list[str]`): names of the model's genes, in order (`processor.vocabulary.genes`).
+        folder: the published folder.
 
     Raises:
         FileNotFoundError: the folder or one of its three files is missing.

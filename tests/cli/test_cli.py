@@ -500,7 +500,7 @@ def test_what_is_printed(folder, tmp_path, capsys):
     groups = [["type_0", "pert_0"], ["type_0", "pert_2"], ["type_1", "pert_0"]]
     rows = 2 + len(BASELINES)  # with those of the model and the ceiling
     assert [line.split()[:2] for line in lines[1 : 1 + 3 * rows]] == [group for group in groups for _ in range(rows)]
-    assert lines[-1].startswith("What 3 groups say of the model. In correlation of the mean change: ")
+    assert lines[-1].startswith("Verdict on the model, from 3 groups. In correlation of the mean change: ")
     assert "1 predicted groups have no real cells and are not scored: ['type_1 / pert_2']" in printed.err
     assert "30 cells of" in printed.err and "are among the real cells that are scored: left out of it" in printed.err
     # All cells of pert_0 and pert_2 are scored, so that the baselines know neither.

@@ -90,10 +90,10 @@ def test_each_baseline_adds_what_it_knows():
     # The control cells lie nearer to those of c1.
     np.testing.assert_allclose(found[NEAREST_CONTEXT].apply(controls, True), controls + [3, 0])
     np.testing.assert_allclose(found[MEAN_OF_ALL].apply(controls, True), controls + [2, 0])
-    assert found[ADDITIVE] == "no combination"
+    assert found[ADDITIVE] == "not a combination"
     combined = baselines.of("P+Q", np.zeros(2))
     np.testing.assert_allclose(combined[ADDITIVE].apply(controls, True), controls + [4, 0], rtol=1e-6)
-    assert combined[PERTURBATION_MEAN] == "no training cell of it"
+    assert combined[PERTURBATION_MEAN] == "no training cell has it"
     unseen = baselines.of("R", np.zeros(2))
     assert [name for name in BASELINES if not isinstance(unseen[name], str)] == [NO_CHANGE, MEAN_OF_ALL]
 
@@ -292,7 +292,7 @@ def test_two_models_are_compared_on_the_groups_that_both_have():
     first = made({"a": {MODEL: 1.0}, "bb": {MODEL: 1.1}, "ccc": {MODEL: 5.0}})
     second = made({"a": {MODEL: 2.0}, "bb": {MODEL: 2.1}})
     assert "In energy distance: better than second (-1.0000" in compare(first, second, ("first", "second"))
-    assert compare(first, second, ("first", "second")).startswith("What 2 groups say of first.")
+    assert compare(first, second, ("first", "second")).startswith("Verdict on first, from 2 groups.")
     assert "worse than first (+1.0000" in compare(second, first, ("second", "first"))
 
 

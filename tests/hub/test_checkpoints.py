@@ -99,7 +99,7 @@ def no_row(tensors):
         (without(6), "lacks the tensor lora_"),
         (without(8), "lacks the tensor lora_"),
         (nan, "holds NaN or infinite values"),
-        (one_more, "does not fit the base model .* in one of them alone"),
+        (one_more, "does not fit the base model .* only in one of the two"),
         (wide, "does not fit the base model"),
         (no_row, "does not fit the base model"),
     ],

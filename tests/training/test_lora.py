@@ -148,7 +148,7 @@ def test_merging_looks_for_the_base_where_it_is_told(folder, adapter, merged, tm
     saved["base_model_name_or_path"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(saved))
     assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out")]) == 1
-    assert "(say where it is with --base)" in capsys.readouterr().err
+    assert "(--base names another one)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out"), "--base", str(folder / "base")]) == 0
     one, other = weights(tmp_path / "out"), weights(merged)
