@@ -29,6 +29,7 @@ from .base.constants import (
     Values,
 )
 from .base.doses import DoseScale, check_weights
+from .base.experiments import NO_DOSES, Experiments
 from .base.finite import check_predicted
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
@@ -48,13 +49,7 @@ from .base.vocabulary import (
 )
 
 
-NO_DOSES = (
-    "this model was trained without doses: what it predicts at a dose is 'the effect times the dose', which no cell was measured "
-    "for; train with dose_key to learn doses"
-)
-
-
-class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
+class StateProcessor(ModelFeatures, PredictedCells, Experiments, Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
