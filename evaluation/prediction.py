@@ -179,7 +179,9 @@ def predict(
         else:
             _check_layout(layout, model, processor)
             note = "; ".join(f"{c}: {len(chosen[c])} of {len(rows)} control cells" for c, rows in groups.items())
-            uns = processor.describe_output(decoded, note, checkpoint)
+            uns = processor.describe_output(
+                decoded, note, checkpoint, [(arm.context, arm.perturbation) for arm in arms]
+            )
             uns |= {} if lacking is None else {"missing_genes": lacking}
             if sample_counts is not None:
                 uns["X"] += f", of counts drawn with seed {sample_counts}"

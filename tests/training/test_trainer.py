@@ -163,6 +163,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "modeling_layers.py",
         "modeling_perturbation.py",
         "modeling_state.py",
+        "origin.py",
         "pipeline_perturbation.py",
         "predicted_cells.py",
         "printable.py",
