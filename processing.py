@@ -29,11 +29,13 @@ from .base.constants import (
     Values,
 )
 from .base.doses import DoseScale, check_weights
+from .base.experiments import NO_DOSES, Experiments
 from .base.finite import check_predicted
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.model_features import ModelFeatures, carried_columns
 from .base.modeling_perturbation import PerturbationOutput
+from .base.origin import Origin
 from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
@@ -48,13 +50,7 @@ from .base.vocabulary import (
 )
 
 
-NO_DOSES = (
-    "this model was trained without doses: what it predicts at a dose is 'the effect times the dose', which no cell was measured "
-    "for; train with dose_key to learn doses"
-)
-
-
-class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
+class StateProcessor(ModelFeatures, PredictedCells, Experiments, Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
@@ -178,6 +174,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             perturbation_features.check_control(self.control)
         self.perturbation_features = perturbation_features
         self.chat_template = None  # the inherited save looks for it
+        self.origin: Origin | None = None  # of a loaded one
         self._ids = {
             kind: {name: i for i, name in enumerate(getattr(self.vocabulary, kind))}
             for kind in ("perturbations", "contexts", "batches")
@@ -308,9 +305,12 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             ValueError: a file is damaged, or does not agree with another one; see [`read_processor_tables`].
         """
         tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
+        origin = Origin.of(pretrained_model_name_or_path, hub_arguments(kwargs), commit)
         if commit is not None:
             kwargs["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
+        processor.origin = origin
+        return processor
 
     # Labels
 
@@ -513,6 +513,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         )
         made.var = self.output_var(adata, input)
         made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
+        made.groups = [(of, name) for name in names for of in groups]
+        made.weights = weights
         return made
 
     def control_groups(self, labels: pd.DataFrame, context: str | list[str] | None = None) -> dict[str, np.ndarray]:
@@ -530,14 +532,16 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         Args:
             outputs ([`PerturbationOutput`]): what `model(**sentences)` returned.
             sentences ([`CellSentences`]): what this processor returned.
-            checkpoint (`str`, *optional*): name of the model, to be recorded.
+            checkpoint (`str`, *optional*): name of the model, to be recorded; by default that of the checkpoint that this
+                processor was loaded from.
 
         Returns:
             `AnnData`: X holds the predicted cells, padding left out, named by gene (of an embedding with a gene
             decoder: the decoded expression in X, the embedding in `obsm["embedding"]`); `layers["control"]` (an
             embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
             context, batch and barcode of the control cell, and `obs_columns`; var the columns of the data; `uns["pertstate"]` says
-            what X holds.
+            what X holds, which checkpoint predicted it, at which doses, and what its record says: the training data, and
+            whether each group was trained on.
 
         Raises:
             FloatingPointError: a prediction is NaN or infinite; the error names the cell and the gene.
@@ -555,9 +559,10 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         ):
             if values is not None:
                 check_predicted(values, names, lambda row: f"cell {sentences.obs.index[row]!r}")
-        return self.to_anndata(
-            predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint, sentences.var
+        uns = self.describe_output(
+            genes is not None, sentences.controls, checkpoint, sentences.groups, sentences.weights
         )
+        return self.to_anndata(predictions[mask], controls, genes, sentences.obs.copy(), uns, sentences.var)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

@@ -22,7 +22,8 @@ from transformers.utils import (
 )
 
 from .bounded_text import LARGEST_JSON, load_json
-from .configuration_perturbation import PerturbationConfig
+from .configuration_perturbation import PIPELINES, PerturbationConfig
+from .constants import TASK
 from .messages import some
 from .travelling import Travelling
 
@@ -359,6 +360,16 @@ class CheckedPreTrainedModel(Travelling, PreTrainedModel):
 
     def _settings(self):
         return self.config
+
+    def _save_code(self, folder: Path):
+        # The import makes the module travel with every model: a pipeline is made of a model's folder.
+        from .pipeline_perturbation import PerturbationPredictionPipeline
+
+        name = (
+            f"{PerturbationPredictionPipeline.__module__.rpartition('.')[2]}.{PerturbationPredictionPipeline.__name__}"
+        )
+        self.config.custom_pipelines = {TASK: {**PIPELINES[TASK], "impl": name}}
+        super()._save_code(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -14,6 +14,10 @@ LABELS = "labels"
 GENE_LABELS = "gene_labels"
 
 
+# What the models do: the task of their pipeline, and of their cards.
+TASK = "perturbation-prediction"
+
+
 class Values:
     """Kinds of values of a cell. A model reads the first three."""
 

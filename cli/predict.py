@@ -215,7 +215,7 @@ def _predict(args: argparse.Namespace):
         processor,
         args.adata,
         args.output,
-        perturbations=processor.vocabulary.perturbations if args.all else args.perturbation,
+        perturbations="all" if args.all else args.perturbation,
         contexts=args.context,
         cells_per_perturbation=cells,
         seed=args.seed,

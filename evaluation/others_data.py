@@ -57,7 +57,9 @@ def read_as(
                 "the column with --context-key, or the one context of all cells with --context"
             )
         changed |= {"context_key": None, "context": contexts[0]}
-    return processor.with_vocabulary(processor.vocabulary, **changed)
+    reader = processor.with_vocabulary(processor.vocabulary, **changed)
+    reader.origin = processor.origin
+    return reader
 
 
 def _in(keys: str | list[str] | None, columns: list[str]) -> bool:

@@ -38,7 +38,7 @@ from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout, PredictedFile, claimed_output
 from pertstate.evaluation.summary import SUFFIXES, SummaryFile
-from pertstate.processing import NO_DOSES, StateProcessor
+from pertstate.processing import StateProcessor
 
 
 logger = get_logger(__name__)
@@ -51,7 +51,7 @@ def predict(
     processor: StateProcessor,
     adata_path: str | os.PathLike,
     output: str | os.PathLike | None = None,
-    perturbations: list[str] | None = None,
+    perturbations: list[str] | str | None = None,
     contexts: list[str] | None = None,
     cells_per_perturbation: int | Mapping[str, int] | None = None,
     seed: int = 0,
@@ -81,8 +81,8 @@ def predict(
         adata_path: `.h5ad` with the control cells; read block by block.
         output (*optional*): `.h5ad` or `.zarr` to write, with the layout of [`StateProcessor.decode`], but for the control cells: see
             [`OutputLayout`] and [`controls_of`]. It appears whole or not at all.
-        perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination. By default those that the file itself
-            has in each context, so that the output can be compared with the file.
+        perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination, or `"all"`, see [`Experiments.named`]. By
+            default those that the file itself has in each context, so that the output can be compared with the file.
         contexts (`list[str]`, *optional*): by default all contexts of the file.
         cells_per_perturbation (`int` or `Mapping[str, int]`, *optional*): use at most this many control cells of a context,
             drawn at random, or so many for each perturbation, see [`read_cell_counts`], whose perturbations are then predicted
@@ -179,7 +179,9 @@ def predict(
         else:
             _check_layout(layout, model, processor)
             note = "; ".join(f"{c}: {len(chosen[c])} of {len(rows)} control cells" for c, rows in groups.items())
-            uns = processor.describe_output(decoded, note, checkpoint)
+            uns = processor.describe_output(
+                decoded, note, checkpoint, [(arm.context, arm.perturbation) for arm in arms]
+            )
             uns |= {} if lacking is None else {"missing_genes": lacking}
             if sample_counts is not None:
                 uns["X"] += f", of counts drawn with seed {sample_counts}"
@@ -368,7 +370,7 @@ def counted_elsewhere() -> Iterator[None]:
 
 def _asked(
     processor: StateProcessor,
-    perturbations: list[str] | None,
+    perturbations: list[str] | str | None,
     doses: list[float] | None,
     cells: "int | Mapping[str, int] | None",
 ) -> tuple[list[str] | None, dict[str, int] | None]:
@@ -379,31 +381,12 @@ def _asked(
         ValueError: doses are given and no perturbation is named, or the model knows no doses; the table lacks a perturbation.
     """
     if not isinstance(cells, Mapping):
-        return _at_doses(processor, perturbations, doses), None
+        if perturbations is None and doses is not None:
+            raise ValueError("doses: name the perturbations that are predicted at them (--perturbation, or --all)")
+        return None if perturbations is None else processor.named(perturbations, doses), None
     table = {name: number for name, number in cells.items() if processor.canonical(name) != processor.control}
     if perturbations is not None:
         known = {processor.canonical(name): number for name, number in table.items()}
-        table = wanted_cells(known, [processor.canonical(name) for name in perturbations])
-    named = {at: number for name, number in table.items() for at in _at_doses(processor, [name], doses) or ()}
+        table = wanted_cells(known, processor.named(perturbations))
+    named = {at: number for name, number in table.items() for at in processor.named([name], doses)}
     return list(named), named
-
-
-def _at_doses(processor, perturbations: list[str] | None, doses: list[float] | None) -> list[str] | None:
-    """Canonical names of the perturbations asked for, at each dose.
-
-    Raises:
-        ValueError: doses are given and no perturbation is named, or the model knows no doses.
-    """
-    if doses is None:
-        return None if perturbations is None else list(dict.fromkeys(map(processor.canonical, perturbations)))
-    if perturbations is None:
-        raise ValueError("doses: name the perturbations that are predicted at them (--perturbation, or --all)")
-    if processor.dose_key is None:
-        raise ValueError(f"doses={doses}: {NO_DOSES}")
-    of_parts = [len(processor.split_combination(name)) for name in perturbations]
-    names = [
-        processor.label_reader.at_doses(name, [dose] * number)
-        for name, number in zip(perturbations, of_parts)
-        for dose in doses
-    ]
-    return list(dict.fromkeys(names))

@@ -16,7 +16,7 @@ from pertstate.processing import StateProcessor
 
 SUFFIXES = (".parquet", ".csv")
 # Rows of the table that are written at once, and control cells that are read at once.
-_ROWS, _BLOCK = 1 << 17, 1024
+_ROWS, _BLOCK = 1 << 16, 1024
 
 
 class Resampled:
@@ -30,30 +30,33 @@ class Resampled:
 
     def __init__(self, weights: np.ndarray, log1p: bool):
         self.weights, self.sums = weights, GroupSums("", expression={} if log1p else None)
-        self._done, self._means, self._expression = 0, np.zeros(0), np.zeros(0)
+        self._done = 0
+        self._drawn: list[np.ndarray] = []  # weighted sums of the cells, and of their expression
 
     def add(self, cells: np.ndarray):
         """The next cells `(cells, genes)`."""
         self.sums.add(("", "", ""), cells)
         weights = self.weights[:, self._done : self._done + len(cells)]
-        self._means = self._means + weights @ cells if self._done else (weights @ cells).astype(np.float64)
-        if self.sums.expression is not None:
-            drawn = weights @ np.expm1(cells)
-            self._expression = self._expression + drawn if self._done else drawn.astype(np.float64)
+        parts = [cells] if self.sums.expression is None else [cells, np.expm1(cells)]
+        if not self._drawn:
+            self._drawn = [np.zeros((len(weights), cells.shape[1])) for _ in parts]
+        for total, part in zip(self._drawn, parts):
+            total += weights @ part
         self._done += len(cells)
 
     @property
     def means(self) -> np.ndarray:
         """The mean cell, and that of each resampling, `(1 + draws, genes)`; the first row is added up in float64."""
-        return self._with_first(self._means, self.sums.sums)
+        return self._with_first(self._drawn[0], self.sums.sums)
 
     @property
     def expression(self) -> np.ndarray:
         """The same of `expm1` of the cells."""
-        return self._with_first(self._expression, self.sums.expression or {})
+        return self._with_first(self._drawn[1], self.sums.expression or {})
 
     def _with_first(self, drawn: np.ndarray, sums: dict) -> np.ndarray:
-        return np.concatenate([sums["", "", ""][None] / self._done, drawn[1:]])
+        drawn[0] = sums["", "", ""] / self._done
+        return drawn
 
 
 class SummaryFile:

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
-from pertstate.base.constants import Split
+from pertstate.base.constants import TASK, Split
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.printable import printable
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TAGS = ["single-cell", "perturbation", "pertstate", "biology"]
-# The model reads and predicts a row of numbers for each cell. This is the nearest of the tasks that the Hub knows.
-TASK = "tabular-regression"
+# A row of numbers for each cell goes in and comes out. Of the tasks that the Hub lists scores of, this is the nearest.
+_TASK_OF_SCORES = "tabular-regression"
 UNKNOWN_LICENSE = "unknown"
 SHOWN_NAMES = 20
 # What the Hub calls each metric, and what the card calls it.
@@ -95,7 +95,7 @@ def render_card(
     data = ModelCardData(
         license=license,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=TASK,
+        pipeline_tag=None if is_adapter or family.model.is_ceiling else TASK,
         tags=TAGS,
         base_model=base_model if base_model is not None and is_repository(base_model) else None,
         datasets=[s.name for s in provenance.sources if s.commit is not None] or None if provenance else None,
@@ -259,7 +259,7 @@ def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling
     of_model = " (a ceiling: decoded from the observed cells)" if is_ceiling else ""
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=_TASK_OF_SCORES,
             task_name="prediction of perturbed cells",
             dataset_type=kind[:96],
             dataset_name=printable(public(", ".join(names))) or "held-out cells",

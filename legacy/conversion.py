@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pertstate._version import __version__
 from pertstate.base.configuration_perturbation import EncoderConfig
-from pertstate.base.constants import Values
+from pertstate.base.constants import TASK, Values
 from pertstate.base.markdown import as_text
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
@@ -21,7 +21,6 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import (
     CARDS,
     TAGS,
-    TASK,
     UNKNOWN_LICENSE,
 )
 from pertstate.hub.publish import claimed_checkpoint, whole_checkpoint_folder

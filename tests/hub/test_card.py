@@ -127,7 +127,7 @@ def test_everything_that_was_known_is_said(screen, tmp_path, hub):
     data = front_matter(card)
     assert data["license"] == "cc-by-4.0" and data["base_model"] == "lab/base" and data["tags"] == TAGS
     assert {"single-cell", "perturbation"} <= set(TAGS)
-    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "tabular-regression")
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "perturbation-prediction")
     digest = hashlib.sha256(screen.read_bytes()).hexdigest()
     for text in (
         "Trained further from the weights of `lab/base`",
