@@ -100,6 +100,19 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
         )
 
 
+def check_room(wanted: int, stored: int, where: str):
+    """
+    Check what a part of a file takes in memory, in bytes, against the bytes that are stored of it.
+
+    Raises:
+        ValueError: it is more than compression could make of any values.
+    """
+    if wanted > LARGEST_RATIO * stored + SMALL:
+        raise ValueError(
+            f"{where} would take {wanted:,} bytes, and {stored:,} are stored of it; copy or write it again"
+        )
+
+
 def _shown(name: bytes | str) -> str:
     return name.decode(errors="replace") if isinstance(name, bytes) else name
 

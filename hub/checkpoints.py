@@ -60,19 +60,30 @@ def check_family(name: str, revision: str | None = None) -> str:
         `str`: the `model_type` of the family.
 
     Raises:
-        ValueError: there is no config, its family is not one of this package, or `processor_config.json` is not a JSON object.
+        ValueError: there is no config, its family is not one of this package, or it or `processor_config.json` is not a JSON
+            object or names code in a way that the Auto classes do not know.
     """
     if (of_processor := find_file(name, PROCESSOR_NAME, hub_arguments({"revision": revision}))) is not None:
-        read_json(of_processor)
+        _check_code(read_json(of_processor), of_processor)
     path = find_file(name, MODEL_KEY, hub_arguments({"revision": revision}))
     if path is None:
         raise ValueError(f"{name}: expected a checkpoint, found no {MODEL_KEY}")
-    family = read_json(path).get("model_type")
-    if family not in FAMILIES:
+    content = read_json(path)
+    _check_code(content, path)
+    family = content.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"{name} is a checkpoint of model_type={family!r}, which is no family of pertstate; {closest(str(family), FAMILIES)}"
+            f"{name} is a checkpoint of model_type={str(family)[:60]!r}, which is no family of pertstate; {closest(str(family), FAMILIES)}"
         )
     return family
+
+
+def _check_code(content: dict, path: str):
+    named = content.get("auto_map", {})
+    if not isinstance(named, dict) or not all(isinstance(one, str) for one in named.values()):
+        raise ValueError(
+            f"{path}: auto_map: expected classes by name, found {str(named)[:60]!r}; copy the checkpoint again"
+        )
 
 
 def load_adapter(

@@ -131,7 +131,7 @@ class Mark:
 
 
 @pytest.mark.parametrize("where", ["a model", "the base of an adapter"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", None, 3, "stat"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", None, 3, "stat", ["state"], {}])
 def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
     bert = tmp_path / "bert"
     bert.mkdir()
@@ -152,6 +152,9 @@ def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
     [
         ({"num_labels": 10**9}, "num_labels is 1000000000: no model of this package has labels"),
         ({"num_labels": "3"}, "num_labels is '3'"),
+        ({"dtype": "float40"}, "dtype is 'float40': expected one of"),
+        ({"torch_dtype": "load"}, "torch_dtype is 'load': expected one of"),
+        ({"dtype": {"": "hub"}}, "dtype is .*: expected one of"),
         (
             {"attn_implementation": "someone/kernel"},
             "attn_implementation is 'someone/kernel': config.json may name no code",
@@ -200,4 +203,13 @@ def test_tensors_of_kinds_that_are_no_torch_type_are_one_error(folder, tmp_path,
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
     with pytest.raises(ValueError, match="its weights are not a whole safetensors file"):
+        load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("named", [5, "x", ["a"], {"AutoModel": 0.5}, {"AutoConfig": None}, {"AutoConfig": ["a", "b"]}])
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+def test_names_of_code_that_no_auto_class_knows(folder, tmp_path, named, file):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    changed(tmp_path / "base" / file, auto_map=named)
+    with pytest.raises(ValueError, match=f"{file}: auto_map: expected classes by name"):
         load_whole(str(tmp_path / "base"))
