@@ -96,7 +96,7 @@ def test_a_file_in_which_genes_stand_twice(tmp_path):
     with source.blocks() as blocks:
         read = np.vstack([block().expression.toarray() for _, block in blocks])
     np.testing.assert_array_equal(read, summed)
-    # What it was made of is in the checkpoint: data to predict from are read alike.
+    # The checkpoint holds the setting, so that data to predict from are read in the same way.
     processor.save_pretrained(tmp_path / "saved")
     again = StateProcessor.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(again.features(data), processor.features(data))

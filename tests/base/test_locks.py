@@ -58,7 +58,7 @@ def test_a_process_that_was_killed_holds_nothing(tmp_path):
 
 
 def test_a_child_does_not_hold_the_lock_of_a_parent_that_died(tmp_path):
-    """A process that loads data lives some seconds longer than a training that was killed."""
+    """A process that loads data outlives its killed training by some seconds."""
     code = HOLD.replace("    print(", "    import os, time\n    if os.fork() == 0: time.sleep(60)\n    print(")
     lock = tmp_path / ".out.lock"
     process = launches.start(["-c", code, lock])
@@ -95,7 +95,7 @@ def test_a_thread_may_enter_again_and_another_may_not(tmp_path):
 
 
 def test_of_many_that_start_together_one_at_a_time_is_in(tmp_path):
-    """Each adds one to a number in a file, which is lost where two are in at once; the lock file comes and goes."""
+    """Each process adds one to a number in a file. If two are in at once, one addition is lost. The lock file comes and goes."""
     code = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""YAML of merges of merges is refused in no time."""
+"""YAML with merges of merges is refused at once."""
 
 import time
 
