@@ -91,7 +91,7 @@ def test_a_file_in_which_genes_stand_twice(tmp_path):
     summed[:, 3] += total[:, 18] + total[:, 19]
     wanted = np.log1p(summed / total.sum(axis=1, keepdims=True) * 1e4)
     np.testing.assert_allclose(processor.features(data), wanted, rtol=1e-6)
-    # From the file, as training reads it.
+    # Training reads the matrix from the file like this.
     source = DataArguments(datasets=path, duplicate_genes="sum").file_source()
     with source.blocks() as blocks:
         read = np.vstack([block().expression.toarray() for _, block in blocks])

@@ -350,7 +350,7 @@ def in_a_process(code: str, folder: Path, *arguments, **environment):
 
 
 def test_pushes_bring_the_code_and_so_do_pushes_from_a_copy(hub, tmp_path):
-    """`push_to_hub` of model, processor, config and trainer, `save_pretrained(push_to_hub=True)`; then without the package."""
+    """`push_to_hub` and `save_pretrained(push_to_hub=True)` bring the code, first with the package, then without it."""
     fixture, cells = FIXTURES / "state-cpa", FIXTURES / "state-cpa" / "expected.safetensors"
     in_a_process(PUSHED, tmp_path, fixture, tmp_path)
     in_a_process(PUSHED_AGAIN, tmp_path, cells, tmp_path, HF_HOME=str(tmp_path / "elsewhere"))

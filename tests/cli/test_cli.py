@@ -464,7 +464,10 @@ def test_what_is_printed(folder, tmp_path, capsys):
     assert [line.split()[:2] for line in lines[1 : 1 + 3 * rows]] == [group for group in groups for _ in range(rows)]
     assert lines[-1].startswith("Verdict on the model, from 3 groups. In correlation of the mean change: ")
     assert "1 predicted groups have no real cells and are not scored: ['type_1 / pert_2']" in printed.err
-    assert "30 cells of" in printed.err and "are among the real cells that are scored, and are left out of it" in printed.err
+    assert (
+        "30 cells of" in printed.err
+        and "are among the real cells that are scored, and are left out of it" in printed.err
+    )
     # All cells of pert_0 and pert_2 are scored, so that the baselines know neither.
     means = [line.split() for line in lines if "perturbation mean " in line]
     assert [line[-3:] for line in means] == [["-", "-", "-"]] * 3

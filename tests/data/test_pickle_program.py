@@ -88,7 +88,7 @@ def test_plain_contents_are_read(tmp_path, content, protocol):
 
 
 def test_the_stack_is_followed_to_its_end():
-    """At the end of any pickle, one value is left on the stack, and it is taken; pickletools says the same."""
+    """After the instructions of a pickle, as pickletools lists them, one value is left, and the last instruction takes it."""
     for content in PLAIN:
         for protocol in range(6):
             keys = Keys()

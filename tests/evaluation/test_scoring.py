@@ -320,7 +320,7 @@ def test_baselines_on_real_cells(shared):
         means = means_of_cells(features[~here], labels[~here])
         baselines = Baselines(means, parts_of, True, methods=(NO_CHANGE, PERTURBATION_MEAN, HALF_AND_HALF))
         controls = ControlCells(features[here & is_control], ("", context), draws=0)
-        controls.first = lambda number, all_of=controls: all_of  # all cells, as the known figures have them
+        controls.first = lambda number, all_of=controls: all_of  # all cells, as in the known figures
         results.append(score_group(("", context, name), None, features[here & ~is_control], controls, baselines))
     assert len(results) == 7
     found = logged_figures(results, (NO_CHANGE, PERTURBATION_MEAN, HALF_AND_HALF, CEILING))
