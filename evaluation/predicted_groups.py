@@ -37,8 +37,8 @@ def predicted_groups(
             group; None takes all.
         batch_size (`int`): full sentences in one forward pass.
 
-    Yields:
-        Each group with its predicted cells, in the units of predictions.
+    Returns:
+        Iterator of each group with its predicted cells, in the units of predictions.
 
     Raises:
         ValueError: the model uses batches, and was not trained on those of some control cells.

@@ -281,8 +281,8 @@ def score_groups(
         samples (`int`): how many cells of each kind are kept for pictures.
         draws (`int`): resamplings of the bootstrap.
 
-    Yields:
-        [`GroupResult`] of each group, in the order of `groups`.
+    Returns:
+        Iterator of the [`GroupResult`] of each group, in the order of `groups`.
     """
     kept: dict[tuple[str, str], ControlCells] = {}
     for group, predicted in groups:

@@ -3,7 +3,7 @@
 import re
 
 
-# Some of those that the Hub knows.
+# Some of the licences that the Hub knows.
 LICENSES = {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0", "mit", "other", "unknown"}
 TASKS = {"feature-extraction", "graph-ml", "other", "tabular-regression", "text-generation"}
 # Tasks of models' own pipelines: the Hub warns that it does not list them, and takes them.

@@ -1,4 +1,4 @@
-"""What users' files do: labels in any spelling, several controls, guides, doses, files of others. Right values, end to end."""
+"""Users' files: labels in any spelling, several controls, guides, doses, others' files. Values are checked from end to end."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def trained(
     stream: dict | None = None,
     **training,
 ) -> Path:
-    """The checkpoint of a short training; `model` says more of its model, or which checkpoint is trained further."""
+    """The checkpoint of a short training. `model` sets fields of its model, or the checkpoint that is trained further."""
     section = {} if model and "pretrained" in model else {"preset": "tiny", "set_size": 8}
     content = {
         "data": data,
@@ -75,7 +75,7 @@ def vocabulary(checkpoint: Path) -> dict:
 
 
 def test_labels_in_every_order_are_those_of_the_plain_file(tmp_path):
-    """A file that writes `A+ctrl`, `ctrl+A`, `ctrl` and `B+A` trains to the bits of one that writes `A`, `control`, `A+B`."""
+    """A file with `A+ctrl`, `ctrl+A`, `ctrl` and `B+A` gives the same bits as a file with `A`, `control` and `A+B`."""
     plain = screen(("A", "B", "A+B"))
     other = plain.copy()
     names = {"A": ["A+ctrl", "ctrl+A", "A"], "B": ["B+ctrl"], "A+B": ["B+A", "A + B"], "control": ["ctrl", "ctrl+ctrl"]}

@@ -43,7 +43,7 @@ def copied(name: str, folder: Path) -> Path:
 
 
 def edit(path: Path, **changes):
-    """Change or (with ...) take away entries of a JSON file."""
+    """Change entries of a JSON file. The value `...` removes an entry."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
@@ -288,7 +288,7 @@ def test_pieces_of_a_distributed_checkpoint_are_refused(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -298,7 +298,7 @@ class Bomb:
 
 
 def plant(folder: Path, *names: str) -> Path:
-    """Files that make the returned one when they are read as pickles."""
+    """Write files that, read as pickles, make the file whose path is returned."""
     trace = folder / "it ran"
     for name in names:
         (folder / name).write_bytes(pickle.dumps({KEY: Bomb(trace)}))
@@ -347,7 +347,7 @@ def test_an_adapter_in_a_pickle_is_never_read(tmp_path):
     loaded = AutoModel.from_pretrained(base)
     loaded.load_adapter(str(adapter))
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
-    # The same beside the weights, as a repository may have it.
+    # The pickle now lies beside the weights, as it may in a repository.
     embedded = copied("state", tmp_path)
     for path in adapter.iterdir():
         shutil.copy(path, embedded)

@@ -1,4 +1,4 @@
-"""No path of a machine is written for others, by what a value looks like."""
+"""No path of a machine is written for others. Paths are found by what a value looks like."""
 
 from pathlib import Path
 

@@ -84,7 +84,7 @@ def predict(folder, output, *flags, model="counts", adata="screen.h5ad", rc=0) -
 
 
 def by_hand(folder, perturbations, context, model="counts", seed=0, **options) -> ad.AnnData:
-    """The same through processor, model and decode."""
+    """The prediction of the command, made by hand with processor, model and decode."""
     path = folder / "models" / model
     processor, network = StateProcessor.from_pretrained(path), StateForPerturbation.from_pretrained(path).eval()
     sentences = processor(ad.read_h5ad(folder / "screen.h5ad"), perturbations, context=context, seed=seed, **options)
@@ -502,14 +502,17 @@ def test_what_is_printed(folder, tmp_path, capsys):
     assert [line.split()[:2] for line in lines[1 : 1 + 3 * rows]] == [group for group in groups for _ in range(rows)]
     assert lines[-1].startswith("Verdict on the model, from 3 groups. In correlation of the mean change: ")
     assert "1 predicted groups have no real cells and are not scored: ['type_1 / pert_2']" in printed.err
-    assert "30 cells of" in printed.err and "are among the real cells that are scored: left out of it" in printed.err
+    assert (
+        "30 cells of" in printed.err
+        and "are among the real cells that are scored, and are left out of it" in printed.err
+    )
     # All cells of pert_0 and pert_2 are scored, so that the baselines know neither.
     means = [line.split() for line in lines if "perturbation mean " in line]
     assert [line[-3:] for line in means] == [["-", "-", "-"]] * 3
 
 
 def test_training_cells_are_told_apart_by_more_than_their_number(folder, tmp_path, capsys):
-    """Files that number their cells from 0 share barcodes, not cells."""
+    """Two files that number their cells from 0 have the same barcodes, but not the same cells."""
     predict(folder, tmp_path / "predicted.h5ad", "--context", "type_0", "--perturbation", "pert_0")
     train = ad.read_h5ad(folder / "screen.h5ad")
     scored = cells_of(train, "type_0", "pert_0")

@@ -233,7 +233,7 @@ def test_a_folder_of_something_else_is_not_overwritten(folder, tmp_path, capsys)
 
 
 def test_merge_beside_the_checkpoints_of_a_run_leaves_them(folder, tmp_path):
-    """A run's folder holds more than its model."""
+    """The folder of a run holds more than its model, and merge must leave the rest."""
     run = Path(shutil.copytree(folder / "base", tmp_path / "run"))
     (run / "checkpoint-3").mkdir()
     (run / "checkpoint-3" / "optimizer.pt").write_bytes(b"state")

@@ -53,7 +53,7 @@ def named_rows(vectors=VECTORS):
 
 
 def integer_index(path):
-    """Rows whose numbers are no range: pandas stores them as a column."""
+    """Give rows numbers that are not a range, which pandas stores as a column."""
     frame().assign(name=NAMES).set_index(pd.Index([0, 1, 2, 5, 8, 13])).to_parquet(path)
     assert "__index_level_0__" in pq.read_schema(path).names
 
@@ -455,7 +455,7 @@ def test_predict_takes_unseen_names_and_further_vectors(folder, tmp_path, capsys
     expected = predicted(folder, ["UNSEEN", "UNSEEN+pert_0"], seed=0)
     np.testing.assert_allclose(found[expected.obs_names].X, expected.X, atol=1e-5)
 
-    # Each name of the file's own cells, the held-out one too; `--all` is what was trained on.
+    # By default every name of the file's own cells is predicted, the held-out one too. `--all` predicts what was trained on.
     assert set(predict(folder, tmp_path / "own.h5ad").obs["perturbation"]) == {f"pert_{i}" for i in range(4)}
     assert set(predict(folder, tmp_path / "all.h5ad", "--all").obs["perturbation"]) == {f"pert_{i}" for i in range(3)}
 

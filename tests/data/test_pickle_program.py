@@ -1,4 +1,4 @@
-"""Pickles of a few bytes that would take years are refused in no time."""
+"""Pickles of a few bytes that would take years to read are refused at once."""
 
 import collections
 import io
@@ -88,7 +88,7 @@ def test_plain_contents_are_read(tmp_path, content, protocol):
 
 
 def test_the_stack_is_followed_to_its_end():
-    """Of whatever pickle is given, as pickletools would have it: one value is left, and it is taken."""
+    """After the instructions of a pickle, as pickletools lists them, one value is left, and the last instruction takes it."""
     for content in PLAIN:
         for protocol in range(6):
             keys = Keys()

@@ -122,7 +122,7 @@ def test_what_is_not_asked_for_is_not_read(path, tmp_path):
 
 
 def both_ways(path):
-    """The errors of reading a file whole and row by row, every matrix of it."""
+    """The errors of reading every matrix of a file, whole and row by row."""
 
     def row_by_row(path):
         with AnnDataFile(path) as data:

@@ -162,7 +162,7 @@ def test_a_zarr_store_stays_in_its_folder(tmp_path):
 
 
 def test_files_of_everyday_are_read(tmp_path):
-    """Constant columns, which compress to nothing, and no values at all."""
+    """Files are read with constant columns, which compress to almost nothing, and without any values."""
     data = screen(3000)
     data.obs["constant"] = 0
     data.obs["word"] = pd.Categorical(["the same"] * 3000)

@@ -42,7 +42,7 @@ def cells(with_batches=True, with_genes=False, leave_out=()) -> Cells:
     _, groups = sort_into_groups(obs.drop(columns="split"))
     split_of = {key[:3]: split for *key, split in map(tuple, rows) for key in [tuple(key)]}
     groups["split"] = [split_of[key] for key in zip(groups["dataset"], groups["context"], groups["perturbation"])]
-    # A cell's features are its row number: what comes out says which cell it was.
+    # The features of a cell are its row number, so that what comes out says which cell it was.
     features = np.repeat(np.arange(len(obs), dtype=np.float32)[:, None], 2, axis=1)
     return Cells(features, features[:, :1] + 0.5 if with_genes else None, groups)
 

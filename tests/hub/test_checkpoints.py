@@ -121,7 +121,7 @@ def test_weights_of_an_adapter_are_whole_and_finite(folder, adapter, tmp_path, c
 
 
 class Mark:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

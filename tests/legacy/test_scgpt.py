@@ -62,7 +62,7 @@ def test_what_is_missing_or_unexpected_is_listed_and_new_genes_keep_their_rows(t
     )
     weights = torch.load(folder / "best_model.pt", weights_only=True)
     del weights["pert_encoder.weight"], weights["bn.running_mean"]
-    # A head that reads more than the token is another head.
+    # A head that reads more than the token does not fit.
     weights["decoder.fc.0.weight"] = torch.ones(16, 32)
     torch.save(weights, folder / "best_model.pt")
     genes = [*GENES, "e", "F"]
@@ -96,7 +96,7 @@ def test_weights_in_half_precision_are_read_as_they_are(tmp_path, published):
 
 
 class Harmful:
-    """A pickle of it makes a folder when it is read the unsafe way."""
+    """An object whose pickle makes a folder when it is read the unsafe way."""
 
     def __init__(self, path):
         self.path = path

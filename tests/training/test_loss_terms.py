@@ -9,7 +9,7 @@ from pertstate.training.loss_terms import LossTerms
 
 
 def log(logs: dict) -> tuple[dict, dict]:
-    """What callbacks after it, and the history, are given."""
+    """The figures that later callbacks and the history get."""
     state = SimpleNamespace(global_step=7, log_history=[dict(logs)])
     LossTerms(Accelerator(cpu=True)).on_log(None, state, None, logs=logs)
     return logs, state.log_history[-1]

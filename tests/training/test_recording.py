@@ -1,4 +1,4 @@
-"""Runs, their records and their scores: one truth for card, command and Python, and leaks that are said."""
+"""Runs, their records and their scores: card, command and Python give the same figures, and leaks are reported."""
 
 import re
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_run_command_and_predictions_have_the_same_figures_to_the_digit(folder, 
     assert capsys.readouterr().out.splitlines()[-1] == by_model.verdict == own.verdict
     assert str(figures(by_model)) == str(figures(own))
     assert by_model.averages.equals(own.averages)
-    # The held-out context alone, its cells in another order, is the same experiment.
+    # A file with only the held-out context, in another order of cells, gives the same experiment.
     screen = ad.read_h5ad(folder / "screen.h5ad")
     screen[screen.obs["cell_type"] == "type_2"][::-1].copy().write_h5ad(tmp_path / "part.h5ad")
     part = evaluated(tmp_path / "part", "--model", folder / "run", "--real", tmp_path / "part.h5ad")
@@ -126,7 +126,7 @@ def test_a_checkpoint_trained_further_knows_what_came_before(folder, tmp_path):
 
 
 def test_another_run_is_not_continued(folder, tmp_path):
-    """A folder trained with one held-out context, resumed with another, would call the leak held out."""
+    """If a run with one held-out context could be resumed with another, cells that it saw would be called held out."""
     words = ["--resume_from_checkpoint", "last", "--max_steps", "25"]
     for flags, said in (
         (["--test_contexts", "type_1"], r"the groups and their splits differ: recorded .*type_1"),

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or not there, checked before they are continued, and of a finished run never trained on."""
+"""Checkpoints of a training are whole or not there, and are checked before a run continues. A finished run is not trained on."""
 
 import json
 import logging
@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_trained_on(screen, tmp_path, length):
         assert same(expected, again.model.state_dict()) and steps(tmp_path) == kept
         assert [entry for entry in again.state.log_history if "train_runtime" in entry] == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
-    # More steps are trained where they are asked for.
+    # More steps are trained if they are asked for.
     more = make_trainer(screen, tmp_path, **{**settings, "max_steps": done.global_step + 1})
     assert more.train(resume_from_checkpoint=True).global_step == done.global_step + 1
     assert not same(expected, more.model.state_dict())
@@ -149,7 +149,7 @@ def best(screen, tmp_path_factory):
 
 def test_of_a_finished_run_the_best_is_loaded_again(screen, best, tmp_path):
     folder, expected = best
-    # The best and the last are kept, though one is asked for; and they are found where the folder is moved.
+    # The best and the last are both kept although one is asked for, and they are found after the folder is moved.
     assert len(steps(folder)) == 2 and steps(folder)[-1] == 6
     moved = shutil.copytree(folder, tmp_path / "moved")
     hidden = folder.rename(folder.with_name("hidden"))
@@ -191,7 +191,7 @@ def test_what_is_not_whole_makes_room_first_and_what_is_later_next(tmp_path):
 
 
 def test_killed_at_any_moment_every_checkpoint_is_whole(screen, tmp_path):
-    """Whatever name a checkpoint has, it is whole; none is lost but for the room of newer ones."""
+    """Every folder with the name of a checkpoint is whole, and one is removed only to make room for newer ones."""
     seen = set()
 
     def work():
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_takes_the_place_of_another_is_never_gone(screen, run,
 
 
 def test_a_full_disk_says_so_and_leaves_the_other_checkpoints(screen, tmp_path):
-    """The optimiser's state is larger than the model, and is written by torch, which does not say why it cannot."""
+    """The optimiser's state is larger than the model. Torch writes it, and does not say why it fails."""
     import resource
 
     trainer = make_trainer(screen, tmp_path, **{**SAVING, "max_steps": 2})

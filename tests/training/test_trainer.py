@@ -268,7 +268,7 @@ def test_terms_are_means_over_the_batches_since_the_last_log(screen, tmp_path):
     logs = {"loss": 9.0}
     trainer.log(logs)
     assert logs["energy"] == 2.5 and logs["cells_per_second"] > 0
-    # Those that print or report a log are given the terms, and the history keeps them.
+    # Callbacks that print or report a log get the terms, and the history keeps them.
     assert trainer.state.log_history[-1].items() >= logs.items()
     trainer.log(other := {"loss": 9.0})
     assert "energy" not in other
