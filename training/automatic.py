@@ -87,7 +87,9 @@ def settled(run: RunConfig, cells: np.ndarray | None, has_validation: bool) -> t
         said.append(f"sentences of {model['set_size']} cells")
     if training.get("max_steps") == AUTO:
         family = FAMILIES[model.get("model_type", StateConfig.model_type)].config
-        of_set = model.get("set_size") or family.presets.get(model.get("preset"), {}).get("set_size", family.set_size)
+        of_set = model.get("set_size") or family.presets.get(str(model.get("preset")), {}).get(
+            "set_size", family.set_size
+        )
         step = of_set * training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
         training["max_steps"] = math.ceil(min(_MOST_STEPS, max(_FEWEST_STEPS, _EPOCHS * total / step)))
         if model.get("residual") == "anchor" and not has_validation and cells is not None:
