@@ -10,14 +10,15 @@ import numpy as np
 
 from pertstate.base.bounded_text import kind_of
 from pertstate.base.messages import some
+from pertstate.data.hdf5_texts import text_bytes
 
 
 MOST_OBJECTS = 200_000
 LONGEST_NAME = 1 << 16  # bytes of a text of fixed width
 # What gzip makes of nothing but zeros is 1,030 times smaller. What is small is read in any case.
 LARGEST_RATIO, SMALL = 1100, 1 << 26
-# Values that are read in any case, each of up to SMALL / SMALL_TABLE bytes.
-SMALL_TABLE = 1 << 14
+# Groups in groups.
+DEEPEST = 50
 # HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
 BYTES_OF_TEXT = 16
 
@@ -39,6 +40,8 @@ def check_hdf5(file: h5py.File):
     while groups:
         place, group = groups.pop()
         for name in group:
+            if place.count("/") >= DEEPEST:
+                raise ValueError(f"{place[:100]}.. is nested more than {DEEPEST} deep; write the file again")
             where = f"{place}/{name.decode(errors='replace')}" if place else name.decode(errors="replace")
             kind = group.links.get_info(name).type
             if kind in (h5py.h5l.TYPE_EXTERNAL, h5py.h5l.TYPE_SOFT):
@@ -77,19 +80,16 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
     if layout == h5py.h5d.VIRTUAL:
         sources = [created.get_virtual_filename(i) for i in range(created.get_virtual_count())]
         raise ValueError(f"{where} takes its values from {some(map(_shown, sources), 3)}; {_ADVICE}")
-    if not f"{where}/".startswith(_TABLES):
-        return
-    elements = math.prod(dataset.shape or (0,))
-    if elements <= SMALL_TABLE and dataset.get_type().get_size() <= SMALL // SMALL_TABLE:
-        return  # read in any case, whatever the file holds of it
     kind = dataset.get_type()
-    if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
+    elements = 0 if dataset.shape is None else math.prod(dataset.shape)
+    in_table = f"{where}/".startswith(_TABLES)
+    texts = isinstance(kind, h5py.h5t.TypeStringID)
+    if in_table and texts and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
         raise ValueError(
             f"{where} holds texts of {kind.get_size():,} bytes each, expected at most {LONGEST_NAME:,}; write the file again"
         )
-    if h5py.check_vlen_dtype(dataset.dtype) is not None or h5py.check_string_dtype(dataset.dtype) is not None:
-        variable = not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str()
-        if variable and elements * BYTES_OF_TEXT > size + SMALL // 16:
+    if kind.detect_class(h5py.h5t.VLEN) or (texts and kind.is_variable_str()):
+        if elements * BYTES_OF_TEXT > size + SMALL // 16:
             raise ValueError(
                 f"{where} says that it has {elements:,} names, in a file of {size:,} bytes; copy the file again"
             )
@@ -97,6 +97,18 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
     if elements * kind.get_size() > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes of the file are theirs; copy the file again"
+        )
+    # A part of values that are packed together is unpacked as a whole, however few of them are asked for.
+    chunk = math.prod(created.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
+    if chunk > elements and chunk * kind.get_size() > SMALL:
+        raise ValueError(
+            f"{where} has {elements:,} values, in parts of {chunk:,}, which would take {chunk * kind.get_size():,} bytes; write "
+            "the file again"
+        )
+    shared = text_bytes(dataset, 2 * size + SMALL, size)
+    if shared > 2 * size + SMALL:
+        raise ValueError(
+            f"{where} has texts of {shared:,} bytes together, in a file of {size:,} bytes; write the file again"
         )
 
 

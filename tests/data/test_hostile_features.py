@@ -5,10 +5,7 @@ import json
 import os
 import pickle
 import re
-import resource
-import signal
 import time
-import traceback
 import zipfile
 
 import numpy as np
@@ -17,37 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from little_room import in_little_room
 from safetensors.numpy import save_file
 
 from pertstate.data.perturbation_features import read_perturbation_features
 
 
-MEMORY, SECONDS = 1 << 30, 20
-
-
-def in_little_room(read, path) -> str:
-    """What a reader says of a file, in a process that may take a gigabyte more than this one, and some seconds."""
-    said, say = os.pipe()
-    if os.fork() == 0:
-        try:
-            pages = int(open("/proc/self/statm").read().split()[0])
-            room = pages * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (room, room))
-            signal.alarm(SECONDS)
-            try:
-                text = f"read: {read(path)}"
-            except ValueError as error:
-                text = str(error)
-            except BaseException:  # noqa: BLE001 - it is told
-                text = traceback.format_exc()
-            os.write(say, text.encode("utf-8", "backslashreplace")[:50_000])
-        finally:
-            os._exit(0)
-    os.close(say)
-    with open(said, encoding="utf-8") as stream:
-        text = stream.read()
-    os.wait()
-    return text or "the process died"
+SECONDS = 20
 
 
 def npy(header: str, content: bytes = b"", version: bytes = b"\x01\x00") -> bytes:

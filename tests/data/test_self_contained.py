@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+import zlib
 from pathlib import Path
 
 import anndata as ad
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from little_room import in_little_room
 
 from pertstate.cli import main as pertstate
 from pertstate.data.arguments import DataArguments
@@ -110,14 +112,93 @@ def many_codes(file: h5py.File):
     file.create_dataset("obs/perturbation/codes", (10**10,), "i1", chunks=(1 << 20,), compression="gzip")
 
 
-@pytest.mark.parametrize("attack", [many_names, wide_names, many_codes])
+def replaced(file: h5py.File, name: str, **options) -> h5py.Dataset:
+    attributes = dict(file[name].attrs)
+    del file[name]
+    made = file.create_dataset(name, **options)
+    made.attrs.update(attributes)
+    return made
+
+
+def many_rows(file: h5py.File):
+    replaced(file, "X/indptr", shape=(10**10,), dtype="i8", chunks=(1 << 20,))
+
+
+def many_values(file: h5py.File):
+    for name, dtype in (("data", "f4"), ("indices", "i4")):
+        replaced(file, f"X/{name}", shape=(10**10,), dtype=dtype)
+    replaced(file, "X/indptr", data=np.array([0] + [10**10] * 20))
+
+
+def wide_embedding(file: h5py.File):
+    file.create_dataset("obsm/E", (20, 10**10), "f4", chunks=(1, 1 << 20))
+
+
+def wide_parts(file: h5py.File):
+    values = file["X/data"][:]
+    replaced(file, "X/data", data=values[:0], maxshape=(None,), dtype="f4", chunks=(10**9,)).resize(values.shape)
+
+
+def one_wide_text(file: h5py.File):
+    file.create_dataset("uns/text", (), "S2000000000")
+
+
+def many_lists(file: h5py.File):
+    file.create_dataset("uns/lists", (10**9,), h5py.vlen_dtype(np.int8), chunks=(1 << 20,))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [many_names, wide_names, many_codes, many_rows, many_values, wide_embedding, wide_parts, many_lists, one_wide_text],
+)
 def test_what_a_file_cannot_hold_is_not_made_room_for(path, attack):
     with h5py.File(path, "a") as file:
         attack(file)
     assert path.stat().st_size < 10**6
     start = time.perf_counter()
     for reader in READERS.values():
-        with pytest.raises(ValueError, match="says that it has|holds texts of 1,000,000,000 bytes"):
+        with pytest.raises(ValueError, match="says that it has|holds texts of [12],000,000,000 bytes|in parts of"):
+            reader(path)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (500,), "compression": "gzip"}])
+@pytest.mark.parametrize("place", ["var/_index", "obs/_index", "obs/cell_type/categories", "uns/texts"])
+def test_names_that_share_one_long_text_are_not_made(path, place, options):
+    """A megabyte of text is the name of 5000 genes."""
+    with h5py.File(path, "a") as file:
+        attributes = dict(file[place].attrs) if place in file else {"encoding-type": "string-array"}
+        if place in file:
+            del file[place]
+        made = file.create_dataset(place, (5000,), h5py.string_dtype(), **options)
+        made.attrs.update(attributes)
+        made[0], made[1:] = "A" * 10**6, "b"
+        file.flush()
+        if options:
+            mask, chunk = made.id.read_direct_chunk((0,))
+            one = zlib.compress(zlib.decompress(chunk)[:16] * 500)
+            for start in range(0, 5000, 500):
+                made.id.write_direct_chunk((start,), one, mask)
+        else:
+            at = made.id.get_offset()
+    if not options:
+        content = bytearray(path.read_bytes())
+        content[at : at + 16 * 5000] = content[at : at + 16] * 5000
+        path.write_bytes(content)
+    assert path.stat().st_size < 2 * 10**6
+    for reader in READERS.values():
+        said = in_little_room(reader, path)
+        assert f"{place} has texts of 5,000,000,000 bytes together" in said, said[:1000]
+
+
+def test_groups_in_groups_are_counted(path):
+    with h5py.File(path, "a") as file:
+        group = file["uns"]
+        for _ in range(5000):
+            group = group.create_group("a")
+    start = time.perf_counter()
+    for reader in READERS.values():
+        with pytest.raises(ValueError, match="is nested more than 50 deep"):
             reader(path)
     assert time.perf_counter() - start < 5
 
