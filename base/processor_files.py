@@ -125,6 +125,7 @@ PROCESSOR_SETTINGS = tuple(
             *(name for name in _SETTINGS if name != "feature_dim"),
             *READING,
             "predicts",
+            "control_expression",
             "dose_encoding",
             "doses",
             "dose_span",
@@ -138,7 +139,13 @@ _OF_LIBRARY = ("auto_map", "processor_class")
 
 
 # The values that optional settings have where they are absent; None for those not listed.
-DEFAULTS = {"unlabelled": "error", "dose_encoding": "log", "duplicate_genes": "error", "ignore_gene_versions": False}
+DEFAULTS = {
+    "unlabelled": "error",
+    "dose_encoding": "log",
+    "duplicate_genes": "error",
+    "ignore_gene_versions": False,
+    "control_expression": False,
+}
 
 
 def is_default(name: str, value) -> bool:

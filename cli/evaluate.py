@@ -25,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, if no record of a model says which"
     )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="OTHER",
+        help="compare with these, each a checkpoint or a file of predicted cells, on the groups that both predict",
+    )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
     parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
     parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
@@ -60,8 +66,16 @@ def run(args: argparse.Namespace):
     with claimed_table(args.output, args.overwrite) if args.output else nullcontext():
         model = processor = record = None
         if args.model is not None:
-            model, processor, record = _checkpoint(args)
-        keys = {**reading_of(args), "input": args.input}
+            model, processor, record = _checkpoint(args.model, args.revision, "--model")
+        options = {
+            "quiet": args.quiet,
+            "convert_scale": args.convert_scale,
+            "max_cells": None if args.cells == "all" else int(args.cells),
+            "seed": args.seed,
+            "include_seen": args.include_seen,
+            **reading_of(args),
+            "input": args.input,
+        }
         scores = evaluate(
             args.predicted,
             args.real,
@@ -71,13 +85,9 @@ def run(args: argparse.Namespace):
             record=record,
             contexts=args.context,
             perturbations=args.perturbation,
-            quiet=args.quiet,
-            convert_scale=args.convert_scale,
-            max_cells=None if args.cells == "all" else int(args.cells),
-            seed=args.seed,
-            include_seen=args.include_seen,
-            **keys,
+            **options,
         )
+        scores.notes += [_compared(scores, other, args, options) for other in args.against or ()]
         for note in scores.notes:
             say(f"note: {note}", sys.stderr)
         show(format_scores(scores))
@@ -87,7 +97,25 @@ def run(args: argparse.Namespace):
             write_table(table_of(scores), args.output, args.overwrite)
 
 
-def _checkpoint(args: argparse.Namespace):
+def _compared(scores, other: str, args: argparse.Namespace, options: dict) -> str:
+    """What the groups of these scores say of the scored model beside another one."""
+    from pertstate.evaluation.comparison import evaluate
+    from pertstate.evaluation.scores import against
+
+    groups = [result.group for result in scores.results]
+    chosen = {
+        "contexts": sorted({context for _, context, _ in groups}),
+        "perturbations": sorted({perturbation for *_, perturbation in groups}),
+    }
+    if Path(other).is_file():
+        second = evaluate(other, args.real, **chosen, **options)
+    else:
+        model, processor, record = _checkpoint(other, None, "--against")
+        second = evaluate(None, args.real, model=model, processor=processor, record=record, **chosen, **options)
+    return against(scores, second, (Path(args.model or args.predicted).name, Path(other).name), args.seed)
+
+
+def _checkpoint(name: str, revision: str | None, flag: str):
     """The model, the processor and the record of a checkpoint."""
     import transformers
 
@@ -95,7 +123,7 @@ def _checkpoint(args: argparse.Namespace):
     from pertstate.hub.checkpoints import check_name, load_whole
     from pertstate.hub.push import fetch_checkpoint
 
-    check_name(args.model, "--model")
-    path = Path(args.model) if Path(args.model).is_dir() else fetch_checkpoint(args.model, args.revision)
+    check_name(name, flag)
+    path = Path(name) if Path(name).is_dir() else fetch_checkpoint(name, revision)
     transformers.utils.logging.disable_progress_bar()
     return *load_whole(str(path)), RunRecord.load(path)

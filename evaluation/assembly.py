@@ -84,6 +84,7 @@ def scores_of(
         cells=_samples(results, shown),
         settings={"seed": seed, **(settings or {})},
         record={} if record is None else record.to_dict(),
+        results=averaged,
     )
 
 

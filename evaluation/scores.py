@@ -15,6 +15,8 @@ from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.scoring import GroupResult
+from pertstate.evaluation.verdict import compare
 
 
 TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
@@ -46,6 +48,8 @@ class Scores:
             float32, and `control_group`, `observed_group` and `predicted_group`, the number of the group of each.
         settings (`dict`): settings of the evaluation: number of cells, seed, ..
         record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty if it is not known.
+        results (`list[GroupResult]`): the averaged groups with their resamplings, which two models are compared by, see
+            [`against`]. They are not saved.
     """
 
     table: pd.DataFrame
@@ -58,6 +62,7 @@ class Scores:
     cells: dict[str, np.ndarray] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    results: list[GroupResult] = field(default_factory=list, repr=False)
 
     def value(self, method: str, metric: str) -> float:
         """The average of a method in a metric. NaN if there is none."""
@@ -137,6 +142,35 @@ class Scores:
                     f"{values.shape}; evaluate again"
                 )
         return scores
+
+
+def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0) -> str:
+    """
+    What the paired bootstrap says of two models, metric by metric. The resamplings of a group are the same for both, so both
+    must have been scored on the same real cells, with the same number of cells and seed.
+
+    Args:
+        first, second ([`Scores`]): of the two models, as [`evaluate`] gives them. Groups that either was trained on are left out.
+        names (`tuple[str, str]`): what the sentences call them.
+        seed (`int`): of the resampling of groups.
+
+    Raises:
+        ValueError: they have no group in common, or were scored in different ways.
+    """
+    for name in ("real", "cells", "seed"):
+        one, other = first.settings.get(name), second.settings.get(name)
+        if one != other:
+            raise ValueError(
+                f"{names[0]} and {names[1]} were scored in different ways ({name}: {one} and {other}); score both alike"
+            )
+    common = {result.group for result in first.results} & {result.group for result in second.results}
+    if not common:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have no scored group in common that neither was trained on; score both on the same groups"
+        )
+    left = len({result.group for result in (*first.results, *second.results)}) - len(common)
+    said = compare(first.results, second.results, names, seed)
+    return said if not left else f"{said} {left} groups that only one of them has are left out."
 
 
 def averages_as_figures(scores: Scores, prefix: str) -> dict[str, float]:

@@ -104,8 +104,9 @@ def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarr
 def _named(found: tuple[float, float, float, str], sign: int) -> str:
     """A baseline, with the model's figure minus its own, and the interval of that difference."""
     difference, low, high, method = found
-    ends = sorted((sign * low, sign * high))
-    return f"{method} ({sign * difference:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
+    # Plus 0: a difference of 0 has no sign.
+    ends = sorted((sign * low + 0.0, sign * high + 0.0))
+    return f"{method} ({sign * difference + 0.0:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
 
 
 def _figures(results: list[GroupResult], method: str, m: int) -> np.ndarray:
