@@ -154,7 +154,7 @@ class FamilyTests:
         model.save_pretrained(tmp_path)
         again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        written = {"architectures", "dtype", "_name_or_path"}  # what saving and loading add
+        written = {"architectures", "custom_pipelines", "dtype", "_name_or_path"}  # what saving or loading adds
         assert {k: v for k, v in again.config.to_dict().items() if k not in written} == {
             k: v for k, v in model.config.to_dict().items() if k not in written
         }

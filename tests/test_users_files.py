@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from pertstate import StateProcessor, train
 from pertstate.cli import main as pertstate
+from pertstate.evaluation import controls_of
 from pertstate.evaluation.comparison import evaluate
 from pertstate.evaluation.prediction import predict
 
@@ -314,7 +315,7 @@ def test_doses_stand_in_the_output_and_in_its_scores(series, caplog):
     )
     assert found.obs_names.is_unique and found.obs_names[0].endswith("|drug@0.01")
     change = {
-        d: float(np.abs(found.X - found.layers["control"])[(found.obs["dose"] == d).to_numpy()].mean())
+        d: float(np.abs(found.X - controls_of(found))[(found.obs["dose"] == d).to_numpy()].mean())
         for d in (0.01, 0.1, 1)
     }
     assert change[0.01] < change[0.1] < change[1]

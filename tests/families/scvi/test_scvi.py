@@ -28,6 +28,7 @@ from pertstate.base.count_distributions import (
     zero_inflated_negative_binomial_log_prob,
 )
 from pertstate.data import simulate_screen
+from pertstate.evaluation import controls_of
 from pertstate.training import objective_for
 from pertstate.training.trainer import StateTrainer
 
@@ -520,7 +521,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     counts = real[:, predicted.var_names].layers["counts"]
     values = pd.DataFrame(to_units(counts, library_size), index=real.obs_names)
     np.testing.assert_allclose(
-        predicted.layers["control"], values.loc[predicted.obs["control_barcode"]], rtol=1e-5, atol=1e-6
+        controls_of(predicted), values.loc[predicted.obs["control_barcode"]], rtol=1e-5, atol=1e-6
     )
     in_context = real.obs["cell_type"] == "type_3"
     base = values[in_context & (real.obs["perturbation"] == "control")].mean()
