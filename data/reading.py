@@ -128,9 +128,9 @@ class AnnDataFile:
 
                 check_zarr(self.path)
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
-                for name in ("obs", "var"):
-                    for key, array in self._file[name].arrays() if name in self._file else ():
-                        check_zarr_array(array, f"{name}/{key}")
+                for name, node in self._file.members(max_depth=None):
+                    if isinstance(node, zarr.Array):
+                        check_zarr_array(node, name)
             else:
                 self._plain = unpacked(self.path) if self.path.suffix == ".gz" else self.path
                 self._file, self._groups = on_error.enter_context(h5py.File(self._plain, "r")), h5py.Group
