@@ -116,8 +116,8 @@ def load_published(model: ScGPTForPerturbation, genes: list[str], folder: str | 
     """
     Copy the weights of a published folder into a model.
 
-    No code of the folder is run: the weights are read by [`~pertstate.data.restricted_pickle.read_pickled`]. Gene rows are found by name in `vocab.json`;
-    upper and lower case differ.
+    No code of the folder is run: the weights are read by [`~pertstate.data.restricted_pickle.read_pickled`]. Gene rows are
+    found by name in `vocab.json`; upper and lower case differ.
 
     Args:
         model ([`ScGPTForPerturbation`]): of the folder's sizes, see [`published_fields`].
