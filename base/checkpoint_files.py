@@ -284,8 +284,8 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
     "init_lora_weights": (lambda value: type(value) is bool, "true or false"),
     "inference_mode": (lambda value: type(value) is bool, "true or false"),
     "use_rslora": (lambda value: type(value) is bool, "true or false"),
-    "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, or null"),
-    "revision": (lambda value: value is None or isinstance(value, str), "a revision, or null"),
+    "base_model_name_or_path": (lambda value: value is None or _is_written(value), "a name, or null"),
+    "revision": (lambda value: value is None or _is_written(value), "a revision, or null"),
     # These have no effect here.
     "auto_mapping": (lambda value: value is None or isinstance(value, dict), "a mapping, or null"),
     "megatron_core": (lambda value: isinstance(value, str), "a name"),
@@ -295,6 +295,10 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
 }
 _NEEDED_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules")
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+def _is_written(value) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 4096 and value.isprintable()
 
 
 def _is_number(value) -> bool:

@@ -6,9 +6,8 @@ import stat
 from pathlib import Path
 
 import h5py
-import numpy as np
 
-from pertstate.base.bounded_text import kind_of
+from pertstate.base.bounded_text import kind_of, load_json
 from pertstate.base.messages import some
 from pertstate.data.hdf5_texts import text_bytes
 
@@ -132,15 +131,51 @@ def _shown(name: bytes | str) -> str:
 # zarr
 
 
+# Ways of packing values, by the names that zarr gives them; of numcodecs, those that give back bytes and nothing else. (One
+# of the others is a pickle.)
+_CODECS = (
+    *(
+        "adler32",
+        "bitround",
+        "blosc",
+        "bytes",
+        "bz2",
+        "crc32",
+        "crc32c",
+        "delta",
+        "endian",
+        "fixedscaleoffset",
+        "fletcher32",
+    ),
+    *(
+        "gzip",
+        "lz4",
+        "lzma",
+        "packbits",
+        "quantize",
+        "sharding_indexed",
+        "shuffle",
+        "transpose",
+        "vlen-bytes",
+        "vlen-utf8",
+    ),
+    *("zlib", "zstd"),
+)
+_METADATA = (".zarray", ".zmetadata", "zarr.json")
+
+
 def check_zarr(path: Path):
     """
-    Check that a folder in zarr format holds files and folders alone, and no link that leads out of it.
+    Check that a folder in zarr format holds files and folders alone, no link that leads out of it, and values that are
+    packed in no way but those of numbers and texts.
 
     Raises:
-        ValueError: something leaves the folder, or is no file; it is named.
+        ValueError: something leaves the folder, is no file, or would be unpacked by other code; it is named.
     """
     root = path.resolve()
     for folder, folders, files in os.walk(path):
+        if len(Path(folder).relative_to(path).parts) > DEEPEST:
+            raise ValueError(f"{folder[:100]}.. is nested more than {DEEPEST} deep; write the store again")
         for name in (*folders, *files):
             one = Path(folder, name)
             where = one.relative_to(path)
@@ -151,19 +186,43 @@ def check_zarr(path: Path):
             mode = one.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ValueError(f"{where}: expected a file or a folder, found {kind_of(mode)}; write the store again")
+            if name in _METADATA:
+                _check_codecs(load_json(one), where)
+
+
+def _check_codecs(content, where: Path):
+    """In a part of metadata, at any depth."""
+    for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if name in ("compressor", "filters", "codecs", "index_codecs") and value is not None:
+            for codec in value if isinstance(value, list) else [value]:
+                named = codec.get("id", codec.get("name")) if isinstance(codec, dict) else codec
+                if not isinstance(named, str) or named.removeprefix("numcodecs.") not in _CODECS:
+                    raise ValueError(
+                        f"{where}: its values are packed as {str(named)[:60]!r}, expected one of {', '.join(_CODECS)}; write the "
+                        "store again"
+                    )
+        if isinstance(value, (dict, list)):
+            _check_codecs(value, where)
 
 
 def check_zarr_array(array, where: str):
     """
-    Check what an array of a table of cells or genes would take in memory against what lies on disk.
+    Check what an array would take in memory against what lies on disk. Of dense matrices, which are read row by row, zarr
+    writes no zeros; their size is that of the tables.
 
     Raises:
         ValueError: it would take much more.
     """
     itemsize = getattr(array.dtype, "itemsize", 0) or BYTES_OF_TEXT
-    elements = int(np.prod(array.shape, dtype=np.float64))
+    elements = math.prod(array.shape)
     stored = array.nbytes_stored()
-    if elements * itemsize > LARGEST_RATIO * stored + SMALL:
+    is_matrix = where in ("X", "raw/X") or (where.startswith("layers/") and where.count("/") == 1)
+    if not is_matrix and elements * itemsize > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes are theirs; copy the store again"
+        )
+    part = max(math.prod(of) for of in (array.chunks, array.shards or ()))
+    if part > elements and part * itemsize > SMALL:
+        raise ValueError(
+            f"{where} has {elements:,} values, in parts of {part:,}, which would take {part * itemsize:,} bytes; write the store again"
         )

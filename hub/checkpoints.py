@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import PROCESSOR_NAME, find_adapter_config_file, is_peft_available
+from transformers.utils import PROCESSOR_NAME, extract_commit_hash, find_adapter_config_file, is_peft_available
 
 from pertstate.base.checkpoint_files import check_adapter, find_file, hub_arguments, read_header, read_json
 from pertstate.base.hub_names import is_repository
@@ -102,7 +102,8 @@ def load_adapter(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model.
+        ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model; or it is from
+            the Hub and its base model is said to be a folder of this machine; or the base model is an adapter.
     """
     if not is_peft_available():
         raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
@@ -119,7 +120,16 @@ def load_adapter(
         base, base_revision = found.get("base_model_name_or_path"), found.get("revision")
         if base is None:
             raise ValueError(f"{name} does not say what its base model is; name it with --base")
+        if Path(base).is_dir() and extract_commit_hash(own, None) is not None:
+            raise ValueError(
+                f"{name} is an adapter from the Hub, and names a folder of this machine as its base model, {base}; if that is what "
+                f"you want, merge them: pertstate merge {name} OUT --base {base}"
+            )
         check_name(base, f"base model of {name} (--base names another one):")
+    if adapter_config(base, base_revision) is not None:
+        raise ValueError(
+            f"the base model of {name}, {base}, is an adapter itself; merge it first: pertstate merge {base} OUT"
+        )
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:

@@ -15,6 +15,7 @@ from pertstate.base.markdown import as_text
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.base.public import public_text
+from pertstate.base.time_limit import time_limit
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.families import FAMILIES
@@ -58,6 +59,7 @@ def convert(
     attention: str | None = None,
     genes: list[str] | None = None,
     overwrite: bool = False,
+    seconds: float | None = None,
 ) -> Converted:
     r"""
     Write a checkpoint folder that predicts what the research code's own model predicts.
@@ -76,16 +78,34 @@ def convert(
         genes (`list[str]`, *optional*): names of the features in their order. For a model with a gene decoder, names of the
             genes that it predicts. By default the names in the folder.
         overwrite (`bool`): replace a checkpoint that is there.
+        seconds (`float`, *optional*): how long it may take, in the main thread; by default a minute, and a second for each
+            10 MB of the folder's files.
 
     Raises:
         FileExistsError, InUseError: see [`claimed_folder`].
         OSError: the disk is full; the output is as it was.
         FileNotFoundError: a file is missing.
         RefusedPickleError: a pickle names something that is not data; none of it was run.
+        TimeoutError: it takes longer; the output is as it was.
         ValueError: names, sizes and weights do not fit together, or the model cannot be converted.
     """
-    with claimed_checkpoint(output, overwrite):
+    seconds = _SECONDS + _bytes_of(Path(folder)) / _BYTES_PER_SECOND if seconds is None else seconds
+    late = (
+        f"{folder}: its conversion took more than {seconds:g} s, and none that is known takes half of that; nothing is written. "
+        "Give it more with --seconds (seconds=) if you trust the folder"
+    )
+    with claimed_checkpoint(output, overwrite), time_limit(seconds, late):
         return _convert(folder, Path(output), checkpoint, attention, genes)
+
+
+# How long a conversion may take: published folders take some seconds, and disks read faster than this.
+_SECONDS, _BYTES_PER_SECOND = 60, 10_000_000
+
+
+def _bytes_of(folder: Path) -> int:
+    """The size of the files that may be read."""
+    files = [*folder.glob("*"), *folder.glob("checkpoints/*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _convert(

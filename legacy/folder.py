@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.data.bounded_yaml import BoundedLoader, load_yaml
-from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
+from pertstate.data.restricted_pickle import StoredArray, StoredTensor, check_stored_apart, read_pickled
 
 
 logger = get_logger(__name__)
@@ -256,6 +257,7 @@ def _weights(content: dict, path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: expected floating-point numbers as weight {name[:100]!r}, found {found}")
     if not weights:
         raise ValueError(f"{path}: expected weights in state_dict, found none")
+    check_stored_apart(weights.values(), path)
     return weights
 
 
@@ -322,7 +324,7 @@ def _ordered_names(path: Path, width: int | None, option: str) -> list[str]:
         places[place] = name
     names = [places[place] for place in range(width)]
     if len(set(names)) < width:
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"{path}: names stand twice when read as text: {some(twice)}")
     return names
 

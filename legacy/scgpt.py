@@ -1,7 +1,6 @@
 """Starting a gene-token transformer from a published scGPT folder: `best_model.pt`, `vocab.json` and `args.json`."""
 
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from pertstate.base.bounded_text import load_json
 from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
+from pertstate.data.restricted_pickle import StoredTensor, check_stored_apart, read_pickled
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 
 
@@ -121,8 +121,8 @@ def load_published(model: ScGPTForPerturbation, genes: list[str], folder: str | 
     """
     Copy the weights of a published folder into a model.
 
-    No code of the folder is run: the weights are read with `weights_only=True`. Gene rows are found by name in `vocab.json`;
-    upper and lower case differ.
+    No code of the folder is run: the weights are read by [`~pertstate.data.restricted_pickle.read_pickled`]. Gene rows are
+    found by name in `vocab.json`; upper and lower case differ.
 
     Args:
         model ([`ScGPTForPerturbation`]): of the folder's sizes, see [`published_fields`].
@@ -217,18 +217,11 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    # The file is opened here, so that an OSError below concerns its content: torch raises one where its end is missing.
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(
-                f"{path}: expected a whole file of tensors and nothing else, found otherwise ({str(error).partition('.')[0]}); "
-                "nothing in it was run: copy the folder again, or have its author save the state dict alone"
-            ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    content = read_pickled(path)
+    if not isinstance(content, dict) or not all(isinstance(value, StoredTensor) for value in content.values()):
         held = some(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{path}: expected a state dict, names and their tensors, found {held}; save the state dict alone"
         )
-    return content
+    check_stored_apart(content.values(), path)
+    return {str(name): tensor.load() for name, tensor in content.items()}

@@ -1,6 +1,8 @@
 """Files that name other files, or more than they hold, are refused before anything of them is read."""
 
+import json
 import os
+import pickle
 import socket
 import time
 import zlib
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import anndata as ad
 import h5py
+import numcodecs.pickles
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 from little_room import in_little_room
 
 from pertstate.cli import main as pertstate
@@ -28,7 +32,8 @@ def screen(n: int = 20) -> ad.AnnData:
         {"perturbation": ["control", "A"] * (n // 2), "cell_type": "k"}, index=[f"c{i}" for i in range(n)]
     )
     counts = np.random.default_rng(0).poisson(2.0, (n, 8)).astype(np.float32)
-    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(8)]))
+    var = pd.DataFrame(index=[f"g{i}" for i in range(8)])
+    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var, obsm={"E": counts.copy()}, uns={"x": np.arange(3)})
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def many_values(file: h5py.File):
 
 
 def wide_embedding(file: h5py.File):
-    file.create_dataset("obsm/E", (20, 10**10), "f4", chunks=(1, 1 << 20))
+    replaced(file, "obsm/E", shape=(20, 10**10), dtype="f4", chunks=(1, 1 << 20))
 
 
 def wide_parts(file: h5py.File):
@@ -240,6 +245,119 @@ def test_a_zarr_store_stays_in_its_folder(tmp_path):
     os.mkfifo(store / "X" / "pipe")
     with pytest.raises(ValueError, match="X/pipe: expected a file or a folder, found a pipe"):
         AnnDataFile(store)
+
+
+class Mark:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+PICKLE = {"id": "pickle", "protocol": 5}
+PACKED = {
+    "a compressor": (2, "obs/_index", {"compressor": PICKLE}),
+    "a filter": (2, "X", {"compressor": None, "filters": [PICKLE]}),
+    "the second filter": (2, "obs/_index", {"compressor": None, "filters": [{"id": "vlen-utf8"}, PICKLE]}),
+    "a filter of texts": (2, "obs/_index", {"filters": [{"id": "json2"}]}),
+    "a codec": (3, "X", {"codecs": [{"name": "bytes"}, {"name": "numcodecs.pickle"}]}),
+    "a codec in parts": (
+        3,
+        "X",
+        {"codecs": [{"name": "sharding_indexed", "configuration": {"codecs": [{"name": "pickle"}]}}]},
+    ),
+    "no codec": (3, "X", {"codecs": [5]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("attack", PACKED)
+def test_values_of_zarr_are_unpacked_by_nothing_that_runs_code(tmp_path, attack, together, monkeypatch):
+    format, place, entries = PACKED[attack]
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True)  # as older versions do
+    path = made_zarr(tmp_path / "screen.zarr", format, together)
+    for chunk in (path / place).rglob("*"):
+        if chunk.is_file() and not chunk.name.startswith(".") and chunk.name != "zarr.json":
+            chunk.write_bytes(pickle.dumps(Mark(str(tmp_path / "mark"))))
+    change_array(path, format, place, together, **entries)
+    for reader in READERS.values():
+        with pytest.raises(
+            ValueError, match="its values are packed as '(pickle|json2|numcodecs.pickle|5)', expected one of"
+        ):
+            reader(path)
+    assert not (tmp_path / "mark").exists()
+
+
+def made_zarr(path: Path, format: int, together: bool) -> Path:
+    """A store; `together` with the metadata of all arrays in one file, which goes before theirs."""
+    adata = screen()
+    adata.X = adata.X.toarray()
+    with ad.settings.override(zarr_write_format=format):
+        adata.write_zarr(path)
+    (path / ".zmetadata").unlink(missing_ok=True)
+    if format == 3:
+        root = json.loads((path / "zarr.json").read_text())
+        root.pop("consolidated_metadata", None)
+        (path / "zarr.json").write_text(json.dumps(root))
+    if together:
+        zarr.consolidate_metadata(str(path), zarr_format=format)
+    return path
+
+
+def change_array(path: Path, format: int, place: str, together: bool, **entries):
+    file = (
+        path / ("zarr.json" if format == 3 else ".zmetadata")
+        if together
+        else path / place / (".zarray" if format == 2 else "zarr.json")
+    )
+    content = json.loads(file.read_text())
+    array = content
+    if together and format == 2:
+        array = content["metadata"][f"{place}/.zarray"]
+    elif together:
+        array = content["consolidated_metadata"]["metadata"][place]
+    array.update(entries)
+    file.write_text(json.dumps(content))
+
+
+SIZES = {
+    "many codes": ("obs/perturbation/codes", [10**10], [1 << 20]),
+    "many names": ("var/_index", [10**10], [1 << 20]),
+    "a wide embedding": ("obsm/E", [20, 10**10], [1, 1 << 20]),
+    "many values of uns": ("uns/x", [10**12], [1 << 20]),
+    "wide parts": ("X", [20, 8], [1 << 20, 1 << 20]),
+    "wide names": ("obs/_index", [20], [1 << 40]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("format", [2, 3])
+@pytest.mark.parametrize("attack", SIZES)
+def test_what_a_store_of_zarr_cannot_hold_is_not_made_room_for(tmp_path, attack, format, together):
+    place, shape, chunks = SIZES[attack]
+    path = made_zarr(tmp_path / "screen.zarr", format, together)
+    grid = (
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}}}
+        if format == 3
+        else {"chunks": chunks}
+    )
+    change_array(path, format, place, together, shape=shape, **grid)
+    for reader in ("a file", "whole"):
+        said = in_little_room(READERS[reader], path)
+        assert f"{place} says that it has" in said or f"{place} has" in said and "in parts of" in said, said[:2000]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zeros_that_zarr_does_not_write_are_read(tmp_path):
+    adata = screen()
+    adata.layers["zeros"] = np.zeros(adata.shape, np.float32)
+    adata.write_zarr(tmp_path / "screen.zarr")
+    assert read_h5ad(tmp_path / "screen.zarr").layers["zeros"].sum() == 0
 
 
 def test_files_of_everyday_are_read(tmp_path):

@@ -213,3 +213,31 @@ def test_names_of_code_that_no_auto_class_knows(folder, tmp_path, named, file):
     changed(tmp_path / "base" / file, auto_map=named)
     with pytest.raises(ValueError, match=f"{file}: auto_map: expected classes by name"):
         load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("named", ["itself", "another"])
+def test_an_adapter_on_an_adapter_is_refused(adapter, folder, tmp_path, named, capsys):
+    base = adapter if named == "itself" else folder / "adapter"
+    changed(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    with pytest.raises(ValueError, match="is an adapter itself; merge it first"):
+        load_whole(str(adapter))
+    assert pertstate(["merge", str(adapter), str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("base", ["", "a\0b", "a" * 5000, "/tmp/\x1b]52;c;x\x07", "a\nb"])
+def test_names_of_base_models_that_nobody_writes(adapter, base):
+    changed(adapter / "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ValueError, match="base_model_name_or_path is .*, expected a name, or null") as caught:
+        load_whole(str(adapter))
+    assert len(str(caught.value)) < 500
+
+
+def test_an_adapter_from_the_hub_opens_no_folder_of_this_machine(adapter, folder, tmp_path):
+    """In the cache of the Hub, its folder has the name of a commit."""
+    fetched = tmp_path / "models--ada--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(adapter, fetched)
+    with pytest.raises(ValueError, match="from the Hub, and names a folder of this machine as its base model"):
+        load_whole(str(fetched))
+    load_adapter(str(fetched), base=str(folder / "base"))
+    load_whole(str(adapter))  # one in a folder may: training writes it so
