@@ -210,7 +210,8 @@ def _files(folder: str | os.PathLike) -> dict[str, Path]:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # Also numbers of more digits than Python reads, and brackets nested deeper than it follows.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a whole JSON file, found {error}; copy the folder again") from error
     if not isinstance(content, dict):
         raise ValueError(
