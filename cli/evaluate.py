@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
     parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
-    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a table and scores that are there")
     add_reading_arguments(parser)
     parser.add_argument("--context", nargs="+", help="score these contexts; if the files have no such column, one name")
     parser.add_argument("--perturbation", nargs="+", metavar="NAME", help="score these perturbations")
@@ -53,17 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
+    from pertstate.base.outputs import claimed_folder, whole_folder
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
-    from pertstate.evaluation.scores import format_scores
+    from pertstate.evaluation.scores import SCORES, format_scores
 
-    if args.overwrite and not args.output:
-        raise ValueError("--overwrite has no effect without --output")
+    if args.overwrite and not (args.output or args.scores):
+        raise ValueError("--overwrite has no effect without --output or --scores")
     if args.predicted is None and args.model is None:
         raise ValueError("name the predicted cells with --predicted, or the model that is to predict them with --model")
     if args.cells != "all" and not (args.cells.isdigit() and int(args.cells) > 0):
         raise ValueError(f"--cells {args.cells}: expected a number of at least 1, or all")
     # Before there is any work to lose.
-    with claimed_table(args.output, args.overwrite) if args.output else nullcontext():
+    with (
+        claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
+        claimed_folder(args.scores, SCORES, args.overwrite) if args.scores else nullcontext(),
+    ):
         model = processor = record = None
         if args.model is not None:
             model, processor, record = _checkpoint(args.model, args.revision, "--model")
@@ -92,7 +96,8 @@ def run(args: argparse.Namespace):
             say(f"note: {note}", sys.stderr)
         show(format_scores(scores))
         if args.scores:
-            scores.save(args.scores)
+            with whole_folder(args.scores, SCORES) as folder:
+                scores.save(folder)
         if args.output:
             write_table(table_of(scores), args.output, args.overwrite)
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
+from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
@@ -20,6 +21,7 @@ from pertstate.evaluation.verdict import compare
 
 
 TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
+SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS))
 _TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen")
 _CHANGES = ("control", "observed", "predicted")
 _CELLS = ("control", "observed", "predicted")

@@ -97,7 +97,7 @@ def test_every_guide_can_be_reached_from_the_readme():
     assert guides <= links
 
 
-def test_no_page_of_this_name_that_may_be_somebody_elses():
+def test_no_address_of_this_name_may_be_somebody_elses():
     """No address holds our name unless a build sets it: such a page may be anybody's."""
     found = {name_of(p): re.findall(r"https?://\S*pertstate\S*", p.read_text(encoding="utf-8")) for p in TEXTS}
     assert len(found) > 100

@@ -434,7 +434,7 @@ def test_matrices_of_another_shape(template, tmp_path, shape):
         (np.full((CELLS, 2), np.nan), "obsm/E holds nan in cell 'cell0', dimension 0"),
     ],
 )
-def test_embeddings_that_are_none(template, tmp_path, value, match):
+def test_invalid_embeddings_are_refused(template, tmp_path, value, match):
     path = Path(shutil.copy(template, tmp_path))
     with h5py.File(path, "r+") as file:
         put(file, "obsm/E", value)
@@ -592,7 +592,7 @@ def test_other_columns_of_every_type(tmp_path, column, expected):
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_hardly_anything(tmp_path, suffix):
+def test_files_with_few_cells_or_genes(tmp_path, suffix):
     write(screen()[:0].copy(), tmp_path / f"empty{suffix}")
     assert_refused(tmp_path / f"empty{suffix}", (in_memory,), match="the files hold no cells")
     _, error = attempt(prepared, tmp_path / f"empty{suffix}", "X", tmp_path)

@@ -335,7 +335,7 @@ def test_two_pushes_at_once_both_land(hub, api, pushed, tmp_path):
     assert len(hub.repository("ada/model").history()) == 4
 
 
-def test_of_two_pushes_from_one_parent_one_is_a_clear_conflict(hub, api, pushed):
+def test_one_of_two_pushes_from_one_parent_is_a_clear_conflict(hub, api, pushed):
     start = threading.Barrier(2)
     parent = api.repo_info("ada/model").sha
 

@@ -105,7 +105,7 @@ def test_processes_share_out_a_store_as_they_do_files(folder):
     assert all(torch.equal(files[name], stored[name]) for name in files)
 
 
-def test_processes_that_accelerate_did_not_start_are_missed(folder):
+def test_missing_processes_of_accelerate_are_an_error(folder):
     flags = [
         "--cpu",
         "--num_machines",

@@ -569,7 +569,7 @@ def test_any_name_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["../../x", "state-linear", "", None, 3])
-def test_the_type_of_a_model_is_not_of_the_files_making(tmp_path, model_type):
+def test_a_file_does_not_decide_the_type_of_a_model(tmp_path, model_type):
     folder = copied("state", tmp_path)
     edit(folder / "config.json", model_type=model_type)
     with pytest.raises(ValueError, match=r"model_type=.*: expected 'state' for StateConfig; load the checkpoint"):

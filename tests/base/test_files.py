@@ -124,7 +124,7 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_of_two_files_of_which_one_names_the_other(tmp_path):
+def test_two_files_are_written_whole_together(tmp_path):
     """The state of a stream is written like this: whoever finds the first file finds the second, too."""
     first, second = tmp_path / "values.json", tmp_path / "arrays.bin"
     with whole_file(first) as values, whole_file(second) as arrays:

@@ -115,7 +115,7 @@ def test_a_thread_may_enter_again_and_another_may_not(tmp_path):
     assert not lock.exists()
 
 
-def test_of_many_that_start_together_one_at_a_time_is_in(tmp_path):
+def test_many_processes_enter_one_at_a_time(tmp_path):
     """Each process adds one to a number in a file. If two are in at once, one addition is lost. The lock file comes and goes."""
     code = """
 import sys, time

@@ -51,7 +51,7 @@ def test_every_kind_is_told_from_the_others(seed, depth, dense):
     assert look_at(form(np.expm1(log1p_of(whole)))).values == Values.LINEAR
 
 
-def test_what_says_little_fools_nobody():
+def test_values_with_little_evidence_are_not_misjudged():
     assert look_at(np.zeros((5, 4))).values == Values.ZEROS
     assert look_at(sp.csr_matrix((np.zeros(3), [0, 1, 2], [0, 3]), (1, 4))).values == Values.ZEROS
     assert look_at(np.ones((4, 3), dtype=bool)).values == Values.COUNTS
@@ -59,7 +59,7 @@ def test_what_says_little_fools_nobody():
     assert (look_at(one).values, look_at(one).total) == (Values.LOG1P, None)
 
 
-def test_depth_is_said_where_a_score_would_be_noise():
+def test_low_depth_is_reported():
     assert "cells are shallow: " in look_at(counts(0, 0.02)).too_shallow()
     assert look_at(counts(0, 3)).too_shallow() is None
 

@@ -571,7 +571,7 @@ def test_what_evaluate_refuses(folder, tmp_path, capsys):
     assert f"X holds nan in cell '{other.obs_names[5]}', gene 'gene_2'" in error(capsys)
 
 
-def test_a_reader_that_leaves_is_not_told_of():
+def test_output_that_nobody_reads_gives_no_error_message():
     words = [sys.executable, "-m", "pertstate.cli", "configs", "demo"]
     command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command.stdout.close()

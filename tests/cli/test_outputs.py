@@ -87,6 +87,22 @@ def test_what_is_there_is_replaced_only_with_overwrite(folder, tmp_path, capsys,
         assert found == made
 
 
+def test_scores_are_replaced_only_with_overwrite(folder, tmp_path, capsys):
+    scores = tmp_path / "scores"
+    evaluate = [*words(folder, "evaluate", tmp_path / "out.csv")[:-2], "--scores", str(scores)]
+    assert main(evaluate) == 0
+    made = content(scores)
+    assert set(made) == {"scores.csv", "scores.json", "scores.safetensors"}
+    (scores / "mine.txt").write_text("mine")
+    (scores / "scores.csv").write_text("old")
+    capsys.readouterr()
+    assert main(evaluate) == 1
+    assert capsys.readouterr().err.startswith(f"pertstate evaluate: error: {scores} exists")
+    assert (scores / "scores.csv").read_text() == "old"
+    assert main([*evaluate, "--overwrite"]) == 0
+    assert content(scores) == {**made, "mine.txt": b"mine"} and os.listdir(tmp_path) == ["scores"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_regular_file_is_refused_before_any_work(folder, tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)

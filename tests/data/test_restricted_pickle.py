@@ -93,7 +93,7 @@ def test_tensors_arrays_and_containers_come_back(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["zip", "before zip", 0, 1, 2, 3, 4, 5])
-def test_what_it_names_is_refused_and_not_run(tmp_path, how):
+def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path, how):
     mark = tmp_path / "mark"
     path = write(tmp_path / "x", {"a": [Payload(mark)]}, how)
     with pytest.raises(RefusedPickleError, match=r"x: expected a pickle of tensors.*global '(nt|posix)\.mkdir'"):

@@ -131,6 +131,15 @@ def test_a_truncated_file_is_one_clear_error(tmp_path, published, keep):
         load_published(model, GENES, folder)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"g1": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
+def test_a_json_that_python_does_not_follow_is_one_clear_error(tmp_path, published, content):
+    folder = write_published(tmp_path, published, VOCABULARY)
+    model = fresh(folder)
+    (folder / "vocab.json").write_text(content)
+    with pytest.raises(ValueError, match=r"vocab.json: expected a whole JSON file.*copy the folder again"):
+        load_published(model, GENES, folder)
+
+
 def change(name, **values):
     def apply(folder):
         content = json.loads((folder / name).read_text())

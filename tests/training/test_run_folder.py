@@ -139,7 +139,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
     assert os.listdir(run.parent) == ["run"] and not list(run.rglob("*.partial"))
 
 
-def test_of_two_trainings_in_one_folder_the_second_is_told_of_the_first(folder, tmp_path, capsys):
+def test_the_second_training_in_a_folder_is_told_of_the_first(folder, tmp_path, capsys):
     run = tmp_path / "run"
     process = launches.start([launches.TRAIN, folder / "run.yaml", *into(run, "--max_steps", "100000")])
     for line in process.stdout:

@@ -289,7 +289,7 @@ def test_adversaries_are_scored_against_what_is_known():
     torch.testing.assert_close(terms["perturbation_accuracy"], torch.stack([of.float().mean() for of in right]).mean())
 
 
-def test_where_nothing_is_known_an_adversary_hears_nothing():
+def test_an_adversary_without_targets_has_no_loss():
     model, batch = make()
     batch |= {"context_ids": torch.full((3,), -1), "batch_ids": torch.full((3, 4), -1)}
     terms = terms_of(model, batch, step=9)
