@@ -78,7 +78,8 @@ class SentenceDataset(TrainingSentences):
         sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
         shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
         multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
-            step). The few sentences that are too many are left out; the next epoch draws anew.
+            step). The few sentences that are too many are left out; the next epoch draws anew. If there are fewer sentences
+            than this, each step takes all of them, which a warning says.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -151,10 +152,10 @@ class SentenceDataset(TrainingSentences):
         # Shared with the processes of a loader, which may live on between epochs.
         self._asked = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.set_epoch(0)
-        if not len(self):
-            raise ValueError(
-                f"split {split!r} makes {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of "
-                "one optimiser step; lower per_device_train_batch_size, gradient_accumulation_steps or set_size"
+        if self._drawn < multiple_of:
+            logger.warning(
+                f"{split}: the data make {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of one "
+                "optimiser step: each step takes all of them"
             )
 
     def set_epoch(self, epoch: int):
@@ -184,7 +185,7 @@ class SentenceDataset(TrainingSentences):
         self._rows, sizes = np.concatenate(rows), np.concatenate(of_groups)
         stops = np.cumsum(sizes)
         order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
-        order = order[: len(sizes) // self.multiple_of * self.multiple_of]
+        order = order[: len(sizes) // self.multiple_of * self.multiple_of or len(sizes)]
         self.epoch, self._drawn = epoch, len(sizes)
         self._group = np.repeat(np.arange(len(wanted)), wanted)[order]
         self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
