@@ -153,9 +153,7 @@ def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dic
         row = []
         for metric in METRICS:
             found = averages[(averages["method"] == method) & (averages["metric"] == metric)]
-            row.append(
-                "-" if found.empty else "{:.4f} [{:.4f}, {:.4f}]".format(*found.iloc[0][["value", "low", "high"]])
-            )
+            row.append("-" if found.empty else figure(*found.iloc[0][["value", "low", "high"]]))
         name = "**a run with no model section**" if method == MODEL else "ceiling" if method == CEILING else method
         lines.append(f"| {name} | {' | '.join(row)} |")
     single = [averages_of([r for fold in folds for r in runs[fold, seed][0]]) for seed in seeds]
@@ -172,6 +170,10 @@ def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dic
         "",
     ]
     return "\n".join(lines)
+
+
+def figure(value: float, low: float, high: float) -> str:
+    return f"{value:.4f}" if low != low else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def over_seeds(several: list[list[GroupResult]]) -> list[GroupResult]:

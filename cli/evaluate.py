@@ -4,6 +4,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from pertstate.base.console import say, show
 from pertstate.cli.reading import add_reading_arguments, reading_of
@@ -102,13 +103,13 @@ def run(args: argparse.Namespace):
             write_table(table_of(scores), args.output, args.overwrite)
 
 
-def _compared(scores, other: str, args: argparse.Namespace, options: dict) -> str:
+def _compared(scores, other: str, args: argparse.Namespace, options: dict[str, Any]) -> str:
     """What the groups of these scores say of the scored model beside another one."""
     from pertstate.evaluation.comparison import evaluate
     from pertstate.evaluation.scores import against
 
     groups = [result.group for result in scores.results]
-    chosen = {
+    chosen: dict[str, Any] = {
         "contexts": sorted({context for _, context, _ in groups}),
         "perturbations": sorted({perturbation for *_, perturbation in groups}),
     }
