@@ -121,7 +121,6 @@ def test_an_adapter(model, processor, tmp_path, capsys):
         {"r": None},
         {"target_modules": {"a": 1}},
         {"base_model_name_or_path": 5},
-        {"base_model_name_or_path": None},
         {"lora_alpha": "x"},
         {"peft_type": ["LORA"]},
     ],
