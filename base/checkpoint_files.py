@@ -294,6 +294,7 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
     "task_type": (lambda value: value is None or isinstance(value, str), "a name, or null"),
 }
 _NEEDED_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules")
+_LONGEST_PLACE = 2000
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -310,14 +311,12 @@ def _are_modules(value) -> bool:
     return names and all(len(name) <= 1000 and _MODULE_NAME.fullmatch(name) for name in value)
 
 
-def check_adapter(name: str | os.PathLike, hub: dict):
+def adapter_settings(name: str | os.PathLike, hub: dict) -> dict:
     """
-    Check an adapter before anything is made of it: its settings, and that its safetensors file holds the finite tensors that
-    they ask for.
+    The settings of an adapter.
 
     Raises:
-        ValueError: it is no low-rank adapter, a setting is unknown or out of bounds, or tensors are missing, of another shape,
-            or not finite. A pickle is never read.
+        ValueError: it is no low-rank adapter, or a setting is unknown or out of bounds.
     """
     if (path := find_file(name, "adapter_config.json", hub)) is None:
         raise ValueError(f"{name} is no adapter: expected adapter_config.json, found none")
@@ -329,27 +328,48 @@ def check_adapter(name: str | os.PathLike, hub: dict):
         fits, expected = _ADAPTER_SETTINGS.get(key, (lambda value: value in (None, False, {}, []), "nothing"))
         if not fits(value):
             raise ValueError(f"{path}: {key} is {_shortened(value)}, expected {expected}; copy the adapter again")
+    return settings
+
+
+def check_adapter(name: str | os.PathLike, hub: dict):
+    """
+    Check an adapter before anything is made of it: its settings, and that its safetensors file holds the finite tensors that
+    they ask for.
+
+    Raises:
+        ValueError: it is no low-rank adapter, a setting is unknown or out of bounds, or tensors are missing, of another shape,
+            or not finite. A pickle is never read.
+    """
+    settings = adapter_settings(name, hub)
     if (weights := find_file(name, "adapter_model.safetensors", hub)) is None:
         raise ValueError(
             f"{name}: expected the adapter's weights in adapter_model.safetensors, found none; adapter_model.bin is a "
             "pickle, which can run code and is never read: save the adapter as safetensors where you trust it"
         )
     tensors = read_header(weights)
-    pairs = {(key, half) for key in tensors for half in "AB" if key.endswith(f".lora_{half}.weight")}
-    for layer in settings["target_modules"]:
+    wanted = {(layer, half) for layer in settings["target_modules"] for half in "AB"}
+    found = set()
+    for key, tensor in tensors.items():
         for half in "AB":
-            ending = f".{layer}.lora_{half}.weight"
-            found = [key for key, of in pairs if of == half and f".{key}".endswith(ending)]
-            if not found:
-                raise ValueError(f"{weights} lacks the tensor lora_{half} of {layer}; copy the adapter again")
-            for key in found:
-                shape = tensors[key].shape
-                if len(shape) != 2 or shape[0 if half == "A" else 1] != settings["r"]:
-                    raise ValueError(f"{weights}: {key} has shape {shape}, expected one of rank {settings['r']}")
+            meant = _layers_of(key, half) & wanted
+            if meant and (len(tensor.shape) != 2 or tensor.shape[0 if half == "A" else 1] != settings["r"]):
+                raise ValueError(f"{weights}: {key} has shape {tensor.shape}, expected one of rank {settings['r']}")
+            found |= meant
+    for layer, half in sorted(wanted - found):
+        raise ValueError(f"{weights} lacks the tensor lora_{half} of {layer}; copy the adapter again")
     with safe_open(weights, framework="pt") as file:
         for key in tensors:
             if not file.get_tensor(key).isfinite().all():
                 raise ValueError(f"{weights}: {key} holds NaN or infinite values; copy the adapter again")
+
+
+def _layers_of(key: str, half: str) -> set[tuple[str, str]]:
+    """The names by which an adapter may call the layer of a tensor: its place in the model, and every end of it."""
+    place = key.removesuffix(f".lora_{half}.weight")
+    if place == key or len(key) > _LONGEST_PLACE:
+        return set()
+    parts = place.split(".")
+    return {(".".join(parts[i:]), half) for i in range(len(parts))}
 
 
 def _shortened(value) -> str:

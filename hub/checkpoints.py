@@ -12,6 +12,7 @@ from pertstate.base.messages import closest, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.families import FAMILIES
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from pertstate.hub.unchanged import read_unchanged
 from pertstate.processing import StateProcessor
 
 
@@ -38,11 +39,16 @@ def adapter_config(name: str, revision: str | None = None) -> dict | None:
 
 def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreTrainedModel, StateProcessor]:
     """
-    The model and the processor of a checkpoint. An adapter is merged into its base model.
+    The model and the processor of a checkpoint. An adapter is merged into its base model. A folder that is replaced meanwhile
+    is read again.
 
     Raises:
         ValueError: see [`CheckedPreTrainedModel`] and [`load_adapter`].
     """
+    return read_unchanged(name, lambda: _load_whole(name, revision))
+
+
+def _load_whole(name: str, revision: str | None) -> tuple[PerturbationPreTrainedModel, StateProcessor]:
     if adapter_config(name, revision) is not None:
         model, processor = load_adapter(name, revision)
         return model.merge_and_unload(), processor
@@ -107,6 +113,10 @@ def load_adapter(
     """
     if not is_peft_available():
         raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
+    return read_unchanged(name, lambda: _load_adapter(name, revision, base, base_revision))
+
+
+def _load_adapter(name: str, revision: str | None, base: str | None, base_revision: str | None) -> tuple:
     from peft import PeftModel, get_peft_model_state_dict
 
     own = find_adapter_config_file(name, revision=revision)

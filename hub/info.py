@@ -7,7 +7,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from pertstate.base.cell_values import describe_reading
-from pertstate.base.checkpoint_files import StoredTensor, check_adapter, read_header, read_json, stored_tensors
+from pertstate.base.checkpoint_files import StoredTensor, adapter_settings, check_adapter, read_header, stored_tensors
 from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
 from pertstate.base.vocabulary import VOCABULARY_FILE, Vocabulary
@@ -51,27 +51,25 @@ def _model(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _adapter(path: Path) -> tuple[list[str], list[str]]:
-    config = read_json(path / ADAPTER_KEY)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: expected a low-rank adapter (LORA), found {config.get('peft_type')!r}")
+    config = adapter_settings(path, {})
     title, problems = f"{path}: adapter of rank {config['r']}, alpha {config['lora_alpha']}", []
     try:
         check_adapter(path, {})
         title += f", {_parameters(read_header(path / 'adapter_model.safetensors'))}"
     except ValueError as error:
         problems.append(str(error))
-    base, revision = config["base_model_name_or_path"], config["revision"]
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     try:
-        check_name(base, "base model")
+        check_name(str(base), "base model")
     except FileNotFoundError as error:
         problems.append(str(error))
     layers = config["target_modules"]
     lines = [
         title,
         f"base model: {base}" + (f" at {revision}" if revision else ""),
-        "adapted: " + (f"{len(layers)} layers, {some(sorted(layers), 3)}" if isinstance(layers, list) else str(layers)),
+        f"adapted: {len(layers)} layers, {some(sorted(layers), 3)}",
     ]
-    if config["modules_to_save"]:
+    if config.get("modules_to_save"):
         lines.append(f"trained whole: {some(sorted(config['modules_to_save']), 5)}")
     return lines, problems
 

@@ -20,6 +20,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card, with_repository
 from pertstate.hub.public_files import public_bytes
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from pertstate.hub.unchanged import check_unchanged, state_of
 from pertstate.processing import StateProcessor
 
 
@@ -81,6 +82,7 @@ def push_checkpoint(
             repository stays as it was.
     """
     folder = Path(folder)
+    before = state_of(folder)
     files, text = _read_to_push(folder)
     branch = constants.DEFAULT_REVISION if revision is None else revision
     if constants.REGEX_COMMIT_OID.fullmatch(branch):
@@ -101,6 +103,7 @@ def push_checkpoint(
             *(CommitOperationAdd(file, _to_send(folder / file)) for file in files),
             *(CommitOperationDelete(path) for path in gone if "/" not in path),
         ]
+        check_unchanged(folder, before)
         # This push is refused if somebody else has pushed meanwhile: unchanged files are not sent, so the two could mix.
         return api.create_commit(
             repository,

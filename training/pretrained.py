@@ -18,6 +18,7 @@ from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.families import FAMILIES
 from pertstate.hub.checkpoints import adapter_config, check_family, check_name
 from pertstate.hub.publish import ADAPTER_KEY, MODEL_KEY
+from pertstate.hub.unchanged import check_unchanged, state_of
 from pertstate.processing import StateProcessor
 
 
@@ -35,12 +36,14 @@ class Pretrained:
         revision (`str`, *optional*): commit of the repository.
         config ([`PerturbationConfig`]): of the checkpoint.
         processor ([`StateProcessor`]): of the checkpoint.
+        state (`dict`): which files its folder held; see [`state_of`].
     """
 
     name: str
     revision: str | None
     config: PerturbationConfig
     processor: StateProcessor
+    state: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, section: dict) -> "Pretrained | None":
@@ -55,11 +58,12 @@ class Pretrained:
         if section.get("pretrained") is None or is_published(section):
             return None
         name, revision = _named(section)
+        state = state_of(name)
         config = config_of(section)
         # On the Hub, the commit and not the branch, which may move on while the run is under way, or before its adapter is
         # used.
         revision = extract_commit_hash(cached_file(name, MODEL_KEY, revision=revision), None)
-        return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision))
+        return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision), state)
 
     def config_for(self, section: dict) -> PerturbationConfig:
         """
@@ -142,10 +146,16 @@ class Pretrained:
     def model_for(
         self, config: PerturbationConfig, processor: StateProcessor
     ) -> tuple[PerturbationPreTrainedModel, VocabularyChange]:
-        """The checkpoint's model with a config of [`Pretrained.config_for`], resized to the names of a processor."""
+        """
+        The checkpoint's model with a config of [`Pretrained.config_for`], resized to the names of a processor.
+
+        Raises:
+            ValueError: the checkpoint's folder has been replaced since the run began to read it.
+        """
         model = FAMILIES[config.model_type].model.from_pretrained(
             self.name, revision=self.revision or "main", config=config
         )
+        check_unchanged(self.name, self.state)
         model.name_or_path = self.name
         return model, model.resize_vocabulary(self.processor.vocabulary, processor.vocabulary)
 

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -241,3 +242,16 @@ def test_an_adapter_from_the_hub_opens_no_folder_of_this_machine(adapter, folder
         load_whole(str(fetched))
     load_adapter(str(fetched), base=str(folder / "base"))
     load_whole(str(adapter))  # one in a folder may: training writes it so
+
+
+def test_very_many_tensors_of_an_adapter_are_looked_at_once(adapter):
+    """A time that grows with the tensors times the layers would be minutes."""
+    layers = [f"l{i}" for i in range(10_000)]
+    one = torch.zeros(2, 1)
+    tensors = {f"{layer}.x{i}.lora_A.weight": one for layer in layers for i in range(3)}
+    save_file({name: one.clone() for name in tensors}, adapter / WEIGHTS, {"format": "pt"})
+    changed(adapter / "adapter_config.json", target_modules=layers)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="lacks the tensor lora_A of l0"):
+        load_whole(str(adapter))
+    assert time.perf_counter() - start < 10

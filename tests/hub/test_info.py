@@ -107,8 +107,27 @@ def test_an_adapter(model, processor, tmp_path, capsys):
     assert f"base model {tmp_path / 'gone'}: no such checkpoint folder" in text
     (folder / "adapter_config.json").write_text(json.dumps({**saved, "peft_type": "IA3"}))
     assert main(["info", str(folder)]) == 1
-    assert f"{folder}: expected a low-rank adapter (LORA), found 'IA3'" in capsys.readouterr().err
+    assert "peft_type is 'IA3', expected 'LORA', a low-rank adapter" in capsys.readouterr().err
     (folder / "adapter_config.json").write_text(
         json.dumps({**saved, "base_model_name_or_path": "someone/model", "revision": "abc"})
     )
     assert "base model: someone/model at abc\n" in said(capsys, folder)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"modules_to_save": [1, "a"]},
+        {"r": None},
+        {"target_modules": {"a": 1}},
+        {"base_model_name_or_path": 5},
+        {"lora_alpha": "x"},
+        {"peft_type": ["LORA"]},
+    ],
+)
+def test_settings_of_an_adapter_that_are_none_are_told(tmp_path, capsys, entries):
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], "revision": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, **entries}))
+    code = main(["info", str(tmp_path)])
+    said = capsys.readouterr()
+    assert code in (0, 1) and "Traceback" not in said.err and next(iter(entries)) in said.out + said.err, said
