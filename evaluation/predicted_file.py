@@ -193,7 +193,9 @@ class PredictedFile:
                     f"obs_columns: {name!r} is a column of the output already ({[*table, *cells, POINTER]}); leave it out"
                 )
             cells[name] = values
-        used = np.unique(np.concatenate([self.controls, *(arm.cells for arm in self.arms)]))
+        # Arms share their arrays of cells: the cells of all arms one after another would be as long as the output.
+        shared = {id(arm.cells): arm.cells for arm in self.arms}
+        used = np.unique(np.concatenate([self.controls, *shared.values()]))
         coded = {**_coded(table, np.arange(len(table))), **_coded(cells, used)}
         kinds = {name: kind for name, (kind, _) in coded.items()}
         position = np.full(len(self.labels), -1, dtype=np.int64)

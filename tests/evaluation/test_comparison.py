@@ -29,7 +29,8 @@ def folder(tmp_path_factory) -> Path:
     sentences = processor(screen, ["pert_0", "pert_1"])
     controls = sentences["control_cells"].numpy()[sentences["cell_mask"].numpy()]
     moved = np.maximum(controls + np.random.default_rng(0).normal(0, 0.3, controls.shape), 0).astype(np.float32)
-    predicted = processor.to_anndata(moved, controls, None, sentences.obs, sentences.controls, "by hand")
+    uns = processor.describe_output(False, sentences.controls, "by hand", sentences.groups)
+    predicted = processor.to_anndata(moved, controls, None, sentences.obs, uns)
     predicted.write_h5ad(folder / "predicted.h5ad")
     names = screen.obs["perturbation"].astype(str).replace("control", "DMSO")
     for name, total in (("names", 1e4), ("scale", 1e6)):
