@@ -18,7 +18,8 @@ def state_of(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     Which files of a checkpoint a folder holds, and which files these are: one that is replaced is another, whatever it says.
     Empty where there is no such folder.
     """
-    folder, found = Path(folder), {}
+    folder = Path(folder)
+    found: dict[str, tuple[int, ...]] = {}
     if not folder.is_dir():
         return found
     for entry in os.scandir(folder):
