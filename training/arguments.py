@@ -37,7 +37,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "average_decay": _SHARE,
     "schedule_steps": _SIZE,
     "num_train_epochs": _POSITIVE,
-    "max_steps": (lambda value: value >= -1, "at least 0, or -1 where num_train_epochs is set"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 where num_train_epochs is set"),
 }
 
 

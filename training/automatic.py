@@ -26,11 +26,12 @@ _FEWEST_STEPS, _MOST_STEPS = 400, 4000
 
 def with_defaults(run: RunConfig) -> RunConfig:
     """
-    The run of a new State model, with the defaults that are known before the data are: it starts from an anchor
+    The run of a new State model without a model section, or one that asks for an anchor or `preset: auto`, with the defaults that are known before the data are: it starts from an anchor
     (`residual: anchor`), with the arguments of [`ANCHORED`]. Unless the run sets them, `preset`, `set_size` and `max_steps`
     are `"auto"`. Another run stays as it is.
     """
-    if not is_new_state(run.model):
+    asked = not run.model or run.model.get("preset") == AUTO or run.model.get("residual") == "anchor"
+    if not (is_new_state(run.model) and asked):
         return run
     model = {"residual": "anchor", **run.model}
     training = dict(run.training)

@@ -36,7 +36,8 @@ def test_parts_that_are_never_alone_share_what_they_do_together():
 
 
 def test_a_training_without_steps_predicts_half_and_half(screen, tmp_path):
-    trainer = make_trainer(screen, tmp_path, config={"residual": "anchor"}, max_steps=0)
+    trainer = make_trainer(screen, tmp_path, config={"residual": "anchor"})
+    trainer.args.max_steps = 0  # as a run that chose no step
     trainer.train()
     cells, processor = screen
     means: GroupMeans = trainer.learned_means()
@@ -54,7 +55,8 @@ def test_a_training_without_steps_predicts_half_and_half(screen, tmp_path):
 
 
 def test_held_out_cells_do_not_enter_the_anchor(screen, tmp_path):
-    trainer = make_trainer(screen, tmp_path, config={"residual": "anchor"}, max_steps=0)
+    trainer = make_trainer(screen, tmp_path, config={"residual": "anchor"})
+    trainer.args.max_steps = 0  # as a run that chose no step
     trainer.train()
     changes = []
     cells, processor = screen

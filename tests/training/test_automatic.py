@@ -33,7 +33,7 @@ def test_what_a_run_sets_stays(tmp_path):
     assert run.training == given
     assert settled(run, np.array([50]), False) == (run, None)
     by_width = run_of(tmp_path, "model: {hidden_size: 64}\n")
-    assert by_width.model == {"residual": "anchor", "hidden_size": 64}
+    assert by_width.model == {"hidden_size": 64}
 
 
 @pytest.mark.parametrize("model", ["{model_type: state-embed-sum}", "{model_type: state-linear}"])
