@@ -85,6 +85,8 @@ def test_what_was_chosen_is_said_and_kept_with_the_checkpoint(tmp_path):
     words = [
         "--output_dir",
         tmp_path / "run",
+        "--residual",
+        "anchor",
         "--preset",
         "tiny",
         "--max_steps",
