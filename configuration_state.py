@@ -70,6 +70,14 @@ class StateConfig(SetTransformerConfig):
             "num_encoder_layers": 1,
             "num_decoder_layers": 1,
         },
+        "mini": {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "set_size": 32,
+            "num_encoder_layers": 2,
+            "num_decoder_layers": 2,
+        },
         "small": {
             "hidden_size": 672,
             "num_hidden_layers": 4,

@@ -24,7 +24,7 @@ from pertstate.base.constants import Split
 from pertstate.base.printable import get_logger
 from pertstate.evaluation.scores import averages_as_figures
 from pertstate.families import FAMILIES
-from pertstate.hub.card import render_card
+from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
 from pertstate.training.pretrained import Pretrained
@@ -90,7 +90,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     if config.reads_counts:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
-    for line in about.splitlines():
+    for line in (*run.notes, *about.splitlines(), f"device: {hardware_of(args)}"):
         logger.info(line)
     if Split.VAL not in datasets and not FAMILIES[config.model_type].model.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")

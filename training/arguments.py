@@ -30,6 +30,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _SIZE),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _SIZE),
+    "early_stopping_patience": _SIZE,
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _STEPS),
     **dict.fromkeys(("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers"), _COUNT),
     "num_train_epochs": _POSITIVE,
@@ -51,6 +52,7 @@ class StateTrainingArguments(TrainingArguments):
 
     - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
     - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
+    - `early_stopping_patience`: stop after so many evaluations without a better `metric_for_best_model`
     - `overwrite`: replace the run that `output_dir` holds, its checkpoints at the start, its model at the end
     - `license` (of the weights), `data_license`: go into the model card
 
@@ -128,6 +130,10 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata
     )
 
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better one; the best step is kept."},
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace the run that output_dir holds: its checkpoints now, its model at the end."},
@@ -164,6 +170,11 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"license={self.license!r}: expected an identifier of https://huggingface.co/docs/hub/repositories-licenses "
                 "such as apache-2.0 or cc-by-4.0; use other for one that is not there"
+            )
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} keeps the best step and needs load_best_model_at_end, found "
+                "false; set it, with an eval_strategy, or leave early_stopping_patience out"
             )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(

@@ -8,6 +8,7 @@ from pertstate.base.outputs import claimed_run
 from pertstate.families import FAMILIES
 from pertstate.hub.publish import CHECKPOINT
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.auto import without_autos
 from pertstate.training.run import config_class
 from pertstate.training.run_config import RunConfig
 from pertstate.training.staging import (
@@ -19,7 +20,7 @@ from pertstate.training.staging import (
 
 
 # What depends on the data, and on whether some are held out; all else of the arguments is checked before these are read.
-_OF_DATA = ("load_best_model_at_end", "metric_for_best_model")
+_OF_DATA = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
 _LAST = (True, "True", "true", "last")
 
 
@@ -36,7 +37,7 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
         FileExistsError: the folder holds a run, and neither is it continued nor is it to be replaced.
         InUseError: another run writes the folder.
     """
-    fields = {name: value for name, value in run.training.items() if name not in _OF_DATA}
+    fields = {name: value for name, value in without_autos(run.training).items() if name not in _OF_DATA}
     args = StateTrainingArguments(**{"eval_strategy": "steps", **fields})
     folder, resume = Path(str(args.output_dir)), run.training.get("resume_from_checkpoint") or None
     if args.overwrite and resume is not None:

@@ -86,10 +86,12 @@ class Continued(TrainerCallback):
 
     Attributes:
         step (`int`, *optional*): its step; None where the training starts anew.
+        state (`TrainerState`, *optional*): what it says of its training.
     """
 
     def __init__(self):
         self.step: int | None = None
+        self.state: TrainerState | None = None
         self._best: Path | None = None
 
     def start(self, folder: str | None, loads_best: bool):
@@ -104,11 +106,11 @@ class Continued(TrainerCallback):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is not whole, or the best one is not.
         """
-        self.step = self._best = None
+        self.step = self.state = self._best = None
         if folder is None:
             return
         check_resumable(folder)
-        state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+        self.state = state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
         self.step = state.global_step
         if state.best_global_step:
             # Beside it, even where the run's folder was moved.

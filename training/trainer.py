@@ -39,6 +39,7 @@ from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.early_stopping import EarlyStopping
 from pertstate.training.fitting import fit_model, gather_means
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
@@ -104,8 +105,11 @@ class StateTrainer(Trainer):
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
         self.continued, self.stop = Continued(), Stop()
+        patience = args.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience)
+        own = [callback for callback in (self.continued, self.early_stopping, self.push) if callback is not None]
         # The last one ends the training: all else has been done then.
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), self.continued, self.push, self.stop]
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *own, self.stop]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
@@ -162,6 +166,10 @@ class StateTrainer(Trainer):
         finished = self.continued.step is not None and 0 < max_steps <= self.continued.step
         if finished:
             logger.info(f"all {max_steps} steps are done: no weight changes, what is missing is finished")
+        elif self.early_stopping is not None and self.continued.state is not None:
+            finished = self.early_stopping.has_come(args, self.continued.state)
+            if finished:
+                logger.info(f"the training had ended early, at step {self.continued.step}: what is missing is finished")
         # No epoch is begun, where the library would take one step more.
         return (0 if finished else epochs, *others, max_steps)
 
