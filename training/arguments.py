@@ -14,6 +14,9 @@ from transformers.trainer_utils import HubStrategy
 from pertstate.base.public import public
 
 
+# The share of all steps from one evaluation to the next, where nothing says how often.
+EVALUATED = 0.05
+
 _FINITE_NUMBER = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _POSITIVE = (lambda value: 0 < value < math.inf, "above 0 and finite")
 _SHARE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -90,7 +93,10 @@ class StateTrainingArguments(TrainingArguments):
         metadata={"help": "Keep batches in pinned memory, by default where there is an accelerator."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps from one log entry to the next."})
+    # The library takes no None here.
+    logging_steps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Steps from one log entry to the next, by default those of about five seconds."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters that a step did not use."}
     )
@@ -141,7 +147,14 @@ class StateTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_numbers()
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = EVALUATED
+        by_time = self.logging_steps is None
+        if by_time:
+            self.logging_steps = 1
         super().__post_init__()
+        if by_time:
+            self.logging_steps = None
         half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
         if half and self.device.type == "cpu":
             raise ValueError(

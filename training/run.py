@@ -25,7 +25,7 @@ from pertstate.families import FAMILIES
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
-from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.arguments import EVALUATED, StateTrainingArguments
 from pertstate.training.auto import AUTO, OF_MODEL, OF_TRAINING, DataSize, autos_of, decide, without_autos
 from pertstate.training.first_run import fill_columns, first_run, is_data
 from pertstate.training.lora import add_adapter, freeze_backbone
@@ -41,9 +41,6 @@ from pertstate.training.run_config import RunConfig, load_run_config, parse_flag
 logger = get_logger("pertstate.train")
 
 DEFAULT_FAMILY = StateConfig.model_type
-
-# The share of all steps from one evaluation to the next.
-EVALUATED = 0.05
 
 # Training arguments of a family that are ignored when the run sets the same thing itself.
 _DECIDED_BY = {

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from pertstate.base.checkpoint_files import check_finite_weights
@@ -43,6 +43,7 @@ from pertstate.training.early_stopping import EarlyStopping
 from pertstate.training.fitting import fit_model, gather_means
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
+from pertstate.training.progress import Progress, TimedLog
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
 from pertstate.training.stopping import Stop
 
@@ -57,6 +58,8 @@ class StateTrainer(Trainer):
     Beyond the `Trainer` of transformers it
 
     - computes the loss with the objective of the model's config, and logs each of its terms and cells per second;
+    - logs every few seconds, where `logging_steps` is not set, and says how long the training will take;
+    - ends where evaluations get no better, with `early_stopping_patience`;
     - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
@@ -107,11 +110,19 @@ class StateTrainer(Trainer):
         self.continued, self.stop = Continued(), Stop()
         patience = args.early_stopping_patience
         self.early_stopping = None if patience is None else EarlyStopping(patience)
-        own = [callback for callback in (self.continued, self.early_stopping, self.push) if callback is not None]
+        own: list = [
+            self.continued,
+            TimedLog(),
+            *([] if self.early_stopping is None else [self.early_stopping]),
+            self.push,
+        ]
         # The last one ends the training: all else has been done then.
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *own, self.stop]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # In a notebook the library's table stays.
+        if any([self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]):
+            self.add_callback(Progress())
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
         # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False

@@ -123,7 +123,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
     assert "leave one of them out" in refused(capsys, folder, *flags, "--resume_from_checkpoint", "last")
     process = launches.start([launches.TRAIN, folder / "run.yaml", *flags, "--max_steps", "100000"])
     for line in process.stdout:
-        if "'loss'" in line:
+        if "  loss " in line:
             break
     process.kill()
     # The old model, and checkpoints of the new run alone.
@@ -143,7 +143,7 @@ def test_of_two_trainings_in_one_folder_the_second_is_told_of_the_first(folder, 
     run = tmp_path / "run"
     process = launches.start([launches.TRAIN, folder / "run.yaml", *into(run, "--max_steps", "100000")])
     for line in process.stdout:
-        if "'loss'" in line:
+        if "  loss " in line:
             break
     for flags in ([], ["--overwrite"], ["--resume_from_checkpoint", "last"]):
         said = refused(capsys, folder, *into(run, *flags))

@@ -97,7 +97,7 @@ def test_killed_and_continued_it_ends_with_the_same_weights(folder, unbroken, tm
     words = [launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", tmp_path]
     process = launches.start(words)
     for line in process.stdout:
-        if "'loss'" in line and (tmp_path / "checkpoint-4").exists():
+        if "  loss " in line and (tmp_path / "checkpoint-4").exists():
             break
     assert process.kill().returncode == -signal.SIGKILL
     kept = sorted(path.name for path in tmp_path.iterdir())
