@@ -27,6 +27,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
+from pertstate.training.history import write_history
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.recording import check_same_run, record_of
 from pertstate.training.run import (
@@ -125,7 +126,13 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
         # Not earlier: until here the run may turn out not to be one.
         clear_run(Path(str(args.output_dir)))
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError:
+        # How it diverged. (Of a training that was stopped, the checkpoint says it.)
+        if args.should_save:
+            write_history(Path(str(args.output_dir)), trainer.state)
+        raise
     record.means = trainer.learned_means()
     metrics, scores = {}, None
     if Split.TEST in datasets:
@@ -142,6 +149,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
                 logger.info(line)
         with whole_checkpoint_folder(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
+            write_history(folder, trainer.state)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:

@@ -78,7 +78,8 @@ class SentenceDataset(TrainingSentences):
         sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
         shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
         multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
-            step). The few sentences that are too many are left out; the next epoch draws anew.
+            step). The few sentences that are too many are left out; the next epoch draws anew. An epoch of fewer sentences
+            than that is an error: [`SentenceDataset.drawn`] says how many there are.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -154,6 +155,17 @@ class SentenceDataset(TrainingSentences):
                 f"split {split!r} makes {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of "
                 "one optimiser step; lower per_device_train_batch_size, gradient_accumulation_steps or set_size"
             )
+
+    @property
+    def drawn(self) -> int:
+        """The sentences of an epoch, those included that `multiple_of` leaves out."""
+        return self._drawn
+
+    def set_multiple_of(self, multiple_of: int):
+        """Let the number of sentences of an epoch be a multiple of this, from now on."""
+        if multiple_of != self.multiple_of:
+            self.multiple_of = multiple_of
+            self._draw_epoch(self.epoch)
 
     def set_epoch(self, epoch: int):
         """Draw the sentences of this epoch."""

@@ -234,23 +234,40 @@ def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArg
 def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set_size: int) -> dict:
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
-    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
-    datasets = {}
-    for split in (Split.TRAIN, Split.VAL, Split.TEST):
-        if split in present:
-            training = split == Split.TRAIN
-            datasets[split] = SentenceDataset(
-                cells,
-                processor,
-                split,
-                set_size,
-                seed=seed,
-                shuffle=training,
-                multiple_of=step if training else 1,
-                **run.data.sentence_options(),
-            )
+    options = run.data.sentence_options()
+    datasets = {
+        split: SentenceDataset(cells, processor, split, set_size, seed=seed, shuffle=split == Split.TRAIN, **options)
+        for split in (Split.TRAIN, Split.VAL, Split.TEST)
+        if split in present
+    }
+    training = datasets[Split.TRAIN]
+    shrink_batch(args, training.drawn)
+    training.set_multiple_of(args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
     return datasets
+
+
+def shrink_batch(args: StateTrainingArguments, sentences: int):
+    """
+    Where an epoch has fewer sentences than a step takes, a step takes fewer: fewer batches, then smaller ones.
+
+    Raises:
+        ValueError: there are more processes than sentences.
+    """
+    batch, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    devices = args.world_size * args.train_batch_size // batch
+    if sentences >= batch * devices * accumulated:
+        return
+    if sentences < devices:
+        raise ValueError(
+            f"the training cells make {sentences} sentences, fewer than the {devices} devices; start fewer, or lower set_size"
+        )
+    args.per_device_train_batch_size = min(batch, sentences // devices)
+    args.gradient_accumulation_steps = accumulated = max(1, sentences // (args.per_device_train_batch_size * devices))
+    logger.warning(
+        f"the training cells make {sentences} sentences, fewer than a step takes: per_device_train_batch_size "
+        f"{args.per_device_train_batch_size}, gradient_accumulation_steps {accumulated} in this run"
+    )
 
 
 def check_batches(config: PerturbationConfig, datasets: dict[str, SentenceDataset]):

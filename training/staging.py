@@ -27,6 +27,8 @@ logger = get_logger(__name__)
 STAGING = PARTIAL
 # The list of a checkpoint's files with their sizes. It is the last that is written.
 FILES = "files.json"
+# What a run leaves of its history, beside the state of the Trainer.
+HISTORY_FILES = HISTORY, CURVES = "history.csv", "curves.png"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -168,9 +170,11 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def clear_run(run: Path):
-    """Remove the checkpoints of an older run."""
+    """Remove the checkpoints of an older run, and its history."""
     for path in checkpoints_of(run):
         _discard(path)
+    for name in (*HISTORY_FILES, TRAINER_STATE_NAME):
+        (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / STAGING, ignore_errors=True)
 
 

@@ -121,7 +121,7 @@ class StateTrainer(Trainer):
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # In a notebook the library's table stays.
-        if any([self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback)]):
+        if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
             self.add_callback(Progress())
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
         # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     "flags, message",
     [
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean 'learning_rate'"),
-        (["--max_steps", "many"], "training.max_steps: expected int, found 'many'"),
+        (["--max_steps", "many"], "training.max_steps='many' is not an option: expected int | 'auto'"),
         (["--perturbation_key", "gene"], "obs has no column 'gene'"),
         (["--datasets", "gone.h5ad"], "gone.h5ad"),
         (["--model_type", "stat"], "model_type='stat' is no family of models; did you mean 'state'"),
@@ -105,8 +105,8 @@ def listed(text: str) -> dict[str, tuple[str, str]]:
 def test_help_lists_every_field_of_its_sections(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = help_of(capsys, "train")
-    assert text.startswith("usage: pertstate train CONFIG.yaml [--any_field value ...]\n")
-    assert "accelerate launch -m pertstate.train CONFIG.yaml" in text
+    assert text.startswith("usage: pertstate train CELLS|CONFIG.yaml [--any_field value ...]\n")
+    assert "accelerate launch -m pertstate.train CELLS|CONFIG.yaml" in text
     found = listed(text)
     state = FAMILIES["state"].config
     sections = {
@@ -118,15 +118,17 @@ def test_help_lists_every_field_of_its_sections(capsys, monkeypatch):
     for section, names in sections.items():
         assert [name for name in names if found.get(name, "")[0] != section] == []
     assert list(dict.fromkeys(section for section, _ in found.values())) == list(sections)
-    assert found["genes"][1].startswith("--genes int|list The model's genes: this many highly variable ones")
+    assert found["genes"][1].startswith("--genes int|list|auto The model's genes: this many highly variable ones")
     assert found["genes"][1].endswith("(default: null)")
     assert found["small_groups"][1] == (
         "--small_groups pad|repeat What becomes of a group with fewer cells than set_size (default: pad)"
     )
-    assert found["set_size"][1] == ("--set_size int Cells of one sentence in training and prediction (default: 128)")
+    assert found["set_size"][1] == (
+        "--set_size int|auto Cells of one sentence in training and prediction (default: 128)"
+    )
     assert found["hidden_dropout"][1] == "--hidden_dropout float Dropout of the encoders and heads (default: 0.1)"
     assert found["loss"][1].startswith("--loss energy|sinkhorn|combined|mse The distance between")
-    assert found["learning_rate"][1] == "--learning_rate float Initial learning rate (default: 0.0001)"
+    assert found["learning_rate"][1] == "--learning_rate float|auto Initial learning rate (default: 0.0001)"
     assert found["save_strategy"][1].startswith("--save_strategy no|steps|epoch|best The checkpoint save strategy")
     assert "output_hidden_states" not in found and "output_hidden_states" in state.__dataclass_fields__
 

@@ -122,7 +122,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
     assert "gone.h5ad: no such file" in said and len(checkpoints_of(run)) == 2 and bits(run) == before
     assert "leave one of them out" in refused(capsys, folder, *flags, "--resume_from_checkpoint", "last")
     process = launches.start([launches.TRAIN, folder / "run.yaml", *flags, "--max_steps", "100000"])
-    for line in process.stdout:
+    for line in process.stderr:
         if "  loss " in line:
             break
     process.kill()
@@ -142,7 +142,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
 def test_of_two_trainings_in_one_folder_the_second_is_told_of_the_first(folder, tmp_path, capsys):
     run = tmp_path / "run"
     process = launches.start([launches.TRAIN, folder / "run.yaml", *into(run, "--max_steps", "100000")])
-    for line in process.stdout:
+    for line in process.stderr:
         if "  loss " in line:
             break
     for flags in ([], ["--overwrite"], ["--resume_from_checkpoint", "last"]):
