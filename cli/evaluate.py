@@ -93,8 +93,9 @@ def _checkpoint(args: argparse.Namespace):
     from pertstate.data.record import RunRecord
     from pertstate.hub.checkpoints import check_name, load_whole
     from pertstate.hub.push import fetch_checkpoint
+    from pertstate.hub.unfinished import model_folder
 
     check_name(args.model, "--model")
-    path = Path(args.model) if Path(args.model).is_dir() else fetch_checkpoint(args.model, args.revision)
+    path = model_folder(args.model) if Path(args.model).is_dir() else fetch_checkpoint(args.model, args.revision)
     transformers.utils.logging.disable_progress_bar()
     return *load_whole(str(path)), RunRecord.load(path)

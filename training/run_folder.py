@@ -7,13 +7,13 @@ from pathlib import Path
 from pertstate.base.outputs import claimed_run
 from pertstate.families import FAMILIES
 from pertstate.hub.publish import CHECKPOINT
+from pertstate.hub.unfinished import checkpoints_of
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.auto import without_autos
 from pertstate.training.run import config_class
 from pertstate.training.run_config import RunConfig
 from pertstate.training.staging import (
     check_resumable,
-    checkpoints_of,
     last_whole_checkpoint,
     recover_run,
 )

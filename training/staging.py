@@ -3,12 +3,10 @@
 import copy
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,16 +18,14 @@ from pertstate.base.messages import given
 from pertstate.base.outputs import replace_folder
 from pertstate.base.printable import get_logger
 from pertstate.hub.publish import reveal
+from pertstate.hub.unfinished import FILES, checkpoints_of, read_list, step_of, wrong_files
 
 
 logger = get_logger(__name__)
 
 STAGING = PARTIAL
-# The list of a checkpoint's files with their sizes. It is the last that is written.
-FILES = "files.json"
 # What a run leaves of its history, beside the state of the Trainer.
 HISTORY_FILES = HISTORY, CURVES = "history.csv", "curves.png"
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 def is_staged(folder: Path) -> bool:
@@ -119,7 +115,7 @@ class Continued(TrainerCallback):
             best = Path(folder).with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
             self._best = best if best.is_dir() else None
         if loads_best and self._best is not None:
-            wrong = _wrong_files(self._best)
+            wrong = wrong_files(self._best)
             if wrong is not None:
                 raise ValueError(f"resume_from_checkpoint: the best checkpoint {self._best} is not whole: {wrong}")
 
@@ -151,22 +147,10 @@ def _make_room(run: Path, newest: Path, best: str | None, limit: int | None):
         return
     kept = {newest, *([] if best is None else [Path(best)])}
     others = [path for path in checkpoints_of(run) if path not in kept]
-    others.sort(key=lambda path: (missing_of(path) is None, _step_of(path) < _step_of(newest)))
+    others.sort(key=lambda path: (missing_of(path) is None, step_of(path) < step_of(newest)))
     for path in others[: max(0, len(others) + len(kept) - limit)]:
         _discard(path)
     shutil.rmtree(run / STAGING, ignore_errors=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, by their steps."""
-    found = (
-        [path for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()] if run.is_dir() else []
-    )
-    return sorted(found, key=_step_of)
 
 
 def clear_run(run: Path):
@@ -188,33 +172,10 @@ def recover_run(run: Path):
 
 def missing_of(checkpoint: str | os.PathLike) -> str | None:
     """What a training cannot continue from a checkpoint for, in words; None where it is whole."""
-    wrong = _wrong_files(Path(checkpoint))
-    if wrong is None and not given("the list of files", _read_list(Path(checkpoint, FILES)))["resumable"]:
+    wrong = wrong_files(Path(checkpoint))
+    if wrong is None and not given("the list of files", read_list(Path(checkpoint, FILES)))["resumable"]:
         return "it holds the model alone (save_only_model), not the state of its training"
     return wrong
-
-
-def _wrong_files(folder: Path) -> str | None:
-    listed = _read_list(folder / FILES)
-    if listed is None:
-        return f"it has no list of its files, {FILES}: it is cut short, or an older version wrote it"
-    wrong = []
-    for name, size in listed["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "") if wrong else None
-
-
-def _read_list(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    fits = isinstance(content, dict) and content.keys() == {"resumable", "files"} and isinstance(content["files"], dict)
-    return content if fits else None
 
 
 def check_resumable(checkpoint: str | os.PathLike):

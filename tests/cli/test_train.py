@@ -156,7 +156,7 @@ def test_no_words_are_a_short_usage(capsys):
         main(["train"])
     assert end.value.code == 2
     text = capsys.readouterr().out
-    assert text.startswith("usage: pertstate train CONFIG.yaml") and text.count("\n") < 10
+    assert text.startswith("usage: pertstate train CELLS|CONFIG.yaml") and text.count("\n") < 12
 
 
 def test_help_of_prepare_lists_its_fields(capsys, monkeypatch):

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pertstate.data import simulate_screen
-from pertstate.training.staging import checkpoints_of, missing_of
+from pertstate.hub.unfinished import checkpoints_of
+from pertstate.training.staging import missing_of
 
 
 CONFIG = """
