@@ -34,6 +34,8 @@ class StateConfig(SetTransformerConfig):
             - `"none"`: nothing, `MLP(T)`
             - `"hidden"`: the encoded cell before the head, `MLP(T + e_c)`, as published checkpoints do
             - `"output"`: the control cell after it, `MLP(T) + x`: a new model predicts exactly "no change"
+            - `"anchor"`: after it, the control cell as the training means change it, `MLP(T) + anchor(x)`, see [`Anchor`]: a
+              new model predicts exactly what a simple baseline does
         output_adapter (`bool`, *optional*, defaults to False) [output_space "all"]:
             Pass the result (published: with `residual="output"`) through a bottleneck of width `output_dim // 8`.
         batch_encoder (`bool`, *optional*, defaults to False):
@@ -74,7 +76,7 @@ class StateConfig(SetTransformerConfig):
             "hidden_size": 128,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "set_size": 32,
+            "set_size": 64,
             "num_encoder_layers": 2,
             "num_decoder_layers": 2,
         },
@@ -124,7 +126,7 @@ class StateConfig(SetTransformerConfig):
     basal_encoder: Literal["linear", "mlp"] = "linear"
     attention: Literal["bidirectional", "causal", "none"] = "bidirectional"
     positions: Literal["none", "rope"] = "none"
-    residual: Literal["none", "hidden", "output"] = "output"
+    residual: Literal["none", "hidden", "output", "anchor"] = "output"
     output_adapter: bool = False
     batch_encoder: bool = False
     batch_token: bool = False
@@ -143,7 +145,7 @@ class StateConfig(SetTransformerConfig):
             self._check_range(name, 0)
         same = self.input_dim == self.output_dim
         for option, active in (
-            ("residual='output'", self.residual == "output"),
+            (f"residual={self.residual!r}", self.residual in ("output", "anchor")),
             ("l1_weight > 0", self.l1_weight > 0),
         ):
             if active and not same:

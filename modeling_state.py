@@ -5,7 +5,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils.output_capturing import capture_outputs
 
-from .base.modeling_finetuning import BATCHES, FEATURES
+from .base.modeling_anchor import Anchor
+from .base.modeling_finetuning import BATCHES, CONTEXTS, FEATURES, PERTURBATIONS
 from .base.modeling_layers import ConfidenceHead, SetTransformer
 from .base.modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 from .configuration_state import StateConfig
@@ -58,6 +59,14 @@ class StateForPerturbation(StatePreTrainedModel):
             self.output_adapter = nn.Sequential(
                 nn.Linear(config.output_dim, bottleneck), nn.GELU(), nn.Linear(bottleneck, config.output_dim)
             )
+        if config.residual == "anchor":
+            self.anchor = Anchor(
+                config.perturbation_width,
+                config.output_dim,
+                config.num_contexts or 0,
+                expression=config.nonnegative_output,
+                by_features=config.num_perturbations is None,
+            )
         self._make_gene_decoder()
         self.post_init()
 
@@ -70,6 +79,16 @@ class StateForPerturbation(StatePreTrainedModel):
         if self.config.output_adapter:
             axes["output_adapter.0.weight"] = {1: FEATURES}
             axes |= {"output_adapter.2.weight": {0: FEATURES}, "output_adapter.2.bias": {0: FEATURES}}
+        if self.config.residual == "anchor":
+            for name, table in self.anchor.named_buffers(prefix="anchor"):
+                rows = CONTEXTS if name.startswith("anchor.control") else PERTURBATIONS
+                if name == "anchor.control_counts":
+                    axes[name] = {0: CONTEXTS}
+                elif table.dim() == 1:
+                    axes[name] = {0: FEATURES}
+                else:
+                    by_vector = rows == PERTURBATIONS and self.anchor.by_features
+                    axes[name] = {1: FEATURES} if by_vector else {0: rows, 1: FEATURES}
         return axes
 
     def _init_weights(self, module: nn.Module):
@@ -80,8 +99,11 @@ class StateForPerturbation(StatePreTrainedModel):
             if self.config.confidence_token:
                 init.normal_(module.confidence_token, std=self.config.initializer_range)
         # Not in the branch above: transformers does not initialise a custom top module without parameters of its own.
-        if module is self.output_head.layers[-1] and self.config.residual == "output":
+        if module is self.output_head.layers[-1] and self.config.residual in ("output", "anchor"):
             init.zeros_(module.weight)
+        if isinstance(module, Anchor):
+            for table in module.buffers():
+                init.zeros_(table)
 
     @capture_outputs
     def forward(
@@ -95,10 +117,14 @@ class StateForPerturbation(StatePreTrainedModel):
         cell_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         gene_labels: torch.Tensor | None = None,
+        control_expression: torch.Tensor | None = None,
+        control_counts: torch.Tensor | None = None,
         **kwargs,
     ) -> PerturbationOutput:
         r"""
-        Inputs, output and errors as in [`PerturbationPreTrainedModel`]. `batch_ids` is required with `batch_encoder`; the
+        Inputs, output and errors as in [`PerturbationPreTrainedModel`]. With `residual="anchor"` there may also be
+        `control_expression` `(batch_size, input_dim)`, the mean of `expm1` of all control cells of the sentence's context, and
+        `control_counts` `(batch_size,)`, their number, see [`Anchor`]. `batch_ids` is required with `batch_encoder`; the
         context is read from the control cells; `labels` are read where `detach_decoder` trains the gene decoder on true
         latents.
         """
@@ -127,6 +153,10 @@ class StateForPerturbation(StatePreTrainedModel):
         predictions = self.output_head(cells)
         if config.residual == "output":
             predictions = predictions + control_cells
+        if config.residual == "anchor":
+            perturbation = (perturbation_ids, perturbation_doses, perturbation_features)
+            changed = self.anchor(control_cells, *perturbation, context_ids, control_expression, control_counts)
+            predictions = predictions + changed
         if config.output_adapter:
             predictions = self.output_adapter(predictions)
         return self._outputs(

@@ -29,11 +29,13 @@ from .base.constants import (
     Values,
 )
 from .base.doses import DoseScale, check_weights
+from .base.experiments import NO_DOSES, Experiments
 from .base.finite import check_predicted
 from .base.labels import LabelReader, LabelSettings, control_settings
 from .base.messages import given
 from .base.model_features import ModelFeatures, carried_columns
 from .base.modeling_perturbation import PerturbationOutput
+from .base.origin import Origin
 from .base.predicted_cells import PredictedCells
 from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
 from .base.travelling import Travelling
@@ -48,13 +50,7 @@ from .base.vocabulary import (
 )
 
 
-NO_DOSES = (
-    "this model was trained without doses: what it predicts at a dose is 'the effect times the dose', which no cell was measured "
-    "for; train with dose_key to learn doses"
-)
-
-
-class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
+class StateProcessor(ModelFeatures, PredictedCells, Experiments, Travelling, ProcessorMixin):
     r"""
     Turns control cells of an AnnData into cell sentences, and a model's output into an AnnData.
 
@@ -101,6 +97,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         gene_key (`str`, *optional*), ignore_gene_versions (`bool`), duplicate_genes (`str`): see [`view_of`].
         combination_separator (`str`, *optional*): joins the names of perturbations applied together. None where there
             are no combinations, or where names contain the character.
+        control_expression (`bool`): batches that are predicted say what all control cells of a context express, see
+            [`ModelFeatures.control_values`]; for a model that reads it.
         feature_dim (`int`): features of a cell.
         set_size (`int`): cells of a sentence.
         perturbation_features ([`PerturbationFeatures`], *optional*): a vector for each perturbation, for a model that
@@ -143,6 +141,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         dataset: str | None = None,
         dose_span: list[float] | None = None,
         duplicate_genes: str = "error",
+        control_expression: bool = False,
     ):
         self.vocabulary = vocabulary if vocabulary is not None else Vocabulary()
         self.perturbation_key = perturbation_key
@@ -157,6 +156,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         self.dose_key, self.dose_encoding, self.doses, self.dose_span = dose_key, dose_encoding, doses, dose_span
         self.gene_key, self.ignore_gene_versions = gene_key, ignore_gene_versions
         self.duplicate_genes = duplicate_genes
+        self.control_expression = control_expression
         self.batch_datasets, self.dataset = batch_datasets, dataset
         self.scale = scale
         self.trained_scale = None if scale is None else Scale(**scale)
@@ -174,6 +174,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             perturbation_features.check_control(self.control)
         self.perturbation_features = perturbation_features
         self.chat_template = None  # the inherited save looks for it
+        self.origin: Origin | None = None  # of a loaded one
         self._ids = {
             kind: {name: i for i, name in enumerate(getattr(self.vocabulary, kind))}
             for kind in ("perturbations", "contexts", "batches")
@@ -304,9 +305,12 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             ValueError: a file is damaged, or does not agree with another one; see [`read_processor_tables`].
         """
         tables, commit = read_processor_tables(pretrained_model_name_or_path, hub_arguments(kwargs))
+        origin = Origin.of(pretrained_model_name_or_path, hub_arguments(kwargs), commit)
         if commit is not None:
             kwargs["revision"] = commit
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
+        processor.origin = origin
+        return processor
 
     # Labels
 
@@ -447,7 +451,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         Returns:
             [`CellSentences`]: `control_cells` (B, S, feature_dim), `perturbation_ids` (B, K) or
             `perturbation_features` (B, P), `context_ids` (B,), `cell_mask` (B, S), and where they apply
-            `perturbation_doses` (B, K) and `batch_ids` (B, S). Each control cell is in one sentence per perturbation.
+            `perturbation_doses` (B, K), `batch_ids` (B, S), and `control_expression` (B, feature_dim) with
+            `control_counts` (B,). Each control cell is in one sentence per perturbation.
             The sizes of a context's sentences differ by one at most.
 
         Raises:
@@ -474,7 +479,11 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             orders = {name: order_of(cell_ids(adata.obs_names[rows]), len(rows), seed) for name, rows in groups.items()}
             groups = {name: rows[orders[name]] for name, rows in groups.items()}
         cut = {name: self.cut(rows) for name, rows in groups.items()}
-        values = {name: self.features(adata, np.sort(rows), missing_genes, input) for name, rows in groups.items()}
+
+        def read(rows: np.ndarray) -> np.ndarray:
+            return self.features(adata, rows, missing_genes, input)
+
+        values = {name: read(np.sort(rows)) for name, rows in groups.items()}
 
         # Every sentence of every context, once for each perturbation.
         drawn = [(name, rows) for name, sentences in cut.items() for rows in sentences]
@@ -486,6 +495,7 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
             CONTROL_CELLS: layout.spread(np.concatenate(controls * len(names))),
             **{key: of_names[of_perturbation] for key, of_names in encoded.items()},
             CONTEXT_IDS: np.tile(contexts, len(names)),
+            **self.control_values([name for name, _ in drawn] * len(names), read, groups.__getitem__, {}),
         }
         rows = np.concatenate([rows for _, rows in drawn])
         batches = None
@@ -503,6 +513,8 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         )
         made.var = self.output_var(adata, input)
         made.controls = "; ".join(f"{name}: {len(rows)} control cells" for name, rows in groups.items())
+        made.groups = [(of, name) for name in names for of in groups]
+        made.weights = weights
         return made
 
     def control_groups(self, labels: pd.DataFrame, context: str | list[str] | None = None) -> dict[str, np.ndarray]:
@@ -520,14 +532,16 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         Args:
             outputs ([`PerturbationOutput`]): what `model(**sentences)` returned.
             sentences ([`CellSentences`]): what this processor returned.
-            checkpoint (`str`, *optional*): name of the model, to be recorded.
+            checkpoint (`str`, *optional*): name of the model, to be recorded; by default that of the checkpoint that this
+                processor was loaded from.
 
         Returns:
             `AnnData`: X holds the predicted cells, padding left out, named by gene (of an embedding with a gene
             decoder: the decoded expression in X, the embedding in `obsm["embedding"]`); `layers["control"]` (an
             embedding: `obsm["control"]`) the control cells that went in, in the same units; obs the perturbation,
             context, batch and barcode of the control cell, and `obs_columns`; var the columns of the data; `uns["pertstate"]` says
-            what X holds.
+            what X holds, which checkpoint predicted it, at which doses, and what its record says: the training data, and
+            whether each group was trained on.
 
         Raises:
             FloatingPointError: a prediction is NaN or infinite; the error names the cell and the gene.
@@ -545,9 +559,10 @@ class StateProcessor(ModelFeatures, PredictedCells, Travelling, ProcessorMixin):
         ):
             if values is not None:
                 check_predicted(values, names, lambda row: f"cell {sentences.obs.index[row]!r}")
-        return self.to_anndata(
-            predictions[mask], controls, genes, sentences.obs.copy(), sentences.controls, checkpoint, sentences.var
+        uns = self.describe_output(
+            genes is not None, sentences.controls, checkpoint, sentences.groups, sentences.weights
         )
+        return self.to_anndata(predictions[mask], controls, genes, sentences.obs.copy(), uns, sentences.var)
 
 
 __all__ = ["CellSentences", "PerturbationFeatures", "StateProcessor", "Vocabulary"]

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
     raise SystemExit(command(["train", *sys.argv[1:]]))
 
+import copy
 import logging
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from pertstate.training.run import (
 from pertstate.training.run_config import RunConfig
 from pertstate.training.run_folder import run_folder
 from pertstate.training.run_help import help_of_train
+from pertstate.training.run_steps import set_steps
 from pertstate.training.staging import clear_run
 from pertstate.training.stream_run import from_stream
 from pertstate.training.trainer import StateTrainer
@@ -81,9 +83,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     pretrained = Pretrained.of(run.model)
     if run.stream.path is None:
-        args, processor, make_datasets, about = from_cells(run, pretrained)
+        run, args, processor, make_datasets, about = from_cells(run, pretrained)
     else:
-        args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
+        run, args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
     check_processes(args.world_size)
     log_to_console(logging.INFO if args.should_log else logging.ERROR)
     config = build_config(run, processor, pretrained)
@@ -98,12 +100,20 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
 
     # The model. Every process starts from the same weights, whatever was drawn before.
     disable_progress_bar()  # that of writing files; training keeps its own
+    fitted = FAMILIES[config.model_type].model.fitted
+
+    def make_model():
+        if pretrained is None:
+            return new_model(run, copy.deepcopy(config), processor)
+        return further(pretrained, config, processor, args)
+
+    if args.inner_folds and not fitted:
+        set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
     set_seed(args.seed)
-    model = new_model(run, config, processor) if pretrained is None else further(pretrained, config, processor, args)
+    model = make_model()
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
 
     # Training, and the figures of the test split.
-    fitted = FAMILIES[config.model_type].model.fitted
     provenance = Provenance.of_run(run, datasets[Split.TRAIN].notes) if args.should_save else None
     trainer = StateTrainer(
         model,

@@ -18,11 +18,15 @@ class CellSentences(BatchFeature):
         obs (`pandas.DataFrame`): one row per real (not padded) cell, in the order of the tensors.
         var (`pandas.DataFrame`): the model's genes, with the columns of var of the data.
         controls (`str`): which control cells went in, in words.
+        groups (`list[tuple[str, str]]`): each (context, perturbation).
+        weights (`list[float]`, *optional*): doses that a model without doses takes as weights.
     """
 
     obs: pd.DataFrame
     var: pd.DataFrame
     controls: str
+    groups: list[tuple[str, str]]
+    weights: list[float] | None
 
 
 class SentenceLayout:

@@ -1,7 +1,6 @@
 """Finding the files of a checkpoint, and checking them before a model is made. Each fault has an error of its own."""
 
 import copy
-import json
 import math
 import os
 import re
@@ -9,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +21,9 @@ from transformers.utils import (
     extract_commit_hash,
 )
 
-from .configuration_perturbation import PerturbationConfig
+from .bounded_text import LARGEST_JSON, load_json
+from .configuration_perturbation import PIPELINES, PerturbationConfig
+from .constants import TASK
 from .messages import some
 from .travelling import Travelling
 
@@ -43,7 +43,6 @@ _PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth", ".torc
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 # Pieces of a distributed checkpoint, which transformers would read instead of the checked files.
 _DISTRIBUTED_PIECE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_LARGEST_JSON = 1 << 28  # bytes: names of some million genes or barcodes
 # Sizes up to this one can be multiplied with one another in 64 bits.
 LARGEST_SIZE = 2**30
 
@@ -58,29 +57,15 @@ def find_file(name: str | os.PathLike, file: str, hub: dict) -> str | None:
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON in which no name stands twice: readers differ in which of the two they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:100]!r} stands in it twice")
-    return found
-
-
-def read_json(path: str | os.PathLike) -> dict:
+def read_json(path: str | os.PathLike, largest: int = LARGEST_JSON) -> dict:
     """
+    Args:
+        largest (`int`): bytes. A file with more is not read.
+
     Raises:
-        ValueError: the file is not one JSON object, is larger than any of a checkpoint, or says something twice.
+        ValueError: the file is not one JSON object, is larger, or says something twice.
     """
-    size = os.path.getsize(path)
-    if size > _LARGEST_JSON:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {_LARGEST_JSON:,}; copy the checkpoint again")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file, object_pairs_hook=_unique)
-    # Bytes that are no text, numbers of more digits than Python reads, and brackets nested deeper than it follows.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a whole JSON file ({error}); copy the checkpoint again") from error
+    content = load_json(path, largest, "copy the checkpoint again")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}; copy the checkpoint again")
     return content
@@ -299,8 +284,8 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
     "init_lora_weights": (lambda value: type(value) is bool, "true or false"),
     "inference_mode": (lambda value: type(value) is bool, "true or false"),
     "use_rslora": (lambda value: type(value) is bool, "true or false"),
-    "base_model_name_or_path": (lambda value: value is None or isinstance(value, str), "a name, or null"),
-    "revision": (lambda value: value is None or isinstance(value, str), "a revision, or null"),
+    "base_model_name_or_path": (lambda value: value is None or _is_written(value), "a name, or null"),
+    "revision": (lambda value: value is None or _is_written(value), "a revision, or null"),
     # These have no effect here.
     "auto_mapping": (lambda value: value is None or isinstance(value, dict), "a mapping, or null"),
     "megatron_core": (lambda value: isinstance(value, str), "a name"),
@@ -310,6 +295,10 @@ _ADAPTER_SETTINGS: dict[str, tuple[Callable, str]] = {
 }
 _NEEDED_OF_ADAPTER = ("peft_type", "r", "lora_alpha", "target_modules")
 _MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+def _is_written(value) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 4096 and value.isprintable()
 
 
 def _is_number(value) -> bool:
@@ -375,6 +364,16 @@ class CheckedPreTrainedModel(Travelling, PreTrainedModel):
 
     def _settings(self):
         return self.config
+
+    def _save_code(self, folder: Path):
+        # The import makes the module travel with every model: a pipeline is made of a model's folder.
+        from .pipeline_perturbation import PerturbationPredictionPipeline
+
+        name = (
+            f"{PerturbationPredictionPipeline.__module__.rpartition('.')[2]}.{PerturbationPredictionPipeline.__name__}"
+        )
+        self.config.custom_pipelines = {TASK: {**PIPELINES[TASK], "impl": name}}
+        super()._save_code(folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -11,17 +11,21 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .constants import TASK
 from .finite import within_reach
 from .messages import closest
 from .public import public
-from .travelling import Travelling
+from .travelling import Travelling, is_installed
 
 
+# Kinds of the numbers of a model.
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Keywords that transformers itself hands to a config when it loads or saves one.
 _LIBRARY_KEYWORDS = frozenset(
     {
         "attn_implementation",
         "auto_map",
+        "custom_pipelines",
         "experts_implementation",
         "model_type",
         "name_or_path",
@@ -34,6 +38,11 @@ _LIBRARY_KEYWORDS = frozenset(
     }
 )
 
+
+# What a checkpoint says of the pipeline that travels with it.
+PIPELINES = {
+    TASK: {"impl": "pipeline_perturbation.PerturbationPredictionPipeline", "pt": ["AutoModel"], "type": "multimodal"}
+}
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
 
@@ -165,14 +174,28 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         As in [`PreTrainedConfig`].
 
         Raises:
-            ValueError: `config.json` asks for labels, which no model here has, or for code of a repository. Only a caller may
-                ask for such code, with `attn_implementation=`.
+            ValueError: `config.json` asks for labels, which no model here has, for numbers of a kind that none has, or for code
+                of a repository. Only a caller may ask for such code, with `attn_implementation=`.
         """
+        config_dict = dict(config_dict)
+        pipelines = config_dict.get("custom_pipelines", PIPELINES)
+        if pipelines != PIPELINES:
+            raise ValueError(
+                f"custom_pipelines is {str(pipelines)[:200]!r}, expected {PIPELINES}: config.json may name no code of others; "
+                "copy the checkpoint again"
+            )
+        if is_installed(cls.__module__):
+            # The package has registered the pipeline; with this entry, transformers would run the folder's copy of it.
+            config_dict.pop("custom_pipelines", None)
         labels = config_dict.get("num_labels")
         if labels is not None and not (type(labels) is int and 0 <= labels <= 2):
             raise ValueError(
                 f"num_labels is {labels!r}: no model of this package has labels; leave it out of config.json"
             )
+        for name in ("dtype", "torch_dtype"):
+            # transformers takes any name of torch's.
+            if (kind := config_dict.get(name)) is not None and str(kind).removeprefix("torch.") not in _DTYPES:
+                raise ValueError(f"{name} is {str(kind)[:60]!r}: expected one of {list(_DTYPES)}; correct config.json")
         for name in ("attn_implementation", "_attn_implementation"):
             kernel = config_dict.get(name)
             if isinstance(kernel, dict) or (kernel is not None and not re.fullmatch(r"[a-z0-9_|]+", str(kernel))):

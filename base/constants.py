@@ -8,8 +8,14 @@ PERTURBATION_FEATURES = "perturbation_features"
 CONTEXT_IDS = "context_ids"
 BATCH_IDS = "batch_ids"
 CELL_MASK = "cell_mask"
+CONTROL_EXPRESSION = "control_expression"
+CONTROL_COUNTS = "control_counts"
 LABELS = "labels"
 GENE_LABELS = "gene_labels"
+
+
+# What the models do: the task of their pipeline, and of their cards.
+TASK = "perturbation-prediction"
 
 
 class Values:

@@ -8,6 +8,7 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -27,6 +28,9 @@ _LONGEST = 4096
 class InUseError(OSError):
     """Another process is writing an output; the message names it."""
 
+
+# A child that was being forked when the process died holds the lock until it runs; so many seconds are given to it.
+_PATIENCE = 5.0
 
 # The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -68,21 +72,39 @@ def locked(lock: Path, output: str | os.PathLike) -> Iterator[None]:
 
 
 def _acquire(lock: Path, output: str | os.PathLike) -> int:
+    until = time.monotonic() + _PATIENCE
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        mine = False
         try:
             _lock(descriptor, output)
             with suppress(FileNotFoundError):
                 # The file may have been removed, and made anew by another process, since it was opened.
                 if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                     _say_who(descriptor, lock)
+                    mine = True
                     return descriptor
         except BlockingIOError:
-            raise InUseError(_in_use(output, _read(descriptor))) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            about = _read(descriptor)
+            if not _has_died(about) or time.monotonic() > until:
+                raise InUseError(_in_use(output, about)) from None
+            time.sleep(0.01)
+        finally:
+            if not mine:
+                os.close(descriptor)
+
+
+def _has_died(about: dict[str, Any]) -> bool:
+    """Whether a process that said that it holds a lock is no longer on this machine."""
+    if about.get("host") != socket.gethostname() or not isinstance(about.get("pid"), int) or about["pid"] <= 0:
+        return False
+    try:
+        os.kill(about["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # somebody else's
+    return False
 
 
 def _lock(descriptor: int, output: str | os.PathLike):

@@ -1,5 +1,8 @@
 """What a model reads of cells: genes in its order, normalised, on the scale of its training."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -7,7 +10,7 @@ import scipy.sparse as sp
 
 from .cell_source import Block
 from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, read_expression, take_rows
-from .constants import Normalize, Values
+from .constants import CONTROL_COUNTS, CONTROL_EXPRESSION, Normalize, Values
 from .gene_names import MAX_MISSING_GENES, missing_note
 from .gene_view import scale_of, view_of
 from .messages import closest, given, some
@@ -29,6 +32,7 @@ class ModelFeatures:
     target_sum: float | None
     feature_dim: int
     trained_scale: Scale | None
+    control_expression: bool
     _scales: tuple[Scale, Scale] | None
 
     def features(self, adata: ad.AnnData, rows=slice(None), missing_genes: str = "error", input: str | None = None):
@@ -71,6 +75,38 @@ class ModelFeatures:
 
     def _view(self, adata: ad.AnnData, source: str) -> tuple[ad.AnnData, str]:
         return view_of(adata, source, *self.gene_names)
+
+    def control_values(
+        self,
+        contexts: Sequence,
+        read: Callable[[np.ndarray], np.ndarray],
+        rows_of: Callable[[Any], np.ndarray],
+        known: dict,
+    ) -> dict[str, np.ndarray]:
+        """
+        What all control cells of the contexts of some sentences express, by the keys of a batch; nothing for a model that does
+        not read it.
+
+        Args:
+            contexts (sequence): the context of each sentence.
+            read (`Callable`): gives the model's features of some rows, `(rows, feature_dim)`.
+            rows_of (`Callable`): gives the rows of all control cells of a context.
+            known (`dict`): keeps what was found of a context for the next call.
+
+        Returns:
+            `control_expression` (B, feature_dim) float32, the mean of `expm1` of log1p expression, and `control_counts` (B,)
+            int64, the number of cells.
+        """
+        if not self.control_expression:
+            return {}
+        for context in contexts:
+            if context not in known:
+                known[context] = mean_expression(read, rows_of(context))
+        found = [known[context] for context in contexts]
+        return {
+            CONTROL_EXPRESSION: np.stack([expression for expression, _ in found]),
+            CONTROL_COUNTS: np.array([count for _, count in found], dtype=np.int64),
+        }
 
     @property
     def gene_names(self) -> tuple[str | None, bool, str]:
@@ -147,6 +183,21 @@ class ModelFeatures:
             self._scales = (found, self.trained_scale)
 
 
+def mean_expression(read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, block: int = 4096):
+    """
+    The mean of `expm1` of log1p expression, `(features,)` float32 of sums in float64, and the number of cells.
+
+    Args:
+        read (`Callable`): gives the cells of some rows, `(rows, features)`.
+        rows (`np.ndarray`): of all cells.
+        block (`int`): cells that are read at once.
+    """
+    rows = np.sort(rows)
+    blocks = (read(rows[start : start + block]) for start in range(0, len(rows), block))
+    total = sum(np.expm1(cells).sum(axis=0, dtype=np.float64) for cells in blocks)
+    return (total / len(rows)).astype(np.float32), len(rows)
+
+
 def storable(column: pd.Series) -> pd.Series:
     """A column of obs or var as every version of anndata can write and read it: mixed and missing values as texts."""
     if isinstance(column.dtype, pd.CategoricalDtype):
@@ -172,4 +223,4 @@ def carried_columns(obs: pd.DataFrame, names: list[str] | None, rows: np.ndarray
     return None if not names else pd.DataFrame({name: storable(obs[name].iloc[rows]) for name in names})
 
 
-__all__ = ["ModelFeatures", "carried_columns", "storable"]
+__all__ = ["ModelFeatures", "carried_columns", "mean_expression", "storable"]

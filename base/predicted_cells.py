@@ -1,6 +1,7 @@
 """Predicted cells as an AnnData: what they are, and whose they are."""
 
 import json
+from collections.abc import Callable
 
 import anndata as ad
 import numpy as np
@@ -10,6 +11,8 @@ from .cell_values import cell_totals, describe_values, normalize_counts
 from .constants import Normalize, Values
 from .doses import dose_text
 from .labels import LabelReader
+from .messages import some
+from .origin import Origin
 from .processor_files import PROCESSOR_SETTINGS
 from .public import public
 from .vocabulary import Vocabulary
@@ -31,6 +34,8 @@ class PredictedCells:
     normalize: str
     target_sum: float | None
     predicts: str | None
+    origin: Origin | None
+    unseen_doses: Callable[[list[str]], list[str]]
 
     def output_columns(self) -> dict[str, str]:
         """The columns of obs in an output that hold perturbation, context and batch: those of the data, where each is one."""
@@ -82,9 +87,10 @@ class PredictedCells:
         if batches is not None:
             frame[columns["batch"]] = batches
         if self.dose_key is not None or doses is not None:
-            values = np.array(dosed, dtype=object)
-            single = all(text and ";" not in text for text in dosed)
-            frame[self.dose_key or "dose"] = (values.astype(float) if single else values)[codes]
+            # Numbers, where there is one for each perturbation; control cells have none.
+            single = all(";" not in text and (text or name == self.control) for text, name in zip(dosed, unique))
+            values = np.array([float(text or "nan") for text in dosed] if single else dosed)
+            frame[self.dose_key or "dose"] = values.astype(float if single else object)[codes]
         obs = pd.DataFrame(frame)
         obs["control_barcode"] = np.asarray(barcodes)
         for name, values in () if carried is None else carried.items():
@@ -131,24 +137,23 @@ class PredictedCells:
 
     def to_anndata(
         self,
-        predictions,
-        controls,
-        genes,
-        obs,
-        controls_note: str,
-        checkpoint: str | None,
+        predictions: np.ndarray,
+        controls: np.ndarray,
+        genes: np.ndarray | None,
+        obs: pd.DataFrame,
+        uns: dict[str, str],
         var: pd.DataFrame | None = None,
     ) -> ad.AnnData:
         """An AnnData of predicted cells, laid out as [`StateProcessor.decode`] says."""
         var = pd.DataFrame(index=self.vocabulary.genes) if var is None else var
-        uns = {"pertstate": self.describe_output(genes is not None, controls_note, checkpoint)}
+        said = {"pertstate": uns}
         if self.values == Values.EMBEDDING:
             obsm = {"control": controls}
             if genes is not None:
-                return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=uns)
+                return ad.AnnData(genes, obs=obs, var=var, obsm={**obsm, "embedding": predictions}, uns=said)
             dimensions = pd.DataFrame(index=self.output_names(predictions.shape[1]))
-            return ad.AnnData(predictions, obs=obs, var=dimensions, obsm=obsm, uns=uns)
-        return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=uns)
+            return ad.AnnData(predictions, obs=obs, var=dimensions, obsm=obsm, uns=said)
+        return ad.AnnData(predictions, obs=obs, var=var, layers={"control": controls}, uns=said)
 
     def output_names(self, width: int) -> list[str]:
         """The names of the features that are predicted: genes, or the dimensions of an embedding."""
@@ -159,15 +164,52 @@ class PredictedCells:
         scaled = self.normalize == Normalize.COUNTS_TO_LOG1P or self.predicts is not None
         return describe_values(Values.LOG1P if decoded else self.predicts or self.values, scaled, self.target_sum)
 
-    def describe_output(self, decoded: bool, controls_note: str, checkpoint: str | None) -> dict[str, str]:
-        """What a predicted AnnData says of itself in `uns["pertstate"]`; of the checkpoint's path, the last part."""
+    def describe_output(
+        self,
+        decoded: bool,
+        controls_note: str,
+        checkpoint: str | None,
+        groups: list[tuple[str, str]],
+        weights: list[float] | None = None,
+    ) -> dict[str, str]:
+        """
+        What a predicted AnnData says of itself in `uns["pertstate"]`; of the checkpoint's path, the last part.
+
+        Args:
+            decoded (`bool`): X holds what a gene decoder made of the prediction.
+            controls_note (`str`): which control cells went in.
+            checkpoint (`str`, *optional*): the model's name; by default that of the checkpoint of this processor.
+            groups (`list[tuple[str, str]]`): each (context, perturbation), with canonical names.
+            weights (`list[float]`, *optional*): see [`CellSentences`].
+        """
+        origin = self.origin
+        if checkpoint is None and origin is not None:
+            checkpoint = origin.name
+        said = {} if origin is None else origin.describe(groups)
+        if "groups" in said:
+            said["groups"] = json.dumps(said["groups"])
         return {
             "X": self.predicted_values(decoded),
             "checkpoint": public(checkpoint or "not recorded"),
             "controls": public(controls_note),
+            **said,
+            **self._describe_doses([name for _, name in groups], weights),
             # How to read real cells, so that they can be compared with these.
             "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
         }
+
+    def _describe_doses(self, names: list[str], weights: list[float] | None) -> dict[str, str]:
+        """The doses of some perturbations in words; nothing where there are none."""
+        if weights is not None:
+            texts = ", ".join(map(dose_text, weights))
+            return {"doses": f"{texts}: weights of the effect, of a model that was trained without doses"}
+        if self.dose_key is None:
+            return {}
+        names = list(dict.fromkeys(names))
+        doses = sorted({dose for name in names for _, dose in self.label_reader.parts(name) if dose is not None})
+        new = self.unseen_doses(names)
+        told = f"; no training cell had: {some(new)}" if new else "; all of them in training"
+        return {"doses": f"{', '.join(map(dose_text, doses))} (obs[{self.dose_key!r}]){told}"}
 
 
 __all__ = ["PredictedCells"]

@@ -87,6 +87,7 @@ _OPTIONAL_SETTINGS: dict[str, tuple[Callable, str]] = {
     "include": (lambda value: value is None or _is_table(value, lambda of: isinstance(of, list)), "columns and values"),
     "scale": (lambda value: value is None or fits_scale(value), "the kind and total of the values, or null"),
     "gene_key": (lambda value: value is None or _is_name(value), "the name of a column of var, or null"),
+    "control_expression": (lambda value: type(value) is bool, "true or false"),
     "ignore_gene_versions": (lambda value: type(value) is bool, "true or false"),
     "duplicate_genes": (lambda value: value in ("error", "first", "sum"), "'error', 'first' or 'sum'"),
     "dose_key": (lambda value: value is None or _is_name(value), "the name of a column, or null"),
@@ -124,6 +125,7 @@ PROCESSOR_SETTINGS = tuple(
             *(name for name in _SETTINGS if name != "feature_dim"),
             *READING,
             "predicts",
+            "control_expression",
             "dose_encoding",
             "doses",
             "dose_span",
@@ -137,7 +139,13 @@ _OF_LIBRARY = ("auto_map", "processor_class")
 
 
 # The values that optional settings have where they are absent; None for those not listed.
-DEFAULTS = {"unlabelled": "error", "dose_encoding": "log", "duplicate_genes": "error", "ignore_gene_versions": False}
+DEFAULTS = {
+    "unlabelled": "error",
+    "dose_encoding": "log",
+    "duplicate_genes": "error",
+    "ignore_gene_versions": False,
+    "control_expression": False,
+}
 
 
 def is_default(name: str, value) -> bool:

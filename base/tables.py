@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,17 @@ def write_csv(frame: pd.DataFrame, path: str | os.PathLike):
     check_table(frame)
     with whole_file(path) as partial:
         _with_names(frame, cell_of_name).to_csv(partial, index=False)
+
+
+def append_csv(frame: pd.DataFrame, file: TextIO):
+    """
+    Write more rows of a table, as [`write_csv`] does, to an open file; the first ones with the names of the columns.
+
+    Raises:
+        FloatingPointError: see [`check_table`].
+    """
+    check_table(frame)
+    _with_names(frame, cell_of_name).to_csv(file, index=False, header=file.tell() == 0)
 
 
 def check_table(frame: pd.DataFrame):

@@ -39,6 +39,11 @@ def flattened(source: str) -> str:
     return _RELATIVE_IMPORT.sub(r"\1.\4", source)
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module is one of this package, and not a copy that travelled with a checkpoint."""
+    return module.partition(".")[0] == "pertstate"
+
+
 class Travelling(PushToHubMixin):
     """
     A class that saves its own code beside its files, so that the folder loads where this package is absent. transformers
@@ -86,4 +91,4 @@ class Travelling(PushToHubMixin):
         return {name: stamp for name, stamp in stamps.items() if not name.endswith(self._written_first)}
 
 
-__all__ = ["Travelling", "flattened", "travelling_files"]
+__all__ = ["Travelling", "flattened", "is_installed", "travelling_files"]

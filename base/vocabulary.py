@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .bounded_text import parse_json
 from .checkpoint_files import read_json
 from .files import whole_file
 from .finite import are_finite
@@ -120,11 +121,11 @@ class PerturbationFeatures:
                 f"perturbation features: expected one vector for each of {len(names)} names, found an array of shape "
                 f"{vectors.shape}"
             )
-        unnamed = [name for name in names if not isinstance(name, str) or not name.strip()]
+        unnamed = [name for name in names if not isinstance(name, str) or not _is_name(name)]
         if unnamed:
             raise ValueError(
-                f"perturbation features: expected a name for each vector, found {unnamed[0]!r} ({len(unnamed)} such "
-                "names)"
+                f"perturbation features: expected a name for each vector, found {str(unnamed[0])[:60]!r} ({len(unnamed)} such "
+                f"names); expected names that are not blank, of at most {LONGEST_NAME} characters that can be written"
             )
         duplicates = pd.Index(names)[pd.Index(names).duplicated()].unique()
         if len(duplicates):
@@ -236,24 +237,36 @@ class PerturbationFeatures:
     def from_file(cls, path: str | os.PathLike) -> "PerturbationFeatures":
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if NAMES_METADATA not in metadata or FEATURES_TENSOR not in file.keys():
-                    raise ValueError(
-                        f"{path}: expected the tensor {FEATURES_TENSOR!r} and {NAMES_METADATA!r} in the metadata, found "
-                        f"{some(file.keys())} and {some(metadata)}"
-                    )
-                names, vectors = json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
-        except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+                metadata, keys = file.metadata() or {}, list(file.keys())
+                vectors = as_array(file.get_tensor(FEATURES_TENSOR)) if FEATURES_TENSOR in keys else None
+        except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
-        if not isinstance(names, list):
-            raise ValueError(f"{path}: {NAMES_METADATA!r}: expected a list of names, found {type(names).__name__}")
-        return cls(names, vectors)
+        if NAMES_METADATA not in metadata or vectors is None:
+            raise ValueError(
+                f"{path}: expected the tensor {FEATURES_TENSOR!r} and {NAMES_METADATA!r} in the metadata, found "
+                f"{some(keys)} and {some(metadata)}"
+            )
+        try:
+            return cls(names_of(metadata), vectors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; copy it again") from error
 
     def save(self, path: str | os.PathLike):
         """Write the file, whole or not at all."""
         names = json.dumps(self.names, ensure_ascii=False)
         with whole_file(path) as partial:
             save_file({FEATURES_TENSOR: self.vectors}, partial, metadata={NAMES_METADATA: names})
+
+
+def names_of(metadata: dict[str, str]) -> list:
+    """What the metadata of a file hold as the names of its vectors. ValueError if it is no list."""
+    try:
+        names = parse_json(metadata[NAMES_METADATA])
+    except ValueError as error:
+        raise ValueError(f"{NAMES_METADATA!r} is not whole JSON ({error})") from error
+    if not isinstance(names, list):
+        raise ValueError(f"{NAMES_METADATA!r}: expected a list of names, found {type(names).__name__}")
+    return names
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

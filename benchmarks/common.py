@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks share: train through train.py, predict and score through the files that users see."""
+"""Code that the accuracy benchmarks share. It trains through train.py, and predicts and scores through files, as users do."""
 
 import contextlib
 import io
@@ -27,8 +27,8 @@ def train_predict_score(
     config: str, data: str, flags: list[str], contexts, perturbations=None
 ) -> tuple[pd.DataFrame, float, int]:
     """
-    Scores of one run, a row per (context, perturbation, method) without the averages; the seconds of processor time that
-    its training took; the model's parameters.
+    Returns the scores of one run, a row per (context, perturbation, method) without the averages; the seconds of processor
+    time that its training took; and the number of the model's parameters.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
@@ -49,8 +49,9 @@ def train_predict_score(
 
 def to_units_of_x(predicted: Path, data: str | Path):
     """
-    Predictions of a model on counts, scaled to a total over the model's genes, in the units of the file's X, log1p of so
-    many counts over *all* genes: times the share that the model's genes have in the control cell.
+    Predictions of a model on counts in the units of the file's X. The model's predictions are scaled to a total over the
+    model's genes, and X is log1p of counts with that total over *all* genes. So each cell is multiplied by the share of the
+    model's genes in its control cell.
     """
     adata, real = ad.read_h5ad(predicted), ad.read_h5ad(data)
     controls = real[adata.obs["control_barcode"].to_numpy(), adata.var_names].X
@@ -64,7 +65,7 @@ def to_units_of_x(predicted: Path, data: str | Path):
 
 
 def show(table: pd.DataFrame, by: list[str]) -> str:
-    """Means of the figures, aligned; an undefined correlation is a dash."""
+    """The means of the figures as an aligned table. A dash stands for an undefined correlation."""
     means = table.groupby(by, sort=False)[METRICS].mean()
     return means.map(lambda value: "-" if value != value else f"{value:.4f}").to_string()
 

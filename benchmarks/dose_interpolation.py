@@ -1,9 +1,10 @@
 """
 Does a model interpolate a dose that it has not seen better than the nearest measured dose does?
 
-A simulated drug screen: each gene of a drug's signature follows a Hill curve of the dose. One dose in the middle is left
-out of training (`exclude`). The error is that of the mean of the predicted cells at this dose, beside those of taking the
-measured cells of the next lower or higher dose for it. Settings were chosen on seed 100; the seeds shown are others.
+The screen is simulated: each gene of a drug's signature follows a Hill curve of the dose. One dose in the middle is left
+out of training (`exclude`). The first error is that of the mean of the predicted cells at this dose. Beside it stand the
+errors of two simple predictions: the measured cells of the next lower dose, and of the next higher one. Settings were
+chosen on seed 100; other seeds are shown.
 
     python benchmarks/dose_interpolation.py [--seeds 0 1 2] [--steps 400]
 """
@@ -51,7 +52,7 @@ def simulate_series(seed: int, drugs: int = 3, genes: int = 80, cells: int = 60,
 def errors(
     adata: ad.AnnData, folder: Path, encoding: str, steps: int, left_out: float = LEFT_OUT, doses=DOSES
 ) -> dict[str, float]:
-    """Mean absolute errors of the mean at the dose that is left out, over the drugs: of the model and of its neighbours."""
+    """Mean absolute errors of the mean at the dose that is left out, over drugs, for the model and both neighbouring doses."""
     from transformers import AutoModel, AutoProcessor
 
     import pertstate.train

@@ -3,8 +3,8 @@ What a user waits for, from the command line: help, the first training step, tra
 
     python benchmarks/end_to_end.py
 
-A 328-wide, 8-layer llama model on a simulated 22,000 cells x 2,000 genes. Beside each figure stands what the known
-research code took for the same shape on two cores, measured once, elsewhere: for orientation, not a ratio of one run.
+The model is a 328-wide, 8-layer llama on 22,000 simulated cells x 2,000 genes. Beside each figure stands what the known
+research code took for the same shape on two cores. That was measured once, elsewhere: it is for orientation only.
 """
 
 import argparse

@@ -7,10 +7,10 @@ Every family of models on real data, side by side: one table.
 - Papalexi et al. 2021: 25 knock-outs in a replicate that was held out.
 - Norman et al. 2019: five double perturbations in K562 from the singles.
 
-Families that take gradient steps are given about as much processor time as State takes for 200 steps, so the dearer a step,
-the fewer of them; that is little for all. State's other settings are those of configs/, which were chosen by looking at these
-folds; of the other families one or two were tried on one fold (NK). Two processes of one thread each. The seconds of a run are
-those of one core, for its training with loading.
+Families that take gradient steps are given about as much processor time as State takes for 200 steps: the more a step costs,
+the fewer are taken. That is little time for every family. State's other settings are those of configs/, which were chosen by
+looking at these folds. For the other families, one or two settings were tried on one fold (NK). Two processes of one thread
+each run at a time. The seconds of a run are those of one core, for its training with loading.
 """
 
 import argparse
@@ -39,7 +39,7 @@ DOUBLES = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAP
 
 @dataclass
 class Task:
-    """Data of one question, and what is held out of them, fold by fold."""
+    """The data of one question, and what each fold holds out of them."""
 
     config: str
     file: str
@@ -59,12 +59,12 @@ TASKS = {
 
 @dataclass
 class Family:
-    """Fields of a family's config and of its training, and its data beside the task's."""
+    """Fields of a family's config, of its training, and of its data where they differ from the task's."""
 
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
-    # Steps, times those of the task; sentences of a step.
+    # Steps as a multiple of the task's steps, and sentences of a step.
     steps: float = 1.0
     sentences: int = 8
 
@@ -105,11 +105,11 @@ FAMILIES = {
 
 
 def settings(task: Task, name: str, fold: str, seed: int, data: Path, folder: str) -> dict:
-    """The run as a YAML's sections: the task's data, the family's model and training."""
+    """The sections of a run file, with the task's data and the family's model and training."""
     family = FAMILIES[name]
     run = yaml.safe_load(Path("configs", f"{task.config}.yaml").read_text())
     run["data"] |= {"datasets": {"data": str(data)}, task.hold_out: [fold], **family.data}
-    if name != "state":  # State's are those of the configuration
+    if name != "state":  # State's settings are those of the configuration
         run["model"] = {"model_type": name, "set_size": task.set_size, **family.model}
         run["training"] = {"lr_scheduler_type": "linear", **family.training}
     run["training"] |= {
@@ -126,7 +126,7 @@ def settings(task: Task, name: str, fold: str, seed: int, data: Path, folder: st
 
 
 def run_one(job: tuple[str, str, str, int], data: Path) -> list[dict]:
-    """One run: a row per (context, perturbation, method)."""
+    """The scores of one run, with a row for each (context, perturbation, method)."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -141,7 +141,7 @@ def run_one(job: tuple[str, str, str, int], data: Path) -> list[dict]:
 
 
 def prepared(task: Task, shared: Path, folder: Path) -> Path:
-    """The file of a task, with principal components for the ceiling of decoding, and without other cell lines."""
+    """Write the file of a task with principal components, which the ceiling of decoding reads, and without other cell lines."""
     import scanpy as sc
 
     adata = ad.read_h5ad(shared / f"{task.file}.h5ad")
@@ -154,7 +154,7 @@ def prepared(task: Task, shared: Path, folder: Path) -> Path:
 
 
 def markdown(runs: pd.DataFrame, seeds: int) -> str:
-    """The table: a row per family and baseline, mean over folds and the spread (standard deviation) over seeds."""
+    """The table, with a row for each family and baseline: means over folds, and standard deviations over seeds."""
     questions = [name for name in TASKS if name in set(runs["task"])]
     lines = [
         "| |" + "".join(f" {q}: Pearson | MAE | energy | seconds |" for q in questions) + " parameters |",

@@ -5,7 +5,7 @@ All ceilings are measured in the same run. A step is forward, backward, loss, cl
 products of the network alone, over the whole step's time.
 
     python benchmarks/gpu.py [--parts precision losses steps profile]
-    python benchmarks/gpu.py --device cpu --small    # that it runs
+    python benchmarks/gpu.py --device cpu --small    # only shows that it runs
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pertstate.losses.sinkhorn import SinkhornLoss
 
 PARTS = ("precision", "losses", "steps", "profile")
 LOSSES = ((8, 64, 2000), (16, 128, 2000), (16, 512, 2000), (1, 2048, 512), (2, 4096, 2000), (8, 64, 18000))
-# Preset, sentences of a batch, cells of a sentence.
+# Each size is a preset, the sentences of a batch, and the cells of a sentence.
 STEPS = (("small", 16, 128), ("small", 64, 128), ("base", 16, 512), ("large", 16, 512))
 MODES = ("float32", "tf32", "bf16", "bf16 padded", "bf16 compiled", "bf16 graphs")
 GENES = 2000
@@ -36,7 +36,7 @@ def synchronize(device: str):
 
 
 def milliseconds(work: Callable[[], object], device: str, repeat: int = 10, warm: int = 3) -> float:
-    """Median of several runs."""
+    """The median time of several runs."""
     for _ in range(warm):
         work()
     times = []
@@ -80,7 +80,7 @@ def precision(device: str, shapes):
 
 
 def losses(device: str, shapes):
-    """Forward and backward of a loss, beside geomloss."""
+    """The time of forward and backward of each loss, beside geomloss."""
     from geomloss import SamplesLoss
 
     print("\nloss, forward and backward, ms: energy, geomloss' energy, sinkhorn, geomloss' sinkhorn")
@@ -115,7 +115,7 @@ def operations(config: StateConfig, sentences: int, cells: int) -> float:
 
 
 def training_step(preset: str, sentences: int, cells: int, mode: str, device: str, genes: int):
-    """A function that takes a step, and the config of what it trains."""
+    """A function that takes a training step, and the config of the model that it trains."""
     torch.manual_seed(0)
     config = StateConfig.from_preset(preset, input_dim=genes, output_dim=genes, num_perturbations=genes)
     model, objective = StateForPerturbation(config).to(device).train(), objective_for(config)
@@ -143,7 +143,7 @@ def training_step(preset: str, sentences: int, cells: int, mode: str, device: st
 
 
 def steps(device: str, sizes, modes, genes: int, ceiling: dict[str, float]):
-    """A training step of the presets."""
+    """The time of a training step with each preset."""
     print(f"\ntraining step, {genes} genes: ms, cells/s, share of the ceiling, seconds until the first is done")
     for preset, sentences, cells in sizes:
         for mode in modes:
@@ -167,7 +167,7 @@ def steps(device: str, sizes, modes, genes: int, ceiling: dict[str, float]):
 
 
 def profile(device: str, size, genes: int, rows: int = 20):
-    """The kernels of a step, by their time."""
+    """The kernels of a step, sorted by their time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 

@@ -3,8 +3,8 @@ Zero-shot prediction of IFN-beta's effect: each of the seven cell types of Kang 
 
     python benchmarks/kang_leave_one_out.py [--hvg-on-all] [--residual hidden] [--seeds 3] [--no-heldout-controls]
 
-Prints per cell type, and on average over the seven, the figures of the model (mean over seeds) and of both baselines,
-for configs/kang_zeroshot.yaml with the same settings for all folds.
+Prints the figures of the model (mean over seeds) and of the baselines, for each cell type and on average over the seven.
+The run is configs/kang_zeroshot.yaml, with the same settings for all folds.
 """
 
 import argparse

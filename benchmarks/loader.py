@@ -16,13 +16,13 @@ The files are simulated: 40,000 cells x 2,000 genes (one in ten expressed) with 
 and 20,000 cells x 18,000 genes (one in twelve). They are read through the page cache, warm.
 
 Each reader runs in a process of its own, in turns with the others, `--repeats` times: the best figure stands first, the
-worst in parentheses. Peak memory is the resident set at its highest: the interpreter and its packages (at start), pages
-of mapped files, and what workers hold alone. Workers live on between epochs. After
+worst in parentheses. Peak memory is the largest resident set. It has the interpreter and its packages (at start), pages
+of mapped files, and memory that workers do not share. Workers live on between epochs. After
 the timing, five whole epochs of a quarter of the cells show whether memory grows.
 
-cell-load keeps its defaults: its sentences of control cells count as cells. "scDataset, blocks" is the easier task: cells
-in any order, which are not sentences. Fetches do not shrink with the files: a reader that fetches 16,384 cells at once
-holds a larger part of these files than it would of a screen of millions.
+cell-load keeps its defaults: its sentences of control cells count as cells. "scDataset, blocks" has an easier task: cells
+in any order, which are not sentences. Readers fetch as many cells at once as they would from larger files: one that
+fetches 16,384 cells holds a larger part of these files than of a screen of millions.
 
 Other packages' readers need `pip install cell-load scDataset psutil`, here or in the environment of `--peers-python`.
 """
@@ -43,7 +43,7 @@ from loader_readers import READERS, SENTENCES
 HERE = Path(__file__).parent
 BASELINE = "cell-load, random order"
 MIB = 2**20
-# Genes, the part of them that a cell expresses, cells as a part of --cells, and whether there is a dense copy.
+# Each file: genes, the share of them that a cell expresses, cells as a share of --cells, and whether there is a dense copy.
 FILES = {2000: (0.1, 1.0, True), 18000: (0.08, 0.5, False)}
 SET_SIZES = (64, 512)
 SMALLEST = 20000
@@ -53,7 +53,7 @@ EPOCHS = 5
 
 
 def write_files(folder: Path, cells: int) -> dict[int, tuple[Path, int]]:
-    """The file of each number of genes, and how many cells it holds. In a process of its own, as the readers."""
+    """Write the file of each number of genes, and count its cells. Like the readers, it runs in a process of its own."""
     files = {}
     for genes, (density, part, dense) in FILES.items():
         path = folder / f"{genes}_genes.h5ad"
@@ -64,7 +64,7 @@ def write_files(folder: Path, cells: int) -> dict[int, tuple[Path, int]]:
 
 
 class Runner:
-    """Runs readers, each in a process of its own, and what they need prepared once a file."""
+    """Runs readers, each in a process of its own, and prepares once for each file what they need."""
 
     def __init__(self, readers: list[str], peers_python: str, folder: Path):
         self.readers, self.peers_python, self.folder = readers, peers_python, folder
@@ -72,7 +72,7 @@ class Runner:
         self.failed = False
 
     def run(self, name: str, file: Path, **job) -> dict:
-        """What the reader measured, `{"missing": package}`, or `{"failed": its last words}`."""
+        """What the reader measured, `{"missing": package}`, or `{"failed": its last lines}`."""
         prepare = READERS[name].prepare
         layout = "dense" if job["dense"] else "sparse"
         prepared = file.with_suffix("") / (f"{prepare.__name__}, {layout}" if prepare else "nothing")
@@ -123,7 +123,7 @@ def best_and_worst(values: list[float], digits: int, largest: bool) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, aligned as it stands."""
+    """A Markdown table whose columns are aligned as text, too."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
 

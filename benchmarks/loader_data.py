@@ -1,9 +1,9 @@
 """
-A simulated `.h5ad` for the readers of the loader benchmark, cells in random order, written block by block:
+A simulated `.h5ad` for the readers of the loader benchmark. Its cells are in random order and are written block by block.
 
     python benchmarks/loader_data.py FILE --cells 40000 --genes 2000 --density 0.1 --dense
 
-prints how many cells it holds.
+This prints how many cells the file holds.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 1000
 
 def write_screen(path: Path, cells: int, genes: int, density: float, dense: bool) -> int:
     """
-    Write up to `cells` cells, about one in ten a control; returns how many.
+    Write up to `cells` cells, of which about one in ten is a control. Returns how many were written.
 
     `X` is log1p of counts per 10,000 (CSR, float32), `layers["counts"]` the counts, and with `dense`, `obsm["X_hvg"]`
     the values of `X`.
@@ -105,7 +105,7 @@ def _new_csr(file: h5py.File, key: str, indptr: np.ndarray, genes: int) -> h5py.
 
 
 def _counts(marks: np.ndarray, genes: int, stride: int, generator: np.random.Generator) -> sp.csr_matrix:
-    """Counts of some cells: the genes of their marks, and one gene in every `stride`."""
+    """Counts of some cells, which express the genes of their marks and one gene in every `stride`."""
     starts = np.arange(MARK_GENES, genes - stride + 1, stride)
     drawn = starts + generator.integers(stride, size=(len(marks), len(starts)))
     indices = np.concatenate([part for mark, row in zip(marks, drawn) for part in (np.flatnonzero(mark), row)])

@@ -28,17 +28,17 @@ WARM_UP_SECONDS = 1.0
 SECONDS_BETWEEN_LOOKS_AT_WORKERS = 0.5
 SEED = 0
 
-# Of the simulated files.
+# The names in the simulated files.
 PERTURBATION, CELL_TYPE, BATCH, CONTROL = "perturbation", "cell_type", "batch", "control"
 DENSE, COUNTS = "X_hvg", "counts"
 TARGET_SUM = 1e4
 CELL_TYPES = 3
-# The first genes say, by which of them are expressed, the group of a cell: in counts, log1p and dense alike.
+# The first genes encode the group of a cell by which of them are expressed, in counts, log1p values and the dense copy.
 MARK_GENES = 12
 
 
 def group_code(cell_type, perturbation):
-    """Number of a group from those of its cell type and perturbation (0: control)."""
+    """The number of a group, from the numbers of its cell type and its perturbation (0 is the control)."""
     return 1 + cell_type + CELL_TYPES * perturbation
 
 
@@ -54,7 +54,7 @@ class Job:
 
     Args:
         file (`str`): the `.h5ad`, cells in random order.
-        prepared (`str`): folder for what the reader makes of the file once, before it can be read.
+        prepared (`str`): folder for what the reader makes from the file once, before it reads.
         genes, set_size (`int`): genes of a cell, cells of a sentence.
         dense (`bool`): read the dense `obsm` entry, not the sparse `X`.
         task (`str`): what is measured.
@@ -76,7 +76,7 @@ class Job:
     epochs: int
 
 
-# An epoch's number to its batches: control and perturbed cells, (B, S, genes) each.
+# A function from the number of an epoch to its batches of control and perturbed cells, (B, S, genes) each.
 Epochs = Callable[[int], Iterable[tuple]]
 
 
@@ -85,10 +85,10 @@ class Reader:
     """
     Args:
         open: opens the job's file.
-        modules: what it imports, imported before the first look at memory.
-        peer: another package's, which may have its own interpreter.
-        sentences: its batches are cell sentences. Where False they are cells in any order, an easier task.
-        prepare: makes what `open` reads, in `job.prepared`. Readers with the same one share what it makes.
+        modules: the modules that the reader needs; they are imported before memory is first measured.
+        peer: whether the reader is another package's, which may have its own interpreter.
+        sentences: whether its batches are cell sentences. If not, they are cells in any order, an easier task.
+        prepare: makes what `open` reads, in `job.prepared`. Readers with the same function share what it makes.
     """
 
     open: Callable[[Job], Epochs]
@@ -107,7 +107,7 @@ def in_memory(job: Job) -> Epochs:
 
 
 def _pertstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
-    """The batches that training would see, control sentences left out: only perturbed cells are counted."""
+    """The batches that training would see, without control sentences: only perturbed cells are counted."""
     from torch.utils.data import DataLoader
 
     from pertstate.base.constants import CONTROL_CELLS, LABELS
@@ -131,12 +131,12 @@ def _pertstate_epochs(cells, processor, job: Job, workers: int) -> Epochs:
 
 
 def make_store(job: Job):
-    """A cell store of what the job reads."""
+    """Make a cell store of what the job reads."""
     _make_store(job, f"obsm/{DENSE}" if job.dense else "X")
 
 
 def make_store_of_counts(job: Job):
-    """A cell store of counts, one for any model."""
+    """Make a cell store of counts, which serves any model."""
     _make_store(job, f"layers/{COUNTS}")
 
 
@@ -165,7 +165,7 @@ def _store(job: Job, workers: int) -> Epochs:
 
 
 def h5py_rows(job: Job) -> Epochs:
-    """What a `Dataset` of single cells does: one read a row, in the order drawn."""
+    """What a `Dataset` of single cells does: it reads row by row, in the order drawn."""
     import h5py
     import torch
 
@@ -225,7 +225,7 @@ def cell_load_random(job: Job) -> Epochs:
 
 
 def group_cells(job: Job):
-    """The copy, grouped by (cell type, perturbation), that consecutive loading asks for."""
+    """Make the copy that consecutive loading needs, with cells grouped by (cell type, perturbation)."""
     import anndata as ad
 
     cells = ad.read_h5ad(job.file)
@@ -238,7 +238,7 @@ def cell_load_consecutive(job: Job) -> Epochs:
 
 
 def _cell_load(job: Job, path: str, consecutive: bool) -> Epochs:
-    """Its defaults, control sentences among them, but for the names of columns, the sizes and the workers."""
+    """cell-load with its defaults, control sentences included. Only names of columns, sizes and workers are set."""
     from cell_load.data_modules import PerturbationDataModule
 
     config = Path(path).with_suffix(f".{os.getpid()}.toml")
@@ -267,13 +267,13 @@ def _cell_load(job: Job, path: str, consecutive: bool) -> Epochs:
     return epoch
 
 
-# The setting of its paper: blocks of 16 cells, 16,384 cells a fetch (256 x 64 there, 16 x 1,024 and 2 x 8,192 here).
+# The setting of scDataset's paper: blocks of 16 cells, 16,384 cells a fetch (256 x 64 there, 16 x 1,024 and 2 x 8,192 here).
 BLOCK_SIZE = 16
 CELLS_OF_FETCH = 16384
 
 
 def scdataset_blocks(job: Job) -> Epochs:
-    """Shuffled blocks, as its documentation shows: half of a batch counts as the cells, half as their controls."""
+    """The shuffled blocks of scDataset, as in its documentation. Half of a batch counts as the cells, half as their controls."""
     from scdataset import BlockShuffling, scDataset
     from torch.utils.data import DataLoader
 
@@ -299,9 +299,9 @@ def scdataset_blocks(job: Job) -> Epochs:
 
 def scdataset_sentences(job: Job) -> Epochs:
     """
-    Its batched fetching alone, with a sentence as the item: shuffled blocks mix perturbations.
+    The batched fetching of scDataset, with a sentence as the item. Its shuffled blocks are not used, because they mix perturbations.
 
-    The cells of many sentences are read in one go, sorted, and dealt out to them by `batch_callback`.
+    The cells of many sentences are read at once, in sorted order, and `batch_callback` deals them out to the sentences.
     """
     import h5py
     from scdataset import Streaming, scDataset
@@ -339,7 +339,7 @@ def scdataset_sentences(job: Job) -> Epochs:
 
 
 def _scdataset_source(job: Job):
-    """What it reads from, how it reads sorted rows of that, and how read cells become a tensor."""
+    """What scDataset reads from, how sorted rows of it are read, and how the cells become a tensor."""
     import anndata as ad
     import h5py
     import torch
@@ -369,7 +369,7 @@ READERS = {
 
 
 def missing_package(reader: Reader) -> str | None:
-    """The first of its packages that is not installed."""
+    """The first package of a reader that is not installed."""
     packages = [module.split(".")[0] for module in reader.modules]
     return next((package for package in packages if importlib.util.find_spec(package) is None), None)
 
@@ -384,7 +384,7 @@ def check(control, perturbed, job: Job, reader: Reader):
             raise ValueError(
                 f"{name} cells: expected dense float32 {expected}, found {cells.layout} {cells.dtype} {tuple(cells.shape)}"
             )
-        # A few cells only: their sums must not be the peak of memory.
+        # Only a few cells are summed, so that this is not the peak of memory.
         totals = torch.expm1(cells[0, :8].double()).sum(-1)
         if not torch.allclose(totals, torch.full_like(totals, TARGET_SUM), rtol=1e-4):
             raise ValueError(f"{name} cells: expected log1p of counts that sum to 10,000, found sums like {totals[:3]}")
@@ -399,7 +399,7 @@ def check(control, perturbed, job: Job, reader: Reader):
 
 
 def resident() -> int:
-    """Bytes of this process, and those of its workers that they do not share."""
+    """The bytes of this process, and those of its workers that are not shared with it."""
     import psutil
 
     process = psutil.Process()
@@ -481,7 +481,7 @@ def main():
     reader, job = READERS[name], Job(**json.loads(Path(job_file).read_text()))
     package = missing_package(reader)
     if package is None:
-        # Before the first look at memory, so that "at start" is what the packages take.
+        # Imported before memory is first measured, so that "at start" has the memory of the packages.
         for module in reader.modules:
             importlib.import_module(module)
         result = TASKS[job.task](reader, job)

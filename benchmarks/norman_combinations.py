@@ -3,8 +3,8 @@ Double perturbations from singles in K562 (Norman et al. 2019): five doubles who
 
     python benchmarks/norman_combinations.py [--seeds 3]
 
-Prints per double, and on average, the model (mean over seeds), no change, and the additive baseline (control cells
-plus both single changes, clipped at 0), for configs/norman_combinations.yaml.
+Prints the figures of the model (mean over seeds), of no change, and of the additive baseline (control cells plus both
+single changes, clipped at 0), for each double and on average. The run is configs/norman_combinations.yaml.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     tables = []
     with tempfile.TemporaryDirectory() as folder:
-        # The baselines know what the model knows: K562 alone, without the glioma lines of the file.
+        # The baselines learn from what the model learned from: only K562, not the glioma lines of the file.
         k562 = Path(folder, "k562.h5ad")
         screen = read_h5ad(args.data)
         screen[screen.obs["cell_type"] == "k562"].write_h5ad(k562)

@@ -23,7 +23,7 @@ CHUNK = 10_000
 
 
 def write_screen(path: Path, cells: int, genes: int, density: float, seed: int):
-    """Counts in CSR, cells of 200 perturbations and 5 contexts in random order, written a chunk at a time."""
+    """Write counts in CSR, a chunk at a time. The cells of 200 perturbations and 5 contexts are in random order."""
     rng = np.random.default_rng(seed)
     names = np.array(["control", *(f"gene_{i}" for i in range(200))])
     obs = pd.DataFrame(

@@ -79,7 +79,7 @@ print(json.dumps([seconds, number, resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 def measure(checkout: Path, job: str, path: Path, options: dict) -> tuple[float, int, float]:
-    """Seconds, cells and peak MiB of a job with the package of a checkout."""
+    """Seconds, cells and peak MiB of a job that runs with the package of a checkout."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "pertstate").symlink_to(checkout.resolve())
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}

@@ -1,9 +1,9 @@
 """
 Peak memory and speed of a stream as its data grow: `python benchmarks/stream.py [--cells 50000] [--doublings 3]`.
 
-Parquet as a drug atlas is published (gene ids and counts of each cell, a marker first; wells of one drug and many cell
-lines, one after the other), simulated block by block: 2,000 genes, one in ten expressed. Each size is read in a process of
-its own: the first look, then one epoch of batches of 8 sentences of 64 cells.
+The parquet files are like those of a drug atlas: each cell has gene ids and counts, with a marker first; wells of one drug
+and many cell lines follow one another. They are simulated block by block, with 2,000 genes, one in ten expressed. Each size
+is read in a process of its own: the first look, then one epoch of batches of 8 sentences of 64 cells.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SET_SIZE, SENTENCES = 64, 8
 
 
 def write(folder: Path, cells: int):
-    """One file for every ten wells; every tenth well is control."""
+    """Write one file for every ten wells. Every tenth well holds control cells."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,8 +1,8 @@
 """
-Time and memory of one training step: ours beside a reference built from stock parts, in one run.
+Time and memory of one training step of this package beside a reference built from stock parts, in one run.
 
-Both sides are the same function of the same weights (checked: loss and gradient norm agree at the start), the same
-data, Adam, gradient clip, no dropout. They differ in what this package does its own way:
+Both sides compute the same function of the same weights and data (loss and gradient norm are checked to agree at the
+start), with Adam, clipped gradients and no dropout. They differ in what this package does in its own way:
 
 | | ours | reference |
 |---|---|---|
@@ -10,10 +10,10 @@ data, Adam, gradient clip, no dropout. They differ in what this package does its
 | backbone | `SetTransformer` | `transformers.LlamaModel`, with a 4D mask of zeros and every position 0 |
 | loss | `objective_for(config)` | geomloss' `SamplesLoss("energy")` |
 
-Steps are timed in turns, so that a busy machine slows both. Memory is measured in a fresh process a side: peak resident
-memory less what was resident before the model was built, or, on a GPU, the peak of allocated memory. Exits with status 1
-unless ours is both faster and leaner; faster is judged by the fastest step of each, because other work on the machine
-only ever adds time and can move a median by more than the two sides differ.
+Steps are timed in turns, so that a busy machine slows both. The memory of each side is measured in a fresh process: peak
+resident memory minus what was resident before the model was built, or, on a GPU, the peak of allocated memory. The exit
+status is 1 unless this package is both faster and leaner. The fastest step of each side decides which is faster, because
+other work on the machine only adds time, and can move a median by more than the two sides differ.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --steps 50
@@ -62,7 +62,7 @@ SIDES = ("ours", "reference")
 
 
 class FreeHeadsLlamaConfig(LlamaConfig):
-    """Llama's layers take any `head_dim`; only the stock config's check refuses 328 with 12 heads."""
+    """Llama's layers take any `head_dim`. Only the check of the stock config refuses a width of 328 with 12 heads."""
 
     def validate_architecture(self):
         pass
@@ -135,7 +135,7 @@ class ReferenceModel(nn.Module):
 
 
 class Step:
-    """One optimiser step; returns the loss and the gradient norm before clipping, both still on the device."""
+    """Takes one optimiser step. Returns the loss and the gradient norm before clipping, both still on the device."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], torch.Tensor]):
         self.model, self.loss = model.train(), loss
@@ -159,7 +159,7 @@ def make_cells(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def make_step(side: str, device: str, dtype: torch.dtype) -> Step:
-    """Weights and losses are float32; another `dtype` is autocast's."""
+    """A training step. Weights and losses are float32; another `dtype` is that of autocast."""
     torch.manual_seed(0)
     control, labels, ids = make_cells(device)
 
@@ -206,7 +206,7 @@ def synchronize(device: str):
 
 
 def check_equal(steps: dict[str, Step], dtype: torch.dtype):
-    """One step of each from equal weights: speed of something else would say nothing."""
+    """Check that one step of each side, from equal weights, gives the same figures: else their speeds could not be compared."""
     steps["reference"].model.copy_weights(steps["ours"].model)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     (loss, norm), (expected_loss, expected_norm) = (steps[side]() for side in SIDES)
@@ -219,7 +219,7 @@ def check_equal(steps: dict[str, Step], dtype: torch.dtype):
 
 
 def time_steps(steps: dict[str, Step], count: int, device: str) -> dict[str, list[float]]:
-    """Seconds of `count` steps of each side, taken in turns; each goes first every other time."""
+    """Seconds of `count` steps of each side. The sides take turns, and each goes first every other time."""
     seconds = {side: [] for side in SIDES}
     for i in range(WARMUP_STEPS + count):
         for side in SIDES if i % 2 else reversed(SIDES):
@@ -233,7 +233,7 @@ def time_steps(steps: dict[str, Step], count: int, device: str) -> dict[str, lis
 
 
 def peak_memory(side: str, device: str, dtype: torch.dtype) -> int:
-    """Bytes that building the model and training it adds at the peak. Right only in a process that did nothing else."""
+    """Bytes that building and training the model adds at the peak. This is right only in a process that did nothing else."""
     before = psutil.Process().memory_info().rss
     step = make_step(side, device, dtype)
     for _ in range(MEMORY_STEPS):

@@ -25,7 +25,7 @@ COMMANDS = {
 }
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare",)
-# What is wrong with the input of a command. Any other error is a mistake of the program, and keeps its traceback.
+# These errors say that the input of a command is wrong. Any other error is a mistake of the program, and keeps its traceback.
 ERRORS = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
-        # Its words are fields of the run, about which argparse knows nothing.
+        # Its words are fields of the run, which argparse does not know.
         return _reported("train", lambda: train.run(argv[1:]))
     parser = argparse.ArgumentParser(
         prog="pertstate", description="Models of how cells respond to perturbations.", allow_abbrev=False
@@ -53,7 +53,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"pertstate {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        own_help = name in TAKE_FLAGS  # with the fields
+        own_help = name in TAKE_FLAGS  # their help also shows the fields
         command = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, allow_abbrev=False, add_help=not own_help
         )
@@ -75,7 +75,7 @@ def _reported(command: str, run: Callable[[], object]) -> int:
             run()
             sys.stdout.flush()
     except BrokenPipeError:
-        # Who read the output has left, as `head` does. Python would complain once more when it writes the rest at its end.
+        # The reader of the output has closed it, as `head` does. Python would raise again when it writes the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except StoppedError as stop:

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="FILE",
         help="names of the genes, one on a line in the order of the training, if the folder has none",
     )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="how long it may take; by default a minute, and a second for each 10 MB of files",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that OUT holds")
 
 
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace):
     log_to_console(logging.WARNING, "warning: %(message)s")
     transformers.utils.logging.disable_progress_bar()
     genes = read_names(Path(args.genes)) if args.genes else None
-    made = convert(args.folder, args.output, args.checkpoint, args.attention, genes, args.overwrite)
+    made = convert(args.folder, args.output, args.checkpoint, args.attention, genes, args.overwrite, args.seconds)
     vocabulary = made.processor.vocabulary
     say(
         f"{args.output}: {made.config.model_type}, {len(vocabulary.perturbations)} perturbations, "

@@ -4,6 +4,7 @@ import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from pertstate.base.console import say, show
 from pertstate.cli.reading import add_reading_arguments, reading_of
@@ -13,22 +14,29 @@ HELP = "Score predicted cells, or a model, against real cells, beside the baseli
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--predicted", metavar="P.h5ad", help="what `pertstate predict` wrote, or another tool")
+    parser.add_argument("--predicted", metavar="P.h5ad", help="predicted cells of `pertstate predict` or another tool")
     parser.add_argument(
         "--model",
         metavar="CHECKPOINT",
-        help="folder or Hub repository: predicts what is scored, where --predicted is absent; its record says what it learned",
+        help="folder or Hub repository of a checkpoint. Its record says what it was trained on. Without --predicted it predicts "
+        "the cells that are scored",
     )
     parser.add_argument("--revision", help="revision of the Hub repository")
     parser.add_argument("--real", required=True, metavar="R.h5ad", help="real perturbed and control cells")
     parser.add_argument(
-        "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, where no record of a model says it"
+        "--train", metavar="TRAIN.h5ad", help="cells that the baselines learn from, if no record of a model says which"
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="OTHER",
+        help="compare with these, each a checkpoint or a file of predicted cells, on the groups that both predict",
     )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
-    parser.add_argument("--scores", metavar="FOLDER", help="also write all that reports are made of")
-    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
+    parser.add_argument("--overwrite", action="store_true", help="replace a table and scores that are there")
     add_reading_arguments(parser)
-    parser.add_argument("--context", nargs="+", help="score these contexts; one, where the files have no such column")
+    parser.add_argument("--context", nargs="+", help="score these contexts; if the files have no such column, one name")
     parser.add_argument("--perturbation", nargs="+", metavar="NAME", help="score these perturbations")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument(
@@ -46,21 +54,33 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
+    from pertstate.base.outputs import claimed_folder, whole_folder
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
-    from pertstate.evaluation.scores import format_scores
+    from pertstate.evaluation.scores import SCORES, format_scores
 
-    if args.overwrite and not args.output:
-        raise ValueError("--overwrite has no effect without --output")
+    if args.overwrite and not (args.output or args.scores):
+        raise ValueError("--overwrite has no effect without --output or --scores")
     if args.predicted is None and args.model is None:
         raise ValueError("name the predicted cells with --predicted, or the model that is to predict them with --model")
     if args.cells != "all" and not (args.cells.isdigit() and int(args.cells) > 0):
         raise ValueError(f"--cells {args.cells}: expected a number of at least 1, or all")
     # Before there is any work to lose.
-    with claimed_table(args.output, args.overwrite) if args.output else nullcontext():
+    with (
+        claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
+        claimed_folder(args.scores, SCORES, args.overwrite) if args.scores else nullcontext(),
+    ):
         model = processor = record = None
         if args.model is not None:
-            model, processor, record = _checkpoint(args)
-        keys = {**reading_of(args), "input": args.input}
+            model, processor, record = _checkpoint(args.model, args.revision, "--model")
+        options = {
+            "quiet": args.quiet,
+            "convert_scale": args.convert_scale,
+            "max_cells": None if args.cells == "all" else int(args.cells),
+            "seed": args.seed,
+            "include_seen": args.include_seen,
+            **reading_of(args),
+            "input": args.input,
+        }
         scores = evaluate(
             args.predicted,
             args.real,
@@ -70,23 +90,38 @@ def run(args: argparse.Namespace):
             record=record,
             contexts=args.context,
             perturbations=args.perturbation,
-            quiet=args.quiet,
-            convert_scale=args.convert_scale,
-            max_cells=None if args.cells == "all" else int(args.cells),
-            seed=args.seed,
-            include_seen=args.include_seen,
-            **keys,
+            **options,
         )
+        scores.notes += [_compared(scores, other, args, options) for other in args.against or ()]
         for note in scores.notes:
             say(f"note: {note}", sys.stderr)
         show(format_scores(scores))
         if args.scores:
-            scores.save(args.scores)
+            with whole_folder(args.scores, SCORES) as folder:
+                scores.save(folder)
         if args.output:
             write_table(table_of(scores), args.output, args.overwrite)
 
 
-def _checkpoint(args: argparse.Namespace):
+def _compared(scores, other: str, args: argparse.Namespace, options: dict[str, Any]) -> str:
+    """What the groups of these scores say of the scored model beside another one."""
+    from pertstate.evaluation.comparison import evaluate
+    from pertstate.evaluation.scores import against
+
+    groups = [result.group for result in scores.results]
+    chosen: dict[str, Any] = {
+        "contexts": sorted({context for _, context, _ in groups}),
+        "perturbations": sorted({perturbation for *_, perturbation in groups}),
+    }
+    if Path(other).is_file():
+        second = evaluate(other, args.real, **chosen, **options)
+    else:
+        model, processor, record = _checkpoint(other, None, "--against")
+        second = evaluate(None, args.real, model=model, processor=processor, record=record, **chosen, **options)
+    return against(scores, second, (Path(args.model or args.predicted).name, Path(other).name), args.seed)
+
+
+def _checkpoint(name: str, revision: str | None, flag: str):
     """The model, the processor and the record of a checkpoint."""
     import transformers
 
@@ -95,7 +130,7 @@ def _checkpoint(args: argparse.Namespace):
     from pertstate.hub.push import fetch_checkpoint
     from pertstate.hub.unfinished import model_folder
 
-    check_name(args.model, "--model")
-    path = model_folder(args.model) if Path(args.model).is_dir() else fetch_checkpoint(args.model, args.revision)
+    check_name(name, flag)
+    path = model_folder(name) if Path(name).is_dir() else fetch_checkpoint(name, revision)
     transformers.utils.logging.disable_progress_bar()
     return *load_whole(str(path)), RunRecord.load(path)

@@ -5,7 +5,7 @@ import argparse
 from pertstate.base.console import say
 
 
-HELP = "Merge a low-rank adapter into its base model: a checkpoint like any other."
+HELP = "Merge a low-rank adapter into its base model, and write the result as a plain checkpoint."
 
 
 def add_arguments(parser: argparse.ArgumentParser):

@@ -16,7 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")
     parser.add_argument("--adata", required=True, metavar="IN.h5ad", help="file with control cells of each context")
-    parser.add_argument("--output", required=True, metavar="OUT.h5ad", help="file to write, whole or not at all")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--output", metavar="OUT.h5ad", help="file to write, .h5ad or .zarr, whole or not at all")
+    what.add_argument(
+        "--summary",
+        metavar="TABLE.parquet",
+        help="table to write instead of cells, .parquet or .csv: mean, change and interval of each group and gene",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--context",
         nargs="+",
         metavar="NAME",
-        help="contexts (cell types or lines); by default all. One name is that of all cells where the file has no such column",
+        help="contexts (cell types or lines); by default all. If the file has no such column, one name, the context of all cells",
     )
     add_reading_arguments(parser)
     parser.add_argument(
@@ -53,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument(
         "--cells-per-perturbation",
-        type=int,
         metavar="N",
-        help="at most N control cells of each context; by default all",
+        help="at most N control cells of each context; by default all. Or a CSV table with the columns target_gene and n_cells: "
+        "so many cells of each, and by default these perturbations",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the draw of cells and of their grouping into sentences"
@@ -90,7 +96,38 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--obs-columns",
         nargs="+",
         metavar="NAME",
-        help="columns of obs of the control cells that the predicted cells get; columns of var come through by themselves",
+        help="obs columns to copy from each control cell to its predicted cell; columns of var are always copied",
+    )
+    layout = parser.add_argument_group("layout of the output")
+    controls = layout.add_mutually_exclusive_group()
+    controls.add_argument(
+        "--with-controls",
+        action="store_true",
+        help="real control cells as rows, before the predicted cells; their perturbation is the control",
+    )
+    controls.add_argument(
+        "--control-layer",
+        action="store_true",
+        help="each predicted cell's control cell beside it, in layers/control; by default each is stored once",
+    )
+    layout.add_argument("--sparse", action="store_true", help="write matrices as CSR")
+    layout.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the matrices; float16 keeps three digits"
+    )
+    others = parser.add_argument_group("for cell-eval and the Virtual Cell Challenge")
+    others.add_argument(
+        "--cell-eval",
+        nargs="?",
+        const="",
+        metavar="REAL.h5ad",
+        help="write the output as cell-eval takes it, with control cells, and the real cells of the same perturbations to this "
+        "file, if one is named",
+    )
+    others.add_argument(
+        "--cell-eval-column", metavar="NAME", help="column of obs with the perturbation (default target_gene)"
+    )
+    others.add_argument(
+        "--cell-eval-control", metavar="NAME", help="label of control cells in it (default non-targeting)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ..; by default an accelerator if there is one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -124,22 +161,55 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     try:
         return model.to(device), processor, loaded
     except (RuntimeError, AssertionError) as error:
-        # torch raises either for a device that it does not know or was not built for.
+        # torch raises one or the other for a device that it does not know or was not built for.
         raise ValueError(f"--device {device}: {error}") from error
 
 
 def run(args: argparse.Namespace):
-    from pertstate.evaluation.prediction import claimed_output
+    from pertstate.evaluation.predicted_file import claimed_output
 
+    _cell_eval(args)
     # Before there is any work to lose.
-    with claimed_output(args.output, args.adata, args.overwrite):
+    with claimed_output(args.output or args.summary, args.adata, args.overwrite):
         _predict(args)
+
+
+def _cell_eval(args: argparse.Namespace):
+    """How cell-eval wants the output; None where nobody asks for that."""
+    from pertstate.evaluation.cell_eval import CellEval
+
+    names = {"column": args.cell_eval_column, "control": args.cell_eval_control}
+    named = {name: value for name, value in names.items() if value is not None}
+    if args.cell_eval is None:
+        if named:
+            raise ValueError("--cell-eval-column and --cell-eval-control have no effect without --cell-eval")
+        return None
+    return CellEval(real=args.cell_eval or None, **named)
+
+
+def _layout(args: argparse.Namespace):
+    """The layout that is asked for; None where it is the default."""
+    from pertstate.evaluation.predicted_file import LAYER, ONCE, ROWS, OutputLayout
+
+    controls = ROWS if args.with_controls else LAYER if args.control_layer else ONCE
+    layout = OutputLayout(controls, args.sparse, args.dtype)
+    return None if layout == OutputLayout() else layout
+
+
+def _cells(text: str | None):
+    """A number of cells, or a table of them."""
+    from pertstate.evaluation.cell_eval import read_cell_counts
+
+    if text is None:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else read_cell_counts(text)
 
 
 def _predict(args: argparse.Namespace):
     from pertstate.data.perturbation_features import read_perturbation_features
     from pertstate.evaluation.prediction import predict
 
+    layout, cells = _layout(args), _cells(args.cells_per_perturbation)
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
@@ -149,9 +219,9 @@ def _predict(args: argparse.Namespace):
         processor,
         args.adata,
         args.output,
-        perturbations=processor.vocabulary.perturbations if args.all else args.perturbation,
+        perturbations="all" if args.all else args.perturbation,
         contexts=args.context,
-        cells_per_perturbation=args.cells_per_perturbation,
+        cells_per_perturbation=cells,
         seed=args.seed,
         batch_size=args.batch_size,
         missing_genes=args.missing_genes,
@@ -166,5 +236,11 @@ def _predict(args: argparse.Namespace):
         max_missing_genes=args.max_missing_genes,
         obs_columns=args.obs_columns,
         overwrite=args.overwrite,
+        layout=layout,
+        summary=args.summary,
+        cell_eval=_cell_eval(args),
     )
-    say(f"{args.output}: {done['cells']:,} cells, {done['perturbations']} perturbations in {done['contexts']} contexts")
+    say(
+        f"{args.output or args.summary}: {done['cells']:,} cells, {done['perturbations']} perturbations in "
+        f"{done['contexts']} contexts"
+    )

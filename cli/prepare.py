@@ -11,7 +11,7 @@ HELP = (
 
 
 class _HelpWithFields(argparse.Action):
-    """The help of the command, and the fields that may follow as flags: these are looked up only when asked for."""
+    """Show the help of the command, and the fields that may follow as flags. The fields are looked up only for the help."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from pertstate.training.run_help import help_of_prepare

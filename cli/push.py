@@ -23,7 +23,7 @@ def run(args: argparse.Namespace):
 
     from pertstate.hub.push import address_of, push_checkpoint
 
-    transformers.utils.logging.disable_progress_bar()  # that of reading the weights
+    transformers.utils.logging.disable_progress_bar()  # the bar of reading the weights
     if args.quiet:
         disable_progress_bars()
     commit = push_checkpoint(

@@ -1,15 +1,15 @@
-"""The flags by which `predict` and `evaluate` read files that were made elsewhere."""
+"""The flags that tell `predict` and `evaluate` how to read files that were made elsewhere."""
 
 import argparse
 
 
-# What each says of a file; by default all is as in the training data.
+# What each flag says about a file. Without the flag, the file is read as the training data were.
 READING = {
     "perturbation_key": "obs column with each cell's perturbation",
     "context_key": "obs column with each cell's context (cell type or line)",
     "batch_key": "obs column with each cell's experimental batch",
     "control": "label of the control cells, or a pattern such as 'non-targeting*'",
-    "dataset": "which of the datasets of the training data the file is of, where these name batches or controls differently",
+    "dataset": "dataset of the training data that the file belongs to, if the datasets name batches or controls differently",
 }
 
 
@@ -21,5 +21,5 @@ def add_reading_arguments(parser: argparse.ArgumentParser):
 
 
 def reading_of(args: argparse.Namespace) -> dict[str, str | None]:
-    """What the flags say."""
+    """The values of the flags by name. None for a flag that was not given."""
     return {name: getattr(args, name) for name in READING}

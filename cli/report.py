@@ -11,7 +11,7 @@ HELP = "Show the scores of a run: a page for the browser in one file, and pictur
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("scores", metavar="RUN_OR_SCORES", help="folder of a run, or of the scores of an evaluation")
     parser.add_argument("-o", "--output", metavar="REPORT.html", help="page to write, whole or not at all")
-    parser.add_argument("--title", help="above the page; by default the name of the folder")
+    parser.add_argument("--title", help="title of the page; by default the name of the folder")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 

@@ -8,11 +8,11 @@ HELP = "Train a model: pertstate train CONFIG.yaml [--any_field value ...]; --he
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    """None: the words of this command are fields of a run, which `run` reads by itself."""
+    """Add nothing: the words of this command are fields of a run, which `run` reads by itself."""
 
 
 def run(words: list[str]):
-    # None of the thousands of objects that imports make is garbage; looking for some takes a sixth of the start-up.
+    # Imports make thousands of objects, and none of them is garbage. Looking for garbage takes a sixth of the start-up.
     gc.disable()
     from pertstate.train import main
 

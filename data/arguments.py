@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
+from pertstate.base.bounded_text import read_text
 from pertstate.base.constants import Split
 from pertstate.base.gene_names import MAX_MISSING_GENES
 from pertstate.base.labels import control_settings
@@ -19,7 +20,6 @@ from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import expand_paths
 from pertstate.data.source import FileSource
 from pertstate.data.splits import Splits, meant
-from pertstate.data.validation import with_validation
 from pertstate.processing import StateProcessor
 
 
@@ -49,7 +49,7 @@ class DataArguments:
         validation (`str`): which training groups are held out to choose the best step, where nothing above holds any out.
 
             - `"none"`: none
-            - `"auto"`: a tenth of them, see [`with_validation`]
+            - `"auto"`: some that stand to the others as the test groups do, see [`with_validation`]
         contexts (`list[str]`, *optional*): use only these contexts of the files.
         control (`str`, `list[str]` or `dict`): the label of control cells, or a list of labels; a label may be a pattern such
             as `non-targeting*`. A dictionary gives each dataset its own.
@@ -226,27 +226,17 @@ class DataArguments:
 
     def resolve_splits(self, groups: pd.DataFrame | None = None, reader: StateProcessor | None = None) -> Splits:
         """
-        The [`Splits`] that the section describes, with the validation groups of `validation: auto`.
+        The [`Splits`] that the section describes.
 
         Args:
             groups (`pandas.DataFrame`, *optional*): the groups of the source whose cells are split; by default those of the
                 files, whose labels are read for it.
             reader ([`StateProcessor`], *optional*): reads the labels, instead of that of the section.
         """
-        groups = self.file_source().groups if groups is None else groups
-        reader = self.reader() if reader is None else reader
-        splits = self._named_splits(groups, reader)
-        if self.validation != AUTO:
-            return splits
-        splits = splits.canonical(reader.canonical, groups)
-        used = groups if self.contexts is None else groups[groups["context"].isin(self.contexts)]
-        by_name = reader.perturbation_features is None
-        return with_validation(splits, used, reader.control, reader.split_combination, by_name)
-
-    def _named_splits(self, groups: pd.DataFrame, reader: StateProcessor) -> Splits:
-        """Those that the section names."""
         stored = self.store is not None
+        groups = self.file_source().groups if groups is None else groups
         names = sorted(groups["dataset"].unique())
+        reader = self.reader() if reader is None else reader
         if self.splits is not None:
             return Splits.from_toml(self.splits, names if stored else None).canonical(reader.canonical, groups)
         if not stored:
@@ -405,7 +395,7 @@ def read_names(path: Path) -> list[str]:
     """The names in a file, one on a line."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of gene names (looked from {Path.cwd()})")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: expected gene names, one on a line; found none")
     return names

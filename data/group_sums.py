@@ -9,15 +9,12 @@ from tqdm.auto import tqdm
 
 from pertstate.base.constants import PERTURBATION_FEATURES, PERTURBATION_IDS
 from pertstate.base.messages import given
+from pertstate.base.modeling_anchor import PSEUDOCOUNT
 from pertstate.base.modeling_fitted import TrainingMeans
 from pertstate.processing import StateProcessor
 
 
 GroupKey = tuple[str, str, str]
-
-# Added to both means before their ratio is taken, in the units of `expm1`. Cells are mostly scaled to 10,000 counts: this is
-# one count of a gene in a million, below which a ratio of means is noise.
-PSEUDOCOUNT = 1e-2
 
 
 @dataclass

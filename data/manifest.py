@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from pertstate._version import __version__
+from pertstate.base.bounded_text import LARGEST_TABLES, parse_json, read_text
 from pertstate.base.cell_source import GROUP_KEYS, with_rows
 from pertstate.base.constants import Normalize, Values
 from pertstate.base.files import whole_file
@@ -89,18 +90,14 @@ class Manifest:
                 f"{path.parent} is no cell store: it has no {path.name} (looked from {Path.cwd()}); make one with "
                 "`pertstate prepare`"
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
-        return cls.from_text(text, path)
+        return cls.from_text(read_text(path, LARGEST_TABLES), path)
 
     @classmethod
     def from_text(cls, text: str, path: str | os.PathLike) -> "Manifest":
         """The manifest in a text; `path` is named in errors."""
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"{path} is not a whole JSON file ({error}); prepare the store again") from error
         version = content.get("format_version") if isinstance(content, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:

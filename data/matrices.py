@@ -48,14 +48,22 @@ class RowReader:
     def _matrix(self) -> "np.ndarray | sp.csr_matrix | CSRMatrix | h5py.Dataset":
         matrix = self._open()
         check_matrix(matrix, self._name)
-        for axis, (found, expected) in enumerate(zip(matrix.shape, self._expected)):
+        self._check_shape(matrix.shape)
+        return matrix
+
+    def _check_shape(self, shape: tuple[int, ...]):
+        for axis, (found, expected) in enumerate(zip(shape, self._expected)):
             if expected is not None and found != expected:
                 what = ("rows, obs has", "columns, var has")[axis]
                 raise ValueError(f"{self._name} has {found} {what} {expected}")
-        return matrix
 
     def check(self):
-        """ValueError if the arrays of a sparse matrix contradict one another. Neither values nor indices are read."""
+        """
+        ValueError if the arrays of a sparse matrix contradict one another, or the shape of a dense one the rest of the file.
+        Neither values nor indices are read.
+        """
+        if not self._is_group and self._node.shape is not None:
+            self._check_shape(tuple(self._node.shape))
         if self._is_group and self._encoding() in _COMPRESSED:
             with self._reading():
                 CSRMatrix(self._node, self._name, transposed=self._encoding().startswith("csc"))

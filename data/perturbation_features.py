@@ -1,10 +1,14 @@
 """Reading perturbation features (protein embeddings, chemical fingerprints, ..) from a file with a vector for each name."""
 
 import csv
-import json
+import io
+import lzma
+import math
 import os
+import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from pertstate.base.bounded_text import parse_json
 from pertstate.base.messages import some
 from pertstate.base.tables import name_of_cell
 from pertstate.base.vocabulary import (
@@ -20,8 +25,10 @@ from pertstate.base.vocabulary import (
     NAMES_METADATA,
     PerturbationFeatures,
     as_array,
+    names_of,
 )
 from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
+from pertstate.data.self_contained import check_room
 
 
 def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
@@ -53,9 +60,9 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
         return PerturbationFeatures(names, vectors)
     except (
         SafetensorError,
-        json.JSONDecodeError,
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
         EOFError,
         NotImplementedError,
         OSError,
@@ -96,19 +103,46 @@ def _read_safetensors(path: Path):
                     f"with {NAMES_METADATA!r} in the metadata, expected the tensor {FEATURES_TENSOR!r} alone, found "
                     f"{some(file.keys())}"
                 )
-            return json.loads(metadata[NAMES_METADATA]), as_array(file.get_tensor(FEATURES_TENSOR))
+            return names_of(metadata), as_array(file.get_tensor(FEATURES_TENSOR))
         return _stack({name: as_array(file.get_tensor(name)) for name in file.keys()})
 
 
 def _read_npz(path: Path):
-    if not zipfile.is_zipfile(path):
-        raise zipfile.BadZipFile("it is no zip archive")
-    with np.load(path, allow_pickle=False) as file:
-        if not all(isinstance(file[name], np.ndarray) for name in file.files):
-            raise zipfile.BadZipFile("a member of it is no array")
-        if set(file.files) == {NAMES_METADATA, FEATURES_TENSOR} and file[NAMES_METADATA].dtype.kind == "U":
-            return file[NAMES_METADATA].tolist(), file[FEATURES_TENSOR]
-        return _stack({name: file[name] for name in file.files})
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("a name stands twice in it; keep one vector of each")
+        check_room(sum(info.file_size for info in members.values()), size, "it")
+        arrays = {name: _read_array(archive, info) for name, info in members.items()}
+    if arrays.keys() == {NAMES_METADATA, FEATURES_TENSOR} and arrays[NAMES_METADATA].dtype.kind == "U":
+        return arrays[NAMES_METADATA].tolist(), arrays[FEATURES_TENSOR]
+    return _stack(arrays)
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array, whose header says nothing that its bytes do not bear out."""
+    with archive.open(info) as file:
+        content = io.BytesIO(file.read())
+    if len(content.getbuffer()) != info.file_size:
+        raise zipfile.BadZipFile(f"{info.filename[:100]!r} is cut short")
+    version = np.lib.format.read_magic(content)
+    if version not in _HEADERS:
+        raise ValueError(f"{info.filename[:100]!r} is of a format that no numbers need, {version}")
+    try:
+        shape, _, dtype = _HEADERS[version](content)
+    # What Python raises at a header that is none.
+    except (tokenize.TokenError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise ValueError(f"{info.filename[:100]!r} is no array of numpy ({error})") from error
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename[:100]!r} holds Python objects, which are never read; expected numbers")
+    if dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != info.file_size - content.tell():
+        raise ValueError(f"{info.filename[:100]!r} does not hold the {shape} values that its header says")
+    content.seek(0)
+    return np.lib.format.read_array(content, allow_pickle=False)
 
 
 def _read_csv(path: Path):
@@ -154,11 +188,13 @@ def _check_header(header: list[str]):
 
 def _read_parquet(path: Path):
     try:
-        table = pq.read_table(path)
-    except OSError as error:
+        table = _bounded_table(path)
+    except (OSError, pa.ArrowException) as error:
         # What pyarrow raises for a file that is damaged inside.
         raise ValueError(f"cannot be read as parquet ({error})") from error
-    index = [name for name in (table.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise ValueError(f"the columns {some(twice)} stand twice; keep one of each")
+    index = _index_columns(table.schema)
     text = [field.name for field in table.schema if _is_text(field.type)]
     # A frame whose numbered rows are not all there is stored with its row numbers, which are no feature.
     values = [field for field in table.schema if field.name not in {*text, *index}]
@@ -167,7 +203,7 @@ def _read_parquet(path: Path):
     names = table.column(text[0])
     if names.null_count:
         raise ValueError(f"expected a name in each row, found {names.null_count} rows without in {text[0]!r}")
-    names = names.to_pylist()
+    names = _texts(names)
     if len(values) == 1 and _is_list(values[0].type):
         lists = table.column(values[0].name)
         if lists.null_count:
@@ -187,6 +223,44 @@ def _read_parquet(path: Path):
         return names, np.column_stack([table.column(field.name).to_numpy().astype(np.float32) for field in values])
 
 
+def _bounded_table(path: Path) -> pa.Table:
+    """The whole table, of which no part is larger than the file could fill."""
+    size = path.stat().st_size
+    with pq.ParquetFile(path) as file:
+        # Texts stay codes, so that one long text in many rows is in memory once.
+        text = [field.name for field in file.schema_arrow if _is_text(field.type)]
+    with pq.ParquetFile(path, read_dictionary=text) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+        check_room(8 * max(values, file.metadata.num_rows), size, "it")
+        batches, read = [], 0
+        for batch in file.iter_batches(_ROWS):
+            batches.append(batch)
+            read += batch.nbytes
+            check_room(read, size, "it")
+        return pa.Table.from_batches(batches, schema=file.schema_arrow)
+
+
+_ROWS = 1024
+
+
+def _index_columns(schema: pa.Schema) -> list[str]:
+    """The columns that pandas wrote a frame's index to."""
+    about = parse_json((schema.metadata or {}).get(b"pandas", b"{}").decode("utf-8"))
+    columns = about.get("index_columns") if isinstance(about, dict) else None
+    return [name for name in columns if isinstance(name, str)] if isinstance(columns, list) else []
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """The texts of a column, each of which is in memory once, however many rows have it."""
+    texts: list[str] = []
+    for chunk in column.chunks:
+        codes = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        known = codes.dictionary.to_pylist()
+        texts += [known[code] for code in codes.indices.to_pylist()]
+    return texts
+
+
 def _is_text(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -200,12 +274,19 @@ def _read_torch(path: Path):
     content = read_pickled(path)
     if not isinstance(content, dict):
         raise ValueError(f"expected a dictionary of names and vectors, found {type(content).__name__}")
+    size, values = path.stat().st_size, 0
     vectors = {}
     for name, value in content.items():
         if not isinstance(value, (StoredTensor, StoredArray)):
             raise ValueError(f"expected a vector for each name, found {type(value).__name__} for {name!r}")
+        # Many tensors may lie in one place of the file.
+        values += math.prod(value.shape)
+        check_room(values * _LARGEST_ITEM, size, "it")
         vectors[str(name)] = as_array(value.load()) if isinstance(value, StoredTensor) else np.asarray(value.load())
     return _stack(vectors)
+
+
+_LARGEST_ITEM = 8
 
 
 _READERS = {

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 
@@ -11,6 +12,7 @@ LARGEST_PROGRAM = 5_000_000
 # Values of the content once each is written out wherever it stands.
 LARGEST_CONTENT = 20_000_000
 
+_LARGEST_KEY = 2**63
 _MARK, _SCALAR, _OTHER = object(), "scalar", "other"
 _SCALARS = {"int", "int_or_bool", "bool", "float", "long", "str", "bytes", "bytes_or_str", "unicode", "None"}
 _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")
@@ -18,10 +20,27 @@ _PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET"
 _MAKES_SCALARS = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar", "_codecs encode")
 
 
+_NO_KEY = "a key of a mapping, or a member of a set, is no number or text"
+
+
+def check_keys(keys: list):
+    """
+    The same as [`Keys`], of values that a function of the program is given.
+
+    Raises:
+        pickle.UnpicklingError: one is no number or text, or has more than 64 bits.
+    """
+    for key in keys:
+        large = isinstance(key, int) and abs(key) >= _LARGEST_KEY
+        if large or not isinstance(key, (int, float, str, bytes, NoneType)):
+            raise pickle.UnpicklingError(_NO_KEY)
+
+
 class Keys:
     """
     Follows a program as its unpickler would, and knows of each value whether it is a number, a text or nothing. Keys of a
-    mapping and members of a set must be: a tuple of tuples of tuples, a few bytes long, takes years to hash.
+    mapping and members of a set must be: a tuple of tuples of tuples, a few bytes long, takes years to hash. Nor may they be
+    numbers of more than 64 bits: of those, as many as one likes have one hash, and a mapping is searched through for each.
     """
 
     def __init__(self) -> None:
@@ -68,7 +87,7 @@ class Keys:
     @staticmethod
     def _check(keys: list):
         if any(key is not _SCALAR and not (isinstance(key, tuple) and key[0] == "text") for key in keys):
-            raise pickle.UnpicklingError("a key of a mapping, or a member of a set, is no number or text")
+            raise pickle.UnpicklingError(_NO_KEY)
 
     @staticmethod
     def _left(opcode: pickletools.OpcodeInfo, argument, below: list) -> Iterator[Any]:
@@ -89,14 +108,19 @@ class Keys:
                     yield _MARK
                 elif left.name == "str" or left.name == "unicode":
                     yield ("text", argument)
+                elif isinstance(argument, int) and abs(argument) >= _LARGEST_KEY:
+                    yield _OTHER
                 else:
                     yield _SCALAR if left.name in _SCALARS else _OTHER
 
 
-def check_content(content):
+def check_content(content, largest: int = LARGEST_CONTENT):
     """
     Check that a content of plain containers stays small once each value is written out wherever it stands: lists of
     lists of one list, a few bytes long, take years to compare or to print.
+
+    Args:
+        largest (`int`): number of values.
 
     Raises:
         ValueError: it does not, or it holds itself.
@@ -120,8 +144,8 @@ def check_content(content):
             continue
         sizes[key] = 1 + sum(sizes.get(id(part), 1) for part in parts)
         under_way.discard(key)
-        if sizes[key] > LARGEST_CONTENT:
-            raise ValueError(f"it holds more than {LARGEST_CONTENT:,} values once all are written out")
+        if sizes[key] > largest:
+            raise ValueError(f"it holds more than {largest:,} values once all are written out")
         todo.pop()
 
 

@@ -1,5 +1,6 @@
 """Reading parts of `.h5ad` and `.zarr` files, with one clear error for a file that is not whole."""
 
+import errno
 import gzip
 import os
 import shutil
@@ -16,15 +17,20 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from pertstate.base.bounded_text import check_regular
 from pertstate.base.printable import get_logger
 from pertstate.data.matrices import RowReader, check_chunks
-from pertstate.data.self_contained import check_hdf5, check_regular, check_zarr, check_zarr_array
+from pertstate.data.self_contained import SMALL, check_hdf5, check_zarr, check_zarr_array
 from pertstate.processing import StateProcessor
 
 
 logger = get_logger(__name__)
 
 _ENDINGS = (".h5ad", ".h5", ".h5ad.gz")
+# What a pattern of files may stand for. It may come from a run file of others.
+_MOST_FILES, _MOST_RECURSIONS = 10_000, 2
+# How much smaller gzip makes a file of cells: 5 to 50 times. It makes nothing but zeros 1,000 times smaller.
+_MOST_PACKED, _BLOCK = 200, 1 << 22
 _FOLDERS: list[tempfile.TemporaryDirectory] = []  # of unpacked files, until the process ends
 
 
@@ -37,6 +43,10 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
     text = os.path.expandvars(os.path.expanduser(str(pattern)))
     if "{" in text and not Path(text).exists():
         return [path for part in _braces(text) for path in expand_paths(part)]
+    if text.count("**") > _MOST_RECURSIONS:
+        raise ValueError(
+            f"{text[:100]}: expected '**' at most {_MOST_RECURSIONS} times, found it {text.count('**')} times"
+        )
     path = Path(text)
     if is_zarr(path):
         files = [path]
@@ -57,11 +67,17 @@ def expand_paths(pattern: str | os.PathLike) -> list[Path]:
 
 def _braces(text: str) -> list[str]:
     """The texts that braces stand for, in order: `x{a,b}` is `xa` and `xb`."""
-    before, _, rest = text.partition("{")
-    inner, closed, after = rest.partition("}")
-    if not closed:
-        raise ValueError(f"{text}: a brace is opened and not closed")
-    return [f"{before}{option.strip()}{after}" for option in inner.split(",")]
+    found = [""]
+    while "{" in text:
+        before, _, rest = text.partition("{")
+        inner, closed, text = rest.partition("}")
+        if not closed:
+            raise ValueError(f"{before[-100:]}{{{inner[:100]}: a brace is opened and not closed")
+        options = inner.split(",")
+        if len(found) * len(options) > _MOST_FILES:
+            raise ValueError(f"{before[-100:]}{{{inner[:100]}}}: its braces stand for more than {_MOST_FILES:,} files")
+        found = [f"{start}{before}{option.strip()}" for start in found for option in options]
+    return [f"{start}{text}" for start in found]
 
 
 def is_zarr(path: Path) -> bool:
@@ -115,9 +131,9 @@ class AnnDataFile:
 
                 check_zarr(self.path)
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
-                for name in ("obs", "var"):
-                    for key, array in self._file[name].arrays() if name in self._file else ():
-                        check_zarr_array(array, f"{name}/{key}")
+                for name, node in self._file.members(max_depth=None):
+                    if isinstance(node, zarr.Array):
+                        check_zarr_array(node, name)
             else:
                 self._plain = unpacked(self.path) if self.path.suffix == ".gz" else self.path
                 self._file, self._groups = on_error.enter_context(h5py.File(self._plain, "r")), h5py.Group
@@ -303,7 +319,9 @@ def unpacked(path: Path) -> Path:
     A compressed file as a temporary one, which is removed when the process ends.
 
     Raises:
-        ValueError: the file is not whole.
+        OSError: the disk is full.
+        ValueError: the file is not whole, or its content is larger than cells make it, or than half of the space that is left
+            on the disk; nothing is left of it.
     """
     size = path.stat()
     return _unpacked(path.resolve(), size.st_size, size.st_mtime_ns)
@@ -312,11 +330,28 @@ def unpacked(path: Path) -> Path:
 @cache
 def _unpacked(path: Path, size: int, changed: int) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="pertstate-unpacked-")
-    _FOLDERS.append(folder)
     whole = Path(folder.name) / path.name.removesuffix(".gz")
     logger.info(f"{path}: unpacking {size:,} bytes to a temporary file")
-    with gzip.open(path, "rb") as packed, open(whole, "wb") as plain:
-        shutil.copyfileobj(packed, plain, 1 << 22)
+    left = shutil.disk_usage(folder.name).free // 2
+    try:
+        with gzip.open(path, "rb") as packed, open(whole, "wb") as plain:
+            while block := packed.read(_BLOCK):
+                written = plain.tell() + len(block)
+                if written > _MOST_PACKED * size + SMALL:
+                    raise ValueError(
+                        f"{path} of {size:,} bytes unpacks to more than {_MOST_PACKED} times as many, which no cells do; "
+                        "unpack it with gunzip if you trust it"
+                    )
+                if written > left:
+                    raise ValueError(
+                        f"{path} unpacks to more than half of what is left on the disk of {folder.name} ({left:,} bytes); set "
+                        "TMPDIR to a folder on a larger disk, or unpack it with gunzip"
+                    )
+                plain.write(block)
+    except BaseException:
+        folder.cleanup()
+        raise
+    _FOLDERS.append(folder)
     return whole
 
 
@@ -363,6 +398,10 @@ def naming(path: Path):
         raise kind(f"{path}: {message}") from error
 
 
+# Errors of the disk and of rights, where the file may be whole.
+_NOT_THE_FILE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def _reading(path: Path):
     """One clear error for whatever a broken file makes h5py, zarr and anndata raise."""
@@ -371,6 +410,10 @@ def _reading(path: Path):
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise  # an inner block has said it
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         kind, size = (".zarr", "") if path.is_dir() else (".h5ad", f" ({path.stat().st_size:,} bytes)")
         raise ValueError(
             f"{path}{size} cannot be read as {kind}: {type(error).__name__}: {error}. "

@@ -13,16 +13,17 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.bounded_text import LARGEST_TABLES
 from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
+from pertstate.base.origin import RECORD_FILE, RECORD_FORMAT
 from pertstate.base.public import public
 from pertstate.data.group_means import GroupMeans
 
 
-RECORD_FILE, RECORD_ARRAYS = "record.json", "record.safetensors"
-FORMAT = 1
+RECORD_ARRAYS = "record.safetensors"
 # The hashes of at most so many training cells are kept, the lowest ones: a fair sample, 8 MB.
 MAX_HASHES = 1_000_000
 # Where at least this share of a group's cells were trained on under another name, the group counts as seen.
@@ -181,7 +182,7 @@ class RunRecord:
     def to_dict(self) -> dict[str, Any]:
         """All but the arrays, for JSON."""
         return {
-            "format": FORMAT,
+            "format": RECORD_FORMAT,
             "control": self.control,
             "groups": _nested(self.groups),
             "learned_controls": [list(place) for place in self.learned_controls],
@@ -227,7 +228,7 @@ class RunRecord:
         if path is None:
             return None
         arrays_path = find_file(str(name), RECORD_ARRAYS, hub or {})
-        content = read_json(path)
+        content = read_json(path, LARGEST_TABLES)
         try:
             arrays = {} if arrays_path is None else load_file(arrays_path)
             return cls._of(content, arrays)
@@ -238,8 +239,8 @@ class RunRecord:
 
     @classmethod
     def _of(cls, content: dict, arrays: dict[str, np.ndarray]) -> "RunRecord":
-        if content["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, found {content['format']!r}")
+        if content["format"] != RECORD_FORMAT:
+            raise ValueError(f"expected format {RECORD_FORMAT}, found {content['format']!r}")
         means = None
         if content["means"] is not None:
             keys = [(str(a), str(b), str(c)) for a, b, c in content["means"]]

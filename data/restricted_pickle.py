@@ -18,14 +18,14 @@ import re
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from pertstate.data.pickle_program import LARGEST_PROGRAM, Keys, check_content
+from pertstate.data.pickle_program import LARGEST_PROGRAM, Keys, check_content, check_keys
 
 
 _ZIP = b"PK\x03\x04"
@@ -203,6 +203,11 @@ class _Named(_Data):
 class _Ordered(dict):
     """An OrderedDict, whose order a dict keeps. Attributes that torch attaches to it are left out."""
 
+    def __init__(self, pairs=()):
+        pairs = list(pairs.items() if isinstance(pairs, dict) else pairs)
+        check_keys([pair[0] for pair in pairs])
+        super().__init__(pairs)
+
     def __setstate__(self, state):
         """Nothing of it is read."""
 
@@ -228,6 +233,12 @@ def _array_of_buffer(buffer, dtype, shape, order) -> StoredArray:
     array = StoredArray()
     array.fill(buffer, dtype, shape, order)
     return array
+
+
+def _set(members=()) -> set:
+    members = list(members)
+    check_keys(members)
+    return set(members)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -269,8 +280,8 @@ _FUNCTIONS: dict[str, Callable] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": tuple,
     "torch.storage._load_from_bytes": lambda content: _read_old_torch(io.BytesIO(content)),
-    **{f"{module}.set": set for module in ("builtins", "__builtin__")},
-    **{f"{module}.frozenset": frozenset for module in ("builtins", "__builtin__")},
+    **{f"{module}.set": _set for module in ("builtins", "__builtin__")},
+    **{f"{module}.frozenset": lambda *args: frozenset(_set(*args)) for module in ("builtins", "__builtin__")},
 }
 # numpy 2 renamed its modules; files carry the names of the numpy that wrote them.
 for _core in ("numpy.core", "numpy._core"):
@@ -404,6 +415,22 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         raise ValueError(f"{archive.filename} is damaged ({error}); copy it again") from error
 
 
+# Weights that are tied lie in one place of a file.
+_MOST_SHARED = 3
+
+
+def check_stored_apart(tensors: Iterable[StoredTensor], path: Path):
+    """
+    ValueError if tensors of a file take much more memory than the file: many may lie in one place of it, and a model gives
+    each a place of its own.
+    """
+    total, size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors), path.stat().st_size
+    if total > _MOST_SHARED * size:
+        raise ValueError(
+            f"{path}: its weights take {total:,} bytes, in a file of {size:,}; expected weights that are stored each by itself"
+        )
+
+
 def read_pickled(path: str | os.PathLike):
     """
     The content of a file that `torch.save` or `pickle.dump` wrote, whatever its ending.
@@ -426,9 +453,10 @@ def read_pickled(path: str | os.PathLike):
             file.seek(0)
             if first.startswith(_ZIP):
                 content = _read_torch(path)
+            elif first == _OLD_TORCH:
+                content = _read_old_torch(io.BytesIO(file.read()))
             else:
-                whole = io.BytesIO(file.read())
-                content = _read_old_torch(whole) if first == _OLD_TORCH else _Unpickler(whole).load()
+                content = _Unpickler(file).load()
         check_content(content)
         return content
     except RefusedPickleError as error:

@@ -6,36 +6,20 @@ import stat
 from pathlib import Path
 
 import h5py
-import numpy as np
 
+from pertstate.base.bounded_text import kind_of, load_json
 from pertstate.base.messages import some
+from pertstate.data.hdf5_texts import text_bytes
 
 
 MOST_OBJECTS = 200_000
 LONGEST_NAME = 1 << 16  # bytes of a text of fixed width
 # What gzip makes of nothing but zeros is 1,030 times smaller. What is small is read in any case.
 LARGEST_RATIO, SMALL = 1100, 1 << 26
-# Values that are read in any case, each of up to SMALL / SMALL_TABLE bytes.
-SMALL_TABLE = 1 << 14
+# Groups in groups.
+DEEPEST = 50
 # HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
 BYTES_OF_TEXT = 16
-
-
-def check_regular(path: Path):
-    """
-    Check that a path is a file or a folder: reading a pipe waits for ever, and a device has no end.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ValueError(f"{path}: expected a file, found {_kind(mode)}; write what it gives to a file first")
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
-    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
 
 
 # HDF5
@@ -55,6 +39,8 @@ def check_hdf5(file: h5py.File):
     while groups:
         place, group = groups.pop()
         for name in group:
+            if place.count("/") >= DEEPEST:
+                raise ValueError(f"{place[:100]}.. is nested more than {DEEPEST} deep; write the file again")
             where = f"{place}/{name.decode(errors='replace')}" if place else name.decode(errors="replace")
             kind = group.links.get_info(name).type
             if kind in (h5py.h5l.TYPE_EXTERNAL, h5py.h5l.TYPE_SOFT):
@@ -93,19 +79,16 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
     if layout == h5py.h5d.VIRTUAL:
         sources = [created.get_virtual_filename(i) for i in range(created.get_virtual_count())]
         raise ValueError(f"{where} takes its values from {some(map(_shown, sources), 3)}; {_ADVICE}")
-    if not f"{where}/".startswith(_TABLES):
-        return
-    elements = math.prod(dataset.shape or (0,))
-    if elements <= SMALL_TABLE and dataset.get_type().get_size() <= SMALL // SMALL_TABLE:
-        return  # read in any case, whatever the file holds of it
     kind = dataset.get_type()
-    if isinstance(kind, h5py.h5t.TypeStringID) and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
+    elements = 0 if dataset.shape is None else math.prod(dataset.shape)
+    in_table = f"{where}/".startswith(_TABLES)
+    texts = isinstance(kind, h5py.h5t.TypeStringID)
+    if in_table and texts and not kind.is_variable_str() and kind.get_size() > LONGEST_NAME:
         raise ValueError(
             f"{where} holds texts of {kind.get_size():,} bytes each, expected at most {LONGEST_NAME:,}; write the file again"
         )
-    if h5py.check_vlen_dtype(dataset.dtype) is not None or h5py.check_string_dtype(dataset.dtype) is not None:
-        variable = not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str()
-        if variable and elements * BYTES_OF_TEXT > size + SMALL // 16:
+    if kind.detect_class(h5py.h5t.VLEN) or (texts and kind.is_variable_str()):
+        if elements * BYTES_OF_TEXT > size + SMALL // 16:
             raise ValueError(
                 f"{where} says that it has {elements:,} names, in a file of {size:,} bytes; copy the file again"
             )
@@ -113,6 +96,31 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
     if elements * kind.get_size() > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes of the file are theirs; copy the file again"
+        )
+    # A part of values that are packed together is unpacked as a whole, however few of them are asked for.
+    chunk = math.prod(created.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
+    if chunk > elements and chunk * kind.get_size() > SMALL:
+        raise ValueError(
+            f"{where} has {elements:,} values, in parts of {chunk:,}, which would take {chunk * kind.get_size():,} bytes; write "
+            "the file again"
+        )
+    shared = text_bytes(dataset, 2 * size + SMALL, size)
+    if shared > 2 * size + SMALL:
+        raise ValueError(
+            f"{where} has texts of {shared:,} bytes together, in a file of {size:,} bytes; write the file again"
+        )
+
+
+def check_room(wanted: int, stored: int, where: str):
+    """
+    Check what a part of a file takes in memory, in bytes, against the bytes that are stored of it.
+
+    Raises:
+        ValueError: it is more than compression could make of any values.
+    """
+    if wanted > LARGEST_RATIO * stored + SMALL:
+        raise ValueError(
+            f"{where} would take {wanted:,} bytes, and {stored:,} are stored of it; copy or write it again"
         )
 
 
@@ -123,15 +131,51 @@ def _shown(name: bytes | str) -> str:
 # zarr
 
 
+# Ways of packing values, by the names that zarr gives them; of numcodecs, those that give back bytes and nothing else. (One
+# of the others is a pickle.)
+_CODECS = (
+    *(
+        "adler32",
+        "bitround",
+        "blosc",
+        "bytes",
+        "bz2",
+        "crc32",
+        "crc32c",
+        "delta",
+        "endian",
+        "fixedscaleoffset",
+        "fletcher32",
+    ),
+    *(
+        "gzip",
+        "lz4",
+        "lzma",
+        "packbits",
+        "quantize",
+        "sharding_indexed",
+        "shuffle",
+        "transpose",
+        "vlen-bytes",
+        "vlen-utf8",
+    ),
+    *("zlib", "zstd"),
+)
+_METADATA = (".zarray", ".zmetadata", "zarr.json")
+
+
 def check_zarr(path: Path):
     """
-    Check that a folder in zarr format holds files and folders alone, and no link that leads out of it.
+    Check that a folder in zarr format holds files and folders alone, no link that leads out of it, and values that are
+    packed in no way but those of numbers and texts.
 
     Raises:
-        ValueError: something leaves the folder, or is no file; it is named.
+        ValueError: something leaves the folder, is no file, or would be unpacked by other code; it is named.
     """
     root = path.resolve()
     for folder, folders, files in os.walk(path):
+        if len(Path(folder).relative_to(path).parts) > DEEPEST:
+            raise ValueError(f"{folder[:100]}.. is nested more than {DEEPEST} deep; write the store again")
         for name in (*folders, *files):
             one = Path(folder, name)
             where = one.relative_to(path)
@@ -141,20 +185,44 @@ def check_zarr(path: Path):
                 )
             mode = one.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ValueError(f"{where}: expected a file or a folder, found {_kind(mode)}; write the store again")
+                raise ValueError(f"{where}: expected a file or a folder, found {kind_of(mode)}; write the store again")
+            if name in _METADATA:
+                _check_codecs(load_json(one), where)
+
+
+def _check_codecs(content, where: Path):
+    """In a part of metadata, at any depth."""
+    for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if name in ("compressor", "filters", "codecs", "index_codecs") and value is not None:
+            for codec in value if isinstance(value, list) else [value]:
+                named = codec.get("id", codec.get("name")) if isinstance(codec, dict) else codec
+                if not isinstance(named, str) or named.removeprefix("numcodecs.") not in _CODECS:
+                    raise ValueError(
+                        f"{where}: its values are packed as {str(named)[:60]!r}, expected one of {', '.join(_CODECS)}; write the "
+                        "store again"
+                    )
+        if isinstance(value, (dict, list)):
+            _check_codecs(value, where)
 
 
 def check_zarr_array(array, where: str):
     """
-    Check what an array of a table of cells or genes would take in memory against what lies on disk.
+    Check what an array would take in memory against what lies on disk. Of dense matrices, which are read row by row, zarr
+    writes no zeros; their size is that of the tables.
 
     Raises:
         ValueError: it would take much more.
     """
     itemsize = getattr(array.dtype, "itemsize", 0) or BYTES_OF_TEXT
-    elements = int(np.prod(array.shape, dtype=np.float64))
+    elements = math.prod(array.shape)
     stored = array.nbytes_stored()
-    if elements * itemsize > LARGEST_RATIO * stored + SMALL:
+    is_matrix = where in ("X", "raw/X") or (where.startswith("layers/") and where.count("/") == 1)
+    if not is_matrix and elements * itemsize > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes are theirs; copy the store again"
+        )
+    part = max(math.prod(of) for of in (array.chunks, array.shards or ()))
+    if part > elements and part * itemsize > SMALL:
+        raise ValueError(
+            f"{where} has {elements:,} values, in parts of {part:,}, which would take {part * itemsize:,} bytes; write the store again"
         )

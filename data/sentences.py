@@ -78,8 +78,8 @@ class SentenceDataset(TrainingSentences):
         sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
         shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
         multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
-            step). The few sentences that are too many are left out; the next epoch draws anew. An epoch of fewer sentences
-            than that is an error: [`SentenceDataset.drawn`] says how many there are.
+            step). The few sentences that are too many are left out; the next epoch draws anew. If there are fewer sentences
+            than this, each step takes all of them, which a warning says.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -118,6 +118,8 @@ class SentenceDataset(TrainingSentences):
             )
         self.cells, self.processor, self.notes = cells, processor, cells.notes
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
+        # What the control cells of each (dataset, context) express, where the model reads it.
+        self._expressed: dict[tuple[str, str], tuple[np.ndarray, int]] = {}
         self.repeat = small_groups == "repeat" and split == Split.TRAIN
         self.groups, self.num_without_batch_controls = _make_groups(
             cells.groups,
@@ -150,22 +152,11 @@ class SentenceDataset(TrainingSentences):
         # Shared with the processes of a loader, which may live on between epochs.
         self._asked = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.set_epoch(0)
-        if not len(self):
-            raise ValueError(
-                f"split {split!r} makes {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of "
-                "one optimiser step; lower per_device_train_batch_size, gradient_accumulation_steps or set_size"
+        if self._drawn < multiple_of:
+            logger.warning(
+                f"{split}: the data make {self._drawn} sentences of up to {set_size} cells, fewer than the {multiple_of} of one "
+                "optimiser step: each step takes all of them"
             )
-
-    @property
-    def drawn(self) -> int:
-        """The sentences of an epoch, those included that `multiple_of` leaves out."""
-        return self._drawn
-
-    def set_multiple_of(self, multiple_of: int):
-        """Let the number of sentences of an epoch be a multiple of this, from now on."""
-        if multiple_of != self.multiple_of:
-            self.multiple_of = multiple_of
-            self._draw_epoch(self.epoch)
 
     def set_epoch(self, epoch: int):
         """Draw the sentences of this epoch."""
@@ -194,7 +185,7 @@ class SentenceDataset(TrainingSentences):
         self._rows, sizes = np.concatenate(rows), np.concatenate(of_groups)
         stops = np.cumsum(sizes)
         order = generator.permutation(len(sizes)) if self.shuffle else np.arange(len(sizes))
-        order = order[: len(sizes) // self.multiple_of * self.multiple_of]
+        order = order[: len(sizes) // self.multiple_of * self.multiple_of or len(sizes)]
         self.epoch, self._drawn = epoch, len(sizes)
         self._group = np.repeat(np.arange(len(wanted)), wanted)[order]
         self._bounds = np.stack([stops - sizes, stops], axis=1)[order]
@@ -264,11 +255,21 @@ class SentenceDataset(TrainingSentences):
             **{key: values[self._perturbation[groups]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[groups],
         }
+        places = [(self.groups[index].dataset, self.groups[index].context) for index in groups]
+        batch |= self.processor.control_values(places, self.cells.features.__getitem__, self._pool, self._expressed)
         if self.has_batches:
             batch[BATCH_IDS] = layout.spread(self.batch_ids(np.concatenate(controls)))
         if self.cells.genes is not None:
             batch[GENE_LABELS] = self._read(layout, self.cells.genes, targets)
         return SentenceBatch(layout.batch(batch))
+
+    def _pool(self, place: tuple[str, str]) -> np.ndarray:
+        """The rows of all control cells of a (dataset, context)."""
+        groups = self.cells.groups
+        here = (groups["split"] == Split.CONTROL) & (groups["dataset"] == place[0]) & (groups["context"] == place[1])
+        return np.concatenate(
+            [np.arange(start, stop) for start, stop in groups.loc[here, ["start", "stop"]].to_numpy()]
+        )
 
     def batch_ids(self, rows: np.ndarray) -> np.ndarray:
         """The id of the experimental batch of each of some cells; -1 for one that the processor does not know."""

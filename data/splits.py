@@ -2,7 +2,6 @@
 
 import os
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest, some
 from pertstate.base.printable import get_logger
+from pertstate.data.bounded_toml import load_toml
 from pertstate.data.reading import expand_paths
 
 
@@ -95,10 +95,7 @@ class Splits:
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such TOML file (looked from {Path.cwd()})")
-        try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from error
+        content = load_toml(path)
         sections = ("datasets", "training", "zeroshot", "fewshot")
         for section, values in content.items():
             if section not in sections:

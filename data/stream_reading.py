@@ -1,6 +1,5 @@
 """A streamed dataset whose rows are cells: what its columns mean, and its rows in Arrow batches."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.labels import LabelReader
 from pertstate.base.messages import closest, some
 from pertstate.base.tables import read_csv
@@ -114,7 +114,7 @@ def read_gene_names(path: str | os.PathLike, id_column: str = "id", name_column:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()})")
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
         if not isinstance(content, (list, dict)):
             raise ValueError(f"{path}: expected a list of gene names, or ids to names")
         pairs = list(enumerate(content)) if isinstance(content, list) else list(content.items())

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
 
 
@@ -42,8 +43,8 @@ def read_stream_state(folder: str | os.PathLike, rank: int = 0, world_size: int 
                 f"{path}: no such file; expected the state of rank {rank} of {world_size} in {folder}"
             )
     try:
-        return json.loads(values.read_text(encoding="utf-8")) | {"arrays": load_file(arrays)}
-    except (json.JSONDecodeError, SafetensorError) as error:
+        return load_json(values, LARGEST_TABLES) | {"arrays": load_file(arrays)}
+    except (ValueError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder}: the stream's state is not whole ({error}); take an earlier checkpoint") from error
 
 

@@ -122,6 +122,8 @@ class SentenceStream(TrainingSentences, IterableDataset):
             cells, or a label was not seen in the survey.
     """
 
+    knows_controls = False
+
     def __init__(
         self,
         source: CellStream,

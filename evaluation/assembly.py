@@ -1,4 +1,4 @@
-"""From the results of single groups to scores: table, averages, verdict, marks of what was trained on."""
+"""Puts the results of single groups together: table, averages, verdict, and marks of groups that were trained on."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,13 @@ from pertstate.evaluation.scoring import Group, GroupResult, methods_of
 from pertstate.evaluation.verdict import averages_of, verdict_of
 
 
-# At most so many cells of each kind are kept for pictures, over all groups.
+# The largest number of cells of each kind that are kept for pictures, over all groups.
 KEPT_CELLS = 1000
 _COUNTS = ("predicted_cells", "real_cells", "control_cells")
 
 
 def samples_of(groups: int) -> int:
-    """How many cells of each kind a group keeps for pictures."""
+    """How many cells of each kind a group keeps for pictures, if there are so many groups."""
     return min(50, KEPT_CELLS // max(1, groups))
 
 
@@ -38,16 +38,17 @@ def scores_of(
     The scores of some groups.
 
     Args:
-        results (`list[GroupResult]`): of each group.
+        results (`list[GroupResult]`): the result of each group.
         features (`list[str]`): names of the features.
         record ([`RunRecord`], *optional*): what the model was trained on.
-        name (`str`): the model's, in the verdict.
-        notes (`list[str]`, *optional*): what is known already.
-        seed (`int`): of the resamplings.
+        name (`str`): what the verdict calls the model.
+        notes (`list[str]`, *optional*): notes that come before those made here.
+        seed (`int`): seed of the resamplings.
         include_seen (`bool`): average over groups that were trained on, too.
-        seen (`Callable`, *optional*): says of a group how it was trained on; by default the record does.
+        seen (`Callable`, *optional*): says how a group was trained on, in a text that is empty if it was not. By default the
+            record says it.
         is_ceiling (`bool`): the model was given the real cells.
-        settings (`dict`, *optional*): what was asked for.
+        settings (`dict`, *optional*): settings of the evaluation, to be kept with the scores.
     """
     notes = list(notes or [])
     of_record = (lambda group: record.seen(*group)) if record is not None else (lambda group: "")
@@ -68,7 +69,7 @@ def scores_of(
     methods = methods_of(results)
     table = pd.DataFrame([row for result in results for row in _rows(result, methods, how[result.group])])
     if is_ceiling:
-        notes.append(f"the figures of {CEILING_MODEL!r} are no prediction's: it was given the real cells")
+        notes.append(f"the figures of {CEILING_MODEL!r} do not score a prediction: it was given the real cells")
         for frame in (table, averages):
             frame["method"] = frame["method"].replace(MODEL, CEILING_MODEL)
     shown = [name for name in ("control", "observed", "predicted") if all(name in result.means for result in results)]
@@ -83,6 +84,7 @@ def scores_of(
         cells=_samples(results, shown),
         settings={"seed": seed, **(settings or {})},
         record={} if record is None else record.to_dict(),
+        results=averaged,
     )
 
 

@@ -1,4 +1,4 @@
-"""Simple predictions that any model must beat: each adds what training cells show to the control cells."""
+"""Simple predictions that any model must beat: each changes the control cells by what training cells show."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ BASELINES = (
     LINEAR,
     MEAN_OF_ALL,
 )
-# The penalty of the row "linear"; that of the family `state-linear` is the same by default.
+# The penalty of the baseline "linear". The family `state-linear` has the same by default.
 RIDGE = 0.1
 
 
@@ -39,8 +39,8 @@ class Change:
 
     Args:
         added (`np.ndarray` of shape `(features,)`, *optional*): added to each cell.
-        log_fold (`np.ndarray` of shape `(features,)`, *optional*): the expression, `expm1` of the cell, is multiplied by
-            `exp` of it. With both, the prediction is the mean of the two.
+        log_fold (`np.ndarray` of shape `(features,)`, *optional*): natural logarithms of the factors by which expression,
+            `expm1` of the cell, is multiplied. With both, the prediction is the mean of the two.
     """
 
     added: np.ndarray | None = None
@@ -59,27 +59,28 @@ class Change:
 
 class Baselines:
     """
-    The baselines of [`BASELINES`], learned from the means of training groups.
+    The baselines of [`BASELINES`], learned from the means of training groups. Each changes the control cells:
 
-    - no change: the control cells.
-    - perturbation mean: plus the perturbation's mean change, the unweighted mean over training contexts of (mean
+    - no change: the control cells stay as they are.
+    - perturbation mean: the perturbation's mean change is added, the unweighted mean over training contexts of (mean
       perturbed cell - mean control cell).
-    - log fold change: times the perturbation's geometric mean fold change over training contexts, see
-      [`GroupMeans.log_folds`]; of a combination that was not trained on, times those of its parts.
-    - half and half: the mean of these two; of a combination that was not trained on, with the sums of its parts.
-    - nearest context: plus the change in the one training context whose mean control cell is nearest.
-    - additive: plus the mean changes of the parts of a combination.
-    - linear: plus a ridge regression of the mean changes on the perturbations (one-hot), or on their vectors where the
-      model has some.
-    - mean of all perturbations: plus the mean of all perturbations' mean changes.
+    - log fold change: expression is multiplied by the perturbation's geometric mean fold change over training contexts, see
+      [`GroupMeans.log_folds`]. For a combination that was not trained on, it is multiplied by those of all parts.
+    - half and half: the mean of these two predictions. For a combination that was not trained on, the changes of its parts
+      are added up.
+    - nearest context: the change in the training context whose mean control cell is nearest is added.
+    - additive: the mean changes of the parts of a combination are added.
+    - linear: the change that a ridge regression predicts is added. It is fitted to the mean changes of the perturbations,
+      from their one-hot codes, or from their vectors if the model has some.
+    - mean of all perturbations: the mean of all perturbations' mean changes is added.
 
     Args:
-        means ([`GroupMeans`], *optional*): of the training groups; None where they are not known.
+        means ([`GroupMeans`], *optional*): means of the training groups; None if they are not known.
         split (`Callable`): gives the parts of a perturbation.
-        clip (`bool`): whether what is predicted is expression, and clipped at 0.
-        vectors (`Callable`, *optional*): gives the vectors of perturbations, `(perturbations, width)`, or None where one has
-            none.
-        methods (`tuple[str, ...]`, *optional*): these alone; all by default.
+        clip (`bool`): whether predictions are expression, which is clipped at 0.
+        vectors (`Callable`, *optional*): gives the vectors of perturbations, `(perturbations, width)`, or None if one of them
+            has no vector.
+        methods (`tuple[str, ...]`, *optional*): only these baselines; all by default.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Baselines:
 
     def of(self, perturbation: str, control_mean: np.ndarray) -> dict[str, Change | str]:
         """
-        What each baseline knows of a perturbation: a change, or the reason why it knows none.
+        What each baseline knows about a perturbation: a change, or the reason why it knows none.
 
         Args:
             perturbation (`str`): its canonical name.
@@ -112,7 +113,7 @@ class Baselines:
             unknown = "the training cells are not known"
             return {NO_CHANGE: Change(np.zeros(len(control_mean))), **dict.fromkeys(BASELINES[1:], unknown)}
         parts = self.split(perturbation)
-        nothing = "no training cell of it"
+        nothing = "no training cell has it"
         own, own_log = self._changes.get(perturbation), self._log_folds.get(perturbation)
         added = own if own is not None else self._sum(self._changes, parts)
         log_fold = own_log if own_log is not None else self._sum(self._log_folds, parts)
@@ -126,9 +127,9 @@ class Baselines:
         found[NEAREST_CONTEXT] = self._nearest(perturbation, control_mean)
         of_parts = self._sum(self._changes, parts)
         if len(parts) < 2:
-            found[ADDITIVE] = "no combination"
+            found[ADDITIVE] = "not a combination"
         else:
-            found[ADDITIVE] = "no training cell of one of its parts" if of_parts is None else Change(of_parts)
+            found[ADDITIVE] = "no training cell has one of its parts" if of_parts is None else Change(of_parts)
         found[LINEAR] = self._ridge(perturbation, parts)
         found[MEAN_OF_ALL] = (
             "fewer than two training perturbations" if self._mean_of_all is None else Change(self._mean_of_all)
@@ -137,7 +138,7 @@ class Baselines:
 
     @staticmethod
     def _sum(of: dict[str, np.ndarray], parts: list[str]) -> np.ndarray | None:
-        """The sum over the parts of a combination; None for a single perturbation, and where a part is unknown."""
+        """The sum over the parts of a combination. None for a single perturbation, or if a part is unknown."""
         if len(parts) < 2 or not all(part in of for part in parts):
             return None
         return np.sum([of[part] for part in parts], axis=0)
@@ -146,9 +147,9 @@ class Baselines:
         means = given("means", self.means)
         having = means.contexts_of(perturbation)
         if not having:
-            return "no training cell of it"
+            return "no training cell has it"
         if len(having) < 2:
-            return "one training context alone has it"
+            return "only one training context has it"
         distances = [np.linalg.norm(means.control_mean(place) - control_mean) for place in having]
         return Change(means.change(having[int(np.argmin(distances))], perturbation))
 
@@ -159,7 +160,7 @@ class Baselines:
             names = list(self._changes)
             known, asked = self.vectors(names), self.vectors([perturbation])
             if known is None or asked is None:
-                return "no vector of it"
+                return "it has no vector"
             if self._linear is None:
                 self._linear = ({}, *self._solve(known))
             return Change(asked[0] @ self._linear[1] + self._linear[2])
@@ -173,7 +174,7 @@ class Baselines:
             self._linear = (of_name, *self._solve(one_hot))
         of_name, weight, intercept = self._linear
         if not all(part in of_name for part in parts):
-            return "no training cell of it" if len(parts) < 2 else "no training cell of one of its parts"
+            return "no training cell has it" if len(parts) < 2 else "no training cell has one of its parts"
         return Change(np.sum([weight[of_name[part]] for part in parts], axis=0) + intercept)
 
     def _solve(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 
-# Resampled figures for each figure. The ends of a 95 % interval of 200 move by about a tenth of its width.
+# Resampled figures for each figure. With 200, the ends of a 95 % interval vary by about a tenth of its width.
 DRAWS = 200
 LEVEL = 0.95
 # Below this share of the squared norms, a squared distance is measured again.
@@ -13,14 +13,14 @@ _NEAR = 1e-2
 
 
 def generator_of(seed: int, *names: str) -> np.random.Generator:
-    """A generator for something that has names: the same whatever else is drawn, and in whatever order."""
+    """A generator for something that has names. It does not depend on what else is drawn, or in which order."""
     return np.random.default_rng([seed, *(zlib.crc32(name.encode("utf-8", "surrogatepass")) for name in names)])
 
 
 def bootstrap_weights(generator: np.random.Generator, cells: int, draws: int = DRAWS) -> np.ndarray:
     """
-    `(1 + draws, cells)` float32, each row of sum 1: how much a cell counts. Of row 0 all count alike; each other row is
-    a sample of `cells` cells with replacement.
+    How much each cell counts: `(1 + draws, cells)` float32, each row of sum 1. In row 0 all cells count alike. Each other row
+    is a sample of `cells` cells with replacement.
     """
     drawn = generator.multinomial(cells, np.full(cells, 1 / cells), size=draws)
     return np.concatenate([np.ones((1, cells)), drawn]).astype(np.float32) / np.float32(cells)
@@ -34,14 +34,14 @@ def weighted_distances(
     in float64, in blocks of bounded memory.
 
     Args:
-        x, y (`np.ndarray` of shape `(cells, features)`): two sets of cells. Where `y` is `x`, a cell's distance to itself is 0.
+        x, y (`np.ndarray` of shape `(cells, features)`): two sets of cells. If `y` is `x`, a cell's distance to itself is 0.
         weights_x, weights_y (`np.ndarray` of shape `(rows, cells)`): float32.
 
     Returns:
         `np.ndarray` of shape `(rows,)`: float64.
     """
     same = x is y
-    # Near the origin, the matrix products behind the distances round less.
+    # The matrix products behind the distances round less near the origin.
     center = y.mean(axis=0, dtype=np.float64)
     a = np.asarray(x - center, dtype=np.float32)
     b = a if same else np.asarray(y - center, dtype=np.float32)
@@ -66,7 +66,7 @@ def weighted_distances(
 
 
 def _measure_again(distances: np.ndarray, near: np.ndarray, a: np.ndarray, b: np.ndarray):
-    """Take the distances of near cells from their differences: the matrix product has lost their digits."""
+    """Compute the distances of near cells from their differences, because the matrix product has lost their digits."""
     rows, columns = np.nonzero(near)
     step = max(1, (1 << 22) // a.shape[1])
     for start in range(0, len(rows), step):
@@ -75,7 +75,7 @@ def _measure_again(distances: np.ndarray, near: np.ndarray, a: np.ndarray, b: np
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson correlation of the rows of two arrays `(rows, features)`; NaN where a row is the same for all features."""
+    """Pearson correlation of the rows of two arrays `(rows, features)`. NaN if a row is the same for all features."""
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -91,7 +91,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
         draws (`np.ndarray` of shape `(1 + draws,)`): the figure, then those of the resampled cells.
 
     Returns:
-        `(float, float)`: NaN where fewer than half of the resampled figures are defined.
+        `(float, float)`: lower and upper end; both NaN if fewer than half of the resampled figures are defined.
     """
     figure, resampled = draws[0], draws[1:][np.isfinite(draws[1:])]
     if not np.isfinite(figure) or 2 * len(resampled) < len(draws) - 1:
@@ -101,12 +101,27 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resampled_average(figures: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def intervals(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    The average over groups and over resampled groups.
+    [`interval`] of many figures at once, all of them defined.
 
     Args:
-        figures (`np.ndarray` of shape `(groups, 1 + draws)`): of each group; NaN where it is not defined.
+        draws (`np.ndarray` of shape `(1 + draws, figures)`): the figures, then those of the resampled cells.
+
+    Returns:
+        `(np.ndarray, np.ndarray)` of shape `(figures,)`: lower and upper ends.
+    """
+    tails = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low, high = np.quantile(draws[1:], tails, axis=0) + (draws[0] - draws[1:].mean(axis=0))
+    return low, high
+
+
+def resampled_average(figures: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """
+    The average over all groups, then the averages over resampled groups.
+
+    Args:
+        figures (`np.ndarray` of shape `(groups, 1 + draws)`): the figures of each group; NaN if a figure is not defined.
         chosen (`np.ndarray` of shape `(draws, groups)`): the groups of each resampling.
 
     Returns:

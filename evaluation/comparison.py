@@ -1,4 +1,4 @@
-"""Predicted cells of one file, or those of a model, against the real cells of another, beside the baselines."""
+"""Scores predicted cells of a file, or of a model, against the real cells of another file, beside the baselines."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from pertstate.base.bounded_text import parse_json
 from pertstate.base.cell_ids import cell_ids, order_of
 from pertstate.base.constants import Split, Values
 from pertstate.base.files import whole_file
 from pertstate.base.labels import control_settings
 from pertstate.base.messages import given
 from pertstate.base.outputs import claimed_file
-from pertstate.base.processor_files import PROCESSOR_SETTINGS
+from pertstate.base.processor_files import PROCESSOR_SETTINGS, check_settings
 from pertstate.base.public import last_part
 from pertstate.base.tables import check_table, write_csv
 from pertstate.data.cells import sort_into_groups
@@ -54,30 +55,31 @@ def evaluate(
     **keys,
 ) -> Scores:
     """
-    Score each (context, perturbation): predicted cells, or those that a model predicts here, against the real ones.
+    Score each (context, perturbation): compare predicted cells, or cells that a model predicts here, with the real ones.
 
     All methods are judged on the same real cells, and every change is measured from the mean of the same real control
-    cells. The baselines know what the record of the model says; without a record, they learn from `train`. That may be the
-    whole screen: those of its cells that are among the evaluated real cells, by barcode and labels, are left out. Groups
+    cells. The baselines know what the record of the model says; without a record, they learn from `train`. `train` may be the
+    whole screen: its cells that are among the evaluated real cells, by barcode and labels, are left out. Groups
     that the model, or a checkpoint that it was trained from, was trained on are marked, and are not averaged.
 
     Args:
-        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout; None where `model` is to predict.
+        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout; None if `model` predicts.
         real: `.h5ad` with the real perturbed and control cells.
-        train (*optional*): `.h5ad` with the cells that the baselines learn from, where there is no record.
-        model ([`PerturbationPreTrainedModel`], *optional*), processor ([`StateProcessor`], *optional*): of one checkpoint.
-        record ([`RunRecord`], *optional*): of the checkpoint that predicted.
-        contexts, perturbations (`list[str]`, *optional*): score these alone. By default: all that are predicted; of a model,
-            those that its record holds out for the test, or where there are none, all that it knows.
+        train (*optional*): `.h5ad` with the cells that the baselines learn from if there is no record.
+        model ([`PerturbationPreTrainedModel`], *optional*), processor ([`StateProcessor`], *optional*): the model that
+            predicts, and the processor of the same checkpoint.
+        record ([`RunRecord`], *optional*): the record of the checkpoint that predicted.
+        contexts, perturbations (`list[str]`, *optional*): score only these. By default all that are predicted. With `model`,
+            by default those that its record holds out for the test, or all that it knows if there are none.
         quiet (`bool`): no progress bar.
-        max_cells (`int`, *optional*): at most so many cells of each kind in a group, drawn with `seed`; all by None. The time
-            grows with the square of their number.
-        seed (`int`): of this draw, and of the bootstrap.
+        max_cells (`int`, *optional*): the largest number of cells of each kind in a group, drawn with `seed`; None takes all.
+            The time grows with the square of this number.
+        seed (`int`): seed of this draw and of the bootstrap.
         convert_scale (`bool`): convert log1p values of `real` and `train` whose cells sum to another total than the model's.
         include_seen (`bool`): average over groups that were trained on, too.
         name (`str`): what the verdict calls the model.
-        keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, where
-            they are not as `predicted` says.
+        keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, if
+            they differ from what `predicted` or the processor says.
 
     Returns:
         [`Scores`].
@@ -87,7 +89,7 @@ def evaluate(
             compare.
     """
     if (predicted is None) == (model is None):
-        raise ValueError("evaluate needs predicted cells or a model that predicts them, one of the two")
+        raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")
     notes: list[str] = []
     with ExitStack() as stack:
         truth = stack.enter_context(AnnDataFile(real))
@@ -96,7 +98,7 @@ def evaluate(
             reader, scorer = readers_of(guess, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
-            ceiling = guess.uns.get("pertstate", {}).get("ceiling")
+            ceiling = _about(guess).get("ceiling")
         else:
             own = given("the model's processor", processor)
             ceiling = CEILING if model.is_ceiling else None
@@ -136,7 +138,7 @@ def evaluate(
             means = _means_of_file(train, scorer, real_labels, common, convert_scale, notes)
         elif means is None:
             notes.append(
-                "what the model was trained on is not known, so that no baseline but 'no change' can be scored: name its "
+                "what the model was trained on is not known, so only the baseline 'no change' can be scored: name its "
                 "checkpoint with --model, or the training cells with --train"
             )
         baselines = baselines_of(means, scorer, clip=scorer.values != Values.EMBEDDING)
@@ -198,7 +200,7 @@ def _asked(
     contexts: list[str] | None,
     perturbations: list[str] | None,
 ) -> list[tuple[str, str]]:
-    """What a model is scored on: what is asked for, what its record holds out for the test, or all that it knows."""
+    """The groups that a model is scored on: those asked for, those that its record holds out, or all that it knows."""
     held = set() if record is None else {(g.context, g.perturbation) for g in record.of_split(Split.TEST)}
     if held & there and contexts is None and perturbations is None:
         return sorted(held & there)
@@ -215,8 +217,9 @@ def real_cells_of_file(
 
     Args:
         scorer ([`StateProcessor`]): reads them in the units of predictions.
-        labels (`pandas.DataFrame`): of the file.
-        contexts (`list[str]`): those that are scored.
+        truth ([`AnnDataFile`]): the file.
+        labels (`pandas.DataFrame`): the labels of its cells.
+        contexts (`list[str]`): the contexts that are scored.
     """
     scorer.control_groups(labels, contexts)
     grouped = labels.reset_index(drop=True).groupby(["context", "perturbation"], observed=True, sort=False).indices
@@ -229,7 +232,7 @@ def real_cells_of_file(
 
 
 def _in_order(rows: np.ndarray, read) -> np.ndarray:
-    """Cells of rows in any order, which are read in that of the file."""
+    """The cells of some rows, in the order of `rows`. They are read in the order of the file."""
     order = np.argsort(rows, kind="stable")
     found = read(rows[order])
     cells = np.empty_like(found)
@@ -252,7 +255,7 @@ def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control,
         rows = rows[order_of(ids[rows], len(rows), seed)][:max_cells]
         if group[1] not in of_context:
             of_context = {group[1]: given("ids", cells.ids)(cells.rows(("", group[1], control), seed, max_cells))}
-        # Where each was predicted from the control cell that is drawn at its place.
+        # True if each cell was predicted from the control cell that is drawn at its place.
         paired = barcodes is not None and np.array_equal(ids[rows], of_context[group[1]][: len(rows)])
         yield (
             group,
@@ -274,7 +277,9 @@ def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> 
         evaluated = real_cells.droplevel(2).isin(common)
         seen = train_cells.isin(real_cells[evaluated])
         if seen.any():
-            notes.append(f"{int(seen.sum())} cells of {train} are among the real cells that are scored: left out of it")
+            notes.append(
+                f"{int(seen.sum())} cells of {train} are among the real cells that are scored, and are left out of it"
+            )
         rows = np.flatnonzero(~seen & labels["perturbation"].notna().to_numpy())
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))
         sums = GroupSums.of_cells(
@@ -318,7 +323,8 @@ def write_table(table: pd.DataFrame, output: str | os.PathLike, overwrite: bool 
 
 def claimed_table(output: str | os.PathLike, overwrite: bool) -> AbstractContextManager[Path]:
     """
-    See [`claimed_file`]. One that [`write_table`] could not write is refused, before there is any work to lose.
+    Claim the table to write, see [`claimed_file`]. A name that [`write_table`] cannot write is refused before any work is
+    done.
 
     Raises:
         ValueError: the name does not end in `.csv` or `.json`.
@@ -352,7 +358,7 @@ def scorer_of(processor: StateProcessor, config, keys: dict | None = None) -> St
 
 
 def _scorer(settings: dict, genes: list[str]) -> StateProcessor:
-    """See [`scorer_of`]: with these settings, and the names of the features that are predicted."""
+    """A processor as of [`scorer_of`], from settings and from the names of the features that are predicted."""
     settings = dict(settings)
     if settings.get("gene_input") is not None:
         # The expression that a gene decoder predicts is in X. The real expression is where the decoder's target was.
@@ -366,18 +372,46 @@ def _scorer(settings: dict, genes: list[str]) -> StateProcessor:
     return StateProcessor(**{**settings, "vocabulary": Vocabulary(genes=genes)})
 
 
+def _about(guess: AnnDataFile) -> dict:
+    """What a file of predictions says of itself."""
+    about = guess.uns.get("pertstate", {})
+    if not isinstance(about, dict):
+        raise ValueError(
+            f"{guess.path}: uns['pertstate']: expected a mapping, found a {type(about).__name__}; predict again"
+        )
+    return about
+
+
+def _recorded_settings(guess: AnnDataFile) -> dict | None:
+    """How real cells were read, as predictions record it; None where they do not. ValueError where no processor wrote it."""
+    recorded = _about(guess).get("processor")
+    if recorded is None:
+        return None
+    where = f"{guess.path}: uns['pertstate']['processor']"
+    try:
+        settings = parse_json(str(recorded))
+    except ValueError as error:
+        raise ValueError(f"{where} is not whole JSON ({error}); predict again") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{where}: expected the settings of a processor, found a {type(settings).__name__}; predict again"
+        )
+    check_settings({"feature_dim": max(1, len(guess.var_names)), **settings}, where)
+    return settings
+
+
 def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
     """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
     settings = {name: value for name, value in (keys or {}).items() if value is not None}
     if "control" in settings:
         settings |= control_settings(settings["control"])
-    recorded = guess.uns.get("pertstate", {}).get("processor")
+    recorded = _recorded_settings(guess)
     if recorded is not None:
-        settings = {**json.loads(str(recorded)), **settings}
+        settings = {**recorded, **settings}
     genes = [str(gene) for gene in guess.var_names]
     truth = _scorer(settings, genes)
     # The columns of predictions are those that were recorded, whatever those of the real cells are. Their values are not
     # checked: a model's counts are not whole numbers, and its expression may be negative.
-    recorded_by = truth if recorded is None else StateProcessor(**json.loads(str(recorded)))
+    recorded_by = truth if recorded is None else StateProcessor(**recorded)
     as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **recorded_by.of_output())
     return as_they_are, truth

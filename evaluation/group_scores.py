@@ -14,12 +14,12 @@ from pertstate.evaluation.scoring import ControlCells, Group, GroupResult, Predi
 from pertstate.processing import StateProcessor
 
 
-# What is logged in training; the scores of the test split have them all.
+# The methods that are logged in training. The scores of the test split have all methods.
 LOGGED = (MODEL, NO_CHANGE, PERTURBATION_MEAN, ADDITIVE)
 
 
 def scored_cells(cells: Cells, processor: StateProcessor, decoded: bool):
-    """What predictions are compared with: features in the units of predictions, or genes where they are decoded."""
+    """The cells that predictions are compared with: features in the units of predictions, or genes if they are decoded."""
     return cells.genes if decoded else AsPredicted(cells.features, processor)
 
 
@@ -49,7 +49,7 @@ def baselines_of(
 
 
 def real_cells_of(cells: Cells, processor: StateProcessor, decoded: bool) -> RealCells:
-    """The cells of a run, to be scored against."""
+    """The cells of a run, as the real cells of an evaluation."""
     rows_of: dict[Group, list[np.ndarray]] = {}
     for dataset, context, perturbation, start, stop in cells.groups[
         ["dataset", "context", "perturbation", "start", "stop"]
@@ -76,8 +76,8 @@ class GroupScores:
     Scores the predictions of a whole dataset: the `compute_metrics` of a `Trainer`.
 
     Args:
-        dataset ([`SentenceDataset`]): of an evaluation, where every perturbed cell stands in one sentence.
-        baselines ([`Baselines`]): what they know.
+        dataset ([`SentenceDataset`]): the dataset of an evaluation, in which every perturbed cell stands in one sentence.
+        baselines ([`Baselines`]): the baselines, which have learned from the training groups.
         decoded (`bool`): whether predictions are decoded genes.
     """
 
@@ -96,7 +96,7 @@ class GroupScores:
 
     def _score(self, index: int, sentences: list[int], predictions: np.ndarray) -> GroupResult:
         rows, group = [self.dataset.rows(i) for i in sentences], self.dataset.groups[index]
-        # The baselines start from the very control cells that the model was given.
+        # The baselines start from the same control cells as the model.
         controls = self._cells[np.concatenate([controls for _, _, controls in rows])]
         cells = np.concatenate([predictions[i, : len(targets)] for i, (_, targets, _) in zip(sentences, rows)])
         return score_group(

@@ -14,7 +14,7 @@ METRICS = ("pearson", "mae", "energy")
 HIGHER_IS_BETTER = {"pearson": True, "mae": False, "energy": False}
 # What each is called in sentences.
 NAMES = {"pearson": "correlation of the mean change", "mae": "MAE of the mean", "energy": "energy distance"}
-# The rows of a table that are no baselines: the model, and what a perfect model would reach.
+# The rows of a table that are not baselines: the model, and what a perfect model would reach.
 MODEL, CEILING = "model", "ceiling"
 # The name of a model that was given the observed cells.
 CEILING_MODEL = "model (ceiling)"
@@ -33,14 +33,14 @@ def pearson_of_change(predicted_mean: np.ndarray, real_mean: np.ndarray, control
 
 def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
     """Mean Euclidean distance of all pairs of rows, in float64, in blocks of bounded memory."""
-    # Near the origin, the matrix products behind the distances round less.
+    # The matrix products behind the distances round less near the origin.
     center = x.mean(axis=0, dtype=np.float64)
     a, b = (torch.from_numpy(np.asarray(v, dtype=np.float64) - center) for v in (x, y))
     total = torch.zeros((), dtype=torch.float64)
     same = x is y
     for i in range(0, len(a), block):
         for j in range(i if same else 0, len(b), block):
-            twice = 2 if same and j > i else 1  # the block of j and i is that of i and j
+            twice = 2 if same and j > i else 1  # block (j, i) has the distances of block (i, j)
             total += twice * torch.cdist(a[i : i + block], b[j : j + block]).sum()
     return float(total / (len(a) * len(b)))
 
@@ -48,12 +48,12 @@ def mean_distance(x: np.ndarray, y: np.ndarray, block: int = 2048) -> float:
 def energy_between(x: np.ndarray, y: np.ndarray, within_y: float | None = None, within_x: float | None = None) -> float:
     """
     Energy distance (Székely & Rizzo 2013) of two sets of cells, `mean|x-y| - mean|x-x'|/2 - mean|y-y'|/2`, diagonals
-    included, in the units of the cells. It reports: float64, any number of cells, no gradient. Training minimises
+    included, in the units of the cells. It is for reports: float64, any number of cells, no gradient. Training minimises
     [`pertstate.losses.energy_distance`], the same quantity for pairs of weighted sets in their own precision.
 
     Args:
         x, y (`np.ndarray` of shape `(cells, features)`): the two sets.
-        within_y, within_x (`float`, *optional*): `mean|y-y'|` and `mean|x-x'|`, where they are known already.
+        within_y, within_x (`float`, *optional*): `mean|y-y'|` and `mean|x-x'|`, if they are known already.
     """
     within_y = mean_distance(y, y) if within_y is None else within_y
     within_x = mean_distance(x, x) if within_x is None else within_x
@@ -67,7 +67,7 @@ class AsPredicted:
 
     Args:
         features (of shape `(cells, features)`): the model's features; `features[rows]` gives an array.
-        processor ([`StateProcessor`]): of the model.
+        processor ([`StateProcessor`]): the processor of the model.
     """
 
     features: Any

@@ -1,4 +1,4 @@
-"""Reading the cells of others: files that name their columns and controls in another way than the training data did."""
+"""Reading other people's cells: files whose columns and controls have other names than in the training data."""
 
 from typing import Any
 
@@ -17,20 +17,21 @@ def read_as(
     needs_batches: bool = True,
 ) -> StateProcessor:
     """
-    A model's processor that reads a file of others.
+    A model's processor that reads somebody else's file.
 
     Args:
+        processor ([`StateProcessor`]): the model's own processor.
         data ([`AnnDataFile`]): the file.
-        reading (`dict`): `perturbation_key`, `context_key`, `batch_key` and `control`, where they differ from those of the
-            training data, and `dataset`, where several are told apart; None says nothing.
-        contexts (`list[str]`, *optional*): the contexts asked for. Where the file has no column of contexts, the one that is
-            named is that of all cells.
+        reading (`dict`): `perturbation_key`, `context_key`, `batch_key` and `control`, if they differ from those of the
+            training data, and `dataset`, if the training data had several. None means "as in the training data".
+        contexts (`list[str]`, *optional*): the contexts asked for. If the file has no column of contexts, the one name here is
+            the context of all cells.
         all_are_controls (`bool`): every cell is a control; no column of perturbations is read.
         needs_batches (`bool`): whether the model uses batches. If not, the column of batches may be absent.
 
     Raises:
         KeyError: the file has no column of perturbations.
-        ValueError: a file without a column of contexts, and not one context is named.
+        ValueError: the file has no column of contexts, and `contexts` does not name exactly one.
     """
     settings = {name: value for name, value in reading.items() if value is not None}
     if "control" in settings:
@@ -56,7 +57,9 @@ def read_as(
                 "the column with --context-key, or the one context of all cells with --context"
             )
         changed |= {"context_key": None, "context": contexts[0]}
-    return processor.with_vocabulary(processor.vocabulary, **changed)
+    reader = processor.with_vocabulary(processor.vocabulary, **changed)
+    reader.origin = processor.origin
+    return reader
 
 
 def _in(keys: str | list[str] | None, columns: list[str]) -> bool:

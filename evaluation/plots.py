@@ -26,7 +26,7 @@ def plot_mean_changes(
 
     Args:
         predicted, real: files, see [`evaluate`].
-        output: the picture to write, whole or not at all. The ending of its name is the format.
+        output: the picture to write, whole or not at all. The ending of its name says the format.
         most (`int`): the largest number of panels; those with the strongest observed change are shown.
         overwrite (`bool`): replace a file that is there.
 

@@ -1,4 +1,4 @@
-"""Predictions of a model for groups of real cells, in memory, as `pertstate predict` makes them of a file."""
+"""Predictions of a model for groups of real cells, in memory. `pertstate predict` makes the same ones from a file."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,19 +25,23 @@ def predicted_groups(
     batch_size: int = 8,
 ) -> Iterator[tuple[Group, Predicted]]:
     """
-    Predict each group from the control cells of its context, in the order in which they are drawn; a model that is a ceiling
-    is given the real cells of the group. Whatever is scored is predicted here.
+    Predict each group from the control cells of its context, in the order in which they are drawn. A model that is a ceiling
+    is given the real cells of the group instead. Runs and `evaluate` both call this to score a model.
 
     Args:
         model ([`PerturbationPreTrainedModel`]): on any device; it is put into evaluation mode.
-        processor ([`StateProcessor`]): of the model.
-        real ([`RealCells`]): with `inputs`.
+        processor ([`StateProcessor`]): the processor of the model.
+        real ([`RealCells`]): the real cells, with `inputs`.
         groups (`list[Group]`): dataset, context and perturbation of each.
-        seed (`int`), max_cells (`int`, *optional*): at most so many cells, drawn with this seed; all by None.
+        seed (`int`), max_cells (`int`, *optional*): the seed with which cells are drawn, and the largest number of cells of a
+            group; None takes all.
         batch_size (`int`): full sentences in one forward pass.
 
+    Returns:
+        Iterator of each group with its predicted cells, in the units of predictions.
+
     Raises:
-        ValueError: control cells are of batches that the model needs to know, and does not.
+        ValueError: the model uses batches, and was not trained on those of some control cells.
         UnseenPerturbationError: the model cannot predict a perturbation; the error names it.
         FloatingPointError: a prediction is NaN or infinite.
     """
@@ -48,20 +52,23 @@ def predicted_groups(
     encoded = processor.encode(names)
     check_perturbations(model, encoded, processor)
     of_name = {name: {key: values[i : i + 1] for key, values in encoded.items()} for i, name in enumerate(names)}
-    place, cells, batches = None, np.zeros((0, 0)), None
+    place, cells, batches, of_context = None, np.zeros((0, 0)), None, {}
     for group in groups:
         dataset, context, perturbation = group
         source = group if model.is_ceiling else (dataset, context, processor.control)
         if source != place:
             rows = real.rows(source, seed, max_cells)
-            cells, place = given("inputs", real.inputs)(rows), source
+            inputs = given("inputs", real.inputs)
+            cells, place = inputs(rows), source
+            of_context = processor.control_values([source], inputs, lambda of: real.rows(of, seed, None), {})
             batches = None
             if real.batches is not None and processor.batch_key is not None:
                 known = real.batches(rows)
                 if model.config.embeds_batches:
                     check_batches(processor, known)
                 batches = processor.encode_batches(known)
-        found, confidence = _predict(model, processor, cells, batches, context, of_name[perturbation], batch_size)
+        encoded_group = {**of_name[perturbation], **of_context}
+        found, confidence = _predict(model, processor, cells, batches, context, encoded_group, batch_size)
         names_of_features = processor.vocabulary.genes or processor.output_names(found.shape[1])
         check_predicted(found, names_of_features, partial(_named, context, perturbation))
         yield group, Predicted(found, not model.is_ceiling, confidence)

@@ -1,4 +1,4 @@
-"""A report of scores: one file that shows them in a browser and asks nobody for anything."""
+"""A report of scores: one file that shows them in a browser and loads nothing else."""
 
 import base64
 import json
@@ -35,11 +35,11 @@ from pertstate.evaluation.scores import Scores
 
 
 _PAGE = Path(__file__).parent / "page"
-# Up to so many numbers of the changes are kept with 16 bits, more with 8: a part in 127 of the largest change of a group.
+# Up to so many numbers, changes are kept with 16 bits. More are kept with 8, in steps of 1/127 of a group's largest change.
 _FINE = 1_000_000
-# So many p-values are shown in all, the smallest of each group.
+# How many p-values are shown over all groups. Of each group, the smallest are shown.
 _TESTS = 600_000
-_LARGEST = 655.0  # of -log10(p), a hundredth of which is one unit of 16 bits
+_LARGEST = 655.0  # the largest -log10(p), as it is kept in hundredths with 16 bits
 _LONG_LIST = 12
 
 
@@ -51,7 +51,7 @@ def write_report(path: str | os.PathLike, output: str | os.PathLike, overwrite: 
         path: the folder of a run, or of scores.
         output: the file to write, whole or not at all.
         overwrite (`bool`): replace a file that is there.
-        title (`str`, *optional*): by default the name of the folder.
+        title (`str`, *optional*): title of the page; by default the name of the folder.
 
     Raises:
         FileNotFoundError: there are no scores.
@@ -68,7 +68,7 @@ def write_report(path: str | os.PathLike, output: str | os.PathLike, overwrite: 
 
 
 def check_plotly():
-    """ImportError that says what to install, where plotly is missing."""
+    """ImportError that says what to install, if plotly is missing."""
     try:
         import plotly  # noqa: F401
     except ImportError as error:
@@ -80,9 +80,9 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
     The HTML of a report.
 
     Args:
-        scores ([`Scores`]): what is shown. Names in it may hold anything: they are shown as text.
+        scores ([`Scores`]): the scores to show. Names in it may hold anything: they are shown as text.
         log (`list[dict]`): what the training logged, see [`read_log`].
-        title (`str`): shown above it.
+        title (`str`): title of the page.
     """
     from plotly.offline import get_plotlyjs
 
@@ -147,7 +147,7 @@ class _Packed:
 
 
 def _data(scores: Scores, log: list[dict[str, float]], packed: _Packed) -> tuple[dict, dict[str, str]]:
-    """What the script draws, and why it cannot draw some of it."""
+    """The data that the script draws, and for each picture that it cannot draw the reason."""
     missing = {}
     several = len({dataset for dataset, _, _ in scores.groups}) > 1
     contexts = [f"{dataset} / {context}" if several else context for dataset, context, _ in scores.groups]
@@ -212,20 +212,20 @@ def _table(scores: Scores, several: bool) -> dict[str, Any]:
 
 
 def _coded(values: list[str]) -> dict[str, list]:
-    """Names, each once, and the number of the name of each value."""
+    """The different names, and for each value the number of its name."""
     codes, names = pd.factorize(np.asarray(values, dtype=object))
     return {"names": [printable(name) for name in names], "codes": codes.tolist()}
 
 
 def _numbers(values: pd.Series, digits: int = 4) -> list[float | None]:
-    """Numbers with so many digits, whole ones as such; None for those that are not defined or infinite."""
+    """Numbers with so many digits; whole numbers stay whole. None for a number that is NaN or infinite."""
     if values.dtype.kind in "iu":
         return [int(value) for value in values]
     return [float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.to_numpy(np.float64)]
 
 
 def _quantised(values: np.ndarray, packed: _Packed) -> dict[str, Any]:
-    """Changes as whole numbers, and for each group what one is worth."""
+    """Changes as whole numbers of steps, and the size of a step in each group."""
     kind: Any = np.int16 if values.size <= _FINE else np.int8
     steps = np.abs(values).max(axis=1, initial=0) / np.iinfo(kind).max
     whole = np.rint(values / np.where(steps > 0, steps, 1)[:, None]).astype(kind)
@@ -240,7 +240,7 @@ def _smallest(p: np.ndarray, packed: _Packed) -> dict[str, Any]:
     chosen = np.take_along_axis(p, order, axis=1).astype(np.float64)
     with np.errstate(divide="ignore"):
         logs = np.minimum(-np.log10(chosen), _LARGEST)
-    # 0 where genes could not be tested, which the largest whole number says.
+    # The largest whole number, 65535, marks genes that could not be tested.
     whole = np.where(np.isnan(logs), 65535, np.rint(100 * np.nan_to_num(logs))).astype(np.uint16)
     return {"genes": packed.add(order.astype(np.uint32)), "logs": packed.add(whole), "all": most == genes}
 
@@ -279,7 +279,7 @@ def _figure(value: float) -> str:
 
 
 def _in_short(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what is for programs, and with the groups of each context and split counted."""
+    """A record without its parts for programs, with counts in place of the groups of each context and split."""
     short: dict[str, Any] = {
         name.replace("_", " "): held for name, held in record.items() if name not in ("format", "means", "all_hashes")
     }

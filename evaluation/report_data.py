@@ -1,6 +1,5 @@
 """What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well confidence ranks errors."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
 from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.scores import SUMMARY, Scores
@@ -15,7 +15,7 @@ from pertstate.evaluation.scores import SUMMARY, Scores
 
 SCORES_FOLDER, STATE_FILE = "scores", "trainer_state.json"
 KINDS = ("control", "observed", "predicted")
-# Columns of the table of scores that are no figures of merit.
+# Columns of the table of scores that are not figures of merit.
 COUNTS = ("predicted_cells", "real_cells", "control_cells")
 _NO_FIGURES = {"dataset", "context", "perturbation", "method", "reason", "seen", "confidence", *COUNTS}
 # More points than these are slow to draw, and hide one another.
@@ -25,7 +25,7 @@ _COMPONENTS, _FEWEST = 50, 15
 
 def find_scores(path: str | os.PathLike) -> Path:
     """
-    The folder of scores that a name stands for: a run, or the folder itself.
+    The folder of scores at a path, which is the folder of a run or the folder of scores itself.
 
     Raises:
         FileNotFoundError: neither holds scores.
@@ -41,8 +41,14 @@ def find_scores(path: str | os.PathLike) -> Path:
 
 def read_log(path: str | os.PathLike) -> list[dict[str, float]]:
     """
-    What a run logged, one entry for each log: that of its own trainer state, or of its latest checkpoint's. `path` is the run, or
-    the folder of scores in it. Empty where there is none, as of models that are fitted in one pass.
+    The log of a run: that of its own trainer state or of a checkpoint's, whichever has the most steps.
+
+    Args:
+        path: the folder of a run, or the folder of scores in it.
+
+    Returns:
+        `list[dict[str, float]]`: figures by name, one entry for each logging; empty if there is no log, as for models that
+        are fitted in one pass.
 
     Raises:
         ValueError: the state is damaged.
@@ -60,7 +66,7 @@ def read_log(path: str | os.PathLike) -> list[dict[str, float]]:
 
 def _log_of(path: Path) -> list[dict[str, float]]:
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        history = load_json(path, LARGEST_TABLES)["log_history"]
         return [
             {str(key): value for key, value in row.items() if _is_number(value)} for row in history if "step" in row
         ]
@@ -74,8 +80,8 @@ def _is_number(value) -> bool:
 
 def by_step(log: list[dict[str, float]]) -> pd.DataFrame:
     """
-    The log of a Trainer as a table with one row for each step: `step`, `epoch`, and a column for each figure; NaN where a step has
-    none. Of two entries of a step with the same figure, the later one counts.
+    The log of a Trainer as a table with one row for each step: `step`, `epoch`, and a column for each figure; NaN if a step does
+    not have it. If a step has a figure twice, the later one counts.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in log:
@@ -92,7 +98,7 @@ def metrics_of(table: pd.DataFrame) -> list[str]:
 
 
 def mean_changes(scores: Scores) -> dict[str, np.ndarray]:
-    """`observed` and `predicted` mean changes from control, `(groups, genes)` float32 each, where the scores have them."""
+    """`observed` and `predicted` mean changes from control, `(groups, genes)` float32 each, if the scores have them."""
     control = scores.changes.get("control")
     if control is None:
         return {}
@@ -101,15 +107,15 @@ def mean_changes(scores: Scores) -> dict[str, np.ndarray]:
 
 def gene_tests(scores: Scores) -> np.ndarray | None:
     """
-    Whether a gene differs between real perturbed and control cells: Welch's t-test in the sample of cells that the scores keep, with
-    p-values adjusted over the genes of a group (Benjamini & Hochberg 1995).
+    Test whether each gene differs between real perturbed and control cells: Welch's t-test in the sample of cells that the scores
+    keep, with p-values adjusted over the genes of a group (Benjamini & Hochberg 1995).
 
     A group without control cells of its own takes those of its context. A gene that does not vary in either sample is not tested, and
     has p-value 1.
 
     Returns:
-        `np.ndarray` of shape `(groups, genes)`, float32; NaN in groups with fewer than two cells of either kind. None where the scores
-        keep no cells.
+        `np.ndarray` of shape `(groups, genes)`, float32: adjusted p-values; NaN in groups with fewer than two cells of either kind.
+        None if the scores keep no cells.
     """
     cells = scores.cells
     if not {"observed", "control"} <= set(cells):
@@ -151,12 +157,12 @@ def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFr
     Real perturbed, control and predicted cells in two dimensions: PCA of all of them together, then UMAP (McInnes et al. 2018).
 
     Args:
-        scores ([`Scores`]): their cells are drawn from, the same number of each kind where there are enough.
+        scores ([`Scores`]): scores with cells. Of each kind the same number is drawn if there are enough.
         most (`int`): the largest number of cells.
-        seed (`int`): of the draw and of UMAP.
+        seed (`int`): seed of the draw and of UMAP.
 
     Returns:
-        `pandas.DataFrame`: columns `x`, `y`, `kind` (one of `KINDS`) and `group`, a number; None where there are too few cells.
+        `pandas.DataFrame`: columns `x`, `y`, `kind` (one of `KINDS`) and `group`, a number; None if there are too few cells.
     """
     kinds = [kind for kind in KINDS if len(scores.cells.get(kind, ()))]
     if sum(len(scores.cells[kind]) for kind in kinds) < _FEWEST or not scores.genes:
@@ -172,7 +178,7 @@ def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFr
     components = min(_COMPONENTS, *values.shape)
     reduced = PCA(components, svd_solver="randomized" if components < min(values.shape) else "full", random_state=seed)
     neighbors = min(15, len(values) - 1)
-    # One job: with a seed the library would warn and take one anyway.
+    # With a seed, the library uses one job whatever it is told, and warns if it is told another number.
     places = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(reduced.fit_transform(values))
     return pd.DataFrame(
         {
@@ -186,11 +192,11 @@ def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFr
 
 def calibration(scores: Scores) -> tuple[pd.DataFrame, float] | None:
     """
-    The confidence of a model beside its error: the loss that it expects of itself and the energy distance that was found.
+    The confidence of a model beside its error: the loss that it expects and the energy distance that was found.
 
     Returns:
-        The rows of the model's groups that were not trained on and have both, and Spearman's rank correlation of the two, NaN where
-        it is not defined; None where the model has no confidence.
+        The rows of the model's groups that have both, and Spearman's rank correlation of the two, NaN if it is not defined. Groups
+        that were trained on are left out, unless there are no others. None if the model has no confidence.
     """
     table = scores.table
     if "confidence" not in table:

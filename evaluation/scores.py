@@ -11,12 +11,17 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
+from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.scoring import GroupResult
+from pertstate.evaluation.verdict import compare
 
 
 TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
+SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS))
 _TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen")
 _CHANGES = ("control", "observed", "predicted")
 _CELLS = ("control", "observed", "predicted")
@@ -29,22 +34,24 @@ class Scores:
 
     Args:
         table (`pandas.DataFrame`): one row for each group (context and perturbation, of a dataset where there are several)
-            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN where one is not defined),
-            `reason` (why a method has no figures), `seen` (how the group was trained on; empty where it was not),
+            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN if one is not defined),
+            `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
             `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
-            that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (of
-            the model: which part of the way from the best baseline to the ceiling it goes).
-        verdict (`str`): what follows of the averages, in words.
-        notes (`list[str]`): what was left out, and what else must be known, in sentences.
+            that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (only
+            for the model: how far it goes from the best baseline, 0, to the ceiling, 1).
+        verdict (`str`): what follows from the averages, in words.
+        notes (`list[str]`): sentences that say what was left out and what else must be known.
         genes (`list[str]`): names of the features.
         groups (`list[tuple[str, str, str]]`): dataset, context and perturbation of each group, in the order of `changes`.
         changes (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, the means of the cells of each group, `(groups,
-            features)` float32; `predicted` is absent where only baselines were scored.
+            features)` float32; `predicted` is absent if only baselines were scored.
         cells (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, some cells of each group, `(cells, features)`
             float32, and `control_group`, `observed_group` and `predicted_group`, the number of the group of each.
-        settings (`dict`): what was asked for: number of cells, seed, ..
-        record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty where it is not known.
+        settings (`dict`): settings of the evaluation: number of cells, seed, ..
+        record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty if it is not known.
+        results (`list[GroupResult]`): the averaged groups with their resamplings, which two models are compared by, see
+            [`against`]. They are not saved.
     """
 
     table: pd.DataFrame
@@ -57,14 +64,21 @@ class Scores:
     cells: dict[str, np.ndarray] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    results: list[GroupResult] = field(default_factory=list, repr=False)
 
     def value(self, method: str, metric: str) -> float:
-        """The average of a method; NaN where it has none."""
+        """The average of a method in a metric. NaN if there is none."""
         found = self.averages.query("method == @method and metric == @metric")["value"]
         return float(found.iloc[0]) if len(found) else float("nan")
 
     def save(self, folder: str | os.PathLike):
-        """Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all."""
+        """
+        Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all.
+
+        Raises:
+            FloatingPointError: see [`~pertstate.base.tables.check_table`].
+            OSError: the disk is full, or the folder cannot be written.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(self.table, folder / TABLE)
@@ -101,7 +115,7 @@ class Scores:
                 f"{folder} holds no scores: expected {SUMMARY}, which pertstate train and evaluate write"
             )
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = load_json(path, LARGEST_TABLES)
             arrays = load_file(Path(folder) / ARRAYS)
             table = _frame(summary["table"])
             scores = cls(
@@ -130,6 +144,35 @@ class Scores:
                     f"{values.shape}; evaluate again"
                 )
         return scores
+
+
+def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0) -> str:
+    """
+    What the paired bootstrap says of two models, metric by metric. The resamplings of a group are the same for both, so both
+    must have been scored on the same real cells, with the same number of cells and seed.
+
+    Args:
+        first, second ([`Scores`]): of the two models, as [`evaluate`] gives them. Groups that either was trained on are left out.
+        names (`tuple[str, str]`): what the sentences call them.
+        seed (`int`): of the resampling of groups.
+
+    Raises:
+        ValueError: they have no group in common, or were scored in different ways.
+    """
+    for name in ("real", "cells", "seed"):
+        one, other = first.settings.get(name), second.settings.get(name)
+        if one != other:
+            raise ValueError(
+                f"{names[0]} and {names[1]} were scored in different ways ({name}: {one} and {other}); score both alike"
+            )
+    common = {result.group for result in first.results} & {result.group for result in second.results}
+    if not common:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have no scored group in common that neither was trained on; score both on the same groups"
+        )
+    left = len({result.group for result in (*first.results, *second.results)}) - len(common)
+    said = compare(first.results, second.results, names, seed)
+    return said if not left else f"{said} {left} groups that only one of them has are left out."
 
 
 def averages_as_figures(scores: Scores, prefix: str) -> dict[str, float]:

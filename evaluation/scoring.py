@@ -1,4 +1,4 @@
-"""The one way in which groups are scored: the same cells, the same controls and the same figures, whoever asks."""
+"""Scores groups. Runs, the command and Python all use this code, so they score the same cells and give the same figures."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation
 from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
 
 
-# At most so many control cells, predicted cells and real cells of a group are scored.
+# The largest number of control, of predicted and of real cells of a group that are scored.
 MAX_CELLS = 1000
-# Of a group with few real cells, at most so many control and predicted cells for each real one: more would cost time and
-# tell nothing. But as many as FEWEST are taken in any case.
+# For each real cell of a group, at most so many control and predicted cells are scored: more would cost time and tell
+# nothing. Up to FEWEST cells are scored in any case.
 CELLS_FOR_EACH, FEWEST = 10, 100
 # Random halves of the real cells of a group, from which the ceiling is estimated.
 HALVES = 10
@@ -31,10 +31,10 @@ class RealCells:
     Args:
         rows_of (`dict[Group, np.ndarray]`): the rows of the cells of each (dataset, context, perturbation).
         ids (`Callable`, *optional*): gives a number for the barcode of each of some rows, see
-            [`~pertstate.base.cell_ids.cell_ids`]; None where cells have no barcodes.
+            [`~pertstate.base.cell_ids.cell_ids`]; None if cells have no barcodes.
         scored (`Callable`): gives the cells of some rows in the units of predictions, `(rows, features)` float32.
-        inputs (`Callable`, *optional*): gives them as the model takes them; None where nothing is to be predicted.
-        batches (`Callable`, *optional*): gives their experimental batches; None where there are none.
+        inputs (`Callable`, *optional*): gives the cells of some rows as the model reads them; None if nothing is predicted.
+        batches (`Callable`, *optional*): gives the experimental batches of some rows; None if there are none.
     """
 
     rows_of: dict[Group, np.ndarray]
@@ -45,8 +45,8 @@ class RealCells:
 
     def rows(self, group: Group, seed: int, at_most: int | None) -> np.ndarray:
         """
-        The cells of a group in the order in which they are drawn: that of their barcodes and the seed, so that it does not
-        depend on where the cells stand.
+        The rows of a group in the order in which they are drawn. The order follows from their barcodes and the seed, so it does
+        not depend on where the cells stand.
         """
         rows = self.rows_of.get(group, np.zeros(0, dtype=np.int64))
         return rows[order_of(self.ids(rows) if self.ids else None, len(rows), seed)][:at_most]
@@ -58,9 +58,9 @@ class Predicted:
     The predicted cells of a group.
 
     Args:
-        cells (`np.ndarray` of shape `(cells, features)`): float32.
-        of_controls (`bool`): cell i was predicted from the i-th control cell of its context.
-        confidence (`float`, *optional*): what the model expects of its error.
+        cells (`np.ndarray` of shape `(cells, features)`): the cells in the units of predictions, float32.
+        of_controls (`bool`): whether cell i was predicted from the i-th control cell of its context.
+        confidence (`float`, *optional*): the loss that the model expects.
     """
 
     cells: np.ndarray
@@ -70,12 +70,12 @@ class Predicted:
 
 class ControlCells:
     """
-    The control cells of a context, and what is computed of them alone, once for all its groups.
+    The control cells of a context, with the figures that depend only on them. All groups of the context share these.
 
     Args:
         cells (`np.ndarray` of shape `(cells, features)`): in the order in which they are drawn.
         names (`tuple[str, str]`): dataset and context.
-        seed (`int`), draws (`int`): of the bootstrap; without draws, only the figures themselves are found.
+        seed (`int`), draws (`int`): seed and resamplings of the bootstrap; without draws, only the figures themselves are found.
     """
 
     def __init__(self, cells: np.ndarray, names: tuple[str, str], seed: int = 0, draws: int = DRAWS):
@@ -83,7 +83,7 @@ class ControlCells:
         self._smaller: dict[int, ControlCells] = {}
 
     def first(self, number: int) -> "ControlCells":
-        """The first of the cells."""
+        """The first `number` cells, or all if there are no more."""
         if number >= len(self.cells):
             return self
         if number not in self._smaller:
@@ -102,7 +102,7 @@ class ControlCells:
 
     @cached_property
     def within(self) -> np.ndarray:
-        """The mean distance of all pairs, of the cells and of each resampling."""
+        """The mean distance of all pairs of the cells, and of each resampling, `(1 + draws,)`."""
         return weighted_distances(self.cells, self.cells, self.weights, self.weights)
 
 
@@ -113,12 +113,12 @@ class GroupResult:
 
     Args:
         group (`Group`): dataset, context, perturbation.
-        figures (`dict[str, np.ndarray]`): method to `(1 + draws, metrics)`: the [`METRICS`], then those of each resampling.
-        reasons (`dict[str, str]`): method to the reason why it has no figures.
+        figures (`dict[str, np.ndarray]`): for each method `(1 + draws, metrics)`: the [`METRICS`], then those of each resampling.
+        reasons (`dict[str, str]`): for a method without figures, the reason.
         numbers (`dict[str, int]`): `predicted_cells`, `real_cells` and `control_cells`.
         means (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, each `(features,)` float32.
         samples (`dict[str, np.ndarray]`): some `control`, `observed` and `predicted` cells.
-        confidence (`float`, *optional*): of the model.
+        confidence (`float`, *optional*): the loss that the model expects.
     """
 
     group: Group
@@ -131,10 +131,7 @@ class GroupResult:
 
 
 def means_of(cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """
-    The weighted means of cells, `(rows, features)` float64; the first row, in which all cells count alike, is added up in
-    float64.
-    """
+    """The weighted means of cells, `(rows, features)` float64. The first row, the plain mean, is summed in float64."""
     means = (weights @ cells).astype(np.float64)
     means[0] = cells.mean(axis=0, dtype=np.float64)
     return means
@@ -151,25 +148,31 @@ def score_group(
     """
     Score the model and each baseline on one group, and estimate the ceiling.
 
-    Every change is measured from the mean of the same control cells. The baselines change these very cells. Resamplings draw
-    real cells and control cells; a cell that was predicted from a control cell, or is its change, is drawn with it.
+    Every change is measured from the mean of the same control cells. The baselines change these same cells. Resamplings draw
+    real cells and control cells; a cell that was made from a control cell, by the model or a baseline, is drawn with it.
 
-    The ceiling says what a perfect model would reach, which knows the true distribution of the perturbed cells and is judged by
-    n real cells. It is estimated from random halves of these: with r the correlation of their changes, the square root of
-    `2r / (1 + r)` (Spearman and Brown's reliability of all cells; its root is the correlation with the truth); half of the MAE
-    of their means, whose error is twice that of all cells; `(1 + n / m) / 4` of their energy distance, which shrinks as the
-    number of cells grows, for a model that predicts m cells, as many as there are control cells.
+    The ceiling says what a perfect model would reach, one that knows the true distribution of the perturbed cells and is judged
+    by n real cells. It is estimated from random halves of these cells:
+
+    - correlation: the square root of `2r / (1 + r)`, where r is the correlation of the changes of both halves. This is the
+      reliability of all cells (Spearman and Brown); its root is their correlation with the truth.
+    - MAE: half of the MAE between the means of both halves, because that has twice the error of the mean of all cells.
+    - energy distance: `(1 + n / m) / 4` of the distance of both halves, because it shrinks as the number of cells grows. The
+      perfect model predicts m cells, as many as there are control cells.
 
     Args:
         group (`Group`): dataset, context, perturbation.
-        predicted ([`Predicted`], *optional*): predicted cells; without them the baselines alone are scored.
+        predicted ([`Predicted`], *optional*): predicted cells; without them only the baselines are scored.
         real (`np.ndarray` of shape `(cells, features)`): real perturbed cells.
         controls ([`ControlCells`]): real control cells.
-        baselines ([`Baselines`]): what they learned.
-        seed (`int`): of the resamplings and halves.
+        baselines ([`Baselines`]): the baselines, which have learned from training cells.
+        seed (`int`): seed of the resamplings and halves.
+
+    Returns:
+        [`GroupResult`].
 
     Raises:
-        FloatingPointError: a figure is infinite, or NaN where it is no undefined correlation; the error names it.
+        FloatingPointError: a figure is infinite, or is NaN and not an undefined correlation; the error names it.
     """
     controls = controls.first(max(FEWEST, CELLS_FOR_EACH * len(real)))
     generator = generator_of(seed, *group[1:])
@@ -241,7 +244,7 @@ def _ceiling(real: np.ndarray, controls: ControlCells, generator: np.random.Gene
         np.abs(means[0] - means[1]).mean() / 2,
         (between - a / 2 - b / 2) * (1 + len(real) / len(controls.cells)) / 4,
     ]
-    # It is an estimate itself: no interval is given.
+    # The ceiling is an estimate itself, so it gets no interval.
     return np.vstack([figures, np.full((controls.draws, len(METRICS)), np.nan)])
 
 
@@ -265,16 +268,21 @@ def score_groups(
     draws: int = DRAWS,
 ) -> Iterator[GroupResult]:
     """
-    Score groups one after another, those of a context together.
+    Score groups one after another.
 
     Args:
         real ([`RealCells`]): real cells and their controls.
-        groups (iterable of `(Group, Predicted)`): what is scored.
+        groups (iterable of `(Group, Predicted)`): the groups with their predicted cells. Groups of a context should follow one
+            another, because they share what is computed of its control cells.
         control (`str`): the perturbation of control cells.
-        baselines ([`Baselines`]): what they learned.
-        seed (`int`), max_cells (`int`, *optional*): at most so many cells of each kind, drawn with this seed; all by None.
-        samples (`int`): so many cells of each kind are kept for pictures.
+        baselines ([`Baselines`]): the baselines, which have learned from training cells.
+        seed (`int`), max_cells (`int`, *optional*): the seed with which cells are drawn, and the largest number of cells of each
+            kind; None takes all.
+        samples (`int`): how many cells of each kind are kept for pictures.
         draws (`int`): resamplings of the bootstrap.
+
+    Returns:
+        Iterator of the [`GroupResult`] of each group, in the order of `groups`.
     """
     kept: dict[tuple[str, str], ControlCells] = {}
     for group, predicted in groups:

@@ -1,4 +1,4 @@
-"""Averages over groups with their intervals, and what follows of them in words."""
+"""Averages over groups with their intervals, and what follows from them in words."""
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ def averages_of(results: list[GroupResult], seed: int = 0) -> pd.DataFrame:
 
 
 def best_baseline(values: dict[tuple[str, str], float], metric: str) -> str | None:
-    """The baseline with the best average; None where there is none."""
+    """The baseline with the best average of a metric. None if no baseline has one."""
     found = {method: value for (method, of), value in values.items() if of == metric and method not in (MODEL, CEILING)}
     if not found:
         return None
@@ -41,7 +41,10 @@ def best_baseline(values: dict[tuple[str, str], float], metric: str) -> str | No
 
 
 def _share(values: dict[tuple[str, str], float], metric: str) -> float:
-    """Which part of the way from the best baseline to the ceiling the model goes; NaN where there is no way."""
+    """
+    How far the model goes from the best baseline (0) to the ceiling (1). NaN if one of the three is missing, or the ceiling
+    is not better than the baseline.
+    """
     best, ceiling = best_baseline(values, metric), values.get((CEILING, metric))
     if best is None or ceiling is None or (MODEL, metric) not in values:
         return float("nan")
@@ -52,8 +55,8 @@ def _share(values: dict[tuple[str, str], float], metric: str) -> float:
 
 def verdict_of(results: list[GroupResult], name: str = "the model", seed: int = 0) -> str:
     """
-    What the paired bootstrap says of the model beside each baseline, metric by metric. "Better" and "worse" are said only
-    where the 95 % interval of the difference, over the groups that both have, leaves out 0.
+    A text that compares the model with each baseline, metric by metric, by the paired bootstrap. It says "better" or "worse"
+    only if the 95 % interval of the difference, over the groups that both have, leaves out 0.
     """
     if not results:
         return "No verdict: no group is left that the model was not trained on."
@@ -62,7 +65,7 @@ def verdict_of(results: list[GroupResult], name: str = "the model", seed: int = 
     chosen = _resampled_groups(results, _draws(results), seed)
     said = [f"In {NAMES[metric]}: {_of_metric(results, m, metric, chosen)}." for m, metric in enumerate(METRICS)]
     number = f"{len(results)} group{'s' if len(results) > 1 else ''}"
-    return " ".join([f"What {number} say of {name}.", *said])
+    return " ".join([f"Verdict on {name}, from {number}.", *said])
 
 
 def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarray) -> str:
@@ -94,19 +97,20 @@ def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarr
     elif better:
         parts.append("better than " + ", ".join(method for *_, method in sorted(better)))
     if unknown:
-        parts.append("no interval beside " + ", ".join(method for *_, method in unknown))
+        parts.append("no interval of the difference from " + ", ".join(method for *_, method in unknown))
     return "; ".join(parts)
 
 
 def _named(found: tuple[float, float, float, str], sign: int) -> str:
-    """A baseline, and the model's figure less its own, with the interval of that difference."""
+    """A baseline, with the model's figure minus its own, and the interval of that difference."""
     difference, low, high, method = found
-    ends = sorted((sign * low, sign * high))
-    return f"{method} ({sign * difference:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
+    # Plus 0: a difference of 0 has no sign.
+    ends = sorted((sign * low + 0.0, sign * high + 0.0))
+    return f"{method} ({sign * difference + 0.0:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
 
 
 def _figures(results: list[GroupResult], method: str, m: int) -> np.ndarray:
-    """A metric of a method in each group, `(groups, 1 + draws)`; NaN where the method has none."""
+    """A metric of a method in each group, `(groups, 1 + draws)`. NaN in groups in which the method has no figure."""
     nothing = np.full(1 + _draws(results), np.nan)
     return np.stack([result.figures[method][:, m] if method in result.figures else nothing for result in results])
 
@@ -121,7 +125,7 @@ def _resampled_groups(results: list, draws: int, seed: int) -> np.ndarray:
 
 
 def compare(first: list[GroupResult], second: list[GroupResult], names: tuple[str, str], seed: int = 0) -> str:
-    """What the paired bootstrap says of two models on the groups that both predicted, metric by metric."""
+    """A text that compares two models on the groups that both predicted, metric by metric, by the paired bootstrap."""
     of_second = {result.group: result for result in second if MODEL in result.figures}
     pairs = [(a, of_second[a.group]) for a in first if a.group in of_second and MODEL in a.figures]
     if not pairs:
@@ -135,4 +139,4 @@ def compare(first: list[GroupResult], second: list[GroupResult], names: tuple[st
         low, high = interval(draws)
         word = "not distinguishable from" if not (low > 0 or high < 0) else "better than" if low > 0 else "worse than"
         said.append(f"In {NAMES[metric]}: {word} {_named((float(draws[0]), low, high, names[1]), sign)}.")
-    return " ".join([f"What {len(pairs)} groups say of {names[0]}.", *said])
+    return " ".join([f"Verdict on {names[0]}, from {len(pairs)} groups.", *said])

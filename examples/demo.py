@@ -27,7 +27,7 @@ def run(*command: str):
 
 def main():
     start = time.monotonic()
-    # So small a model is faster on one thread than on several.
+    # A model of this size is faster on one thread than on several.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     FOLDER.mkdir(exist_ok=True)
     screen = simulate_screen(seed=0)

@@ -1,6 +1,6 @@
 """
-Registers the families with `AutoConfig`, `AutoModel` and `AutoProcessor`, which then load our checkpoints without
-`trust_remote_code`. Each is told of the families when its own module is imported, be it before this package or after, so that
+Registers the families with `AutoConfig`, `AutoModel` and `AutoProcessor`, and the pipeline, which then load our checkpoints
+without `trust_remote_code`. Each is told of the families when its own module is imported, be it before this package or after, so that
 this package need not import transformers.
 """
 
@@ -39,6 +39,15 @@ def _register_processor(module: ModuleType):
         module.AutoProcessor.register(family.config, processor, exist_ok=True)
 
 
+def _register_pipeline(module: ModuleType):
+    # By its name, which is imported when somebody asks for the pipeline.
+    module.PIPELINE_REGISTRY.supported_tasks["perturbation-prediction"] = {
+        "impl": "pertstate.base.pipeline_perturbation.PerturbationPredictionPipeline",
+        "pt": (module.AutoModel,),
+        "type": "multimodal",
+    }
+
+
 class _AfterImport:
     """A finder that lets the others find a module, and has a function called once that module is imported."""
 
@@ -67,13 +76,14 @@ class _AfterImport:
 
 
 def register():
-    """Register with each Auto class: now if its module is imported, else as soon as it is. Once is enough."""
+    """Register with each Auto class, and the pipeline: now if its module is imported, else as soon as it is. Once is enough."""
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
     waiting = {
         "transformers.models.auto.configuration_auto": _register_configs,
         "transformers.models.auto.modeling_auto": _register_models,
         "transformers.models.auto.processing_auto": _register_processor,
+        "transformers.pipelines": _register_pipeline,
     }
     for name in [name for name in waiting if name in sys.modules]:
         waiting.pop(name)(sys.modules[name])

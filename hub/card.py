@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
-from pertstate.base.constants import Split
+from pertstate.base.constants import TASK, Split
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.printable import printable
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 TAGS = ["single-cell", "perturbation", "pertstate", "biology"]
-# A row of numbers for each cell goes in and comes out. Of the tasks that the Hub knows, this is the nearest.
-TASK = "tabular-regression"
+# A row of numbers for each cell goes in and comes out. Of the tasks that the Hub lists scores of, this is the nearest.
+_TASK_OF_SCORES = "tabular-regression"
 UNKNOWN_LICENSE = "unknown"
 SHOWN_NAMES = 20
 # What the Hub calls each metric, and what the card calls it.
@@ -61,23 +61,26 @@ def render_card(
     scores: Scores | None = None,
 ) -> str:
     """
-    The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold; of paths,
-    the last part.
+    The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold. Only the
+    last part of a path appears.
 
     Args:
         run ([`RunConfig`], *optional*): the run. Without it the card says that the run is not recorded.
         config ([`PerturbationConfig`]): the model's config. The card includes the `card.md` of its family.
         processor ([`StateProcessor`]): gives names and normalisation.
-        metrics (`dict[str, float]`, *optional*): averages of the test split; their keys start with `test_`. Those of `scores`,
-            where these are given.
+        metrics (`dict[str, float]`, *optional*): averages of the test split; their keys start with `test_`. Not used if
+            `scores` are given.
         state (`TrainerState`, *optional*): gives the number of steps and the run time.
         args ([`StateTrainingArguments`], *optional*): gives licences, hardware and the number of processes.
         provenance ([`Provenance`], *optional*): where the run's data came from. By default it is read from `run` here.
         record ([`RunRecord`], *optional*): what the model and its ancestors were trained on.
-        scores ([`Scores`], *optional*): those of the test split, with intervals and verdict.
+        scores ([`Scores`], *optional*): the scores of the test split, with intervals and verdict.
 
     Returns:
         `str`: Markdown that begins with the metadata of the Hub as YAML.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: without `provenance`, the data of the run are missing or damaged.
     """
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
@@ -92,7 +95,7 @@ def render_card(
     data = ModelCardData(
         license=license,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag=TASK,
+        pipeline_tag=None if is_adapter or family.model.is_ceiling else TASK,
         tags=TAGS,
         base_model=base_model if base_model is not None and is_repository(base_model) else None,
         datasets=[s.name for s in provenance.sources if s.commit is not None] or None if provenance else None,
@@ -136,7 +139,7 @@ def render_card(
         homepage=homepage(),
         shown=SHOWN_NAMES,
     )
-    # All that was written, whatever field it came from.
+    # Paths are removed from the whole text, because any field may hold one.
     return public_text(card)
 
 
@@ -225,7 +228,7 @@ def _scored(scores: Scores) -> list[dict]:
 
 
 def _seen_before(record: RunRecord) -> list[str]:
-    """What earlier checkpoints were trained on of what this run holds out: lines of Markdown."""
+    """The groups that this run holds out, but that earlier checkpoints were trained on: lines of Markdown."""
     held = [group for split in (Split.TEST, Split.VAL) for group in record.of_split(split)]
     lines = []
     for ancestor in record.ancestors:
@@ -246,17 +249,17 @@ def _finite(figure: float | None) -> float | None:
 
 
 def _eval_results(results: list[dict], provenance: Provenance | None, is_ceiling: bool) -> list[EvalResult]:
-    """The same scores as metadata that the Hub shows, those of the baselines included."""
+    """The scores of the model and of the baselines, as metadata that the Hub shows."""
     if not results:
         return []
     names = provenance.datasets if provenance else []
     on_the_hub = [source for source in provenance.sources if source.commit is not None] if provenance else []
-    # The Hub expects the name of a data set there, or characters that such a name may have.
+    # The Hub expects the name of a data set here. Without one, it expects only characters that such a name may have.
     kind = on_the_hub[0].name if on_the_hub else re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(names)).strip("-") or "cells"
     of_model = " (a ceiling: decoded from the observed cells)" if is_ceiling else ""
     return [
         EvalResult(
-            task_type=TASK,
+            task_type=_TASK_OF_SCORES,
             task_name="prediction of perturbed cells",
             dataset_type=kind[:96],
             dataset_name=printable(public(", ".join(names))) or "held-out cells",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import PROCESSOR_NAME, find_adapter_config_file, is_peft_available
+from transformers.utils import PROCESSOR_NAME, extract_commit_hash, find_adapter_config_file, is_peft_available
 
 from pertstate.base.checkpoint_files import check_adapter, find_file, hub_arguments, read_header, read_json
 from pertstate.base.hub_names import is_repository
@@ -17,6 +17,12 @@ from pertstate.processing import StateProcessor
 
 def check_name(name: str, asked_by: str):
     """
+    Check that a name is a folder or has the form of a repository's name.
+
+    Args:
+        name (`str`): a folder, or the name of a repository on the Hub.
+        asked_by (`str`): the start of the error, which says what the name is for.
+
     Raises:
         FileNotFoundError: the name is neither a folder nor that of a repository on the Hub, see [`is_repository`].
     """
@@ -25,7 +31,7 @@ def check_name(name: str, asked_by: str):
 
 
 def adapter_config(name: str, revision: str | None = None) -> dict | None:
-    """The settings of an adapter, its base model among them; None if the checkpoint is a whole model."""
+    """The settings of an adapter, with the name of its base model. None if the checkpoint is a whole model."""
     path = find_adapter_config_file(name, revision=revision)
     return None if path is None else read_json(path)
 
@@ -47,22 +53,37 @@ def load_whole(name: str, revision: str | None = None) -> tuple[PerturbationPreT
 
 def check_family(name: str, revision: str | None = None) -> str:
     """
-    The family of a checkpoint, from its `config.json` alone: an Auto class loads the models of others, and their pickles.
+    The family of a checkpoint, read from its `config.json` alone. Call it before an Auto class sees the checkpoint, because
+    an Auto class also loads models of other packages, and their pickles.
+
+    Returns:
+        `str`: the `model_type` of the family.
 
     Raises:
-        ValueError: there is no config, or it is of no family of this package; or the processor's is no JSON object.
+        ValueError: there is no config, its family is not one of this package, or it or `processor_config.json` is not a JSON
+            object or names code in a way that the Auto classes do not know.
     """
     if (of_processor := find_file(name, PROCESSOR_NAME, hub_arguments({"revision": revision}))) is not None:
-        read_json(of_processor)
+        _check_code(read_json(of_processor), of_processor)
     path = find_file(name, MODEL_KEY, hub_arguments({"revision": revision}))
     if path is None:
         raise ValueError(f"{name}: expected a checkpoint, found no {MODEL_KEY}")
-    family = read_json(path).get("model_type")
-    if family not in FAMILIES:
+    content = read_json(path)
+    _check_code(content, path)
+    family = content.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
-            f"{name} is a checkpoint of model_type={family!r}, which is no family of pertstate; {closest(str(family), FAMILIES)}"
+            f"{name} is a checkpoint of model_type={str(family)[:60]!r}, which is no family of pertstate; {closest(str(family), FAMILIES)}"
         )
     return family
+
+
+def _check_code(content: dict, path: str):
+    named = content.get("auto_map", {})
+    if not isinstance(named, dict) or not all(isinstance(one, str) for one in named.values()):
+        raise ValueError(
+            f"{path}: auto_map: expected classes by name, found {str(named)[:60]!r}; copy the checkpoint again"
+        )
 
 
 def load_adapter(
@@ -81,7 +102,8 @@ def load_adapter(
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model.
+        ValueError: the checkpoint is no adapter, has no weights as safetensors, or does not fit the base model; or it is from
+            the Hub and its base model is said to be a folder of this machine; or the base model is an adapter.
     """
     if not is_peft_available():
         raise ImportError("an adapter needs peft: pip install 'pertstate[lora]'")
@@ -98,7 +120,16 @@ def load_adapter(
         base, base_revision = found.get("base_model_name_or_path"), found.get("revision")
         if base is None:
             raise ValueError(f"{name} does not say what its base model is; name it with --base")
-        check_name(base, f"the base model of {name}, (say where it is with --base)")
+        if Path(base).is_dir() and extract_commit_hash(own, None) is not None:
+            raise ValueError(
+                f"{name} is an adapter from the Hub, and names a folder of this machine as its base model, {base}; if that is what "
+                f"you want, merge them: pertstate merge {name} OUT --base {base}"
+            )
+        check_name(base, f"base model of {name} (--base names another one):")
+    if adapter_config(base, base_revision) is not None:
+        raise ValueError(
+            f"the base model of {name}, {base}, is an adapter itself; merge it first: pertstate merge {base} OUT"
+        )
     processor = AutoProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:
@@ -108,9 +139,11 @@ def load_adapter(
         adapted = PeftModel.from_pretrained(model, Path(own).parent).eval()
     except (KeyError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{name} does not fit the base model {base}: {error}") from error
-    # peft warns of what is missing, and leaves out what has no place.
+    # peft only warns of missing tensors, and skips tensors that have no place in the model.
     asked = set(get_peft_model_state_dict(adapted))
     held = set(read_header(str(Path(own).parent / "adapter_model.safetensors")))
     if asked != held:
-        raise ValueError(f"{name} does not fit the base model {base}: {some(asked ^ held, 3)} are in one of them alone")
+        raise ValueError(
+            f"{name} does not fit the base model {base}: {some(asked ^ held, 3)} are only in one of the two"
+        )
     return adapted, processor

@@ -29,8 +29,8 @@ class Source:
         name (`str`): the last part of a file's path, without the folders, which are private; or a name on the Hub.
         what (`str`): what it is, in words.
         dataset (`str`, *optional*): the dataset whose cells it holds.
-        sha256 (`str`, *optional*): that of the file, of all files of a `.zarr` in order, or of a store's `store.json`.
-        commit (`str`, *optional*): that of a data set on the Hub.
+        sha256 (`str`, *optional*): the hash of the file, of all files of a `.zarr` in order, or of a store's `store.json`.
+        commit (`str`, *optional*): the commit of a data set on the Hub.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Provenance:
         datasets (`list[str]`): names of the datasets.
         sources (`list[Source]`): the files, stores and streams that they were read from.
         splits ([`Splits`], *optional*): what is held out, if the run has a TOML file that says so.
-        notes (`list[str]`): what was left out of them, in sentences.
+        notes (`list[str]`): sentences that say what was left out of the data.
     """
 
     datasets: list[str] = field(default_factory=list)
@@ -60,10 +60,11 @@ class Provenance:
     @classmethod
     def of_run(cls, run: "RunConfig", notes: Sequence[str] = ()) -> "Provenance":
         """
-        Find out what a run reads. Every file is hashed, but for the parquet files of a stream.
+        Find out what a run reads. Every file is hashed, except the parquet files of a stream.
 
         Args:
-            notes (sequence of `str`): what was left out when it was read.
+            run ([`RunConfig`]): the run.
+            notes (sequence of `str`): sentences that say what was left out of the data.
 
         Raises:
             FileNotFoundError, ValueError, OSError: the data are missing or damaged.

@@ -10,11 +10,11 @@ from pertstate.base.public import public, public_text
 
 def public_bytes(path: str | os.PathLike) -> bytes:
     """
-    The content of a card or of a JSON file in which every path is its last part, see [`public`]. What holds none is as
-    it stands in the file.
+    The content of a card or of a JSON file, with only the last part of each path, see [`public`]. A file without paths is
+    returned unchanged.
 
     Raises:
-        ValueError: a `.json` file is no whole JSON file.
+        ValueError: a `.json` file is not a complete JSON file.
     """
     path = Path(path)
     content = path.read_bytes()

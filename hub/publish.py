@@ -10,10 +10,10 @@ from pertstate.base.outputs import Kind, claimed_folder, whole_folder
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 
 
-# A folder loads as a model, or as an adapter, only with one of these files in it. So it is the first that is taken away
-# and the last that is put there.
+# A folder loads as a model, or as an adapter, only with one of these files in it. So this file is removed first and written
+# last.
 MODEL_KEY, ADAPTER_KEY = "config.json", "adapter_config.json"
-# The other files that do not outlive the checkpoint that they are of. Code may: only what a checkpoint names is run.
+# The other files that are removed with their checkpoint. Files of code may stay: only code that a checkpoint names is run.
 _OWN = (
     *("processor_config.json", VOCABULARY_FILE, PERTURBATION_FEATURES_FILE, "README.md", "training_args.json"),
     *("record.json", "record.safetensors", "history.csv", "curves.png", "trainer_state.json"),
@@ -34,19 +34,19 @@ def _key_of(folder: str | os.PathLike, ending: str = "") -> str:
 
 
 def hide(folder: str | os.PathLike):
-    """Make a folder not loadable as a checkpoint while it is still being written."""
+    """Keep a folder from being loaded as a checkpoint while it is being written."""
     key = Path(folder, _key_of(folder))
     os.replace(key, key.with_name(key.name + PARTIAL))
 
 
 def reveal(folder: str | os.PathLike):
-    """Undo [`hide`]: the folder is whole."""
+    """Undo [`hide`] once the folder is whole."""
     key = Path(folder, _key_of(folder, PARTIAL))
     os.replace(key.with_name(key.name + PARTIAL), key)
 
 
 def claimed_checkpoint(path: str | os.PathLike, overwrite: bool) -> AbstractContextManager[Path]:
-    """See [`claimed_folder`]."""
+    """Claim the folder `path` for a checkpoint, see [`claimed_folder`]."""
     return claimed_folder(path, CHECKPOINT, overwrite)
 
 

@@ -44,7 +44,7 @@ _OWN = (
     _WEIGHTS_INDEX,
     "*.py",
 )
-# What these say beside the weights is for people and for other programs, and holds no path.
+# These files describe the checkpoint to people and to other programs. Their paths are removed before they are sent.
 _RECORDS = (MODEL_KEY, _ARGUMENTS)
 _MAY_LACK = "model or revision"
 
@@ -101,7 +101,7 @@ def push_checkpoint(
             *(CommitOperationAdd(file, _to_send(folder / file)) for file in files),
             *(CommitOperationDelete(path) for path in gone if "/" not in path),
         ]
-        # If somebody else has pushed meanwhile, this push is refused: as unchanged files are not sent, the two could mix.
+        # This push is refused if somebody else has pushed meanwhile: unchanged files are not sent, so the two could mix.
         return api.create_commit(
             repository,
             operations,
@@ -149,7 +149,7 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
 
 
 def _read_to_push(folder: Path) -> tuple[list[str], str]:
-    """The names of the files to push, the card left out, and the text of the card."""
+    """The names of the files to push, without the card, and the text of the card."""
     if (folder / ADAPTER_KEY).is_file():
         _require(folder, CARD)
         return _read_adapter(folder), (folder / CARD).read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def read_checkpoint(folder: str | os.PathLike) -> tuple[PerturbationConfig, Stat
             f"{folder / MODEL_KEY}: model_type={model_type!r} is no family; {closest(str(model_type), FAMILIES)}"
         )
     processor, files = _read_processor(folder)
-    # To load the model is the check: others will load it, too.
+    # The model is loaded as a check, because others will load it.
     config = FAMILIES[model_type].model.from_pretrained(folder).config
     files = [MODEL_KEY, *_weights_of(folder), *files]
     return config, processor, files + [name for name in _code_of(folder, MODEL_KEY) if name not in files]

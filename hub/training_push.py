@@ -21,11 +21,11 @@ class TrainingPush(TrainerCallback):
     """
     Pushes what a `Trainer` saves to the repository `hub_model_id`, by default one with the name of the output folder.
 
-    As a callback it pushes each checkpoint of the training, where `hub_strategy` is `"every_save"`. The training goes on
-    where the Hub is down.
+    As a callback it pushes each checkpoint of the training if `hub_strategy` is `"every_save"`. The training goes on if the
+    Hub is down.
 
     Args:
-        args (`TrainingArguments`): of the Trainer.
+        args (`TrainingArguments`): the arguments of the Trainer.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -35,8 +35,8 @@ class TrainingPush(TrainerCallback):
 
     def check(self, card: str | None):
         """
-        Make the repository where it does not exist, and let the Hub look at the metadata of a card: better refused now
-        than after the training.
+        Make the repository if it does not exist, and let the Hub check the metadata of a card. What the Hub refuses is
+        then found before the training and not after it.
 
         Raises:
             ValueError: the Hub refuses the metadata, or a private repository is asked for and there is a public one.
@@ -46,7 +46,7 @@ class TrainingPush(TrainerCallback):
             if self.args.process_index == 0:
                 api = HfApi(token=self.args.hub_token)
                 self.repository = ensure_repository(api, self.repository, self._private)
-                self._private = None  # it is as it was asked for, and its owner may change it
+                self._private = None  # the repository is now as asked for, and its owner may change that
             if card is not None:
                 ModelCard(card).validate()
 

@@ -1,6 +1,5 @@
 """The checkpoints that a run writes while it trains, and the folder of a run that was stopped before its model was written."""
 
-import json
 import os
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.printable import get_logger
 from pertstate.data.record import RunRecord
 from pertstate.hub.publish import CHECKPOINT
@@ -51,7 +51,7 @@ def wrong_files(folder: Path) -> str | None:
 def read_list(path: Path) -> dict[str, Any] | None:
     """The list of a checkpoint's files; None where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     fits = isinstance(content, dict) and content.keys() == {"resumable", "files"} and isinstance(content["files"], dict)

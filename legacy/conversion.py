@@ -10,18 +10,18 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pertstate._version import __version__
 from pertstate.base.configuration_perturbation import EncoderConfig
-from pertstate.base.constants import Values
+from pertstate.base.constants import TASK, Values
 from pertstate.base.markdown import as_text
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.base.public import public_text
+from pertstate.base.time_limit import time_limit
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.families import FAMILIES
 from pertstate.hub.card import (
     CARDS,
     TAGS,
-    TASK,
     UNKNOWN_LICENSE,
 )
 from pertstate.hub.publish import claimed_checkpoint, whole_checkpoint_folder
@@ -42,7 +42,10 @@ _SEES = {
 
 @dataclass
 class Converted:
-    """What [`convert`] made: the config, the processor, and in words where the attention mode comes from."""
+    """
+    The result of [`convert`]: the config, the processor, and a text that says which attention the model has and where that
+    choice comes from.
+    """
 
     config: EncoderConfig
     processor: StateProcessor
@@ -56,34 +59,53 @@ def convert(
     attention: str | None = None,
     genes: list[str] | None = None,
     overwrite: bool = False,
+    seconds: float | None = None,
 ) -> Converted:
     r"""
     Write a checkpoint folder that predicts what the research code's own model predicts.
 
     Args:
-        folder: see [`~pertstate.legacy.folder.read_legacy_folder`].
+        folder: the training folder, see [`~pertstate.legacy.folder.read_legacy_folder`].
         output: the folder to write, whole or not at all.
-        checkpoint (`str`, *optional*): which file of `checkpoints/`.
+        checkpoint (`str`, *optional*): name of the file in `checkpoints/` to convert.
         attention (`str`, *optional*): which cells a cell saw in training, for the State transition model.
 
             - `"bidirectional"`: all cells of its sentence, without positions
             - `"causal"`: itself and those before it, with rotary positions (llama)
             - `"none"`: itself alone
 
-            By default what the folder's flags say. Without a flag, causal attention is assumed, and a warning says so.
-        genes (`list[str]`, *optional*): names of the features in their order (with a gene decoder: of the genes that it
-            predicts), where the folder lacks them.
+            By default the flags in the folder decide. Without a flag, causal attention is assumed, and a warning says so.
+        genes (`list[str]`, *optional*): names of the features in their order. For a model with a gene decoder, names of the
+            genes that it predicts. By default the names in the folder.
         overwrite (`bool`): replace a checkpoint that is there.
+        seconds (`float`, *optional*): how long it may take, in the main thread; by default a minute, and a second for each
+            10 MB of the folder's files.
 
     Raises:
         FileExistsError, InUseError: see [`claimed_folder`].
         OSError: the disk is full; the output is as it was.
         FileNotFoundError: a file is missing.
         RefusedPickleError: a pickle names something that is not data; none of it was run.
+        TimeoutError: it takes longer; the output is as it was.
         ValueError: names, sizes and weights do not fit together, or the model cannot be converted.
     """
-    with claimed_checkpoint(output, overwrite):
+    seconds = _SECONDS + _bytes_of(Path(folder)) / _BYTES_PER_SECOND if seconds is None else seconds
+    late = (
+        f"{folder}: its conversion took more than {seconds:g} s, and none that is known takes half of that; nothing is written. "
+        "Give it more with --seconds (seconds=) if you trust the folder"
+    )
+    with claimed_checkpoint(output, overwrite), time_limit(seconds, late):
         return _convert(folder, Path(output), checkpoint, attention, genes)
+
+
+# How long a conversion may take: published folders take some seconds, and disks read faster than this.
+_SECONDS, _BYTES_PER_SECOND = 60, 10_000_000
+
+
+def _bytes_of(folder: Path) -> int:
+    """The size of the files that may be read."""
+    files = [*folder.glob("*"), *folder.glob("checkpoints/*")]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _convert(
@@ -125,7 +147,7 @@ def _choose_attention(legacy: LegacyFolder, asked: str | None) -> str:
             "assumed, with rotary positions for llama, as in the library versions of that time; predictions then depend on "
             "the order of cells. If the model was trained otherwise, say so with --attention bidirectional"
         )
-        return "assumed because no flag was recorded: the library versions of that time did so"
+        return "assumed, because no flag was recorded and the library versions of that time attended so"
     options["mask_attn"] = asked == "none"
     options["transformer_backbone_kwargs"] = {**inner, "bidirectional_attention": asked == "bidirectional"}
     return "chosen at the conversion" + ("" if recorded else "; no flag was recorded")
@@ -146,7 +168,7 @@ def _config(legacy: LegacyFolder) -> EncoderConfig:
     try:
         config = config_from_legacy(options)
     except ValueError as error:
-        raise ValueError(f"{legacy.path}: its options make no config: {error}") from error
+        raise ValueError(f"{legacy.path}: its options cannot be converted: {error}") from error
     if legacy.contexts:
         config.num_contexts = len(legacy.contexts)
     if not config.embeds_batches:
@@ -208,7 +230,7 @@ def _processor(legacy: LegacyFolder, config: EncoderConfig, genes: list[str] | N
 
 
 def _genes(legacy: LegacyFolder, expected: int | None, given: list[str] | None) -> list[str] | None:
-    """The names of `expected` genes; None where the model has no genes, or their names are not known."""
+    """The names of `expected` genes. None if the model has no genes, or their names are not known."""
     if expected is None:
         if given is not None:
             raise ValueError(
@@ -233,19 +255,19 @@ def _genes(legacy: LegacyFolder, expected: int | None, given: list[str] | None) 
 
 
 def _model(legacy: LegacyFolder, config: EncoderConfig):
-    """The model with its weights, once all of them are there, of the right shape, and finite."""
+    """The model with its weights. ValueError if a weight is missing, has another shape, or is not finite."""
     family = FAMILIES[config.model_type].model
     weights = {name: tensor.load() for name, tensor in legacy.weights.items()}
     try:
         weights = state_dict_from_legacy(weights, config)
     except ValueError as error:
         raise ValueError(f"{legacy.checkpoint}: {error}") from error
-    # Shapes alone: whatever sizes the options claim, nothing is allocated before they are those of the weights.
+    # Only shapes are made here: no memory is allocated until the sizes in the options are known to be those of the weights.
     try:
         with torch.device("meta"):
             expected = {name: tuple(tensor.shape) for name, tensor in family(config).state_dict().items()}
     except (RuntimeError, TypeError) as error:
-        # torch raises either for sizes that it cannot count.
+        # torch raises one or the other for sizes that overflow.
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{legacy.path}: no model can have the sizes of the options: {why}") from error
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -3,26 +3,24 @@
 import hashlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
-from pertstate.data.bounded_yaml import bounded_merge
-from pertstate.data.pickle_program import check_content
-from pertstate.data.restricted_pickle import StoredArray, StoredTensor, read_pickled
+from pertstate.data.bounded_yaml import BoundedLoader, load_yaml
+from pertstate.data.restricted_pickle import StoredArray, StoredTensor, check_stored_apart, read_pickled
 
 
 logger = get_logger(__name__)
 
 _ENDINGS = (".pt", ".torch", ".pkl")
-# The first of these is taken where a folder has several checkpoints.
+# If a folder has several checkpoints, the first of these that is there is taken.
 _PREFERRED = ("final.ckpt", "last.ckpt")
-_LARGEST_CONFIG = 10_000_000
 _SIZES = (
     "input_dim",
     "output_dim",
@@ -35,7 +33,7 @@ _SIZES = (
     "n_encoder_layers",
     "n_decoder_layers",
 )
-# Options that change what the weights compute. Where two files have one, they must agree.
+# Options that change what the weights compute. If two files have the same option, they must agree.
 _COMPARED = (
     *_SIZES,
     "predict_residual",
@@ -55,14 +53,16 @@ class LegacyFolder:
 
     Args:
         path (`Path`): the folder.
-        options (`dict`): of the model, under its own names, for [`~pertstate.legacy.config_from_legacy`].
-        weights (`dict[str, StoredTensor]`): not yet read.
-        perturbations, contexts, batches (`list[str]`): names by their place in the one-hot vectors. The perturbations
-            hold the control where that code gave it a place. Contexts and batches are empty where they were not kept.
-        genes (`list[str]`, *optional*): names as they were recorded, of whatever list.
+        options (`dict`): options of the model under the research code's names, for
+            [`~pertstate.legacy.config_from_legacy`].
+        weights (`dict[str, StoredTensor]`): the weights by name, not yet read from the file.
+        perturbations, contexts, batches (`list[str]`): names in the order of the one-hot vectors. The perturbations include
+            the control if the research code gave it a place. Contexts and batches are empty if they were not saved.
+        genes (`list[str]`, *optional*): the recorded names of genes, which may be others than the model's.
         data (`dict`): `data.kwargs` of the configuration.
-        training (`dict`): its section `training`.
-        checkpoint (`Path`): the file of the weights, and `progress`: its epoch and step, in words.
+        training (`dict`): the section `training` of the configuration.
+        checkpoint (`Path`): the file of the weights.
+        progress (`str`): epoch and step of the checkpoint, in words.
     """
 
     path: Path
@@ -78,7 +78,7 @@ class LegacyFolder:
     progress: str
 
     def sha256(self) -> str:
-        """Of the checkpoint's file."""
+        """The SHA-256 of the checkpoint's file, as hexadecimal digits."""
         with open(self.checkpoint, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -158,26 +158,13 @@ def read_legacy_folder(path: str | os.PathLike, checkpoint: str | None = None) -
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML of text and numbers alone, whose merges stay small."""
-
-    flatten_mapping = bounded_merge
-
-
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; expected a training folder with config.yaml, var_dims.pkl, pert_onehot_map.pt and "
             "checkpoints/"
         )
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"{path}: expected a configuration, found {path.stat().st_size:,} bytes")
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        check_content(config)
-    except (ValueError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())[:200]}") from error
-    return _mapping(config, path, "the sections data and model")
+    return _mapping(load_yaml(path, BoundedLoader), path, "the sections data and model")
 
 
 def _mapping(value, path: Path, what: str) -> dict:
@@ -204,7 +191,7 @@ def _text(section: dict, name: str, path: Path, where: str) -> str:
 
 
 def _short(value) -> str:
-    """A value in an error: a container from a file may be endless when written out."""
+    """A value as text for an error. Of a container only the type is named, because its text may be endless."""
     return repr(value)[:100] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -270,11 +257,12 @@ def _weights(content: dict, path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: expected floating-point numbers as weight {name[:100]!r}, found {found}")
     if not weights:
         raise ValueError(f"{path}: expected weights in state_dict, found none")
+    check_stored_apart(weights.values(), path)
     return weights
 
 
 def _check_decoder(options: dict, weights: dict, path: Path):
-    """Keep the options of a gene decoder only where there is one: the research code kept them for models without."""
+    """Remove the options of a gene decoder if the model has none: the research code kept them all the same."""
     if not any(name.startswith("gene_decoder.") for name in weights):
         options["decoder_cfg"] = None
         return
@@ -294,7 +282,7 @@ def _check_decoder(options: dict, weights: dict, path: Path):
 
 
 def _check_layers(options: dict, count: int, path: Path):
-    """ValueError for more layers than there are weights, before a model of so many layers is built."""
+    """ValueError if there are more layers than weights. Call it before a model of so many layers is built."""
     inner = options.get("transformer_backbone_kwargs") or {}
     layers = {name: options[name] for name in ("n_encoder_layers", "n_decoder_layers") if name in options}
     layers |= {name: inner[name] for name in ("num_hidden_layers", "n_layer") if _is_int(inner.get(name))}
@@ -304,7 +292,7 @@ def _check_layers(options: dict, count: int, path: Path):
 
 
 def _one_hot_names(folder: Path, stem: str, width: int | None = None, option: str = "") -> list[str] | None:
-    """The names of a one-hot map by their place in its vectors; None where there is no such file."""
+    """The names of a one-hot map in the order of its vectors. None if there is no such file."""
     found = [folder / f"{stem}{ending}" for ending in _ENDINGS if (folder / f"{stem}{ending}").is_file()]
     maps = {path: _ordered_names(path, width, option) for path in found}
     for path, names in maps.items():
@@ -336,13 +324,13 @@ def _ordered_names(path: Path, width: int | None, option: str) -> list[str]:
         places[place] = name
     names = [places[place] for place in range(width)]
     if len(set(names)) < width:
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         raise ValueError(f"{path}: names stand twice when read as text: {some(twice)}")
     return names
 
 
 def _place(vector, width: int) -> int | None:
-    """Where a one-hot vector has its 1; None where it is none."""
+    """Where a one-hot vector has its 1. None if the vector is not one-hot."""
     if not isinstance(vector, StoredTensor | StoredArray) or math.prod(vector.shape) != width:
         return None
     values = vector.load()
@@ -354,7 +342,7 @@ def _place(vector, width: int) -> int | None:
 
 
 def _name(value, path: Path) -> str:
-    """Text, or a number as the text that obs columns are read as."""
+    """A name as text. A number becomes the same text as a number in an obs column."""
     if isinstance(value, str) and value.strip() and "\0" not in value:
         return value
     if _is_int(value) or (isinstance(value, float) and math.isfinite(value)):

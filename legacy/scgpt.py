@@ -1,16 +1,16 @@
 """Starting a gene-token transformer from a published scGPT folder: `best_model.pt`, `vocab.json` and `args.json`."""
 
-import json
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
+from pertstate.data.restricted_pickle import StoredTensor, check_stored_apart, read_pickled
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 
 
@@ -50,10 +50,11 @@ class LoadReport:
     What was loaded from a published folder.
 
     Args:
-        loaded (`list[str]`): weights of the model that were taken from it, `gene_embedding.weight` for the known genes.
-        missing (`list[str]`): weights of the model that it does not have; they keep their fresh values.
-        unexpected (`list[str]`): weights of it that the model has no place for.
-        new_genes (`list[str]`): genes of the model that its vocabulary does not have; their rows keep fresh values.
+        loaded (`list[str]`): weights of the model that were read from the folder. `gene_embedding.weight` is read for the
+            known genes.
+        missing (`list[str]`): weights of the model that the folder does not have; they keep their fresh values.
+        unexpected (`list[str]`): weights of the folder that the model has no place for.
+        new_genes (`list[str]`): genes of the model that the folder's vocabulary does not have; their rows keep fresh values.
         num_genes (`int`): genes of the model.
     """
 
@@ -80,7 +81,11 @@ def published_fields(folder: str | os.PathLike, given: dict) -> dict:
     The fields of a [`ScGPTConfig`] that a published folder determines: sizes, and the dropout unless `given` has one.
 
     Args:
+        folder: the published folder.
         given (`dict`): fields that the run sets; the sizes among them must be those of the folder.
+
+    Returns:
+        `dict[str, int | float]`: values by field.
 
     Raises:
         FileNotFoundError: the folder or one of its three files is missing.
@@ -116,12 +121,13 @@ def load_published(model: ScGPTForPerturbation, genes: list[str], folder: str | 
     """
     Copy the weights of a published folder into a model.
 
-    No code of the folder is run: the weights are read with `weights_only=True`. Gene rows are found by name in `vocab.json`;
-    upper and lower case differ.
+    No code of the folder is run: the weights are read by [`~pertstate.data.restricted_pickle.read_pickled`]. Gene rows are
+    found by name in `vocab.json`; upper and lower case differ.
 
     Args:
         model ([`ScGPTForPerturbation`]): of the folder's sizes, see [`published_fields`].
         genes (`list[str]`): names of the model's genes, in order (`processor.vocabulary.genes`).
+        folder: the published folder.
 
     Raises:
         FileNotFoundError: the folder or one of its three files is missing.
@@ -202,10 +208,7 @@ def _files(folder: str | os.PathLike) -> dict[str, Path]:
 
 
 def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a whole JSON file, found {error}; copy the folder again") from error
+    content = load_json(path, advice="copy the folder again")
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected names and their values, found a {type(content).__name__}; copy the folder again"
@@ -214,18 +217,11 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    # The file is opened here, so that an OSError below concerns its content: torch raises one where its end is missing.
-    with open(path, "rb") as file:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(
-                f"{path}: expected a whole file of tensors and nothing else, found otherwise ({str(error).partition('.')[0]}); "
-                "nothing in it was run: copy the folder again, or have its author save the state dict alone"
-            ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    content = read_pickled(path)
+    if not isinstance(content, dict) or not all(isinstance(value, StoredTensor) for value in content.values()):
         held = some(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
             f"{path}: expected a state dict, names and their tensors, found {held}; save the state dict alone"
         )
-    return content
+    check_stored_apart(content.values(), path)
+    return {str(name): tensor.load() for name, tensor in content.items()}

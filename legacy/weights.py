@@ -1,4 +1,4 @@
-"""Options and weights of the published research code, turned into ours."""
+"""Options and weights of the published research code, converted to those of this package."""
 
 import re
 from typing import Any, Literal
@@ -26,8 +26,8 @@ def config_from_legacy(options: dict) -> EncoderConfig:
     The config of a model trained by the published research code.
 
     Args:
-        options (`dict`): its options under its own names, `model_name` and `transformer_backbone_kwargs` among them.
-            Without a bidirectional flag, the model attended causally, with rotary positions for llama. (Families other
+        options (`dict`): the options under the research code's names, with `model_name` and `transformer_backbone_kwargs`.
+            Without a bidirectional flag, the config gets causal attention, with rotary positions for llama. (Families other
             than "state" never attended causally, whatever the flag says.)
 
     Raises:
@@ -83,7 +83,7 @@ def config_from_legacy(options: dict) -> EncoderConfig:
     return StateConfig(**fields, **_of_state(options, residual))
 
 
-# Options of the published backbones that their weights do not show, at the values that ours have.
+# Options of the published backbones that their weights do not show. They must have the values that our backbones have.
 _FIXED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "rms_norm_eps": 1e-6},
     "rope": {"rope_theta": 10000.0, "rope_scaling": None},
@@ -147,7 +147,7 @@ def _loss(options: dict) -> dict:
 
 
 def _of_state(options: dict, residual: str) -> dict:
-    """Options of the State transition model alone."""
+    """Options that only the State transition model has."""
     inner = options["transformer_backbone_kwargs"]
     bidirectional = bool(inner.get("bidirectional_attention", False))
     attention = "none" if options.get("mask_attn") else "bidirectional" if bidirectional else "causal"
@@ -172,8 +172,8 @@ def _of_state(options: dict, residual: str) -> dict:
     }
 
 
-# Sequential indices of the published modules: an MLP has its linear layers at 0, 3, 6 ..; a plain gene decoder its
-# linear layers and norms at 0, 1, 4, 5, 8, 9 .. and the output at 4 x blocks.
+# Sequential indices of the published modules: an MLP has its linear layers at 0, 3, 6 .. A plain gene decoder has its linear
+# layers and norms at 0, 1, 4, 5, 8, 9 .. and its output at 4 x blocks.
 _RENAMES = [
     (r"basal_encoder\.(weight|bias)", lambda m: f"cell_encoder.layers.0.{m[1]}"),
     (r"basal_encoder\.(\d+)\.(weight|bias)", lambda m: f"cell_encoder.layers.{int(m[1]) // 3}.{m[2]}"),
@@ -229,7 +229,8 @@ _RENAMES = [
         lambda m: f"backbone.layers.{m[1]}.feed_forward.{'up' if m[2] == 'fc' else 'down'}_proj.{m[3]}",
     ),
 ]
-# Frozen all-zero embeddings that the research code kept to switch positions and tokens off.
+# Weights that our models do not need: frozen all-zero embeddings, with which the research code switched positions and tokens
+# off, and constants of rotary positions and causal masks.
 _IGNORED = re.compile(r"transformer_backbone\.(wte|wpe|embed_tokens)\.weight|.*\.rotary_emb\.inv_freq|.*\.attn\.bias")
 _QKV = re.compile(r"transformer_backbone\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight")
 _DECODER = re.compile(r"gene_decoder\.decoder\.(\d+)\.(weight|bias)")
@@ -244,8 +245,8 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
         config ([`EncoderConfig`]): the result of [`config_from_legacy`].
 
     Raises:
-        ValueError: a weight has a name that is not known (the names are listed) or a shape that none of its kind has, or
-            there are position embeddings, which our models do not have.
+        ValueError: a weight has an unknown name (the names are listed) or an impossible shape, or there are position
+            embeddings, which our models do not have.
     """
     converted: dict[str, torch.Tensor] = {}
     projections: dict[str, dict[str, torch.Tensor]] = {}
@@ -271,7 +272,7 @@ def state_dict_from_legacy(weights: dict[str, torch.Tensor], config: EncoderConf
             continue
         for pattern, rename in _RENAMES:
             if match := re.fullmatch(pattern, name):
-                # Perturbations are rows in ours; GPT-2's fused layers keep (in, out).
+                # Our models have a row for each perturbation, and GPT-2's layers store (in, out): both are transposed.
                 transposed = name in ("pert_encoder.0.weight", "batch_encoder.0.weight") or re.search(
                     r"\.c_(attn|proj|fc)\.weight$", name
                 )

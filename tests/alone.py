@@ -1,4 +1,4 @@
-"""A process that has what a checkpoint needs to predict, and nothing else: pertstate and its dependencies are absent."""
+"""A process that has only what a checkpoint needs to predict. Pertstate and its other dependencies are absent."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 # All that the README asks a user of a checkpoint to install.
 NEEDED = ("transformers", "torch", "safetensors", "numpy", "anndata")
 
-# Reads one task a line and runs it in a fork: the slow imports are done once, and no task sees what another one did.
+# Reads a task from each line and runs it in a fork. So the slow imports are done once, and no task sees what another did.
 _SERVER = """
 import json, os, sys, traceback
 sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
@@ -42,7 +42,7 @@ for line in sys.stdin:
 
 
 def needed_distributions(*also: str) -> set[str]:
-    """The distributions that installing `NEEDED`, and these, installs, by their canonical names."""
+    """The canonical names of the distributions that are installed with `NEEDED` and with these."""
     found, wanted = set(), [(name, "") for name in (*NEEDED, *also)]
     while wanted:
         name, extra = wanted.pop()
@@ -57,7 +57,7 @@ def needed_distributions(*also: str) -> set[str]:
 
 
 def blocked_modules(*also: str) -> list[str]:
-    """The modules of all other distributions of this environment, pertstate's own among them."""
+    """The modules of all other distributions of this environment, with those of pertstate."""
     needed = needed_distributions(*also)
     owners = importlib.metadata.packages_distributions()
     others = {module for module, of in owners.items() if needed.isdisjoint(map(canonicalize_name, of))}
@@ -96,17 +96,17 @@ class Alone:
         return self
 
     def __exit__(self, *_):
-        # There is nothing to finish, and torch takes seconds to leave by itself.
+        # There is nothing to finish, and torch takes seconds to end.
         self._process.kill()
         self._process.communicate()
         self._log.close()
 
     def run(self, script: str, *arguments) -> str:
         """
-        What a script printed; it finds the arguments in `sys.argv[1:]`.
+        Run a script and return what it printed. It finds the arguments in `sys.argv[1:]`.
 
         Raises:
-            RuntimeError: it failed; with the end of what it said.
+            RuntimeError: the script failed. The error holds the end of its output.
         """
         files = {name: str(self.folder / name) for name in ("stdout", "stderr")}
         task = {"script": script, "arguments": [str(argument) for argument in arguments], **files}

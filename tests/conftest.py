@@ -19,12 +19,12 @@ SHARED = Path(os.environ.get("PERTSTATE_SHARED", Path(__file__).parents[1] / "..
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny tensors on several threads spend their time waiting for one another; numba, in scanpy, sets them anew."""
+    """Set one thread before each test. Tiny tensors only lose time on several, and numba, in scanpy, resets the number."""
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need what is not there, the reference data or a browser, are left out, and one line says so."""
+    """Leave out tests whose reference data or browser is not there, and say so in one line."""
     absent = [] if SHARED.is_dir() else ["shared"]
     absent += [] if CHROMIUM else ["browser"]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "the tests of the kernels for a GPU were left out: no triton; make test-kernels runs them"
         )
-    # Not their number: with several workers, these collect the tests, and not the process that reports.
+    # The number of tests is not said: with several workers, the process that reports does not collect the tests.
     if not SHARED.is_dir():
         terminalreporter.write_line(f"the tests that read reference data were left out: no folder {SHARED}")
     if not CHROMIUM:
@@ -58,7 +58,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """An [`Alone`]: runs scripts as on the machine of somebody who installed what a checkpoint needs, and not pertstate."""
+    """An [`Alone`], which runs scripts as for somebody who installed what a checkpoint needs, but not pertstate."""
     from alone import Alone
 
     with Alone(tmp_path_factory.mktemp("alone")) as process:
@@ -68,10 +68,10 @@ def alone(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """
-    A [`HubServer`] of this test with the user "ada", and all clients pointed at it: an empty cache, her token.
+    A [`HubServer`] of this test with the user "ada". All clients are pointed at it, with an empty cache and her token.
 
-    Processes that the test starts get all of it from their environment. In this process `huggingface_hub` does, as it
-    reads the values changed here at each call; `transformers` and `datasets` keep what they read when they were
+    Processes that the test starts get these settings from their environment. In this process, `huggingface_hub` has them,
+    because it reads the values changed here at each call. `transformers` and `datasets` keep what they read when they were
     imported, so code that reaches the Hub through them belongs in a process of its own.
     """
     # Only the tests that ask for a Hub need its web framework.

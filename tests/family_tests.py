@@ -29,7 +29,7 @@ EMBEDDING = {"input": "obsm/X_emb", "gene_input": "X", "genes": 20}
 
 
 def wave(*shape: int, start: int = 0) -> torch.Tensor:
-    """Numbers that are the same on every machine and version, and have no pattern that a model could lean on."""
+    """Numbers that are the same on every machine and version, without a pattern that could hide an error."""
     n = torch.arange(start, start + int(np.prod(shape)), dtype=torch.float64)
     return (torch.sin(n * 12.9898 + 0.5) * 43758.5453 % 1 * 2 - 1).float().view(shape)
 
@@ -53,7 +53,7 @@ class FamilyTests:
     - `model_type`;
     - `golden`: `predictions[0, 0, :4]` of `model()` on `batch()`, and `golden_mean`, the mean of all predictions
       (numbers that an independent computation or an earlier version gave);
-    - where they differ from the defaults here: `fields` of its config beside the preset `tiny`, the `data` and `model_section`
+    - if they differ from the defaults here: `fields` of its config beside the preset `tiny`, the `data` and `model_section`
       of a run, the `batch()`, how `fill` gives a model its weights, and whether it `learns` by gradient steps.
     """
 
@@ -154,7 +154,7 @@ class FamilyTests:
         model.save_pretrained(tmp_path)
         again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        written = {"architectures", "dtype", "_name_or_path"}  # what saving and loading add
+        written = {"architectures", "custom_pipelines", "dtype", "_name_or_path"}  # what saving or loading adds
         assert {k: v for k, v in again.config.to_dict().items() if k not in written} == {
             k: v for k, v in model.config.to_dict().items() if k not in written
         }
@@ -165,7 +165,7 @@ class FamilyTests:
         with torch.device("meta"):
             empty = type(model)(config)
         assert {tensor.device.type for tensor in empty.state_dict().values()} == {"meta"}
-        # What is not in the state dict would stay without a value.
+        # A tensor that is not in the state dict would stay without a value.
         filled = empty.to_empty(device="cpu").eval()
         filled.load_state_dict(model.state_dict())
         assert torch.equal(self.predict(filled, self.batch()), self.predict(model, self.batch()))
@@ -231,7 +231,7 @@ class FamilyTests:
 
     @pytest.fixture(scope="class")
     def run(self, screen, tmp_path_factory) -> tuple[Path, dict]:
-        """The checkpoint that a run of `train.py` leaves, and the figures of its test split."""
+        """The checkpoint that a run of `train.py` writes, and the figures of its test split."""
         folder = tmp_path_factory.mktemp("run")
         metrics = train.main([str(self.run_yaml(screen, folder))])
         return folder / "run", metrics
@@ -263,7 +263,7 @@ class FamilyTests:
         train.main([str(self.run_yaml(screen, tmp_path, max_steps=1))])
         after, before = (load_file(f / "model.safetensors") for f in (run[0], tmp_path / "run"))
         trained = [name for name, p in AutoModel.from_pretrained(run[0]).named_parameters() if p.requires_grad]
-        # Rows of what the data do not hold keep still; every tensor as a whole moves.
+        # Rows of names that the data do not hold stay as they are, but every tensor as a whole moves.
         assert [name for name in trained if torch.equal(before[name], after[name])] == []
 
     def test_auto_classes_give_it_back(self, run):

@@ -38,7 +38,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def run(folder: Path, name: str, file: str, data: dict | None = None, model: dict | None = None, **training) -> dict:
-    """The figures of a run that writes `folder / name`."""
+    """Run a training that writes `folder / name`. Returns its figures."""
     content = {
         "data": {"datasets": {"screen": str(folder / f"{file}.h5ad")}, **(data or {})},
         "model": {"pretrained": str(folder / "base")} if model is None else model,

@@ -3,9 +3,9 @@ Damages files at random and reads them: files of cells, checkpoints, adapters, v
 
     python tests/fuzz.py [--seconds 120] [--seed 0]
 
-A reader may refuse what it is given, with one of the errors that its callers know, within a few seconds and little memory. Anything
-else is a finding: another error, a process that dies, time or memory without end. Each is written with the damaged file's bytes
-to `build/fuzz`, and the program ends with 1.
+A reader may refuse a file with one of the errors that its callers know, within a few seconds and with little memory. Anything
+else is a finding: another error, a process that dies, time or memory without end. Each finding is written to `build/fuzz` with
+the bytes of the damaged file, and the exit status is 1.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def read_features(path: Path):
 
 
 def make_seeds(folder: Path) -> list[tuple[Path, Callable[[Path], None]]]:
-    """Whole files, each with its reader."""
+    """Make whole files, each with its reader."""
     from pertstate import StateConfig, StateForPerturbation, StateProcessor
 
     r = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def make_seeds(folder: Path) -> list[tuple[Path, Callable[[Path], None]]]:
 
 
 def damaged(whole: bytes, r: np.random.Generator) -> bytes:
-    """The bytes with a few of them changed, cut, repeated, or replaced by what readers stumble over."""
+    """The bytes after a few of them are changed, cut, repeated, or replaced by values that trouble readers."""
     data = bytearray(whole)
     for _ in range(int(r.integers(1, 6))):
         at, kind = int(r.integers(0, max(1, len(data)))), int(r.integers(0, 6))
@@ -124,7 +124,7 @@ def damaged(whole: bytes, r: np.random.Generator) -> bytes:
 
 
 def attempt(read: Callable[[Path], None], path: Path, output: Path) -> str | None:
-    """What a reader did wrong with a file, in a process of its own; None where it read it or refused it."""
+    """What a reader, in a process of its own, did wrong with a file. None if it read or refused the file."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -152,12 +152,12 @@ def attempt(read: Callable[[Path], None], path: Path, output: Path) -> str | Non
 
 
 def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[int, int]:
-    """Damage and read files for so long; the number of them, and of findings."""
+    """Damage and read files for so many seconds. Returns the number of files and of findings."""
     r = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as temporary:
         seeds = make_seeds(Path(temporary))
         for path, read in seeds:
-            read(path)  # whole files are read; and all imports are made
+            read(path)  # whole files are read, and all imports are made here
         contents = [path.read_bytes() for path, _ in seeds]
         tried = findings = 0
         end = time.monotonic() + seconds

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 @dataclass
 class Fault:
-    """What befalls the next `times` requests that match; `status` None cuts the connection."""
+    """A fault of the next `times` requests that match. If `status` is None, the connection is cut."""
 
     path: str
     method: str | None
@@ -21,14 +21,14 @@ class Fault:
     of_request: bool = False
 
     def claim(self) -> bool:
-        """Whether there is one left; if so it is used up."""
+        """Use up one of the `times`. Returns whether one was left."""
         self.times -= 1
         return self.times >= 0
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A request that came; `status` is None where its connection was cut."""
+    """A request that came. Its `status` is None if its connection was cut."""
 
     method: str
     path: str
@@ -37,7 +37,7 @@ class Seen:
 
 class Faults:
     """
-    An application around another: it keeps every request in `requests`, and spoils those it was told to.
+    An application around another one. It keeps every request in `requests`, and makes those fail that it was told to.
 
     Args:
         app (`Callable`): the application that answers.
@@ -87,7 +87,7 @@ class _Exchange:
         self.ended = False
 
     def end(self):
-        # Told before the client sees the end, so that whatever it does next comes later.
+        # Noted before the client sees the end, so that its next request is noted later.
         if not self.ended:
             self.ended = True
             self.on_end()
@@ -96,7 +96,7 @@ class _Exchange:
         message = await self._receive()
         if self.fault is not None and self.fault.of_request and not self.ended:
             self.passed += len(message.get("body", b""))
-            # Only where the body gets that far: a shorter one leaves the fault to the next request.
+            # Only if the body gets that far. A shorter one leaves the fault to the next request.
             if self.passed > self.fault.after and self.fault.claim():
                 self.end()
                 self.transport.abort()

@@ -16,7 +16,7 @@ LARGE_SUFFIXES = ("7z", "arrow", "bin", "gz", "h5", "h5ad", "npy", "npz", "parqu
 
 
 class Refused(Exception):
-    """A request that is answered with no: `status`, a message, and the code by which clients choose the exception."""
+    """A refused request: `status`, a message, and the code by which clients choose the exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict | None = None, **more):
         super().__init__(message)
@@ -86,7 +86,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
-    # What was uploaded here and verified, by SHA-256: the only large files that a commit may name.
+    # Files that were uploaded here and verified, by SHA-256. A commit may name no other large files.
     objects: set[str] = field(default_factory=set)
 
     def begin(self, author: str):

@@ -4,8 +4,8 @@ A Hugging Face Hub on the loopback: a real HTTP server that the real clients of 
 
 It has users with tokens, model and dataset repositories with branches, tags and a history of commits, small files in
 the commits and large ones through LFS. As on the Hub, large files travel through a storage of another origin, by
-signed addresses and without the user's token. Xet is not spoken: clients run with `HF_HUB_DISABLE_XET=1`. What the
-server does not speak it answers with 501, naming the request.
+signed addresses and without the user's token. Xet is not supported, so clients run with `HF_HUB_DISABLE_XET=1`. A request
+that the server does not know is answered with 501, and with its name.
 """
 
 import asyncio
@@ -139,26 +139,26 @@ class HubServer:
         return token
 
     def expire(self, token: str):
-        """From now on the token is answered with 401."""
+        """Answer requests with this token with 401 from now on."""
         self.tokens[token].expired = True
 
     def repository(self, id: str, kind: str = "model") -> Repository:
         return self.repositories[kind, id]
 
     def read(self, id: str, revision: str = MAIN, kind: str = "model") -> dict[str, bytes]:
-        """Every file of a revision, but the `.gitattributes` that the Hub wrote itself."""
+        """Every file of a revision, except the `.gitattributes` that the Hub wrote itself."""
         files = self.repository(id, kind).at(revision).files
         return {path: self.contents.read(file) for path, file in files.items() if path != ATTRIBUTES}
 
     def refuse(self, path: str, status: int, method: str | None = None, times: int = 1, headers: dict | None = None):
-        """The next `times` requests whose path matches the regular expression `path` are answered with `status`."""
+        """Answer the next `times` requests whose path matches the regular expression `path` with `status`."""
         self._faults.faults.append(Fault(path, method, times, status, headers or {}))
 
     def cut(self, path: str, of: str, after: int = 0, method: str | None = None, times: int = 1):
         """
-        Cut the connections of the next `times` requests that match and whose body is longer than `after` bytes, there:
-        the body of the request (`of="request"`), or of the answer (`of="answer"`), when what was asked for is done.
-        An answer cut after 0 bytes says nothing at all.
+        Cut the connections of the next `times` requests that match after `after` bytes of a body, if the body is longer. It is
+        the body of the request (`of="request"`) or of the answer (`of="answer"`). An answer is cut when the request has been
+        carried out; an answer cut after 0 bytes says nothing at all.
         """
         if of not in ("request", "answer"):
             raise ValueError(f'`of` must be "request" or "answer", found {of!r}')
@@ -267,7 +267,7 @@ class HubServer:
         return JSONResponse({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     async def _named(self, request: Request) -> tuple[str, str, Token, bool]:
-        """Kind and id of the repository that the body names, the caller, and whether it is to be private."""
+        """The kind and the id of the repository that the body names, the caller, and whether it shall be private."""
         asked = await request.json()
         caller = self._caller(request)
         namespace = asked.get("organization") or (caller.user if caller else "")
@@ -467,7 +467,7 @@ class HubServer:
 
 
 def _front_matter(card: str) -> dict:
-    """The YAML block at the head of a card; raises `yaml.YAMLError` where it is no YAML."""
+    """The YAML block at the head of a card. Raises `yaml.YAMLError` if it is not YAML."""
     block = _FRONT_MATTER.match(card)
     return (yaml.safe_load(block.group(1)) if block else None) or {}
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 def killed_at_each_line(work: Callable, check: Callable, *modules) -> int:
     """
-    Fork for `work` again and again. It is killed before the first line that it reaches in `modules`, before the second, and
-    so on, until it ends by itself; `check` sees what each left. Returns the number of kills.
+    Do `work` in forks, again and again. The first is killed before the first line that it reaches in `modules`, the second
+    before the second line, and so on, until one ends by itself. `check` looks at what each left. Returns the number of kills.
     """
     files = {module.__file__ for module in modules}
     return _killed(work, check, lambda moments: sys.settrace(_tracer(files, moments)), 1)
 
 
 def killed_at_each_change(work: Callable, check: Callable, folder: Path, stride: int = 1) -> int:
-    """The same before each `stride`-th file or folder below `folder` that is opened to be written, made, renamed, removed."""
+    """The same before every `stride`-th change below `folder`: a file opened for writing, or anything made, renamed, removed."""
     return _killed(work, check, lambda moments: sys.addaudithook(_auditor(str(folder), moments)), stride)
 
 

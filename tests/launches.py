@@ -1,8 +1,8 @@
 """
-Processes for the tests, forked from one that has made all imports: a start takes hundredths of a second, not ten.
+Processes for the tests, forked from one that has made all imports. A start takes hundredths of a second instead of ten seconds.
 
-[`run`] and [`start`] take what would follow `python` on a command line. What is about imports, about the start itself or
-about the memory of a process belongs in a real one.
+[`run`] and [`start`] take what would follow `python` on a command line. Tests of imports, of the start itself or of the
+memory of a process need a real process.
 """
 
 import atexit
@@ -30,8 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
 
-# Libraries read these variables when they are imported. Where a process has other values of them than the test session,
-# it is forked before those imports and makes them itself.
+# Libraries read these variables when they are imported. A process that has other values than the test session is forked
+# before those imports, and makes them itself.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
 # Made first: none of these modules reads such a variable.
 FIRST_IMPORTS = ("torch._dynamo", "torch.distributed.tensor", "anndata", "geomloss", "scipy.stats", "pyarrow.dataset")
@@ -39,7 +39,7 @@ FURTHER_IMPORTS = ("accelerate", "datasets", "peft", "transformers.trainer")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of this process, offline and with one thread, so that sums have one order."""
+    """The environment of this process, but offline and with one thread, so that sums have one order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **extra}
 
 
@@ -88,7 +88,7 @@ class Launched:
         return int(line)
 
     def wait(self) -> int:
-        """Its exit code, once it has ended; `-n` where signal n ended it."""
+        """Wait for the end of the process. Returns its exit code, or `-n` if signal n ended it."""
         code = self._answer()
         self._control.close()
         return code
@@ -99,7 +99,7 @@ class Launched:
         return self.communicate()
 
     def communicate(self, text: str = "") -> subprocess.CompletedProcess:
-        """Give it a text to read; returns all that it says, and its exit code."""
+        """Give the process a text to read. Returns all that it prints, and its exit code."""
         with self.stdin, self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
             said = [pool.submit(stream.read) for stream in (self.stdout, self.stderr)]
             self.stdin.write(text)
@@ -113,7 +113,7 @@ def start(words: list, env: dict[str, str] | None = None, cwd: str | Path | None
 
 
 def run(words: list, env: dict[str, str] | None = None, cwd: str | Path | None = None) -> subprocess.CompletedProcess:
-    """What `python *words` says, and its exit code."""
+    """Run `python *words`. Returns what it prints, and its exit code."""
     return start(words, env, cwd).communicate()
 
 
@@ -123,7 +123,7 @@ def run_together(words: list, count: int = 2) -> subprocess.CompletedProcess:
     them. When one fails, the others are killed.
 
     Returns:
-        What they said, joined in the order of their ranks, and the first exit code that was not 0.
+        What the processes printed, joined in the order of their ranks, and the first exit code that was not 0.
     """
     from torch.distributed import TCPStore
 
@@ -174,11 +174,11 @@ class Server:
         other.close()
 
     def fork(self, descriptors: tuple[int, ...], imported: bool):
-        """Have a process forked. It reads its task from the first descriptor; the others are its streams."""
+        """Ask for a forked process. It reads its task from the first descriptor; the others are its streams."""
         socket.send_fds(self._all if imported else self._first, [b"."], descriptors)
 
     def said(self) -> str:
-        """What the server itself wrote: the errors of its imports."""
+        """What the server itself printed: errors of its imports."""
         self._log.seek(0)
         return self._log.read()[-3000:]
 
@@ -204,7 +204,7 @@ def _serve(requests: socket.socket):
 
 
 def _supervise(control: int, *streams: int):
-    """Fork once more for the task; tell its id and its exit code. Kill it when the test that started it has gone."""
+    """Fork once more for the task, and send its id and its exit code. Kill it when the test that started it has ended."""
     with socket.socket(fileno=control) as control:
         task = json.loads(control.makefile().readline())
         child = os.fork()
@@ -227,7 +227,7 @@ def _supervise(control: int, *streams: int):
 
 
 def _execute(words: list[str], env: dict[str, str], cwd: str) -> int:
-    """Be `python *words`; returns the exit code."""
+    """Do what `python *words` would do. Returns the exit code."""
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(line_buffering=True)  # a test may wait for a line
@@ -282,7 +282,7 @@ def main(first: int, other: int):
 
     _import(FURTHER_IMPORTS)
     modules = pkgutil.walk_packages(pertstate.__path__, "pertstate.")
-    # Run, not imported; and for a GPU alone, whose compiler need not be here.
+    # These are left out: programs, which are not imported, and what only a GPU needs, whose compiler may not be here.
     left_out = ("__main__", "energy_kernels")
     _import(module.name for module in modules if not module.name.endswith(left_out))
     _serve(other)

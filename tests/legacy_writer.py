@@ -33,7 +33,7 @@ MODELS = {
 
 
 def one_hot_map(names: list) -> dict:
-    """Name to one-hot vector, told in another order than that of the places."""
+    """One-hot vectors by name. The names are not in the order of their places."""
     rows = {name: torch.eye(len(names))[i].clone() for i, name in enumerate(names)}
     return dict(reversed(rows.items()))
 
@@ -67,7 +67,7 @@ def weights_of(family: str) -> dict[str, torch.Tensor]:
         weights[f"{layer}.mlp.{name}_proj.weight"] = torch.randn(shape) * 0.3
     for name in (f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "transformer_backbone.norm"):
         weights[f"{name}.weight"] = 1 + torch.randn(HIDDEN) * 0.1
-    # Kept by the research code, and of no use.
+    # The research code saves these weights, which have no use.
     weights["transformer_backbone.embed_tokens.weight"] = torch.zeros(3, HIDDEN)
     return weights
 
@@ -77,8 +77,10 @@ class LegacyFolderWriter:
     The parts of a training folder, to be changed before they are written.
 
     Attributes:
-        config (`dict`): of `config.yaml`. dims (`dict`): of `var_dims.pkl`. maps (`dict`): file name to content, a `.pkl`
-            being a plain pickle. content (`dict`): of the checkpoint, as `checkpoints/{name}` for each of `checkpoints`.
+        config (`dict`): content of `config.yaml`.
+        dims (`dict`): content of `var_dims.pkl`.
+        maps (`dict`): contents by file name. A `.pkl` is written as a plain pickle.
+        content (`dict`): content of the checkpoint, which is written as `checkpoints/{name}` for each of `checkpoints`.
     """
 
     def __init__(self, family: str = "state"):

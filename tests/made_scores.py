@@ -19,7 +19,7 @@ def made_scores(
     the observed change. Group 0 was seen in training, and its `log fold change` has no figures.
 
     Args:
-        name: what is made of each name.
+        name: a function that changes each name.
     """
     generator = np.random.default_rng(seed)
     groups = [("screen", name(f"type_{c}"), name(f"pert_{p}")) for c in range(contexts) for p in range(perturbations)]

@@ -3,8 +3,8 @@ Writes a tiny checkpoint of each family, with cells and what is predicted for th
 
     python tests/make_fixtures.py
 
-Run it once when a family (or a way to feed one, see `CASES`) is born, and commit what it wrote. It never touches a folder
-that exists: these files are what an earlier version wrote, and later versions must read them as that version did
+Run it once when a family (or a way to feed one, see `CASES`) is added, and commit what it wrote. It never changes a folder
+that exists: an earlier version wrote these files, and later versions must read them as that version did
 (`tests/test_fixtures.py`). If that fails, mend the loading, not the fixture.
 """
 
@@ -28,8 +28,8 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 SMALL |= {"latent_dim": 4, "adversary_hidden_size": 8, "decoder_hidden_sizes": [8, 8], "set_size": 4}
 ON_EMBEDDINGS = {"input": "obsm/X_emb", "gene_input": "layers/counts"}
 COUNTS = {"input": "layers/counts", "normalize": "none"}
-# By folder: the family, what its processor is fitted with, and fields of its config. A further one for each way to feed
-# a family that has weights or files of its own.
+# For each folder: the family, what its processor is fitted with, and fields of its config. A way to feed a family that
+# has weights or files of its own has a further folder.
 CASES: dict[str, tuple[str, dict, dict]] = {
     **{name: (name, {}, {}) for name in FAMILIES},
     "state-decoder-only": ("state-decoder-only", ON_EMBEDDINGS, {}),
@@ -55,7 +55,7 @@ def cells() -> ad.AnnData:
 
 
 def read_cells(folder: Path) -> tuple[ad.AnnData, list[str]]:
-    """The cells of a fixture, and the perturbations that were predicted for them."""
+    """The cells of a fixture, and the perturbations to predict for them."""
     labels = json.loads((folder / "labels.json").read_text())
     tensors = load_file(folder / "cells.safetensors")
     counts = tensors["counts"].numpy()
@@ -65,7 +65,7 @@ def read_cells(folder: Path) -> tuple[ad.AnnData, list[str]]:
 
 
 def predict(model, processor, adata: ad.AnnData, perturbations: list[str]) -> dict[str, torch.Tensor]:
-    """Every tensor that goes into the model and that it returns, by name."""
+    """Every tensor that the model reads or returns, by name."""
     sentences = processor(adata, perturbations)
     inputs = dict(sentences)
     if model.is_ceiling:
@@ -119,7 +119,7 @@ def means(processor: StateProcessor) -> TrainingMeans:
 
 
 def write(name: str):
-    """The folder of a case, as a run leaves it, less code and card."""
+    """Write the folder of a case, as a run leaves it, but without code and card."""
     model_type, options, fields = CASES[name]
     folder, adata = FIXTURES / name, cells()
     processor = make_processor(adata, options)

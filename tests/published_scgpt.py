@@ -1,4 +1,4 @@
-"""A scGPT model as it is published, out of torch's own modules, and the folder that holds it."""
+"""A scGPT model as it is published, built from torch's modules, and the folder that holds it."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ class PublishedScGPT(nn.Module):
 def write_published(
     folder: Path, model: PublishedScGPT, vocabulary: dict[str, int], flash: bool = False, **more
 ) -> Path:
-    """The published folder; `flash` names the attention's weights as checkpoints of flash attention do, `more` adds weights."""
+    """Write the published folder. With `flash`, attention has the names of flash attention; `more` adds weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.state_dict()
     if flash:

@@ -40,7 +40,7 @@ def test_presets_have_the_published_sizes(name):
 
 
 def test_every_preset_is_checked_here():
-    assert set(StateConfig.presets) == {*PUBLISHED_SIZES, "tiny"}
+    assert set(StateConfig.presets) == {*PUBLISHED_SIZES, "tiny", "mini"}
 
 
 def test_defaults_follow_other_fields():
@@ -79,7 +79,8 @@ def test_overriding_a_preset_leaves_the_preset_alone():
 
 
 @pytest.mark.parametrize(
-    "name, hint", [("smal", "did you mean 'small'"), ("xyz", "expected one of 'tiny', 'small', 'base', 'large'")]
+    "name, hint",
+    [("smal", "did you mean 'small'"), ("xyz", "expected one of 'tiny', 'mini', 'small', 'base', 'large'")],
 )
 def test_unknown_preset_names_the_nearest(name, hint):
     with pytest.raises(ValueError, match=f"StateConfig has no preset '{name}'; {hint}"):

@@ -18,9 +18,9 @@ from pertstate.data import simulate_screen
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-# A block whose paragraph begins with the path of its file.
+# A block after a paragraph that begins with the path of its file.
 FILES = dict(re.findall(r"^`(\w+/[\w/.]+)`(?:(?!\n\n).)*\n\n```\w+\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL))
-# Lines for a block that exists: indented, in a block of their own.
+# Lines to be added to an existing block of code: they are indented and stand in a block of their own.
 LINES = re.findall(r"^```\n((?: {4}[^\n]+\n)+)```$", PAGE, flags=re.MULTILINE)
 
 # Trains, loads and predicts with the copy, then runs the tests of the page, all in one process.
@@ -68,7 +68,7 @@ def test_the_page_names_every_file_of_a_family():
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory) -> tuple[Path, str]:
-    """A folder with a copy of the package to which the page was applied, and what its run and tests printed."""
+    """A folder with a copy of the package in which the steps of the page were done, and what its run and tests printed."""
     folder = tmp_path_factory.mktemp("contributing")
     copy = folder / "site" / "pertstate"
     kept = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "demo", "runs", "*.egg-info", "shared")

@@ -1,4 +1,4 @@
-"""The Markdown files say what is there: names that import, links to files that exist, runs that parse, pages that are ours."""
+"""The Markdown files are true: their names import, their links lead to files, their runs parse, their pages are ours."""
 
 import re
 import sys
@@ -36,7 +36,7 @@ def name_of(path: Path) -> str:
 
 
 def tokens_of(path: Path) -> list:
-    """Every token of a page, those within lines too."""
+    """Every token of a page, with those within lines."""
     text = path.read_text(encoding="utf-8")
     return [t for token in MarkdownIt().enable("table").parse(text) for t in (token, *(token.children or []))]
 
@@ -68,7 +68,7 @@ def test_dotted_names_exist():
     assert not exists("pertstate.trian") and not exists("pertstate.hub.stores.push_store")
     missing = {}
     for path in PAGES:
-        # Of the family that CONTRIBUTING adds there is only the page.
+        # The family that CONTRIBUTING adds is not in the package.
         names = set(re.findall(r"\bpertstate(?:\.[A-Za-z_]\w*)+", path.read_text(encoding="utf-8")))
         names -= {name for name in names if "shift" in name.lower()}
         if gone := sorted(name for name in names if not exists(name)):
@@ -97,8 +97,8 @@ def test_every_guide_can_be_reached_from_the_readme():
     assert guides <= links
 
 
-def test_no_page_of_this_name_that_may_be_somebody_elses():
-    """Our name in an address that is not set by a build: such a page may be anybody's."""
+def test_no_address_of_this_name_may_be_somebody_elses():
+    """No address holds our name unless a build sets it: such a page may be anybody's."""
     found = {name_of(p): re.findall(r"https?://\S*pertstate\S*", p.read_text(encoding="utf-8")) for p in TEXTS}
     assert len(found) > 100
     assert {name: urls for name, urls in found.items() if urls} == {}

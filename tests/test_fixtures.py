@@ -47,7 +47,7 @@ def test_the_checkpoints_are_small_and_hold_no_code():
 
 @pytest.mark.parametrize("name", ["state-features", "state-scvi"])
 def test_an_old_checkpoint_predicts_with_the_code_of_today_beside_it(name, tmp_path, alone: Alone):
-    """Pushed again from a later version: weights of then, code of now, and no package."""
+    """A later version pushes it again: old weights with today's code, loaded without the package."""
     shutil.copytree(FIXTURES / name, tmp_path / "old")
     for loaded in (AutoModel.from_pretrained(FIXTURES / name), AutoProcessor.from_pretrained(FIXTURES / name)):
         loaded.save_pretrained(tmp_path / "new")

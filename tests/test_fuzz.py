@@ -32,6 +32,7 @@ from pertstate.data.info import describe
 from pertstate.data.matrices import RowReader
 from pertstate.data.reading import AnnDataFile
 from pertstate.data.stores import open_store, write_parquet
+from pertstate.evaluation import controls_of
 from pertstate.evaluation.prediction import predict
 
 
@@ -93,7 +94,7 @@ def put(file: h5py.File, name: str, value, encoding: str | None = None):
         file[name].attrs["encoding-type"] = encoding
 
 
-# Every way to read a file. Each gives (values, names of cells, names of genes), the values as they are in the file.
+# Every way to read a file. Each gives (values, names of cells, names of genes), with the values of the file.
 
 
 def by_rows(path, source, _):
@@ -138,7 +139,7 @@ READERS = (by_rows, whole, prepared, in_memory, in_words)
 
 
 def attempt(read, *arguments):
-    """(what was read, None) or (None, an error of ours)."""
+    """Read a file. Returns (what was read, None) or (None, an error of ours)."""
     try:
         return read(*arguments), None
     except Exception as error:  # noqa: BLE001 - whatever it is, it is looked at
@@ -154,7 +155,7 @@ def assert_ours(error: Exception):
 
 
 def assert_refused(path, readers=READERS, source="X", match=""):
-    """Every reader refuses the file; those that know it name it."""
+    """Assert that every reader refuses the file, and that those which know its name say it."""
     for read in readers:
         result, error = attempt(read, path, source, path.parent)
         assert error is not None, f"{read.__name__} read {result}"
@@ -164,7 +165,7 @@ def assert_refused(path, readers=READERS, source="X", match=""):
 
 
 def assert_read(path, expected, source="X", cells=None, genes=None, readers=READERS[:4]):
-    """Every reader gives exactly these values; in a store the cells are sorted by label."""
+    """Assert that every reader gives exactly these values. In a store the cells are sorted by label."""
     cells = [f"cell{i}" for i in range(len(expected))] if cells is None else cells
     for read in readers:
         values, names, of_genes = read(path, source, path.parent)
@@ -242,7 +243,7 @@ def test_whole_numbers_of_any_size(tmp_path, form, value):
 
 
 def direct(shape, data, indices, indptr) -> np.ndarray | None:
-    """The matrix of CSR arrays, entry by entry; None where they contradict one another."""
+    """The matrix of CSR arrays, built entry by entry. None if the arrays contradict one another."""
     rows, columns = shape
     whole = len(indptr) == rows + 1 and len(data) == len(indices) and indptr[0] == 0 and indptr[-1] == len(data)
     if not whole or any(a > b for a, b in zip(indptr, indptr[1:])):
@@ -261,7 +262,7 @@ edges = st.sampled_from([0, 1, 2, 4, 5, 11, 12, 13, -1, 2**31, 2**32, 2**62, 2**
 
 @st.composite
 def sparse_arrays(draw):
-    """Arrays of a CSR matrix, unsorted, with entries in parts and stored zeros; then at most one thing is wrong."""
+    """Arrays of a CSR matrix, unsorted, with entries in parts and stored zeros, and with at most one mistake."""
     lengths = draw(st.lists(st.integers(0, 6), min_size=CELLS, max_size=CELLS))
     indptr = [0, *np.cumsum(lengths).tolist()]
     indices = draw(st.lists(st.integers(0, GENES - 1), min_size=indptr[-1], max_size=indptr[-1]))
@@ -295,7 +296,7 @@ def test_sparse_arrays_of_any_content(template, tmp_path, arrays, transposed, un
     path = tmp_path / "screen.h5ad"
     shutil.copy(template, path)
     rows, columns = (CELLS, GENES) if not transposed else (GENES, CELLS)
-    if transposed:  # the same arrays as columns: as many as there are genes
+    if transposed:  # the same arrays, read as those of columns, one for each gene
         arrays = {**arrays, "indptr": arrays["indptr"][: GENES + 1], "shape": arrays["shape"][::-1]}
         stored = arrays["indptr"][-1] if arrays["indptr"] and 0 <= arrays["indptr"][-1] < 100 else 0
         arrays |= {"data": arrays["data"][:stored], "indices": arrays["indices"][:stored]}
@@ -433,7 +434,7 @@ def test_matrices_of_another_shape(template, tmp_path, shape):
         (np.full((CELLS, 2), np.nan), "obsm/E holds nan in cell 'cell0', dimension 0"),
     ],
 )
-def test_embeddings_that_are_none(template, tmp_path, value, match):
+def test_invalid_embeddings_are_refused(template, tmp_path, value, match):
     path = Path(shutil.copy(template, tmp_path))
     with h5py.File(path, "r+") as file:
         put(file, "obsm/E", value)
@@ -496,7 +497,7 @@ def test_labels_of_every_type(tmp_path, suffix, column, expected):
 
 
 def test_names_with_nul(tmp_path):
-    """HDF5 cannot hold them, zarr can; pandas and numpy end them at different places."""
+    """HDF5 cannot hold such names, but zarr can. Pandas and numpy end them at different places."""
     adata = screen()
     adata.var_names = ["g", "g\0", "g\0\0", "a\0b", "c"]
     path = write(adata, tmp_path / "screen.zarr")
@@ -591,7 +592,7 @@ def test_other_columns_of_every_type(tmp_path, column, expected):
 
 
 @pytest.mark.parametrize("suffix", [".h5ad", ".zarr"])
-def test_hardly_anything(tmp_path, suffix):
+def test_files_with_few_cells_or_genes(tmp_path, suffix):
     write(screen()[:0].copy(), tmp_path / f"empty{suffix}")
     assert_refused(tmp_path / f"empty{suffix}", (in_memory,), match="the files hold no cells")
     _, error = attempt(prepared, tmp_path / f"empty{suffix}", "X", tmp_path)
@@ -647,7 +648,7 @@ def test_predictions_start_from_the_cells_of_the_file(tmp_path, predictor, suffi
     assert sorted(set(found.obs["control_barcode"])) == ["cell0", "cell3", "cell6", "cell9"]
     rows = [int(name[4:]) for name in found.obs["control_barcode"]]
     totals = np.maximum(counts().sum(axis=1, keepdims=True), 1)
-    np.testing.assert_allclose(found.layers["control"], np.log1p(counts() / totals * 1e4)[rows], rtol=1e-6)
+    np.testing.assert_allclose(controls_of(found), np.log1p(counts() / totals * 1e4)[rows], rtol=1e-6)
 
 
 def test_predictions_of_damaged_files_are_not_written(template, tmp_path, predictor):
@@ -716,7 +717,7 @@ def test_truncated_at_every_boundary(template, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["X/data", "X/indices", "X/indptr", "obs/_index", "var/_index"])
-# Not cut in format 2: its compressor, Blosc, reads beyond the end of a chunk that is cut, and any result is possible.
+# Chunks of format 2 are not cut: its compressor, Blosc, reads beyond the end of a cut chunk, and any result is possible.
 @pytest.mark.parametrize(
     "how, format", [("gone", 2), ("empty", 2), ("zeros", 2), ("gone", 3), ("empty", 3), ("zeros", 3), ("cut", 3)]
 )
@@ -751,7 +752,7 @@ def small_store(request, template, tmp_path_factory) -> CellStore:
 
 
 def damaged(store: CellStore, folder: Path, file: str, content: bytes, size: bool = True) -> Path:
-    """A copy of a store with other bytes in one file, and its JSON saying that so it should be."""
+    """A copy of a store with other bytes in one file, and with a JSON that gives the hash of these bytes."""
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(store.path, copy)
@@ -773,7 +774,7 @@ def test_a_json_cut_anywhere(small_store, tmp_path):
 
 
 def leaves(tree, path=()):
-    """The place of every value in nested lists and dicts."""
+    """The places of all values in nested lists and dicts."""
     yield path
     if isinstance(tree, (dict, list)):
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):

@@ -23,7 +23,7 @@ def test_damage_changes_files_and_is_the_same_for_a_seed():
         ("import time; time.sleep(60)", "took more than 1 s"),
     ],
 )
-def test_what_goes_wrong_is_seen(tmp_path, monkeypatch, read, wrong):
+def test_wrong_behaviour_of_a_reader_is_found(tmp_path, monkeypatch, read, wrong):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     found = fuzz.attempt(lambda path: exec(read), tmp_path, tmp_path / "output")
     assert found is None if wrong is None else wrong in found

@@ -44,7 +44,7 @@ MAY_IMPORT = {
 
 
 def modules() -> list[Path]:
-    """The package's own files."""
+    """The Python files of the package."""
     return sorted([*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))])
 
 
@@ -53,7 +53,7 @@ def name_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The dotted name of each module that a file imports, wherever it does, but not what only a type checker sees."""
+    """The dotted name of each module that a file imports, in any place, but not what only a type checker sees."""
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
@@ -93,7 +93,7 @@ def test_a_module_imports_what_its_room_may(path):
     row = row_of(path)
     own = own_imports(path)
     if row == "travelling":
-        # Of the families, a model knows its own alone.
+        # A model may import only its own family.
         families = {name for name in imports(path) if name.startswith("pertstate.families.")}
         assert all(name.startswith(f"pertstate.families.{path.parent.name}.") for name in families)
         own -= {"families"}
@@ -116,7 +116,7 @@ def test_imports_are_found_where_they_stand(tmp_path, monkeypatch):
     assert set(imports(path)) >= {"os", "pertstate.processing", "pertstate.base.files"}
 
 
-# Each class that travels, and the rows of the table above that its files may be of.
+# Each class that travels, and the rows of the table above to which its files may belong.
 TRAVELLERS = [
     (c, {"base", "travelling", *CARD - {"processing"}}) for f in FAMILIES.values() for c in (f.config, f.model)
 ]
@@ -130,12 +130,12 @@ def test_code_travels_on_what_every_user_of_checkpoints_has(of_class, rows):
     may = EVERYBODY_HAS | ({"anndata", "pandas", "scipy"} if of_class is StateProcessor else set())
     for path in travelling_files(of_class.__module__).values():
         assert row_of(path) in rows, path
-        # What transformers asks for before it loads the file: all imports but those that a `try` guards.
+        # Before it loads the file, transformers asks for all its imports, except those that a `try` guards.
         assert set(get_imports(path)) <= may, path
 
 
 def test_travelling_files_have_names_of_their_own():
-    """Of all families and the processor together, so that any of them can lie in one folder."""
+    """The files of all families and the processor have different names, so that any of them can lie in one folder."""
     files: dict[str, Path] = {}
     for of_class, _ in TRAVELLERS:
         for name, path in travelling_files(of_class.__module__).items():
@@ -153,7 +153,7 @@ def test_every_room_is_shipped():
     assert {"pertstate", *(f"pertstate.{room}" for room in ROOMS)} <= set(shipped)
 
 
-# Where text leaves the program: names of data may hold what steers a terminal, and only these modules write.
+# Where text leaves the program. Names from data may hold what steers a terminal, so only these modules may write.
 WRITERS = {
     "print": {"base/console.py"},
     "stdout.write": {"base/console.py"},
@@ -170,7 +170,7 @@ WRITERS = {
 
 
 def called(path: Path) -> set[str]:
-    """The names of what a file calls: the last name, and the last two with a dot."""
+    """The names of the functions that a file calls: the last part of the name, and the last two parts with a dot."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:

@@ -1,4 +1,4 @@
-"""The loopback Hub, by the real clients: what they push comes back, and every failure leaves a whole repository."""
+"""The loopback Hub with the real clients: what they push comes back, and every failure leaves a whole repository."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def api(hub) -> HfApi:
 
 @pytest.fixture
 def pushed(hub, api, tmp_path):
-    """The folder that was pushed to "ada/model"."""
+    """Push a folder to "ada/model", and return it."""
     folder = write(tmp_path / "folder", FILES)
     api.create_repo("ada/model")
     api.upload_folder(repo_id="ada/model", folder_path=folder)
@@ -73,7 +73,7 @@ def failing(call, *args, **kwargs) -> HfHubHTTPError:
 
 
 def unspoken(hub) -> list[str]:
-    """What clients asked for and the server does not speak, but the list of agents that name themselves to a Hub."""
+    """Requests that the server does not know, without that for the list of agents that name themselves to a Hub."""
     return [seen.path for seen in hub.requests if seen.status == 501 and seen.path != "/api/agent-harnesses"]
 
 
@@ -335,7 +335,7 @@ def test_two_pushes_at_once_both_land(hub, api, pushed, tmp_path):
     assert len(hub.repository("ada/model").history()) == 4
 
 
-def test_of_two_pushes_from_one_parent_one_is_a_clear_conflict(hub, api, pushed):
+def test_one_of_two_pushes_from_one_parent_is_a_clear_conflict(hub, api, pushed):
     start = threading.Barrier(2)
     parent = api.repo_info("ada/model").sha
 
@@ -467,6 +467,6 @@ def test_a_pushed_model_predicts_the_same_from_every_revision_without_the_packag
         files
     )
     assert [path for path, file in files.items() if file.lfs] == ["model.safetensors"]
-    # From an empty cache both, and the second once more from the cache alone.
+    # Both are loaded with an empty cache, and the second once more from the cache alone.
     assert client(LOAD, tmp_path, first, second, HF_HOME=str(tmp_path / "elsewhere")) == [*pushed, pushed[1]]
     assert not unspoken(hub)

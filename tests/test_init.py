@@ -11,7 +11,7 @@ from pertstate.families import public_classes
 
 
 def names_for_checkers() -> dict[str, str]:
-    """Name to module, as the block of `__init__.py` for checkers imports them."""
+    """The module of each name that the block of `__init__.py` for checkers imports."""
     tree = ast.parse(Path(pertstate.__file__).read_text(encoding="utf-8"))
     [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     names = {}
@@ -30,14 +30,14 @@ def test_every_public_name_can_be_had():
     for name, module in pertstate._PLACES.items():
         value = getattr(pertstate, name)
         assert value is getattr(import_module(module), name)
-        # It is taken from where it is made, not from a module that only imports it.
+        # Each name comes from the module that defines it, not from one that only imports it.
         assert value.__module__ == module, name
 
 
 def test_checkers_see_the_same_names():
     seen, of_families = names_for_checkers(), dict(public_classes())
     assert seen.items() <= pertstate._PLACES.items()
-    # A family is a folder and a line: its names are for editors, and may be added here.
+    # Adding a family needs a folder and a line. Its names here are only for editors, and are optional.
     assert set(pertstate._PLACES) - set(seen) <= set(of_families)
     assert set(pertstate.__all__) == {*pertstate._PLACES, "FAMILIES", "__version__", "objective_for"}
     assert len(pertstate.__all__) == len(set(pertstate.__all__))

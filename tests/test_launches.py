@@ -92,7 +92,7 @@ def test_several_find_one_another():
     assert done.stdout.splitlines() == ["0 3 6.0", "1 3 6.0", "2 3 6.0"]
 
 
-def test_where_one_of_several_fails_the_others_end():
+def test_if_one_of_several_fails_the_others_end():
     done = launches.run_together(
         ["-c", "import os, sys, time; rank = int(os.environ['RANK']); rank or time.sleep(600); sys.exit(7)"]
     )

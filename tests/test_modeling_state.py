@@ -27,7 +27,7 @@ OUTPUTS_OF_A_SENTENCE = ("confidence", "batch_logits")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tensors of this size gain nothing from a second thread, and lose much where the cores are shared."""
+    """Tensors of this size gain nothing from a second thread, and lose much time if other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +64,7 @@ def make_config(**options) -> StateConfig:
 
 
 def make_model(implementation="sdpa", seed=0, std=0.3, **options) -> StateForPerturbation:
-    """A model in evaluation mode whose every parameter is random: a new one may predict "no change" and prove nothing."""
+    """A model in evaluation mode, with random parameters. A new model may predict "no change", which proves nothing."""
     config = make_config(**options)
     config._attn_implementation = implementation
     model = StateForPerturbation(config).eval()
@@ -73,7 +73,7 @@ def make_model(implementation="sdpa", seed=0, std=0.3, **options) -> StateForPer
         for parameter in model.parameters():
             parameter.normal_(std=std, generator=generator)
     if config.confidence_token:
-        # The confidence is a ReLU: keep it off its flat side, where all that is said of it would hold for nothing.
+        # The confidence is a ReLU. Keep it off its flat side, where every test of it would pass and prove nothing.
         with torch.no_grad():
             model.confidence_head.layers[-2].bias.fill_(5.0)
     return model
@@ -104,7 +104,7 @@ def assert_same_outputs(found: PerturbationOutput, expected: PerturbationOutput,
 
 
 def pad(batch: dict, real: list[int], length: int) -> dict:
-    """The sentences of `real` cells each, padded to `length` with what no real cell looks like."""
+    """The sentences of `real` cells each, padded to `length` with values that no real cell has."""
     mask = torch.arange(length) < torch.tensor(real)[:, None]
     padded = {"perturbation_ids": batch["perturbation_ids"], "cell_mask": mask}
     for name, garbage in (("control_cells", 1e4), ("batch_ids", 0), ("labels", -1e4), ("gene_labels", 1e4)):
@@ -117,7 +117,7 @@ def pad(batch: dict, real: list[int], length: int) -> dict:
 
 
 def one(batch: dict, sentence: int, cells: int) -> dict:
-    """One sentence of its first `cells` cells."""
+    """One sentence with only its first `cells` cells."""
     return {
         k: v[sentence : sentence + 1, : cells if v.dim() > 1 and k != "perturbation_ids" else None]
         for k, v in batch.items()
@@ -230,7 +230,7 @@ def test_ids_equal_one_hot_features(layers):
 
 @pytest.mark.parametrize("doses", [None, [[1.5, 0.5, 2.0], [0.1, 3.0, 7.0], [2.0, 5.0, 5.0]]])
 def test_combinations_equal_the_multi_hot_vector(doses):
-    """The dose of a padded place (-1) counts for nothing."""
+    """The dose of a padded place (id -1) has no effect."""
     model, batch = make_model(), make_batch()
     ids = torch.tensor([[0, 2, 4], [3, 1, -1], [2, -1, -1]])
     multi_hot = torch.zeros(SENTENCES, PERTURBATIONS)
@@ -334,7 +334,7 @@ def test_other_residuals_predict_change_from_the_start(residual):
 
 
 def test_new_model_without_change_learns_change():
-    """The head starts at zero; after a step every other parameter has a gradient too."""
+    """The head starts at zero. After a step, every other parameter has a gradient, too."""
     torch.manual_seed(0)
     model, batch = StateForPerturbation(make_config()), make_batch(labels=True)
     objective, optimizer = objective_for(model.config), torch.optim.SGD(model.parameters(), lr=0.1)
@@ -403,7 +403,7 @@ def test_detached_decoder_sees_true_latents_one_step_in_ten():
             assert torch.allclose(found, from_labels, atol=1e-4) or torch.allclose(found, from_predictions, atol=1e-4)
         # 300 draws at 1 in 10: mean 30, standard deviation 5.
         assert 10 < true < 50
-        # Never in evaluation, and never without labels.
+        # It never sees them in evaluation, or without labels.
         model.eval()
         for _ in range(50):
             equal(model(**batch).gene_predictions, from_predictions, 1e-5)
@@ -616,7 +616,7 @@ def test_confidence_does_not_pull_on_the_predictions():
 
 @pytest.mark.parametrize("loss", ["energy", "sinkhorn", "combined", "mse"])
 def test_objective_ignores_padded_cells(loss):
-    # Without a residual to the control cell, garbage in changes the L1 term too.
+    # Without a residual to the control cell, garbage in padded inputs would change the L1 term, too.
     model = make_model(loss=loss, residual="none", **ALL_TERMS)
     objective = StateObjective(model.config)
     batch, real = make_batch(labels=True, genes=True), [CELLS, 4, 2]

@@ -1,4 +1,4 @@
-"""The reference outputs pin the maths: predictions, losses and gradients of every option and family that has some."""
+"""Predictions, losses and gradients equal the reference outputs, for every option and family that has some."""
 
 import json
 

@@ -157,7 +157,7 @@ def test_the_median_is_that_of_cells_with_counts_and_is_stored(tmp_path, form):
     assert processor.target_sum == np.median(totals[totals > 0]) != np.median(totals)
     processor.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "processor_config.json").read_text())["target_sum"] == processor.target_sum
-    # Other data do not move it.
+    # Other data do not change it.
     other = counts_screen(seed=9)
     other.X = other.X * 3
     expected = normalize_counts(dense(other.X), cell_totals(dense(other.X)), processor.target_sum)[:, :2]
@@ -454,7 +454,7 @@ def test_cells_without_any_count_stay_zero():
 def test_csr_with_unsorted_and_doubled_entries():
     whole = counts_screen()
     plain = whole.X.tocsr()
-    # Each entry in two parts, the columns of each row in reverse.
+    # Each entry is split into two parts, and the columns of each row are in reverse order.
     parts = [np.repeat(plain.indices[a:b][::-1], 2) for a, b in zip(plain.indptr, plain.indptr[1:])]
     halves = [np.stack([v - 1, np.ones_like(v)], 1).ravel() for v in _rows_reversed(plain)]
     matrix = sp.csr_matrix((np.concatenate(halves), np.concatenate(parts), plain.indptr * 2), shape=plain.shape)
@@ -721,7 +721,7 @@ def test_normalised_but_not_log1p():
     )
     with pytest.raises(ValueError, match=message):
         StateProcessor.fit(log1p_screen())(adata, "A")
-    # What the first error advises gives the right values.
+    # The advice of the first error gives the right values.
     processor = StateProcessor.fit(adata, normalize="counts_to_log1p")
     np.testing.assert_allclose(
         processor.features(adata), StateProcessor.fit(counts_screen()).features(counts_screen()), atol=1e-6
@@ -914,7 +914,7 @@ def test_an_embedding_of_another_width():
 
 
 def test_choosing_genes_leaves_torch_its_threads():
-    # numba, behind scanpy, shares torch's pool of threads and asks for one a core.
+    # numba, which scanpy uses, shares torch's pool of threads and asks for one thread a core.
     adata = log1p_screen(num_genes=60)
     before = torch.get_num_threads()
     torch.set_num_threads(3)

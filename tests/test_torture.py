@@ -12,14 +12,14 @@ import torture
 
 @pytest.mark.slow
 def test_some_kills_of_every_command():
-    """In a process of its own: it points all that it starts at a Hub of its own."""
+    """The script runs in a process of its own, because it points all that it starts at a Hub of its own."""
     words = [sys.executable, Path(torture.__file__), "--trials", "24"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "| together | 24 | " in done.stdout and done.stdout.rstrip().endswith("| 0 | 0 | 0 | 0 |")
 
 
-# Writes two files in place, and keeps a third beside them when it is killed: all that the commands do not.
+# A program with the faults that the commands must not have: it writes two files in place, and a kill leaves a third beside them.
 CARELESS = """
 import sys, time
 from pathlib import Path
@@ -42,7 +42,7 @@ def state(work: Path) -> str | None:
     return None if texts == [None, None] else "".join(text or "a part" for text in texts)
 
 
-def test_a_careless_command_is_seen(tmp_path):
+def test_faults_of_a_careless_command_are_found(tmp_path):
     old = tmp_path / "old"
     old.mkdir()
     for name in ("a", "b"):

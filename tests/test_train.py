@@ -64,7 +64,7 @@ def train(folder, *flags, processes=1):
 
 
 def accelerate_launch(folder, *flags, processes=1):
-    """The same by the command itself, in processes of its own."""
+    """The same with the command itself, which starts processes of its own."""
     done = subprocess.run(
         command(folder, *flags, processes=processes), env=environment(), capture_output=True, text=True
     )
@@ -94,7 +94,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
 
 
 def test_processes_share_out_a_store_as_they_do_files(folder):
-    """Two processes with two workers each, from a store, learn what the same run from files does, bit for bit."""
+    """Two processes with two workers each learn the same bits from a store as from files."""
     assert pertstate.cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
     flags = ["--max_steps", "10", "--save_steps", "10"]
     train(folder, "--output_dir", str(folder / "from_files"), *flags, processes=2)
@@ -105,7 +105,7 @@ def test_processes_share_out_a_store_as_they_do_files(folder):
     assert all(torch.equal(files[name], stored[name]) for name in files)
 
 
-def test_processes_that_accelerate_did_not_start_are_missed(folder):
+def test_missing_processes_of_accelerate_are_an_error(folder):
     flags = [
         "--cpu",
         "--num_machines",
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_no_part_and_one_clear_error(folder):
     assert list(output.iterdir()) == []
 
 
-# As a user does who has only transformers and anndata.
+# What a user does who has only transformers and anndata.
 CLEAN = """
 import sys
 import anndata as ad, numpy as np, torch

@@ -1,4 +1,4 @@
-"""Several screens in one run, and columns that go through to the output. Right values, end to end."""
+"""Several screens in one run, and columns that are copied to the output. Values are checked from end to end."""
 
 import json
 import re
@@ -66,9 +66,9 @@ def test_a_prediction_says_whose_batches_it_reads(tmp_path):
         predict(model, processor, paths["spring"], tmp_path / f"as_{name}.h5ad", quiet=True, reading={"dataset": name})
         found[name] = ad.read_h5ad(tmp_path / f"as_{name}.h5ad")
         assert set(found[name].obs["plate"]) == {f"{name}|1", f"{name}|2"}
-    # The same cells in the batches of another screen: another prediction.
+    # The same cells as batches of another screen give another prediction.
     assert not np.array_equal(found["spring"].X, found["autumn"].X)
-    # An output is read as it stands.
+    # An output can be read without --dataset.
     predict(model, processor, paths["spring"], tmp_path / "again.h5ad", quiet=True, reading={"dataset": "spring"})
     assert np.array_equal(ad.read_h5ad(tmp_path / "again.h5ad").X, found["spring"].X)
 
@@ -85,7 +85,10 @@ def test_a_checkpoint_trained_further_on_another_dataset_tells_its_batches_apart
 
 
 def as_parquet(data: ad.AnnData, folder) -> dict:
-    """The `stream` section of a run on the same cells in parquet files, all columns of obs beside lists of genes."""
+    """
+    Write the same cells as parquet files, with all columns of obs beside lists of genes. Returns the `stream` section of a run
+    on them.
+    """
     matrix = sp.csr_matrix(data.X)
     columns = {name: data.obs[name].tolist() for name in data.obs}
     columns["genes"] = pa.ListArray.from_arrays(pa.array(matrix.indptr), pa.array(matrix.indices))

@@ -1,4 +1,4 @@
-"""What users' files do: labels in any spelling, several controls, guides, doses, files of others. Right values, end to end."""
+"""Users' files: labels in any spelling, several controls, guides, doses, others' files. Values are checked from end to end."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from pertstate import StateProcessor, train
 from pertstate.cli import main as pertstate
+from pertstate.evaluation import controls_of
 from pertstate.evaluation.comparison import evaluate
 from pertstate.evaluation.prediction import predict
 
@@ -52,7 +53,7 @@ def trained(
     stream: dict | None = None,
     **training,
 ) -> Path:
-    """The checkpoint of a short training; `model` says more of its model, or which checkpoint is trained further."""
+    """The checkpoint of a short training. `model` sets fields of its model, or the checkpoint that is trained further."""
     section = {} if model and "pretrained" in model else {"preset": "tiny", "set_size": 8}
     content = {
         "data": data,
@@ -75,7 +76,7 @@ def vocabulary(checkpoint: Path) -> dict:
 
 
 def test_labels_in_every_order_are_those_of_the_plain_file(tmp_path):
-    """A file that writes `A+ctrl`, `ctrl+A`, `ctrl` and `B+A` trains to the bits of one that writes `A`, `control`, `A+B`."""
+    """A file with `A+ctrl`, `ctrl+A`, `ctrl` and `B+A` gives the same bits as a file with `A`, `control` and `A+B`."""
     plain = screen(("A", "B", "A+B"))
     other = plain.copy()
     names = {"A": ["A+ctrl", "ctrl+A", "A"], "B": ["B+ctrl"], "A+B": ["B+A", "A + B"], "control": ["ctrl", "ctrl+ctrl"]}
@@ -314,7 +315,7 @@ def test_doses_stand_in_the_output_and_in_its_scores(series, caplog):
     )
     assert found.obs_names.is_unique and found.obs_names[0].endswith("|drug@0.01")
     change = {
-        d: float(np.abs(found.X - found.layers["control"])[(found.obs["dose"] == d).to_numpy()].mean())
+        d: float(np.abs(found.X - controls_of(found))[(found.obs["dose"] == d).to_numpy()].mean())
         for d in (0.01, 0.1, 1)
     }
     assert change[0.01] < change[0.1] < change[1]

@@ -1,4 +1,4 @@
-"""Files as they lie about: those of older and newer libraries, compressed, under other endings; names of genes."""
+"""Files of older and newer libraries, compressed files, files with other endings; and names of genes."""
 
 import gzip
 import logging
@@ -23,7 +23,7 @@ from pertstate.evaluation.prediction import predict
 
 
 def screen(genes: int = 6, seed: int = 0) -> ad.AnnData:
-    """24 cells whose labels are numerals, in an order of categories that is not theirs."""
+    """24 cells whose labels are numerals. Their categories are in another order."""
     r = np.random.default_rng(seed)
     obs = pd.DataFrame(
         {
@@ -37,7 +37,7 @@ def screen(genes: int = 6, seed: int = 0) -> ad.AnnData:
 
 
 def labels(path: Path, **options) -> dict[str, str]:
-    """The label of each cell as each way of reading has it; all must agree."""
+    """The label of each cell. All ways of reading must agree on it."""
     reader = StateProcessor(control="0")
     with AnnDataFile(path) as data:
         in_ranges = pd.concat(
@@ -88,7 +88,7 @@ def test_categories_of_files_of_2019_to_2021_are_labels_and_not_codes(tmp_path, 
 
 @pytest.mark.parametrize("table", ["obs", "var"])
 def test_names_of_a_nullable_string_type_are_read(tmp_path, table):
-    """The type that pandas 3 gives every text."""
+    """Pandas 3 gives every text this type."""
     adata = screen()
     of = getattr(adata, table)
     of.index = of.index.astype("string")

@@ -3,9 +3,9 @@ Kill trials: each command that writes is killed at a random moment, again and ag
 
     python tests/torture.py [--trials 300] [--seed 0] [--only train] [--write docs/reliability.md]
 
-A half of the kills comes after a random time, the other half at a random change of a file (a push makes none). After each kill nothing may be lost
-(what was there, where something was) or a part (of what is being written). Then the command is run again, a training by
-resuming, and must end with the same bits as a run that nobody killed, and leave nothing beside.
+Half of the kills come after a random time, the other half at a random change of a file (a push makes none). A kill must not lose an older
+output, and must not leave a part of a new one. Then the command runs again (a training is resumed). It must end with the same bits as a run
+that nobody killed, and leave nothing beside its output.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import yaml
 from hub_server import HubServer
 
 
-# `pertstate` that kills itself at its n-th change of a file below a folder; at the 0th, it says how many there were.
+# `pertstate` that kills itself at its n-th change of a file below a folder. With n = 0, it says how many changes there were.
 KILLED = """
 import os, signal, sys
 below, moment, count = sys.argv.pop(1), int(sys.argv.pop(1)), 0
@@ -57,10 +57,10 @@ class Case:
     A command that is killed.
 
     Args:
-        name (`str`): of the row of the table.
+        name (`str`): name of the row of the table.
         words (`list`): the command; `{work}` is the folder of a trial.
         again (`list`): the command that is run after the kill.
-        state (`Callable`): from the folder of a trial to the digest of what is there, None for nothing, "a part" for a part.
+        state (`Callable`): gives the digest of the output in the folder of a trial, None if there is none, "a part" for a part.
         before (`Path`, *optional*): what the folder of a trial holds at first.
         start (`Callable`, *optional*): called before each trial.
     """
@@ -97,7 +97,7 @@ class Case:
         self.new = self.state(work)
 
     def trial(self, work: Path, rng: random.Random) -> list[str]:
-        """One kill. Its outcomes; none where the command had ended before."""
+        """Make one kill. Returns its outcomes; none if the command had ended before."""
         self.fresh(work)
         by_change = self.changes > 0 and rng.random() < 0.5
         process = self.launch(work, self.words, rng.randint(1, self.changes) if by_change else 0)
@@ -140,7 +140,7 @@ def sha256(*contents: bytes) -> str:
 
 
 def checkpoint(folder: Path) -> str | None:
-    """A checkpoint's weights, settings and names; the texts of its card and arguments tell when it was made."""
+    """The digest of a checkpoint's weights, settings and names. Card and arguments are left out: they hold times."""
     if not (folder / "config.json").exists():
         return None
     needed = ("config.json", "model.safetensors", "processor_config.json", "vocabulary.json", "processing.py")
@@ -151,7 +151,7 @@ def checkpoint(folder: Path) -> str | None:
 
 
 def run(folder: Path) -> str | None:
-    """A run: its checkpoints are whole, and its model is."""
+    """The digest of a run, whose checkpoints and model must be whole."""
     from pertstate.hub.unfinished import checkpoints_of
     from pertstate.training.staging import missing_of
 
@@ -177,7 +177,7 @@ def predicted(path: Path) -> str | None:
         return None
     try:
         with h5py.File(path) as file:
-            return sha256(*(file[name][:].tobytes() for name in ("X", "layers/control")))
+            return sha256(*(file[name][:].tobytes() for name in ("X", "uns/control_cells/X")))
     except (OSError, KeyError):
         return "a part"
 
@@ -186,7 +186,7 @@ def predicted(path: Path) -> str | None:
 
 
 def cases(folder: Path, hub: HubServer) -> list[Case]:
-    """All files that the commands read, made below `folder`."""
+    """Make all files that the commands read below `folder`. Returns the cases."""
     import finetuning_runs
     from legacy_writer import LegacyFolderWriter
 
@@ -251,7 +251,7 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
 
 
 def pushed(folder: Path, old: Path, hub: HubServer) -> Case:
-    """A push of `base` to a repository that holds another model; the repository is a new one in each trial."""
+    """A push of `base` to a repository that holds another model. Each trial has a new repository."""
     number = 0
 
     def start():
@@ -297,7 +297,7 @@ def written(text: str, found: str) -> str:
 
 
 def torture(folder: Path, trials: int, seed: int, only: str = "") -> tuple[str, int]:
-    """The table of so many kills, spread over the commands whose names hold `only`, and the number of faults."""
+    """Make so many kills, spread over the commands whose names hold `only`. Returns the table and the number of faults."""
     rng = random.Random(seed)
     with HubServer(folder / "hub") as hub:
         # The environment of all processes that are forked here, so that they share its imports.

@@ -35,9 +35,13 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _SIZE),
     "early_stopping_patience": _SIZE,
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _STEPS),
-    **dict.fromkeys(("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers"), _COUNT),
+    **dict.fromkeys(
+        ("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "inner_folds"), _COUNT
+    ),
+    "average_decay": _SHARE,
+    "schedule_steps": _SIZE,
     "num_train_epochs": _POSITIVE,
-    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 where num_train_epochs is set"),
+    "max_steps": (lambda value: value >= -1, "at least 0, or -1 where num_train_epochs is set"),
 }
 
 
@@ -54,6 +58,10 @@ class StateTrainingArguments(TrainingArguments):
     It has some fields of its own:
 
     - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
+    - `schedule_steps`: the learning rate schedule runs over so many steps, however many are taken
+    - `inner_folds`: choose the number of steps, `max_steps` being the largest, on so many sets of training groups that are held
+      out in turn before the training itself, see [`choose_steps`]
+    - `average_decay`: evaluate and save the moving average of the weights, see [`WeightAverage`]
     - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
     - `early_stopping_patience`: stop after so many evaluations without a better `metric_for_best_model`
     - `overwrite`: replace the run that `output_dir` holds, its checkpoints at the start, its model at the end
@@ -106,6 +114,19 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
     )
     lr_decay_factor: float = field(default=0.9, metadata={"help": "Factor of lr_decay_epochs."})
+    schedule_steps: int | None = field(
+        default=None, metadata={"help": "Steps over which the learning rate schedule runs, by default max_steps."}
+    )
+    inner_folds: int = field(
+        default=0,
+        metadata={"help": "Choose the number of steps, up to max_steps, on so many sets of held-out training groups."},
+    )
+    average_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of a moving average of the weights, which is what is evaluated and saved (0.98, say)."
+        },
+    )
     l2_weight_decay: bool = field(
         default=False, metadata={"help": "Make weight decay a part of the gradient, as in Adam."}
     )
@@ -193,6 +214,11 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"hub_strategy={self.hub_strategy.value!r} would push states of the optimiser, which are pickles; set "
                 "every_save (each checkpoint's model) or end (the last alone)"
+            )
+        if self.average_decay is not None and (self.fsdp or self.deepspeed):
+            raise ValueError(
+                f"average_decay={self.average_decay}: each process holds a part of the weights with fsdp or deepspeed, which are "
+                "not averaged; leave average_decay out"
             )
         self._check_lora()
 

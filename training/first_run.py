@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pertstate.configuration_state import StateConfig
 from pertstate.data.arguments import DataArguments
 from pertstate.data.columns import KEYS, FoundColumns, find_columns
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile
-from pertstate.training.auto import AUTO, OF_MODEL, OF_TRAINING
+from pertstate.families import FAMILIES
+from pertstate.training.automatic import AUTO, OF_TRAINING, is_new_state
 from pertstate.training.run_config import RunConfig
 
 
@@ -32,20 +34,25 @@ def first_run(name: str, given: dict[str, Any]) -> dict[str, dict]:
     place = Path(name.rstrip("/"))
     is_store = (place / STORE_FILE).is_file()
     stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(h5ad|h5|zarr|gz|store)", "", place.name)).strip("-") or "screen"
-    # A checkpoint has its own sizes.
-    model: dict[str, Any] = {} if "pretrained" in given else dict.fromkeys(OF_MODEL, AUTO)
-    training: dict[str, Any] = {
-        "output_dir": f"runs/{stem}",
-        **dict.fromkeys(OF_TRAINING, AUTO),
-        "lr_scheduler_type": "linear",
-    }
+    family = str(given.get("model_type", StateConfig.model_type))
+    model: dict[str, Any] = {}
+    if "pretrained" not in given and family in FAMILIES and FAMILIES[family].config.presets:
+        model["preset"] = AUTO
+    training: dict[str, Any] = {"output_dir": f"runs/{stem}", **dict.fromkeys(OF_TRAINING, AUTO)}
     if "num_train_epochs" in given:
         del training["max_steps"]
     data: dict[str, Any] = {"store": name} if is_store else {"datasets": {stem: name}}
-    data["validation"] = AUTO
+    if not chooses_steps(given):
+        data["validation"] = AUTO
     if not {"genes", "genes_file", "pretrained"} & {*given}:
         data["genes"] = AUTO
     return {"data": data, "model": model, "training": training, "stream": {}, "prepare": {}}
+
+
+def chooses_steps(given: dict[str, Any]) -> bool:
+    """Whether a run of these flags chooses its steps on training groups that are held out in turn, and needs no others."""
+    is_anchored = is_new_state(given) and given.get("residual", "anchor") == "anchor"
+    return is_anchored and not {"max_steps", "num_train_epochs"} & {*given}
 
 
 def fill_columns(run: RunConfig):

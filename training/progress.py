@@ -41,11 +41,11 @@ class TimedLog(TrainerCallback):
         self._since = (state.global_step, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.logging_steps is None and state.global_step >= self._next:
+        if _is_timed(args) and state.global_step >= self._next:
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if args.logging_steps is not None or "loss" not in (logs or {}):
+        if not _is_timed(args) or "loss" not in (logs or {}):
             return
         step, since = self._since
         now = time.monotonic()
@@ -150,6 +150,10 @@ class Progress(ProgressCallback):
             say(line)
         if self.training_bar is not None:
             self.training_bar.refresh()
+
+
+def _is_timed(args) -> bool:
+    return args.logging_steps is None and args.logging_strategy == "steps"
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pertstate.base.cell_source import GROUP_KEYS
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Split, Values
@@ -26,7 +27,7 @@ from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import EVALUATED, StateTrainingArguments
-from pertstate.training.auto import AUTO, OF_MODEL, OF_TRAINING, DataSize, autos_of, decide, without_autos
+from pertstate.training.automatic import AUTO, OF_TRAINING, settled, with_defaults, without_autos
 from pertstate.training.first_run import fill_columns, first_run, is_data
 from pertstate.training.lora import add_adapter, freeze_backbone
 from pertstate.training.pretrained import (
@@ -36,6 +37,7 @@ from pertstate.training.pretrained import (
     is_published,
 )
 from pertstate.training.run_config import RunConfig, load_run_config, parse_flags, run_of
+from pertstate.training.validation import with_validation
 
 
 logger = get_logger("pertstate.train")
@@ -69,7 +71,7 @@ def read_run(argv: list[str]) -> RunConfig:
     if FAMILIES[config_class(run.model).model_type].model.fitted:
         # In one pass: it has no sizes and no steps.
         run.model, run.training = without_autos(run.model), without_autos(run.training)
-    return run
+    return with_defaults(run)
 
 
 def _read_file(flags: list[str]) -> RunConfig:
@@ -99,14 +101,13 @@ def config_class(model: dict) -> type[PerturbationConfig]:
 def model_fields(model: dict) -> dict[str, Any]:
     """What a model section may hold beside `preset`, and its types."""
     of_config = {field.name: field.type for field in dataclasses.fields(config_class(model))}
-    autos = {name: of_config[name] | Literal["auto"] for name in OF_MODEL if name in of_config}
-    return {**of_config, **autos, "model_type": str, **dict.fromkeys(NAMING, str | None)}
+    return {**of_config, "set_size": int | Literal["auto"], "model_type": str, **dict.fromkeys(NAMING, str | None)}
 
 
 def training_fields() -> dict[str, Any]:
     """What a training section may hold, and its types."""
-    types = {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
-    return types | {name: types[name] | Literal["auto"] for name in OF_TRAINING}
+    of_arguments = {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
+    return of_arguments | {name: of_arguments[name] | Literal["auto"] for name in OF_TRAINING}
 
 
 def check_processes(world_size: int):
@@ -145,6 +146,9 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
         run.notes += [] if decided is None else [decided]
         options = data.fit_options()
     splits = data.resolve_splits(source.groups, source.reader)
+    if data.validation == AUTO:
+        splits, held = with_validation(splits, source.groups, source.reader)
+        run.notes.append(held)
     return *load(source, splits, **options), splits
 
 
@@ -200,14 +204,9 @@ def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArg
     sets it otherwise; it is looked for twenty times in a run where nothing says how often.
 
     Raises:
-        ValueError: a field needs validation data, and there are none; or a field is `auto` still.
+        ValueError: a field needs validation data, and there are none.
     """
     fields = dict(run.training)
-    if autos_of(run):
-        raise ValueError(
-            f"{', '.join(autos_of(run))}: auto is decided from the size of files or of a store, which a stream does not have; "
-            "give numbers"
-        )
     if has_validation:
         fields.setdefault("eval_strategy", "steps")
         if fields["eval_strategy"] == "steps":
@@ -318,35 +317,25 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
 
 def from_cells(
     run: RunConfig, pretrained: Pretrained | None
-) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
-    """Arguments, processor, what makes the datasets of the splits from a config, and a description."""
+) -> tuple[RunConfig, StateTrainingArguments, StateProcessor, Callable, str]:
+    """
+    The run with what its data decide, its arguments, processor, what makes the datasets of the splits from a config, and a
+    description.
+    """
     cells, processor, splits = load_data(run, pretrained)
     has_validation = bool((cells.groups["split"] == Split.VAL).any())
-    if run.data.validation == AUTO:
-        run.notes.append(validation_in_words(cells, has_validation))
-    size = DataSize.of_groups(cells.groups, run.data.control_sentences)
-    device = StateTrainingArguments(use_cpu=bool(run.training.get("use_cpu"))).device.type
-    decide(run, size, device, config_class(run.model), has_validation)
-    args = training_arguments(run, has_validation)
+    training = cells.groups[cells.groups["split"] == Split.TRAIN]
+    sizes = (training["stop"] - training["start"]).groupby([training[key] for key in GROUP_KEYS[:3]]).sum().to_numpy()
+    settled_run, said = settled(run, sizes, has_validation)
+    args = training_arguments(settled_run, has_validation)
 
     def datasets(config: PerturbationConfig) -> dict:
-        made = sentences(cells, processor, run, args, config.set_size)
+        made = sentences(cells, processor, settled_run, args, config.set_size)
         check_batches(config, made)
         return made
 
-    return args, processor, datasets, describe(cells, processor, splits, run)
-
-
-def validation_in_words(cells: Cells, has_validation: bool) -> str:
-    """What `validation: auto` holds out."""
-    if not has_validation:
-        return (
-            "auto: no training group can be held out for validation, as each perturbation is in one group alone; the last step is "
-            "kept"
-        )
-    held = cells.groups[cells.groups["split"] == Split.VAL]
-    named = list(dict.fromkeys(f"{context} / {name}" for context, name in zip(held["context"], held["perturbation"])))
-    return f"auto: {len(named)} training groups are held out for validation: {some(named)}"
+    about = describe(cells, processor, splits, settled_run)
+    return settled_run, args, processor, datasets, about if said is None else f"{about}\n{said}"
 
 
 def further(

@@ -14,7 +14,7 @@ from pertstate.base.messages import closest
 from pertstate.base.printable import printable
 from pertstate.base.public import public
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
-from pertstate.data.bounded_yaml import bounded_merge
+from pertstate.data.bounded_yaml import BoundedLoader, load_yaml
 from pertstate.data.options import LOOKS, Word, as_declared, looks_like
 
 
@@ -152,10 +152,7 @@ def _read(path: str) -> dict[str, dict]:
     """The sections of a file; those that are absent are empty."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such run configuration (looked from {Path.cwd()})")
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = load_yaml(path, _Loader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the sections {list(_SECTIONS)}, found {type(looks_like(content)).__name__}")
     sections: dict[str, dict] = {section: {} for section in _SECTIONS}
@@ -244,11 +241,13 @@ def _parse_word(word: str):
     return Word(word)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text."""
+class _Loader(BoundedLoader):
+    """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text. It has no tags."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
-    flatten_mapping = bounded_merge
+    yaml_constructors = {
+        tag: BoundedLoader.yaml_constructors[tag] for tag in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map", None)
+    }
 
 
 def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:

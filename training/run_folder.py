@@ -9,7 +9,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.publish import CHECKPOINT
 from pertstate.hub.unfinished import checkpoints_of
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.auto import without_autos
+from pertstate.training.automatic import AUTO
 from pertstate.training.run import config_class
 from pertstate.training.run_config import RunConfig
 from pertstate.training.staging import (
@@ -37,7 +37,7 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
         FileExistsError: the folder holds a run, and neither is it continued nor is it to be replaced.
         InUseError: another run writes the folder.
     """
-    fields = {name: value for name, value in without_autos(run.training).items() if name not in _OF_DATA}
+    fields = {name: value for name, value in run.training.items() if name not in _OF_DATA and value != AUTO}
     args = StateTrainingArguments(**{"eval_strategy": "steps", **fields})
     folder, resume = Path(str(args.output_dir)), run.training.get("resume_from_checkpoint") or None
     if args.overwrite and resume is not None:

@@ -20,7 +20,7 @@ from pertstate.data.streaming import SentenceStream
 from pertstate.families import FAMILIES
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.auto import AUTO, OF_MODEL, OF_TRAINING
+from pertstate.training.automatic import AUTO, OF_TRAINING
 from pertstate.training.run_config import parse_flags
 
 
@@ -143,7 +143,9 @@ def _fields(section: type, only: Iterable[str] | None = None) -> Iterator[FieldH
 
 def _or_auto(field: FieldHelp) -> FieldHelp:
     """The field as runs take it: some may be `auto`."""
-    return dataclasses.replace(field, type=f"{field.type}|{AUTO}") if field.name in (*OF_MODEL, *OF_TRAINING) else field
+    return (
+        dataclasses.replace(field, type=f"{field.type}|{AUTO}") if field.name in ("set_size", *OF_TRAINING) else field
+    )
 
 
 def _type_in_short(kind) -> str:

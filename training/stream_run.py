@@ -20,6 +20,7 @@ from pertstate.data.streams import datasets_of, manifest_of, open_stream
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.automatic import settled
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.run_config import RunConfig
 
@@ -41,9 +42,9 @@ _LABEL_KEYS = ("perturbation_key", "context_key", "batch_key", "dose_key")
 
 def from_stream(
     run: RunConfig, training_arguments: Callable, resume: str | None, pretrained: Pretrained | None = None
-) -> tuple[StateTrainingArguments, StateProcessor, Callable, str]:
+) -> tuple[RunConfig, StateTrainingArguments, StateProcessor, Callable, str]:
     """
-    Arguments, processor, what makes the datasets of the splits from a config, and a description.
+    The run with what is decided for a stream, its arguments, processor, what makes the datasets of the splits from a config, and a description.
 
     Args:
         training_arguments (`Callable`): makes the arguments of a run; it is told whether the run has validation data.
@@ -59,7 +60,9 @@ def from_stream(
     if manifest is not None:
         data.check_store(manifest, run.given)
     splits = data.splits_of_stream(datasets_of(stream), reader_of(data, stream, manifest))
-    args = training_arguments(run, has_validation=holds_out(splits, Split.VAL))
+    has_validation = holds_out(splits, Split.VAL)
+    run, said = settled(run, None, has_validation)
+    args = training_arguments(run, has_validation)
     source = open_stream(stream, data.contexts, dict.fromkeys([*(data.exclude or ()), *(data.include or ())]))
     if resume is None:
         survey = first_look(run, args, source, splits, manifest, pretrained)
@@ -72,7 +75,8 @@ def from_stream(
         check_batches(config, survey)
         return sentences(run, args, source, survey, config.set_size)
 
-    return args, survey.processor, datasets, describe(survey, Path(str(stream.path)))
+    about = describe(survey, Path(str(stream.path)))
+    return run, args, survey.processor, datasets, about if said is None else f"{about}\n{said}"
 
 
 def check_fields(data: DataArguments, manifest: Manifest | None):

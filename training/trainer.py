@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
+from pertstate.training.anchoring import control_tables, fit_anchor
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.averaging import WeightAverage
 from pertstate.training.early_stopping import EarlyStopping
-from pertstate.training.fitting import fit_model, gather_means
+from pertstate.training.fitting import fit_model, gather_means, gather_sums
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
 from pertstate.training.progress import Progress, TimedLog
@@ -65,6 +68,8 @@ class StateTrainer(Trainer):
     - stops with an error where a logged term is NaN or infinite;
     - writes checkpoints that are whole or do not exist, and pushes them so; continues from whole ones alone;
     - stops at SIGINT or SIGTERM after the running step, with a checkpoint of it, see [`Stop`];
+    - starts a model with `residual="anchor"` from what the training cells show, see [`~pertstate.base.modeling_anchor.Anchor`];
+    - evaluates and saves an average of the weights, where `average_decay` asks for one;
     - continues a stream where a checkpoint left it, without reading it from its start;
     - fits the families that need no gradients in one pass over the training cells, see [`StateTrainer.fit`].
 
@@ -77,6 +82,7 @@ class StateTrainer(Trainer):
         processing_class ([`StateProcessor`], *optional*): saved beside the weights.
         card (`str`, *optional*): text of the README.md that is saved beside the weights.
         record ([`RunRecord`], *optional*): what the run learns from, saved beside the weights.
+        stop ([`Stop`], *optional*): what a signal does.
         kwargs: further arguments of `Trainer`.
 
     Raises:
@@ -98,6 +104,7 @@ class StateTrainer(Trainer):
         processing_class=None,
         card: str | None = None,
         record: RunRecord | None = None,
+        stop: Stop | None = None,
         **kwargs,
     ):
         self.push = TrainingPush(args)
@@ -107,17 +114,17 @@ class StateTrainer(Trainer):
         kwargs.setdefault("preprocess_logits_for_metrics", self._scored)
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
-        self.continued, self.stop = Continued(), Stop()
+        self.continued, self.stop = Continued(), Stop() if stop is None else stop
+        averaged = args.average_decay is not None and not model.fitted
+        self.average = WeightAverage(model, args.average_decay) if averaged else None
         patience = args.early_stopping_patience
         self.early_stopping = None if patience is None else EarlyStopping(patience)
-        own: list = [
-            self.continued,
-            TimedLog(),
-            *([] if self.early_stopping is None else [self.early_stopping]),
-            self.push,
-        ]
+        own = [self.average, self.continued, TimedLog(), self.early_stopping, self.push, self.stop]
         # The last one ends the training: all else has been done then.
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), *own, self.stop]
+        kwargs["callbacks"] = [
+            *(kwargs.get("callbacks") or []),
+            *(callback for callback in own if callback is not None),
+        ]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # In a notebook the library's table stays.
@@ -155,10 +162,16 @@ class StateTrainer(Trainer):
             if folder is None:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint; leave it out")
         self.continued.start(folder, bool(self.args.load_best_model_at_end))
+        if self.average is not None:
+            self.average.continue_from(folder)
         # The library would remove the last checkpoint at the end where it keeps one and another is the best; a run that has
         # none cannot be resumed. It need not make room, as `whole_checkpoint` does.
         asked, self.args = self.args, copy.copy(self.args)
         self.args.save_total_limit = None
+        self._set_anchor()
+        if self.args.max_steps == 0:
+            self.args = asked
+            return TrainOutput(0, float("nan"), {})
         if folder is not None and self.train_dataset.load_state(folder):
             self.args.ignore_data_skip = True
         try:
@@ -167,6 +180,9 @@ class StateTrainer(Trainer):
                 self.stop.after_the_last_step(self.args, self.state)
         finally:
             self.args = asked
+            if self.average is not None:
+                loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+                self.average.finish(keep=not loaded)
         if self.continued.step == self.state.global_step:
             # The time and the loss of no step.
             self.state.log_history.pop()
@@ -208,6 +224,20 @@ class StateTrainer(Trainer):
             self.evaluate()
         return TrainOutput(0, float("nan"), metrics)
 
+    def _set_anchor(self):
+        """Give the anchor of a new model what the training cells show; that of a checkpoint stays as it is."""
+        anchor, processor = getattr(self.model, "anchor", None), self.train_dataset.processor
+        processor.control_expression = anchor is not None and anchor.corrects and self.train_dataset.knows_controls
+        if anchor is None or any(table.any() for table in anchor.buffers()):
+            return
+        means = gather_means(self.train_dataset, False, self.accelerator) if self.decodes else self.learned_means()
+        if means is None:
+            means = GroupMeans.of_sums(gather_sums(self.train_dataset, self.accelerator, progress=False))
+        fit_anchor(anchor, means, processor)
+        cells = self.train_dataset.training_cells()
+        if processor.control_expression and cells is not None:
+            anchor.set(**control_tables(means, cells, processor, self.accelerator))
+
     def get_train_dataloader(self) -> DataLoader:
         loader = None if self.train_dataset is None else self.train_dataset.loader(self.args, self.data_collator)
         return super().get_train_dataloader() if loader is None else loader
@@ -219,7 +249,7 @@ class StateTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.args.lr_decay_epochs is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+            return super().create_scheduler(self.args.schedule_steps or num_training_steps, optimizer)
         # Counted in steps, so that it continues from a checkpoint where it was.
         steps = max(1, round(self.args.lr_decay_epochs * self.steps_per_epoch))
         optimizer = self.create_optimizer() if optimizer is None else optimizer
@@ -247,7 +277,8 @@ class StateTrainer(Trainer):
     ) -> dict[str, float]:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
-        with self.terms.paused(), counted_elsewhere():
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with self.terms.paused(), counted_elsewhere(), averaged:
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
@@ -337,10 +368,13 @@ class StateTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         # Private, as no public method stands around all that is written of a checkpoint.
-        with whole_checkpoint(self, self._asked.save_total_limit, resumable=self.stop.asked) as folder:
+        averaged = nullcontext() if self.average is None else self.average.applied()
+        with averaged, whole_checkpoint(self, self._asked.save_total_limit, resumable=self.stop.asked) as folder:
             super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:
                 self.train_dataset.save_state(folder)
+                if self.average is not None and self.args.should_save:
+                    self.average.save_last(folder)
 
     def push_to_hub(  # type: ignore[override]  # it always waits, and its card is not made here
         self,

@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const by = (id) => document.getElementById(id);
-  // Colours of Okabe and Ito, which people with any colour vision tell apart; shapes say the same once more.
+  // Colours of Okabe and Ito, which people with any colour vision tell apart. Shapes repeat what the colours say.
   const COLOURS = { control: "#999999", observed: "#0072b2", predicted: "#d55e00" };
   const SYMBOLS = { control: "circle-open", observed: "circle", predicted: "diamond" };
   const KINDS = ["control", "observed", "predicted"];
@@ -10,7 +10,7 @@
   const MISSING = 65535;
   const ROWS = 100;
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
-  // Plotly reads some markup in texts: a name is text.
+  // Plotly reads some markup in texts, so names are escaped.
   const plain = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const short = (name, most) => (name.length > most ? name.slice(0, most - 1) + "…" : name);
   const number = (value) => (value === null || value === undefined ? "–" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(4).replace(/\.?0+$/, ""));
@@ -40,7 +40,7 @@
     ...more,
   });
 
-  // The arrays behind the pictures of single groups: packed, and unpacked once.
+  // The arrays behind the pictures of single groups. They are unpacked once.
 
   const TYPES = { int8: Int8Array, int16: Int16Array, uint16: Uint16Array, uint32: Uint32Array, float32: Float32Array };
   let buffer = null;
@@ -74,7 +74,7 @@
     return found;
   };
 
-  // Tables: sorted by a click on a column, by the keyboard too.
+  // Tables, which a click on a column sorts, and so does the keyboard.
 
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), undefined, { numeric: true }));
 
@@ -98,7 +98,7 @@
     }
 
     sort(i) {
-      // Figures first from the largest, names from the first; then the other way round.
+      // The first click sorts figures from the largest and names from A; the next one reverses the order.
       this.down = this.by === i ? !this.down : Boolean(this.columns[i].number);
       this.by = i;
       this.heads.forEach((head, j) => (j === i ? head.setAttribute("aria-sort", this.down ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
@@ -110,7 +110,7 @@
       if (this.by === null) return;
       const { value } = this.columns[this.by];
       this.rows = this.rows.map((r) => [value(r), r]).sort(([a, r], [b, s]) => {
-        // What has no figure stands last either way.
+        // Rows without a figure stand last in both orders.
         const lacks = (a === null) - (b === null);
         return lacks || (a === null ? r - s : (this.down ? compare(b, a) : compare(a, b)) || r - s);
       }).map(([, r]) => r);
@@ -197,7 +197,7 @@
   const drawAverages = () => {
     const place = by("averages-pictures");
     if (!place) return;
-    // All places first: the number of columns, and so the width of each picture, depends on them.
+    // All places are made first: the number of columns depends on them, and the width of a picture on that.
     const places = [];
     for (const metric of [...new Set(data.averages.map((row) => row.metric))]) {
       const rows = data.averages.filter((row) => row.metric === metric && row.value !== null).reverse();
@@ -319,7 +319,7 @@
     Plotly.react(place, [{
       type: "heatmap", z, x: perturbation.names.map((_, i) => i), y: context.names.map((_, i) => i),
       text: context.names.map((c) => perturbation.names.map((p) => `${plain(p)}<br>${plain(c)}`)),
-      // Blue to orange, through white at 0, or dark to light: read with any colour vision, and in grey.
+      // Blue to orange with white at 0, or dark to light. Both can be read with any colour vision, and in grey.
       ...(signed ? { colorscale: [[0, "#2166ac"], [0.5, "#f7f7f7"], [1, "#b35806"]], zmin: -1, zmax: 1 } : { colorscale: "Cividis" }),
       xgap: perturbation.names.length > 60 ? 0 : 1, ygap: 1, hoverongaps: false,
       hovertemplate: `<b>%{text}</b><br>${plain(metric)} %{z:.4f}<extra></extra>`, colorbar: { thickness: 12, title: { text: plain(metric), side: "right" } },

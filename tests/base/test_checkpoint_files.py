@@ -43,7 +43,7 @@ def copied(name: str, folder: Path) -> Path:
 
 
 def edit(path: Path, **changes):
-    """Change or (with ...) take away entries of a JSON file."""
+    """Change entries of a JSON file. The value `...` removes an entry."""
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
@@ -288,7 +288,7 @@ def test_pieces_of_a_distributed_checkpoint_are_refused(tmp_path):
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -298,7 +298,7 @@ class Bomb:
 
 
 def plant(folder: Path, *names: str) -> Path:
-    """Files that make the returned one when they are read as pickles."""
+    """Write files that, read as pickles, make the file whose path is returned."""
     trace = folder / "it ran"
     for name in names:
         (folder / name).write_bytes(pickle.dumps({KEY: Bomb(trace)}))
@@ -347,7 +347,7 @@ def test_an_adapter_in_a_pickle_is_never_read(tmp_path):
     loaded = AutoModel.from_pretrained(base)
     loaded.load_adapter(str(adapter))
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
-    # The same beside the weights, as a repository may have it.
+    # The pickle now lies beside the weights, as it may in a repository.
     embedded = copied("state", tmp_path)
     for path in adapter.iterdir():
         shutil.copy(path, embedded)
@@ -511,9 +511,7 @@ def test_names_of_vectors_that_are_no_names_are_refused(tmp_path, names):
     folder = copied("state-features", tmp_path)
     path = folder / "perturbation_features.safetensors"
     save_file(load_file(path), path, metadata={"names": names})
-    with pytest.raises(
-        ValueError, match="perturbation features: |expected a list of names|not a whole safetensors file"
-    ):
+    with pytest.raises(ValueError, match="perturbation features: |expected a list of names|'names' is not whole JSON"):
         AutoProcessor.from_pretrained(folder)
 
 
@@ -571,7 +569,7 @@ def test_any_name_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["../../x", "state-linear", "", None, 3])
-def test_the_type_of_a_model_is_not_of_the_files_making(tmp_path, model_type):
+def test_a_file_does_not_decide_the_type_of_a_model(tmp_path, model_type):
     folder = copied("state", tmp_path)
     edit(folder / "config.json", model_type=model_type)
     with pytest.raises(ValueError, match=r"model_type=.*: expected 'state' for StateConfig; load the checkpoint"):
@@ -674,5 +672,5 @@ def test_a_name_of_ten_megabytes_and_a_file_of_a_gigabyte_are_refused(tmp_path):
     assert len(str(error.value)) < 500
     with open(path, "w") as file:
         file.truncate(10**9)
-    with pytest.raises(ValueError, match="has 1,000,000,000 bytes, expected at most 268,435,456"):
+    with pytest.raises(ValueError, match="has 1,000,000,000 bytes, expected at most 67,108,864"):
         Vocabulary.from_file(path)

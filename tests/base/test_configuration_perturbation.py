@@ -6,7 +6,7 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fields_that_follow_from_others_are_filled_in(family):
-    """Checkers take them for numbers, so they must never be None."""
+    """Type checkers take these fields for numbers, so they must never be None."""
     fields = {"perturbed_genes": [0, 1]} if family == "state-scgpt" else {}
     config = FAMILIES[family].config(input_dim=7, num_perturbations=2, **fields)
     assert config.output_dim == 7 and config.nonnegative_output is True

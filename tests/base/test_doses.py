@@ -42,7 +42,7 @@ def test_doses_as_texts_are_read_back():
 
 @pytest.mark.slow
 def test_a_dose_left_out_is_predicted_better_than_by_its_neighbours(tmp_path):
-    """The benchmark's own run, on a seed on which nothing was chosen."""
+    """The run is that of the benchmark, with a seed that no setting was chosen on."""
     path = Path(__file__).parents[2] / "benchmarks" / "dose_interpolation.py"
     spec = importlib.util.spec_from_file_location("dose_interpolation", path)
     benchmark = importlib.util.module_from_spec(spec)

@@ -83,7 +83,7 @@ def test_what_is_no_regular_file_is_refused_and_stays(tmp_path, what, monkeypatc
 
 
 def test_a_device_is_no_regular_file():
-    """Asked about alone: nothing is written."""
+    """The function is only asked about the device, so nothing is written to it."""
     with pytest.raises(ValueError, match="/dev/null is no regular file but a device"):
         place_of_file("/dev/null")
 
@@ -124,8 +124,8 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_of_two_files_of_which_one_names_the_other(tmp_path):
-    """As the state of a stream is written: whoever finds the first file finds the second, too."""
+def test_two_files_are_written_whole_together(tmp_path):
+    """The state of a stream is written like this: whoever finds the first file finds the second, too."""
     first, second = tmp_path / "values.json", tmp_path / "arrays.bin"
     with whole_file(first) as values, whole_file(second) as arrays:
         values.write_text("values")

@@ -192,7 +192,7 @@ def test_a_config_has_finite_numbers(value):
 # What comes out
 
 
-def test_no_prediction_that_is_none_is_given_out(screen):
+def test_predictions_that_are_not_finite_are_refused(screen):
     processor = StateProcessor.fit(screen, set_size=4)
     model = StateForPerturbation(StateConfig.from_preset("tiny", **StateConfig.sizes(processor), set_size=4)).eval()
     sentences = processor(screen, "pert_0")

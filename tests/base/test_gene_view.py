@@ -91,12 +91,12 @@ def test_a_file_in_which_genes_stand_twice(tmp_path):
     summed[:, 3] += total[:, 18] + total[:, 19]
     wanted = np.log1p(summed / total.sum(axis=1, keepdims=True) * 1e4)
     np.testing.assert_allclose(processor.features(data), wanted, rtol=1e-6)
-    # From the file, as training reads it.
+    # Training reads the matrix from the file like this.
     source = DataArguments(datasets=path, duplicate_genes="sum").file_source()
     with source.blocks() as blocks:
         read = np.vstack([block().expression.toarray() for _, block in blocks])
     np.testing.assert_array_equal(read, summed)
-    # What it was made of is in the checkpoint: data to predict from are read alike.
+    # The checkpoint holds the setting, so that data to predict from are read in the same way.
     processor.save_pretrained(tmp_path / "saved")
     again = StateProcessor.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(again.features(data), processor.features(data))

@@ -122,7 +122,7 @@ def test_cells_are_chosen_by_other_columns():
 
 
 def test_a_label_is_parsed_once():
-    """However many cells have it."""
+    """It is parsed once, however many cells have the label."""
     parsed = []
 
     class Counting(LabelReader):

@@ -23,7 +23,7 @@ OLD = Vocabulary(
 FURTHER = Vocabulary(perturbations=["STAT1", "IRF1"], contexts=["jurkat", "k562"], batches=["b2"])
 SIZES = {"input_dim": 9, "num_perturbations": 3, "num_contexts": 2, "num_batches": 2}
 EMBEDDED = {"input_dim": 6, "gene_dim": 9, "decoder_hidden_sizes": [8, 8]}
-# Every family that learns by steps, with the options that have a row for each name of something.
+# Every family that learns by steps, with those of its options that make a row for each name.
 CASES = {
     "state": ("state", {}),
     "state with batches": ("state", {"batch_encoder": True, "batch_token": True, "confidence_token": True}),
@@ -39,7 +39,7 @@ CASES = {
     "state-scgpt, drugs": ("state-scgpt", {"perturbation_type": "chemical"}),
     "state-scgpt": ("state-scgpt", {"perturbed_genes": [3, 1, 0]}),
 }
-# What is predicted of a gene depends on which others there are.
+# In these families, the prediction of a gene depends on which other genes there are.
 TOGETHER = ("state-cpa on counts", "state-scvi", "state-scgpt", "state-scgpt, drugs")
 
 
@@ -79,7 +79,7 @@ def test_every_family_that_learns_is_among_the_cases():
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_axis_that_follows_names_is_declared(case):
-    """A model of another size differs from this one in the axes that the family declares for it, and in no other."""
+    """A model of another size differs from this one only in the axes that the family declares."""
     model = model_of(case)
     on_embeddings = model.config.gene_dim is not None
     sizes = {"perturbations": "num_perturbations", "contexts": "num_contexts", "batches": "num_batches"}
@@ -120,7 +120,7 @@ def test_added_names_leave_old_predictions_as_they_were_to_the_bit(case):
             assert torch.equal(tensor, before[name])
             continue
         assert change.tensors[name] == (before[name].shape, tensor.shape)
-        # What is new starts from the mean of the known; the control of a classifier stays the last.
+        # New rows start from the mean of the known ones, and the control of a classifier stays the last.
         old, new = before[name], tensor
         if declared[name] == "perturbations and control":
             assert torch.equal(new[-1], old[-1])
@@ -169,7 +169,7 @@ KEPT_OLD = [OLD.genes.index(OTHER_GENES[i]) for i in KEPT_NEW]
 
 
 def batches_of_genes(model) -> tuple[dict, dict]:
-    """The same cells, in which the dropped and the added genes are silent, in the old genes and in the others."""
+    """The same cells in the old genes and in the new ones. The genes that are dropped or added are not expressed."""
     before = batch_of(model)
     after = dict(before)
     for key in ("control_cells", "labels"):
@@ -197,7 +197,7 @@ def test_kept_genes_are_predicted_as_before_where_the_others_are_silent(case):
         ["x0", "x1", "x2"],
         ["g5"],
     )
-    # A gene that speaks is heard.
+    # A gene that is expressed changes the prediction.
     if on_genes:
         after["control_cells"][..., 1] = 5
         assert (predict(model, after)[..., KEPT_NEW] - expected).abs().max() > 1e-3

@@ -214,7 +214,7 @@ def test_killed_at_any_line_a_new_folder_is_there_or_not(tmp_path):
 
 
 def test_a_move_that_is_finished_may_be_cut_short_again(tmp_path, monkeypatch):
-    """Killed while it moves, and killed while the next start finishes the move, at every line."""
+    """A process is killed at every line while it moves, and the next one at every line while it finishes the move."""
     box, template = tmp_path / "box", tmp_path / "template"
     old_box(box)
     monkeypatch.chdir(box)
@@ -260,7 +260,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
 
 @pytest.fixture
 def readonly():
-    """A folder that others than root may enter, as they may not those of pytest."""
+    """A folder that users other than root may enter. They may not enter the folders of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         os.chmod(folder, 0o755)
@@ -268,7 +268,7 @@ def readonly():
 
 @pytest.mark.parametrize("held", [False, True])
 def test_a_folder_whose_parent_cannot_be_written(readonly, held):
-    """As an ordinary user: all is written within it, and nothing beside."""
+    """As an ordinary user, the command writes only within the folder, and nothing beside it."""
     box = readonly / "box"
     box.mkdir()
     if held:
@@ -282,7 +282,7 @@ def test_a_folder_whose_parent_cannot_be_written(readonly, held):
 
 
 def write_as_a_user(box: Path):
-    """In a process of its own, which ends here."""
+    """Write in a process of its own, which ends here."""
     try:
         if os.getuid() == 0:
             for path in (box, *box.iterdir()):

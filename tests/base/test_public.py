@@ -1,4 +1,4 @@
-"""No path of a machine is written for others, by what a value looks like."""
+"""No path of a machine is written for others. Paths are found by what a value looks like."""
 
 from pathlib import Path
 
@@ -93,14 +93,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("path, last", PATHS.items())
-def test_of_a_path_the_last_part_is_kept(path, last):
+def test_the_last_part_of_a_path_is_kept(path, last):
     assert public(path) == last
     assert public(public(path)) == last
     assert public_text(f"it says '{path}' there") == f"it says '{last}' there"
 
 
 @pytest.mark.parametrize("text", STAYS)
-def test_what_is_no_path_of_a_machine_stays(text):
+def test_texts_that_are_not_paths_stay(text):
     assert public(text) == text == public_text(text)
 
 

@@ -40,7 +40,7 @@ def test_a_formula_is_text(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_name_that_is_none_stays_as_it_is(name):
+def test_a_name_that_is_not_a_formula_stays_as_it_is(name):
     assert cell_of_name(name) == name == name_of_cell(name)
 
 

@@ -1,4 +1,4 @@
-"""The code beside a checkpoint: a flat copy of the package's own, that loads, saves and is pushed where it is absent."""
+"""The code beside a checkpoint: a flat copy of the package's files, which loads, saves and is pushed without the package."""
 
 import ast
 import importlib.util
@@ -23,7 +23,7 @@ from pertstate.families import FAMILIES
 
 
 ROOT = Path(__file__).parents[2]
-# What design allows a file to import: that of a model, and that of a processor.
+# What the files of a model, and those of a processor, may import.
 OF_MODELS = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 OF_PROCESSORS = OF_MODELS | {"anndata", "pandas", "scipy"}
 
@@ -116,7 +116,7 @@ def test_only_the_lines_of_relative_imports_change(family):
             if old != new:
                 assert old.lstrip().startswith(("from ..", "from .base.")), old
                 assert new.lstrip().startswith("from .") and old.rpartition(".")[2] == new.rpartition(".")[2]
-        # All of them are found: what is left of the dots and folders of a tree would not load.
+        # All relative imports are found: one that kept its dots or folders would not load.
         relative = [node for node in ast.walk(ast.parse(flattened(source))) if isinstance(node, ast.ImportFrom)]
         for node in relative:
             assert node.level == 0 or (node.level == 1 and node.module and "." not in node.module), path
@@ -142,7 +142,7 @@ def test_every_file_that_a_file_names_travels_with_it():
 
 
 def test_base_names_are_unique_among_all_families():
-    """Checkpoints of two families may come to lie in one folder, and a reader tells their files apart."""
+    """Checkpoints of two families may lie in one folder, and a reader must tell their files apart."""
     paths = {path for family in FAMILIES for path in copied_files(family).values()}
     assert len({path.name for path in paths}) == len(paths)
     assert {path.relative_to(ROOT).parts[0] for path in paths} == {
@@ -161,7 +161,7 @@ def test_a_family_brings_no_files_of_another():
 
 
 def write_package(folder: Path, files: dict[str, str]) -> str:
-    """A package with these files, its module `modeling_toy` imported; returns that module's name."""
+    """Write a package with these files and import its module `modeling_toy`. Returns that module's name."""
     name = f"toy_{folder.name}"
     for file, source in {"__init__.py": "", **files}.items():
         path = folder / name / file
@@ -214,7 +214,7 @@ def test_two_files_of_one_name_cannot_travel(tmp_path):
 @pytest.mark.filterwarnings("ignore::pertstate.base.modeling_layers.UnseenWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_the_package_a_checkpoint_loads_saves_and_loads_again(family, tmp_path, alone: Alone):
-    """A second save comes from the copy; transformers asks its classes for the Auto class that they belong to."""
+    """A second save copies the copy. For it, transformers asks the classes which Auto class they belong to."""
     first, second, cells = tmp_path / "first", tmp_path / "second", FIXTURES / family / "expected.safetensors"
     model, processor = (kind.from_pretrained(FIXTURES / family) for kind in (AutoModel, AutoProcessor))
     model.save_pretrained(first)
@@ -278,7 +278,7 @@ save_file(predict(load(f"{output}.merged")[0], cells), f"{output}.again")
 
 
 def test_adapters_load_onto_a_copy(tmp_path):
-    """By `load_adapter` of the model and by peft's own class, where peft is installed and this package is not."""
+    """Both `load_adapter` of the model and peft's own class load it, in an environment with peft and without this package."""
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     cells = FIXTURES / "state" / "expected.safetensors"
     model, processor = (kind.from_pretrained(FIXTURES / "state") for kind in (AutoModel, AutoProcessor))
@@ -350,7 +350,7 @@ def in_a_process(code: str, folder: Path, *arguments, **environment):
 
 
 def test_pushes_bring_the_code_and_so_do_pushes_from_a_copy(hub, tmp_path):
-    """`push_to_hub` of model, processor, config and trainer, `save_pretrained(push_to_hub=True)`; then without the package."""
+    """`push_to_hub` and `save_pretrained(push_to_hub=True)` bring the code, first with the package, then without it."""
     fixture, cells = FIXTURES / "state-cpa", FIXTURES / "state-cpa" / "expected.safetensors"
     in_a_process(PUSHED, tmp_path, fixture, tmp_path)
     in_a_process(PUSHED_AGAIN, tmp_path, cells, tmp_path, HF_HOME=str(tmp_path / "elsewhere"))

@@ -45,13 +45,13 @@ def test_every_kind_is_told_from_the_others(seed, depth, dense):
             found = look_at(form(log1p_of(whole, total, base)))
             assert (found.values, found.base) == (Values.LOG1P, base)
             assert found.total == pytest.approx(total, rel=1e-3)
-    # Some of the genes: cells do not sum to one number, and it is still seen that they were whole counts.
+    # With some of the genes, cells do not sum to one number, but it still shows that they were whole counts.
     some = log1p_of(whole)[:, ::6]
     assert (look_at(form(some)).values, look_at(form(some)).total) == (Values.LOG1P, None)
     assert look_at(form(np.expm1(log1p_of(whole)))).values == Values.LINEAR
 
 
-def test_what_says_little_fools_nobody():
+def test_values_with_little_evidence_are_not_misjudged():
     assert look_at(np.zeros((5, 4))).values == Values.ZEROS
     assert look_at(sp.csr_matrix((np.zeros(3), [0, 1, 2], [0, 3]), (1, 4))).values == Values.ZEROS
     assert look_at(np.ones((4, 3), dtype=bool)).values == Values.COUNTS
@@ -59,7 +59,7 @@ def test_what_says_little_fools_nobody():
     assert (look_at(one).values, look_at(one).total) == (Values.LOG1P, None)
 
 
-def test_depth_is_said_where_a_score_would_be_noise():
+def test_low_depth_is_reported():
     assert "cells are shallow: " in look_at(counts(0, 0.02)).too_shallow()
     assert look_at(counts(0, 3)).too_shallow() is None
 
@@ -133,7 +133,7 @@ def test_data_of_another_scale_are_an_error_or_converted():
     expected = processor(trained, "A")["control_cells"]
     found = processor(other, "A", convert_scale=True)["control_cells"]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    # What was converted once does not change what is read of other data afterwards.
+    # The conversion of these data does not change how other data are read afterwards.
     assert torch.equal(processor(trained, "A")["control_cells"], expected)
     with pytest.raises(
         ValueError, match="X holds log1p of 10,000 .* in one file and log1p of 1,000,000 .* convert_scale: true"

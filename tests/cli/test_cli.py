@@ -20,6 +20,7 @@ from pertstate.data import simulate_screen
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
+from pertstate.evaluation import controls_of
 from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, PERTURBATION_MEAN, Baselines
 from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
 from pertstate.evaluation.scoring import ControlCells, Predicted, score_group
@@ -83,7 +84,7 @@ def predict(folder, output, *flags, model="counts", adata="screen.h5ad", rc=0) -
 
 
 def by_hand(folder, perturbations, context, model="counts", seed=0, **options) -> ad.AnnData:
-    """The same through processor, model and decode."""
+    """The prediction of the command, made by hand with processor, model and decode."""
     path = folder / "models" / model
     processor, network = StateProcessor.from_pretrained(path), StateForPerturbation.from_pretrained(path).eval()
     sentences = processor(ad.read_h5ad(folder / "screen.h5ad"), perturbations, context=context, seed=seed, **options)
@@ -116,17 +117,17 @@ def test_predictions_equal_processor_model_and_decode(folder, tmp_path, model):
     assert found.obs_names.tolist() == expected.obs_names.tolist()
     assert found.var_names.tolist() == expected.var_names.tolist() == pieces[0].var_names.tolist()
     np.testing.assert_allclose(found.X, expected.X, atol=2e-5, rtol=2e-5)
-    assert set(found.layers) == set(expected.layers) and set(found.obsm) == set(expected.obsm)
-    for holder, other in ((found.layers, expected.layers), (found.obsm, expected.obsm)):
-        for key in holder:
-            np.testing.assert_allclose(holder[key], other[key], atol=2e-5, rtol=2e-5, err_msg=key)
-    assert found.obs.columns.tolist() and set(found.obs) == set(expected.obs)
-    for column in found.obs:
+    np.testing.assert_allclose(controls_of(found), controls_of(expected), atol=2e-5, rtol=2e-5)
+    assert set(found.obsm) == set(expected.obsm) - {"control"} and not found.layers
+    for key in found.obsm:
+        np.testing.assert_allclose(found.obsm[key], expected.obsm[key], atol=2e-5, rtol=2e-5, err_msg=key)
+    assert set(found.obs) - set(expected.obs) == {"control_row"}
+    for column in expected.obs:
         assert found.obs[column].astype(str).tolist() == expected.obs[column].astype(str).tolist()
     for key in ("X", "checkpoint", "processor"):
         assert found.uns["pertstate"][key] == pieces[0].uns["pertstate"][key]
     assert found.uns["pertstate"]["controls"] == "type_0: 20 of 20 control cells; type_1: 20 of 20 control cells"
-    assert np.abs(found.X - (found.layers["control"] if "control" in found.layers else 0)).max() > 0.01
+    assert np.abs(found.X - (controls_of(found) if model != "decoder" else 0)).max() > 0.01
 
 
 def test_the_output_is_laid_out_as_documented(folder, tmp_path):
@@ -140,7 +141,7 @@ def test_the_output_is_laid_out_as_documented(folder, tmp_path):
     assert (controls.obs["cell_type"].to_numpy() == found.obs["cell_type"].to_numpy()).all()
     assert (controls.obs["batch"].to_numpy() == found.obs["batch"].to_numpy()).all()
     # The input's own values stand beside the predictions, whatever order the cells came in.
-    np.testing.assert_allclose(found.layers["control"], controls.layers["log1p"], rtol=1e-5)
+    np.testing.assert_allclose(controls_of(found), controls.layers["log1p"], rtol=1e-5)
     each = found.obs.groupby(["cell_type", "perturbation"], observed=True)["control_barcode"].nunique()
     assert set(each) == {20}
 
@@ -201,7 +202,7 @@ def test_the_batch_size_changes_nothing(folder, tmp_path):
     for other in (two, many):
         assert one.obs_names.tolist() == other.obs_names.tolist()
         np.testing.assert_allclose(one.X, other.X, atol=1e-5)
-        np.testing.assert_array_equal(one.layers["control"], other.layers["control"])
+        np.testing.assert_array_equal(controls_of(one), controls_of(other))
 
 
 @pytest.mark.parametrize("form", ["csc", "dense"])
@@ -212,6 +213,42 @@ def test_the_storage_of_the_input_changes_nothing(folder, tmp_path, form):
     expected = predict(folder, tmp_path / "one.h5ad", "--perturbation", "pert_0")
     found = predict(folder, tmp_path / "two.h5ad", "--perturbation", "pert_0", adata=tmp_path / "other.h5ad")
     np.testing.assert_allclose(found.X, expected.X, atol=1e-6)
+
+
+def test_layouts_by_flags(folder, tmp_path, capsys):
+    plain = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0")
+    rows = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0", "--with-controls", "--sparse")
+    assert (rows.obs["perturbation"] == "control").sum() == 40
+    np.testing.assert_allclose(rows[40:].X.toarray(), plain.X, atol=1e-5)
+    beside = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0", "--control-layer", "--dtype", "float16")
+    assert beside.layers["control"].dtype == beside.X.dtype == np.float16 and "control_cells" not in beside.uns
+    with pytest.raises(SystemExit):
+        predict(folder, tmp_path / "out.h5ad", "--with-controls", "--control-layer")
+    capsys.readouterr()
+    predict(folder, tmp_path / "out.h5ad", "--sparse", "--dtype", "float16", rc=1)
+    assert "choose sparse or float16, not both" in error(capsys)
+
+
+def test_a_summary_of_all_perturbations(folder, tmp_path, capsys):
+    words = ["predict", "--model", folder / "models" / "counts", "--adata", folder / "screen.h5ad", "--quiet", "--all"]
+    assert main([str(word) for word in (*words, "--summary", tmp_path / "out.parquet")]) == 0
+    assert f"{tmp_path / 'out.parquet'}: 120 cells, 3 perturbations in 2 contexts" in capsys.readouterr().out
+    found = pd.read_parquet(tmp_path / "out.parquet")
+    assert len(found) == 2 * 3 * GENES and set(found["cells"]) == {20}
+    assert main([str(word) for word in (*words, "--summary", tmp_path / "out.parquet")]) == 1
+    assert "out.parquet exists" in error(capsys)
+    assert main([str(word) for word in (*words, "--sparse", "--summary", tmp_path / "out.csv")]) == 1
+    assert "layout: a summary holds no cells" in error(capsys) and os.listdir(tmp_path) == ["out.parquet"]
+
+
+def test_a_pair_for_cell_eval_by_flags(folder, tmp_path, capsys):
+    (tmp_path / "n.csv").write_text("target_gene,n_cells\npert_0,4\npert_1,3\n")
+    flags = ("--cells-per-perturbation", tmp_path / "n.csv", "--cell-eval", tmp_path / "real.h5ad")
+    found = predict(folder, tmp_path / "out.h5ad", *flags, "--cell-eval-control", "ctrl")
+    assert found.obs["target_gene"].value_counts().to_dict() == {"ctrl": 40, "pert_0": 8, "pert_1": 6}
+    assert set(ad.read_h5ad(tmp_path / "real.h5ad").obs["target_gene"]) == {"ctrl", "pert_0", "pert_1"}
+    predict(folder, tmp_path / "out.h5ad", "--cell-eval-column", "target", rc=1)
+    assert "--cell-eval-control have no effect without --cell-eval" in error(capsys)
 
 
 def test_a_file_of_control_cells_and_a_new_context(folder, tmp_path, capsys):
@@ -234,7 +271,8 @@ def test_missing_genes_and_another_layer(folder, tmp_path, capsys):
     predict(folder, tmp_path / "out.h5ad", *flags, adata=tmp_path / "narrow.h5ad", rc=1)
     assert "4 of the model's 30 genes are missing from the data" in error(capsys)
     found = predict(folder, tmp_path / "out.h5ad", *flags, "--missing-genes", "zero", adata=tmp_path / "narrow.h5ad")
-    assert (found.layers["control"][:, :4] == 0).all() and (found.layers["control"][:, 4:] > 0).any()
+    controls = controls_of(found)
+    assert (controls[:, :4] == 0).all() and (controls[:, 4:] > 0).any()
 
 
 @pytest.mark.parametrize(
@@ -462,16 +500,19 @@ def test_what_is_printed(folder, tmp_path, capsys):
     groups = [["type_0", "pert_0"], ["type_0", "pert_2"], ["type_1", "pert_0"]]
     rows = 2 + len(BASELINES)  # with those of the model and the ceiling
     assert [line.split()[:2] for line in lines[1 : 1 + 3 * rows]] == [group for group in groups for _ in range(rows)]
-    assert lines[-1].startswith("What 3 groups say of the model. In correlation of the mean change: ")
+    assert lines[-1].startswith("Verdict on the model, from 3 groups. In correlation of the mean change: ")
     assert "1 predicted groups have no real cells and are not scored: ['type_1 / pert_2']" in printed.err
-    assert "30 cells of" in printed.err and "are among the real cells that are scored: left out of it" in printed.err
+    assert (
+        "30 cells of" in printed.err
+        and "are among the real cells that are scored, and are left out of it" in printed.err
+    )
     # All cells of pert_0 and pert_2 are scored, so that the baselines know neither.
     means = [line.split() for line in lines if "perturbation mean " in line]
     assert [line[-3:] for line in means] == [["-", "-", "-"]] * 3
 
 
 def test_training_cells_are_told_apart_by_more_than_their_number(folder, tmp_path, capsys):
-    """Files that number their cells from 0 share barcodes, not cells."""
+    """Two files that number their cells from 0 have the same barcodes, but not the same cells."""
     predict(folder, tmp_path / "predicted.h5ad", "--context", "type_0", "--perturbation", "pert_0")
     train = ad.read_h5ad(folder / "screen.h5ad")
     scored = cells_of(train, "type_0", "pert_0")
@@ -530,7 +571,7 @@ def test_what_evaluate_refuses(folder, tmp_path, capsys):
     assert f"X holds nan in cell '{other.obs_names[5]}', gene 'gene_2'" in error(capsys)
 
 
-def test_a_reader_that_leaves_is_not_told_of():
+def test_output_that_nobody_reads_gives_no_error_message():
     words = [sys.executable, "-m", "pertstate.cli", "configs", "demo"]
     command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command.stdout.close()

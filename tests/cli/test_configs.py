@@ -25,7 +25,7 @@ def test_every_configuration_is_listed_with_one_line(capsys):
         assert f"pertstate train configs/{path.name}" in path.read_text() or path.stem == "demo", path.name
 
 
-def test_one_is_printed_and_written(tmp_path, capsys):
+def test_a_configuration_is_printed_and_written(tmp_path, capsys):
     for path in CONFIGS:
         assert main(["configs", path.stem]) == 0
         assert capsys.readouterr().out == path.read_text()

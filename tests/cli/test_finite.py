@@ -115,7 +115,7 @@ def test_doses_of_a_screen(folder, tmp_path, capsys, dose):
 
 
 @pytest.mark.parametrize("model", ["plain", "embedding", "decoder"])
-def test_predictions_that_are_no_numbers(folder, tmp_path, capsys, model):
+def test_predictions_that_are_not_finite_are_an_error(folder, tmp_path, capsys, model):
     said = refused(capsys, *predict(folder, f"{model}-huge", tmp_path / "p.h5ad"))
     feature = "dim_0" if model == "embedding" else "gene_0"
     assert "the model predicts " in said and f"for '{feature}' of type_0 / pert_" in said and "(control cell '" in said
@@ -137,7 +137,7 @@ def test_a_run_that_diverges_after_its_last_log_leaves_no_model(folder, tmp_path
 
 @pytest.mark.parametrize("value", HUGE)
 @pytest.mark.parametrize("which", ["predicted", "real"])
-def test_figures_of_no_numbers(folder, tmp_path, capsys, value, which):
+def test_figures_that_are_not_finite_are_refused(folder, tmp_path, capsys, value, which):
     files = {name: tmp_path / f"{name}.h5ad" for name in ("predicted", "real")}
     assert main([str(word) for word in predict(folder, "plain", files["predicted"])]) == 0
     screen().write_h5ad(files["real"])

@@ -87,6 +87,22 @@ def test_what_is_there_is_replaced_only_with_overwrite(folder, tmp_path, capsys,
         assert found == made
 
 
+def test_scores_are_replaced_only_with_overwrite(folder, tmp_path, capsys):
+    scores = tmp_path / "scores"
+    evaluate = [*words(folder, "evaluate", tmp_path / "out.csv")[:-2], "--scores", str(scores)]
+    assert main(evaluate) == 0
+    made = content(scores)
+    assert set(made) == {"scores.csv", "scores.json", "scores.safetensors"}
+    (scores / "mine.txt").write_text("mine")
+    (scores / "scores.csv").write_text("old")
+    capsys.readouterr()
+    assert main(evaluate) == 1
+    assert capsys.readouterr().err.startswith(f"pertstate evaluate: error: {scores} exists")
+    assert (scores / "scores.csv").read_text() == "old"
+    assert main([*evaluate, "--overwrite"]) == 0
+    assert content(scores) == {**made, "mine.txt": b"mine"} and os.listdir(tmp_path) == ["scores"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_no_regular_file_is_refused_before_any_work(folder, tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
@@ -139,7 +155,7 @@ setattr(module, name, wait)
 raise SystemExit(pertstate.cli.main(sys.argv[4:]))
 """
 WORK = {
-    "predict": ("pertstate.evaluation.prediction", "_plan"),
+    "predict": ("pertstate.evaluation.prediction", "plan_arms"),
     "merge": ("pertstate.hub.merging", "load_adapter"),
     "convert": ("pertstate.legacy.conversion", "_model"),
     "prepare": ("pertstate.data.preparation", "_plan"),
@@ -193,6 +209,34 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(folder, tmp_path, com
     assert said
 
 
+@pytest.mark.parametrize("name", ["out.zarr", "out.parquet", "out.csv", "pair.h5ad"])
+def test_a_full_disk_and_every_kind_of_prediction(folder, tmp_path, name):
+    output = tmp_path / name
+    words = [
+        "predict",
+        "--model",
+        folder / "base",
+        "--adata",
+        folder / "first.h5ad",
+        "--quiet",
+        "--perturbation",
+        "pert_1",
+    ]
+    words += ["--summary" if output.suffix in (".parquet", ".csv") else "--output", output]
+    words += ["--cell-eval", tmp_path / "real.h5ad"] if name == "pair.h5ad" else []
+    said = 0
+    for limit in (60, 400, 3000, 20_000, 100_000_000):
+        done = launches.run(["-c", FULL, limit, *words])
+        if done.returncode == 0:
+            break
+        assert "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert "cannot be written, nothing is left of it: File too large" in last and str(tmp_path) in last, last
+        assert os.listdir(tmp_path) == []
+        said += 1
+    assert said and done.returncode == 0 and name in os.listdir(tmp_path)
+
+
 def test_a_folder_of_something_else_is_not_overwritten(folder, tmp_path, capsys):
     home = tmp_path / "home"
     home.mkdir()
@@ -205,7 +249,7 @@ def test_a_folder_of_something_else_is_not_overwritten(folder, tmp_path, capsys)
 
 
 def test_merge_beside_the_checkpoints_of_a_run_leaves_them(folder, tmp_path):
-    """A run's folder holds more than its model."""
+    """The folder of a run holds more than its model, and merge must leave the rest."""
     run = Path(shutil.copytree(folder / "base", tmp_path / "run"))
     (run / "checkpoint-3").mkdir()
     (run / "checkpoint-3" / "optimizer.pt").write_bytes(b"state")

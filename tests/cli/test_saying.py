@@ -16,7 +16,7 @@ from pertstate.data import simulate_screen
 from pertstate.data.stores import open_store, write_parquet
 
 
-# What a terminal would act on, or show otherwise than it stands there.
+# Characters that a terminal would act on, or show in another way than they are written.
 STEERS = {chr(n) for n in (*range(9), *range(11, 32), *range(127, 160), 0x202E, 0x2066, 0x200B, 0xFEFF, 0x2028)}
 BITE = "\x1b]52;c;eA==\x07\x1b[2J\u202e\u2066\x9b1m\r\nforged: line\x0b\u2028"
 GOOD = "遺伝子α💊e\u0301"
@@ -66,7 +66,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def said(*words, rc=0) -> str:
-    """What a command says; nothing in it steers, and no name starts a line."""
+    """The output of a command. Nothing in it steers a terminal, and no name starts a line."""
     done = launches.run(["-m", "pertstate.cli", *words])
     text = done.stdout + done.stderr
     # The pipe turns a carriage return, which progress bars need, into a line break.
@@ -187,7 +187,7 @@ def test_no_file_for_others_holds_a_path(made, tmp_path):
     files = [tmp_path / "predicted.h5ad"]
     for folder in ("run", "store", "merged", "parquet", "adapter"):
         files += [path for path in (tmp_path / folder).rglob("*") if path.is_file() and path.suffix != ".py"]
-    # An adapter must say where its base model is. It is not pushed where that is a folder.
+    # An adapter must say where its base model is. It is not pushed if that is a folder.
     files.remove(tmp_path / "adapter" / "adapter_config.json")
     assert len(files) > 20
     for path in files:

@@ -1,4 +1,4 @@
-"""Files as each version of anndata from 0.6 writes them, with pandas 0.25 to 3; and ours, which these versions read."""
+"""We read files of each version of anndata since 0.6, with pandas 0.25 to 3; and these versions read ours."""
 
 import tarfile
 from pathlib import Path

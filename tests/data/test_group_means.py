@@ -52,7 +52,7 @@ def test_changes_weigh_contexts_alike():
 
 
 def test_log_fold_changes_are_those_of_mean_expression():
-    """One count more in each cell that had one on average: a fold of 2, whatever the logarithms of single cells are."""
+    """If cells had one count on average and get one more, the fold is 2, whatever the logarithms of single cells are."""
     counts = np.expm1(cells().astype(np.float64))
     of_c, of_e = (
         np.log((counts[a:b].mean(axis=0) + PSEUDOCOUNT) / (counts[c:d].mean(axis=0) + PSEUDOCOUNT))

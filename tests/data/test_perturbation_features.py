@@ -53,7 +53,7 @@ def named_rows(vectors=VECTORS):
 
 
 def integer_index(path):
-    """Rows whose numbers are no range: pandas stores them as a column."""
+    """Give rows numbers that are not a range, which pandas stores as a column."""
     frame().assign(name=NAMES).set_index(pd.Index([0, 1, 2, 5, 8, 13])).to_parquet(path)
     assert "__index_level_0__" in pq.read_schema(path).names
 
@@ -149,13 +149,13 @@ REFUSED = [
     ("x.npz", lambda p: np.savez(p, A=VECTORS[0], B=VECTORS[1, :3]), "found 4 numbers for 'A' and 3 for 'B'"),
     ("x.npz", lambda p: np.savez(p, A=VECTORS), "expected a vector (P,) for each name, found shape (6, 4) for 'A'"),
     ("x.npz", lambda p: np.savez(p, A=np.array(["1"])), "expected numbers, found values of type <U1"),
-    ("x.npz", lambda p: np.savez(p, A=OBJECTS), "Object arrays cannot be loaded"),
+    ("x.npz", lambda p: np.savez(p, A=OBJECTS), "holds Python objects, which are never read"),
     ("x.npz", lambda p: np.savez(p, names=np.array(["A"]), features=VECTORS), "one vector for each of 1 names"),
     ("x.npz", lambda p: np.savez(p), "expected a vector for each perturbation, found none"),
     ("x.npz", lambda p: p.write_bytes(b"not a zip"), "is not a whole .npz file"),
     ("x.safetensors", lambda p: p.write_bytes(b"{}"), "is not a whole .safetensors file"),
     ("x.safetensors", lambda p: save_file({"A": VECTORS}, p, {"names": "[]"}), "expected the tensor 'features' alone"),
-    ("x.safetensors", lambda p: save_file({"features": VECTORS}, p, {"names": "['A'"}), "is not a whole .safetensors"),
+    ("x.safetensors", lambda p: save_file({"features": VECTORS}, p, {"names": "['A'"}), "'names' is not whole JSON"),
     ("x.safetensors", lambda p: save_file({"A": WITH_NAN[2]}, p), "found nan in the vector of 'A'"),
     ("x.parquet", lambda p: frame().to_parquet(p), "expected one column (or index) of names, found 0"),
     ("x.parquet", lambda p: frame().assign(a=NAMES, b=NAMES).to_parquet(p), "names, found 2: ['a', 'b']"),
@@ -455,7 +455,7 @@ def test_predict_takes_unseen_names_and_further_vectors(folder, tmp_path, capsys
     expected = predicted(folder, ["UNSEEN", "UNSEEN+pert_0"], seed=0)
     np.testing.assert_allclose(found[expected.obs_names].X, expected.X, atol=1e-5)
 
-    # Each name of the file's own cells, the held-out one too; `--all` is what was trained on.
+    # By default every name of the file's own cells is predicted, the held-out one too. `--all` predicts what was trained on.
     assert set(predict(folder, tmp_path / "own.h5ad").obs["perturbation"]) == {f"pert_{i}" for i in range(4)}
     assert set(predict(folder, tmp_path / "all.h5ad", "--all").obs["perturbation"]) == {f"pert_{i}" for i in range(3)}
 

@@ -1,6 +1,11 @@
 """Files on disk: rows equal those in memory, and a file that is not whole gives one clear error."""
 
+import gzip
+import os
+import resource
 import shutil
+import tempfile
+import time
 import warnings
 
 import anndata as ad
@@ -122,7 +127,7 @@ def test_what_is_not_asked_for_is_not_read(path, tmp_path):
 
 
 def both_ways(path):
-    """The errors of reading a file whole and row by row, every matrix of it."""
+    """The errors of reading every matrix of a file, whole and row by row."""
 
     def row_by_row(path):
         with AnnDataFile(path) as data:
@@ -202,3 +207,52 @@ def test_file_folder_and_glob(tmp_path, monkeypatch):
             FileNotFoundError, match="no such file, folder of .h5ad, .h5, .h5ad.gz or .zarr files or glob"
         ):
             expand_paths(nothing)
+
+
+class TestCompressed:
+    """`.h5ad.gz`: what it unpacks to is bounded, and nothing of it is left."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        (tmp_path / "temporary").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        return tmp_path / "temporary"
+
+    def test_a_file_of_nothing_but_zeros_is_not_unpacked(self, tmp_path, folder):
+        with gzip.open(tmp_path / "bomb.h5ad.gz", "wb", 9) as file:
+            for _ in range(100):
+                file.write(bytes(1 << 20))
+        assert (tmp_path / "bomb.h5ad.gz").stat().st_size < 110_000
+        for read in (AnnDataFile, read_h5ad):
+            with pytest.raises(ValueError, match="bomb.h5ad.gz of 1.* bytes unpacks to more than 200 times as many"):
+                read(tmp_path / "bomb.h5ad.gz")
+        assert os.listdir(folder) == []
+
+    def test_what_the_disk_has_no_room_for_is_not_unpacked(self, tmp_path, folder, monkeypatch):
+        (tmp_path / "large.h5ad.gz").write_bytes(gzip.compress(np.random.default_rng(0).bytes(1 << 23)))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 30, 0, 12 << 20))
+        with pytest.raises(
+            ValueError, match=r"more than half of what is left on the disk of .* \(6,291,456 bytes\); set TMPDIR"
+        ):
+            AnnDataFile(tmp_path / "large.h5ad.gz")
+        assert os.listdir(folder) == []
+
+    def test_a_disk_that_is_full_is_told(self, tmp_path, folder):
+        (tmp_path / "large.h5ad.gz").write_bytes(gzip.compress(np.random.default_rng(0).bytes(1 << 20)))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises((OSError, ValueError), match="File too large"):
+                AnnDataFile(tmp_path / "large.h5ad.gz")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert os.listdir(folder) == []
+
+
+def test_patterns_that_stand_for_very_many_files_are_refused(tmp_path):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="its braces stand for more than 10,000 files"):
+        expand_paths(f"{tmp_path}/" + "{a,b}" * 40)
+    with pytest.raises(ValueError, match=r"expected '\*\*' at most 2 times, found it 20 times"):
+        expand_paths(f"{tmp_path}/" + "**/" * 20 + "*.h5ad")
+    assert time.perf_counter() - start < 1

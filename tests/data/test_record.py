@@ -98,7 +98,7 @@ def test_a_sample_of_the_hashes_finds_the_cells_of_the_whole():
     assert not of.seen_cells("A", cell_ids([f"other_{i}x" for i in range(2000)]))
 
 
-def test_what_must_be_said_beside_scores():
+def test_warnings_beside_scores():
     said = record().warnings({("d", "c1")})
     assert said == [
         "control cells of the scored contexts were among the training cells: c1",

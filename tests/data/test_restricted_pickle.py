@@ -22,7 +22,7 @@ from pertstate.data.restricted_pickle import (
 
 
 class Payload:
-    """Makes the file `mark` where it is unpickled."""
+    """An object that makes the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -32,7 +32,7 @@ class Payload:
 
 
 def state_dict() -> dict:
-    """With the attribute `_metadata` that torch hangs on to it."""
+    """A state dict with the attribute `_metadata` that torch adds to it."""
     layer = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(layer.weight, 2)
     torch.nn.init.constant_(layer.bias, 3)
@@ -59,7 +59,7 @@ def content() -> dict:
 
 
 def plain(value):
-    """Loaded, and as what compares exactly."""
+    """A value that was read, with its tensors and arrays loaded and in a form that compares exactly."""
     if isinstance(value, StoredTensor | StoredArray):
         value = value.load()
     if isinstance(value, torch.Tensor):
@@ -93,7 +93,7 @@ def test_tensors_arrays_and_containers_come_back(tmp_path, how):
 
 
 @pytest.mark.parametrize("how", ["zip", "before zip", 0, 1, 2, 3, 4, 5])
-def test_what_it_names_is_refused_and_not_run(tmp_path, how):
+def test_a_pickle_that_names_code_is_refused_and_not_run(tmp_path, how):
     mark = tmp_path / "mark"
     path = write(tmp_path / "x", {"a": [Payload(mark)]}, how)
     with pytest.raises(RefusedPickleError, match=r"x: expected a pickle of tensors.*global '(nt|posix)\.mkdir'"):
@@ -227,7 +227,7 @@ def test_a_damaged_tensor_is_an_error(tmp_path):
 
 
 def test_no_change_of_bytes_gives_another_error(tmp_path):
-    """Whatever the bytes, reading gives a value or one ValueError."""
+    """Whatever the bytes are, reading gives a value or a ValueError."""
     rng, path = random.Random(0), tmp_path / "x"
     sources = [write(path, content(), how).read_bytes() for how in ("zip", "before zip", 2, 4)]
     outcomes = set()

@@ -1,16 +1,22 @@
 """Files that name other files, or more than they hold, are refused before anything of them is read."""
 
+import json
 import os
+import pickle
 import socket
 import time
+import zlib
 from pathlib import Path
 
 import anndata as ad
 import h5py
+import numcodecs.pickles
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
+from little_room import in_little_room
 
 from pertstate.cli import main as pertstate
 from pertstate.data.arguments import DataArguments
@@ -26,7 +32,8 @@ def screen(n: int = 20) -> ad.AnnData:
         {"perturbation": ["control", "A"] * (n // 2), "cell_type": "k"}, index=[f"c{i}" for i in range(n)]
     )
     counts = np.random.default_rng(0).poisson(2.0, (n, 8)).astype(np.float32)
-    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(8)]))
+    var = pd.DataFrame(index=[f"g{i}" for i in range(8)])
+    return ad.AnnData(sp.csr_matrix(counts), obs=obs, var=var, obsm={"E": counts.copy()}, uns={"x": np.arange(3)})
 
 
 @pytest.fixture
@@ -110,14 +117,93 @@ def many_codes(file: h5py.File):
     file.create_dataset("obs/perturbation/codes", (10**10,), "i1", chunks=(1 << 20,), compression="gzip")
 
 
-@pytest.mark.parametrize("attack", [many_names, wide_names, many_codes])
+def replaced(file: h5py.File, name: str, **options) -> h5py.Dataset:
+    attributes = dict(file[name].attrs)
+    del file[name]
+    made = file.create_dataset(name, **options)
+    made.attrs.update(attributes)
+    return made
+
+
+def many_rows(file: h5py.File):
+    replaced(file, "X/indptr", shape=(10**10,), dtype="i8", chunks=(1 << 20,))
+
+
+def many_values(file: h5py.File):
+    for name, dtype in (("data", "f4"), ("indices", "i4")):
+        replaced(file, f"X/{name}", shape=(10**10,), dtype=dtype)
+    replaced(file, "X/indptr", data=np.array([0] + [10**10] * 20))
+
+
+def wide_embedding(file: h5py.File):
+    replaced(file, "obsm/E", shape=(20, 10**10), dtype="f4", chunks=(1, 1 << 20))
+
+
+def wide_parts(file: h5py.File):
+    values = file["X/data"][:]
+    replaced(file, "X/data", data=values[:0], maxshape=(None,), dtype="f4", chunks=(10**9,)).resize(values.shape)
+
+
+def one_wide_text(file: h5py.File):
+    file.create_dataset("uns/text", (), "S2000000000")
+
+
+def many_lists(file: h5py.File):
+    file.create_dataset("uns/lists", (10**9,), h5py.vlen_dtype(np.int8), chunks=(1 << 20,))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [many_names, wide_names, many_codes, many_rows, many_values, wide_embedding, wide_parts, many_lists, one_wide_text],
+)
 def test_what_a_file_cannot_hold_is_not_made_room_for(path, attack):
     with h5py.File(path, "a") as file:
         attack(file)
     assert path.stat().st_size < 10**6
     start = time.perf_counter()
     for reader in READERS.values():
-        with pytest.raises(ValueError, match="says that it has|holds texts of 1,000,000,000 bytes"):
+        with pytest.raises(ValueError, match="says that it has|holds texts of [12],000,000,000 bytes|in parts of"):
+            reader(path)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (500,), "compression": "gzip"}])
+@pytest.mark.parametrize("place", ["var/_index", "obs/_index", "obs/cell_type/categories", "uns/texts"])
+def test_names_that_share_one_long_text_are_not_made(path, place, options):
+    """A megabyte of text is the name of 5000 genes."""
+    with h5py.File(path, "a") as file:
+        attributes = dict(file[place].attrs) if place in file else {"encoding-type": "string-array"}
+        if place in file:
+            del file[place]
+        made = file.create_dataset(place, (5000,), h5py.string_dtype(), **options)
+        made.attrs.update(attributes)
+        made[0], made[1:] = "A" * 10**6, "b"
+        file.flush()
+        if options:
+            mask, chunk = made.id.read_direct_chunk((0,))
+            one = zlib.compress(zlib.decompress(chunk)[:16] * 500)
+            for start in range(0, 5000, 500):
+                made.id.write_direct_chunk((start,), one, mask)
+        else:
+            at = made.id.get_offset()
+    if not options:
+        content = bytearray(path.read_bytes())
+        content[at : at + 16 * 5000] = content[at : at + 16] * 5000
+        path.write_bytes(content)
+    assert path.stat().st_size < 2 * 10**6
+    for reader in READERS.values():
+        said = in_little_room(reader, path)
+        assert f"{place} has texts of 5,000,000,000 bytes together" in said, said[:1000]
+
+
+def test_groups_in_groups_are_counted(path):
+    with h5py.File(path, "a") as file:
+        group = file["uns"]
+        for _ in range(5000):
+            group = group.create_group("a")
+    start = time.perf_counter()
+    for reader in READERS.values():
+        with pytest.raises(ValueError, match="is nested more than 50 deep"):
             reader(path)
     assert time.perf_counter() - start < 5
 
@@ -161,8 +247,121 @@ def test_a_zarr_store_stays_in_its_folder(tmp_path):
         AnnDataFile(store)
 
 
+class Mark:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+PICKLE = {"id": "pickle", "protocol": 5}
+PACKED = {
+    "a compressor": (2, "obs/_index", {"compressor": PICKLE}),
+    "a filter": (2, "X", {"compressor": None, "filters": [PICKLE]}),
+    "the second filter": (2, "obs/_index", {"compressor": None, "filters": [{"id": "vlen-utf8"}, PICKLE]}),
+    "a filter of texts": (2, "obs/_index", {"filters": [{"id": "json2"}]}),
+    "a codec": (3, "X", {"codecs": [{"name": "bytes"}, {"name": "numcodecs.pickle"}]}),
+    "a codec in parts": (
+        3,
+        "X",
+        {"codecs": [{"name": "sharding_indexed", "configuration": {"codecs": [{"name": "pickle"}]}}]},
+    ),
+    "no codec": (3, "X", {"codecs": [5]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("attack", PACKED)
+def test_values_of_zarr_are_unpacked_by_nothing_that_runs_code(tmp_path, attack, together, monkeypatch):
+    format, place, entries = PACKED[attack]
+    monkeypatch.setattr(numcodecs.pickles, "ALLOW_UNSAFE_PICKLE_DECODE", True)  # as older versions do
+    path = made_zarr(tmp_path / "screen.zarr", format, together)
+    for chunk in (path / place).rglob("*"):
+        if chunk.is_file() and not chunk.name.startswith(".") and chunk.name != "zarr.json":
+            chunk.write_bytes(pickle.dumps(Mark(str(tmp_path / "mark"))))
+    change_array(path, format, place, together, **entries)
+    for reader in READERS.values():
+        with pytest.raises(
+            ValueError, match="its values are packed as '(pickle|json2|numcodecs.pickle|5)', expected one of"
+        ):
+            reader(path)
+    assert not (tmp_path / "mark").exists()
+
+
+def made_zarr(path: Path, format: int, together: bool) -> Path:
+    """A store; `together` with the metadata of all arrays in one file, which goes before theirs."""
+    adata = screen()
+    adata.X = adata.X.toarray()
+    with ad.settings.override(zarr_write_format=format):
+        adata.write_zarr(path)
+    (path / ".zmetadata").unlink(missing_ok=True)
+    if format == 3:
+        root = json.loads((path / "zarr.json").read_text())
+        root.pop("consolidated_metadata", None)
+        (path / "zarr.json").write_text(json.dumps(root))
+    if together:
+        zarr.consolidate_metadata(str(path), zarr_format=format)
+    return path
+
+
+def change_array(path: Path, format: int, place: str, together: bool, **entries):
+    file = (
+        path / ("zarr.json" if format == 3 else ".zmetadata")
+        if together
+        else path / place / (".zarray" if format == 2 else "zarr.json")
+    )
+    content = json.loads(file.read_text())
+    array = content
+    if together and format == 2:
+        array = content["metadata"][f"{place}/.zarray"]
+    elif together:
+        array = content["consolidated_metadata"]["metadata"][place]
+    array.update(entries)
+    file.write_text(json.dumps(content))
+
+
+SIZES = {
+    "many codes": ("obs/perturbation/codes", [10**10], [1 << 20]),
+    "many names": ("var/_index", [10**10], [1 << 20]),
+    "a wide embedding": ("obsm/E", [20, 10**10], [1, 1 << 20]),
+    "many values of uns": ("uns/x", [10**12], [1 << 20]),
+    "wide parts": ("X", [20, 8], [1 << 20, 1 << 20]),
+    "wide names": ("obs/_index", [20], [1 << 40]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("format", [2, 3])
+@pytest.mark.parametrize("attack", SIZES)
+def test_what_a_store_of_zarr_cannot_hold_is_not_made_room_for(tmp_path, attack, format, together):
+    place, shape, chunks = SIZES[attack]
+    path = made_zarr(tmp_path / "screen.zarr", format, together)
+    grid = (
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}}}
+        if format == 3
+        else {"chunks": chunks}
+    )
+    change_array(path, format, place, together, shape=shape, **grid)
+    for reader in ("a file", "whole"):
+        said = in_little_room(READERS[reader], path)
+        assert f"{place} says that it has" in said or f"{place} has" in said and "in parts of" in said, said[:2000]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zeros_that_zarr_does_not_write_are_read(tmp_path):
+    adata = screen()
+    adata.layers["zeros"] = np.zeros(adata.shape, np.float32)
+    adata.write_zarr(tmp_path / "screen.zarr")
+    assert read_h5ad(tmp_path / "screen.zarr").layers["zeros"].sum() == 0
+
+
 def test_files_of_everyday_are_read(tmp_path):
-    """Constant columns, which compress to nothing, and no values at all."""
+    """Files are read with constant columns, which compress to almost nothing, and without any values."""
     data = screen(3000)
     data.obs["constant"] = 0
     data.obs["word"] = pd.Categorical(["the same"] * 3000)

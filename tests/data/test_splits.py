@@ -202,11 +202,11 @@ def test_a_perturbation_without_training_cells_cannot_be_held_out(files):
     held = {("one", c): {"test": ["pert_2"]} for c in CONTEXTS}
     with pytest.raises(ValueError, match=r"1 perturbations held out for test have no training cell .*\['pert_2'\]"):
         load_cells(splits_of(files, fewshot=held))
-    # The doubles may be: both singles are trained on.
+    # The double may be held out, because both singles are trained on.
     held = {("one", c): {"val": ["pert_0+pert_1"]} for c in CONTEXTS}
     cells, _ = load_cells(splits_of(files, fewshot=held))
     assert set(cells.obs.loc[cells.obs["split"] == "val", "perturbation"]) == {"pert_0+pert_1"}
-    # Singles may be held out where only the double was trained on.
+    # The singles may be held out, if the double is trained on.
     held = {("one", c): {"test": ["pert_0"]} for c in CONTEXTS}
     load_cells(splits_of(files, fewshot=held))
 
@@ -255,7 +255,7 @@ def test_an_existing_processor_keeps_its_genes_and_learns_names(files):
     known = processor.vocabulary
     cells, wider = load_cells(splits_of(files, zeroshot={("one", "type_2"): "val"}), processor=processor)
     assert cells.features.shape[1] == 2 and wider.vocabulary.genes == ["gene_3", "gene_1"]
-    # Of the training cells alone, after those that it had.
+    # New names are those of training cells only, and they come after the old ones.
     assert "type_1" not in known.contexts
     assert wider.vocabulary.contexts == [*known.contexts, "type_1"]
     assert wider.vocabulary.perturbations[: len(known.perturbations)] == known.perturbations

@@ -1,4 +1,4 @@
-"""The cell store: what comes out is what was in the files, whatever their format, and a part of a store is no store."""
+"""The cell store: it returns what was in the files, whatever their format, and a part of a store is refused."""
 
 import hashlib
 import json
@@ -93,7 +93,7 @@ def dense(matrix) -> np.ndarray:
 
 
 def assert_holds(store: CellStore, whole: ad.AnnData, layer: str | None = None):
-    """Every cell of `whole` once, sorted into groups, with its values, barcode and columns."""
+    """Assert that a store holds every cell of `whole` once, sorted into groups, with its values, barcode and columns."""
     found = store.to_anndata()
     assert sorted(found.obs_names) == sorted(whole.obs_names)
     expected = whole[found.obs_names]
@@ -550,7 +550,7 @@ def test_what_contradicts_the_store_is_said(store, folder, tmp_path):
     run = DataArguments(store=str(store.path), context_key="line")
     with pytest.raises(ValueError, match="data.context_key='line', but the store was prepared with 'cell_type'"):
         run.check_store(store.manifest, {"store", "context_key"})
-    # What the run does not set is the store's, whatever the default; what it sets counts at its default, too.
+    # A field that the run does not set is the store's, whatever its default is. A field that it sets counts even at its default.
     run.check_store(store.manifest, {"store"})
     default = DataArguments(store=str(store.path), batch_key=None, control="control")
     default.check_store(store.manifest, {"store", "control"})
@@ -650,7 +650,7 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
 
 
 def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
-    """Killed, it cannot tell them to."""
+    """A process that is killed cannot tell the others to end."""
     code = "import os, time, data_jobs\nfrom functools import partial\nfrom pertstate.data import preparation\n"
     code += "preparation._do([partial(data_jobs.wait, i) for i in range(2)], [1, 1], 'wait', 2, True)"
     (tmp_path / "data_jobs.py").write_text(
@@ -661,7 +661,7 @@ def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         workers = [int(process.stdout.readline()) for _ in range(2)]
         process.kill()
-        # The pipe ends when nobody holds it any more.
+        # The pipe ends when no process holds it any more.
         assert len(set(workers)) == 2 and process.stdout.read() == ""
 
 

@@ -12,7 +12,7 @@ from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.stores import push_store
 
 
-# Each part of the cell's life in one process, as `datasets` and `transformers` read where the Hub is when imported.
+# Each part runs in one process of its own, because `datasets` and `transformers` read where the Hub is when imported.
 OPEN = """
 import json, sys
 import numpy as np

@@ -1,4 +1,4 @@
-"""Streams: the cells of the files and no others, bounded memory, and continuing with the very next sentence."""
+"""Streams give the cells of the files and no others, with bounded memory, and continue with the very next sentence."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def lists(values: np.ndarray, ends: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def store_table(data: ad.AnnData, values: pa.DataType = UINT16, **more) -> pa.Table:
-    """A table as our own stores have it."""
+    """A table in the form of our own stores."""
     matrix = sp.csr_matrix(data.X)
     columns = {
         "dataset": ["screen"] * data.n_obs,
@@ -73,7 +73,7 @@ def store_table(data: ad.AnnData, values: pa.DataType = UINT16, **more) -> pa.Ta
 
 
 def atlas_table(data: ad.AnnData) -> pa.Table:
-    """A table as the published atlas has it: gene tokens, and a first entry that is no gene."""
+    """A table in the form of the published atlas: gene tokens, and a first entry that is not a gene."""
     matrix = sp.csr_matrix(data.X)
     ends = matrix.indptr + np.arange(data.n_obs + 1)
     ids = np.insert(TOKENS[matrix.indices], matrix.indptr[:-1], 1)
@@ -114,7 +114,7 @@ def holding_out(zeroshot=(), fewshot=None) -> Splits:
 
 
 class Known:
-    """Which cell of the screen a row of features is."""
+    """Finds which cell of the screen a row of features is."""
 
     def __init__(self, features: np.ndarray):
         self.number = {row.tobytes(): i for i, row in enumerate(features)}
@@ -125,13 +125,13 @@ class Known:
 
 
 def known(processor: StateProcessor, data: ad.AnnData | None = None) -> Known:
-    """The features of the same cells by way of AnnData."""
+    """The features of the same cells, read through AnnData."""
     data = screen() if data is None else data
     return Known(StateProcessor(processor.vocabulary, normalize=processor.normalize).features(data))
 
 
 def same(first: list[dict], second: list[dict]) -> bool:
-    """Sentences that are equal to the last bit."""
+    """Assert that sentences are equal to the last bit."""
     return len(first) == len(second) and all(
         a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a)
         for a, b in zip(first, second)
@@ -273,7 +273,7 @@ def test_the_processor_is_that_of_the_training_cells(tmp_path):
 
 
 def test_genes_and_median_of_the_sample_are_those_of_the_training_cells(tmp_path):
-    """The sample holds every cell here, so it must say what the cells themselves say."""
+    """The sample holds every cell here, so it must give what the cells themselves give."""
     data = screen()
     splits = holding_out(["type_1"])
     looked = survey(
@@ -290,7 +290,7 @@ def test_genes_and_median_of_the_sample_are_those_of_the_training_cells(tmp_path
     assert looked.processor.vocabulary == fitted.vocabulary and len(fitted.vocabulary.genes) == 20
     assert looked.processor.target_sum == fitted.target_sum != 10_000
     cells = looked.to_cells("train")
-    # With the control cells of the context that is held out.
+    # The control cells of the held-out context are among them.
     assert {tuple(row) for row in fitted.features(training)} < {tuple(row) for row in cells.features}
 
 
@@ -533,7 +533,7 @@ def test_a_saved_stream_goes_on_with_the_very_next_sentence(tmp_path, matching, 
         iterator = iter(stream)
         head = [next(iterator) for _ in range(stop)]
         stream.save_state(tmp_path / "state")
-        # Another process: nothing is left but the files.
+        # Another process has nothing but the files.
         state = read_stream_state(tmp_path / "state", rank, world_size)
         other = store(tmp_path / "cells")
         restored = StreamSurvey.from_state(state, looked.processor, splits)
@@ -883,7 +883,7 @@ def test_a_trainer_continues_a_stream_from_its_last_checkpoint(tmp_path):
 
 
 def test_a_stream_and_a_dataset_answer_alike(tmp_path):
-    """Of the same cells: as many to an epoch, and sums that shares of them add up to."""
+    """From the same cells, both give as many sentences in an epoch, and the shares of several processes add up to the whole."""
     source = store(tmp_path / "cells")
     looked = survey(source, reservoir_cells=1000, baseline_cells=1000)
     cells = looked.to_cells("train")
@@ -911,7 +911,7 @@ def test_a_stream_and_a_dataset_answer_alike(tmp_path):
 
 
 class StreamTrainer(StateTrainer):
-    """What a trainer needs so that the state of the stream is that of the last step: no batch is read ahead."""
+    """A trainer that reads no batch ahead, so that the state of the stream is that of the last step."""
 
     def get_train_dataloader(self):
         return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator)

@@ -25,7 +25,7 @@ def test_pearson_of_change_is_that_of_scipy():
     predicted, real, control = rng().normal(size=(3, 50))
     expected = pearsonr(predicted - control, real - control).statistic
     assert pearson_of_change(predicted, real, control) == pytest.approx(expected, abs=1e-12)
-    # Of the change, not of the expression, whose genes differ by far more.
+    # It correlates changes and not expression, which differs between genes by far more.
     level = 100 * rng(1).random(50)
     shifted = pearson_of_change(predicted + level, real + level, control + level)
     assert shifted == pytest.approx(expected, abs=1e-10)
@@ -57,7 +57,7 @@ def test_energy_distance_of_known_sets():
     origin, far = np.zeros((3, 2)), np.tile([3.0, 4.0], (5, 1))
     assert energy_between(origin, far) == pytest.approx(5.0)
     assert energy_between(origin, origin) == 0.0
-    # {0, 2} and {1}: mean 1, within 4 / 4 = 1 and 0.
+    # For {0, 2} and {1}, the mean distance between them is 1, within the first 4 / 4 = 1, and within the second 0.
     assert energy_between(np.array([[0.0], [2.0]]), np.array([[1.0]])) == pytest.approx(1 - 0.5)
 
 

@@ -41,7 +41,7 @@ def test_a_panel_for_each_group_that_both_have(files):
     shown = titles(out / "changes.svg")
     for group in ("T, A", "T, C", "B, A"):
         assert group in shown
-    # The same cells, all genes moved by the same amount: a perfect correlation.
+    # The predicted cells are the real ones with the same number added to all genes, which gives a perfect correlation.
     assert shown.count("Pearson 1.00") == 3
     plot_mean_changes(predicted, real, out / "changes.svg", most=1, overwrite=True)
     assert titles(out / "changes.svg").count("Pearson 1.00") == 1

@@ -40,7 +40,7 @@ def opened(chromium, path: Path, **options) -> Watched:
 def seen(chromium, files):
     watched = opened(chromium, files / "plain.html")
     yield watched
-    # Whatever a test did: nothing failed, and nobody was asked for anything.
+    # Whatever a test did, nothing failed on the page, and the page sent no request.
     assert watched.errors == []
     assert watched.requests == [(files / "plain.html").as_uri()]
     watched.page.close()
@@ -67,7 +67,7 @@ def test_the_table_is_sorted_by_a_click(seen):
     button = seen.page.get_by_role("button", name="pearson")
     button.click()
     assert column(seen.page, "pearson")[:2] == ["0.95", "0.94"]
-    # What has no figure stands last, either way.
+    # Rows without a figure stand last in both orders.
     assert column(seen.page, "pearson")[-7:] == ["–"] * 7
     assert seen.page.locator("#table th[aria-sort=descending]").inner_text().startswith("pearson")
     button.press("Enter")
@@ -111,7 +111,7 @@ def test_another_group_is_chosen(seen):
     seen.page.fill("#search", "type_0 pert_1 model")
     seen.page.locator("#table .link").first.click()
     assert seen.page.locator("#chosen").inner_text().startswith("pert_1 in type_0: pearson 0.79")
-    # Both numbers of a row of the table agree with the scores, after they were packed.
+    # Both numbers of a row of the table agree with the scores, although changes were rounded to be packed.
     top = dict(zip(column(seen.page, "gene", "#top"), column(seen.page, "observed change", "#top")))
     assert float(top["gene_1"]) == pytest.approx(2, abs=1e-3)
 

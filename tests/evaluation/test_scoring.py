@@ -45,7 +45,7 @@ def double_sum(x, y) -> float:
 
 
 def means_of_cells(features, obs, log1p: bool = True) -> GroupMeans:
-    """Of cells in any order."""
+    """The means of groups, from cells in any order."""
     order, groups = sort_into_groups(obs if "dataset" in obs else obs.assign(dataset="one"))
     return GroupMeans.of_sums(GroupSums.of_cells(features[order], groups, "control", log1p=log1p))
 
@@ -55,7 +55,7 @@ def parts_of(name: str) -> list[str]:
 
 
 def training() -> tuple[np.ndarray, pd.DataFrame]:
-    """Context c0 with few cells and c1 with many: P moves feature 0 by 1 and by 3, Q by 2 in c1 alone."""
+    """Context c0 has few cells and c1 many. P moves feature 0 by 1 in c0 and by 3 in c1; Q moves it by 2, only in c1."""
     rows = [("c0", "control", 0.0)] * 2 + [("c0", "P", 1.0)] * 2
     rows += [("c1", "control", 10.0)] * 5 + [("c1", "P", 13.0)] * 50 + [("c1", "Q", 12.0)] * 4
     obs = pd.DataFrame(rows, columns=["context", "perturbation", "value"])
@@ -90,10 +90,10 @@ def test_each_baseline_adds_what_it_knows():
     # The control cells lie nearer to those of c1.
     np.testing.assert_allclose(found[NEAREST_CONTEXT].apply(controls, True), controls + [3, 0])
     np.testing.assert_allclose(found[MEAN_OF_ALL].apply(controls, True), controls + [2, 0])
-    assert found[ADDITIVE] == "no combination"
+    assert found[ADDITIVE] == "not a combination"
     combined = baselines.of("P+Q", np.zeros(2))
     np.testing.assert_allclose(combined[ADDITIVE].apply(controls, True), controls + [4, 0], rtol=1e-6)
-    assert combined[PERTURBATION_MEAN] == "no training cell of it"
+    assert combined[PERTURBATION_MEAN] == "no training cell has it"
     unseen = baselines.of("R", np.zeros(2))
     assert [name for name in BASELINES if not isinstance(unseen[name], str)] == [NO_CHANGE, MEAN_OF_ALL]
 
@@ -189,7 +189,10 @@ def test_too_few_or_broken_cells_are_said():
 
 
 def test_the_ceiling_is_what_a_perfect_model_reaches():
-    """Of simulated experiments, beside a model that knows the true mean, and draws as many cells as there are controls."""
+    """
+    The average ceiling of simulated experiments equals the average score of a model that knows the truth and draws as many cells
+    as there are controls.
+    """
     change = rng(9).normal(0, 0.3, 200)
     found, reached = [], []
     for i in range(40):
@@ -282,7 +285,7 @@ def test_a_verdict_says_no_more_than_its_intervals():
     worse = made({name: {MODEL: 2.0, NO_CHANGE: 3.0, LINEAR: 1.0} for name in ("a", "bb", "ccc")})
     found = verdict_of(worse)
     assert "In energy distance: worse than linear (+1.0" in found and "better than no change" in found
-    # Groups that disagree are an interval that knows of it.
+    # If groups disagree, the interval is wider.
     split = made({"a": {MODEL: 1.0, NO_CHANGE: 2.0}, "bb": {MODEL: 2.0, NO_CHANGE: 1.0}})
     assert "not distinguishable from no change" in verdict_of(split)
     assert verdict_of([]).startswith("No verdict: no group is left")
@@ -292,7 +295,7 @@ def test_two_models_are_compared_on_the_groups_that_both_have():
     first = made({"a": {MODEL: 1.0}, "bb": {MODEL: 1.1}, "ccc": {MODEL: 5.0}})
     second = made({"a": {MODEL: 2.0}, "bb": {MODEL: 2.1}})
     assert "In energy distance: better than second (-1.0000" in compare(first, second, ("first", "second"))
-    assert compare(first, second, ("first", "second")).startswith("What 2 groups say of first.")
+    assert compare(first, second, ("first", "second")).startswith("Verdict on first, from 2 groups.")
     assert "worse than first (+1.0000" in compare(second, first, ("second", "first"))
 
 
@@ -301,7 +304,7 @@ def test_two_models_are_compared_on_the_groups_that_both_have():
 
 @pytest.mark.shared
 def test_baselines_on_real_cells(shared):
-    """IFN-beta in PBMC, each cell type held out in turn, 2000 highly variable genes of all cells."""
+    """The effect of IFN-beta in PBMC, with each cell type held out in turn and 2000 highly variable genes of all cells."""
     adata = ad.read_h5ad(shared / "data" / "kang2018_pbmc_ifnb.h5ad")
     reference = adata.copy()
     sc.pp.highly_variable_genes(reference, n_top_genes=2000)
@@ -317,7 +320,7 @@ def test_baselines_on_real_cells(shared):
         means = means_of_cells(features[~here], labels[~here])
         baselines = Baselines(means, parts_of, True, methods=(NO_CHANGE, PERTURBATION_MEAN, HALF_AND_HALF))
         controls = ControlCells(features[here & is_control], ("", context), draws=0)
-        controls.first = lambda number, all_of=controls: all_of  # all cells, as the known figures have them
+        controls.first = lambda number, all_of=controls: all_of  # all cells, as in the known figures
         results.append(score_group(("", context, name), None, features[here & ~is_control], controls, baselines))
     assert len(results) == 7
     found = logged_figures(results, (NO_CHANGE, PERTURBATION_MEAN, HALF_AND_HALF, CEILING))
@@ -329,7 +332,7 @@ def test_baselines_on_real_cells(shared):
         "perturbation_mean_pearson": 0.7389,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=6e-5)
-    # Known of other code: .774 and .0574, and a ceiling of .958.
+    # Other code is known to give .774 and .0574, and a ceiling of .958.
     assert found["half_and_half_pearson"] == pytest.approx(0.774, abs=0.01)
     assert found["half_and_half_mae"] == pytest.approx(0.0574, abs=1e-3)
     assert found["ceiling_pearson"] == pytest.approx(0.958, abs=0.01)

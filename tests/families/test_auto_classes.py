@@ -11,7 +11,7 @@ from make_fixtures import FIXTURES
 from pertstate.families import FAMILIES
 
 
-# Each case runs in a fork of one process, which has imported what is slow and is no part of the question.
+# Each case runs in a fork of one process, which has imported slow modules that do not matter here.
 SERVER = """
 import gc, json, os, sys, traceback
 
@@ -63,7 +63,7 @@ except SystemExit as error:
 found["loaded"] = [name for name in {HEAVY} if name in sys.modules]
 """,
 }
-# At the package's root, in a folder, and one that is fitted: enough for the orders but the first.
+# One family at the package's root, one in a folder, and one that is fitted. The first order is tried with all families.
 SOME = ("state", "state-cpa", "state-linear")
 LOAD = """
 for folder in some:

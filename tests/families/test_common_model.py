@@ -111,7 +111,7 @@ NOT_APPLICABLE = {
 
 
 def fetch() -> Path:
-    """The common tests' source file, from the cache, or from the source distribution that pip finds."""
+    """The source file of the common tests, from the cache or from the source distribution that pip finds."""
     source = CACHE / RELEASE / "test_modeling_common.py"
     if source.is_file():
         return source
@@ -135,7 +135,7 @@ def fetch() -> Path:
 
 
 def load(source: Path) -> types.ModuleType:
-    """The module of the common tests, its sibling test modules (of generation and export) replaced by empty classes."""
+    """Load the module of the common tests. Empty classes replace its sibling test modules, of generation and export."""
     root = "transformers_common_tests"
     siblings = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
     for name, mixin in siblings.items():
@@ -147,7 +147,7 @@ def load(source: Path) -> types.ModuleType:
     sys.modules[root].__path__ = []
     spec = importlib.util.spec_from_file_location(f"{root}.{source.stem}", source)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    # The library's markers are not registered here, and --strict-markers refuses what is not.
+    # The library's markers are not registered here, and --strict-markers would refuse them.
     markers = set(re.findall(r"\bmark\.(\w+_tests?)\b", source.read_text()))
     with mock.patch.dict(vars(pytest.mark), dict.fromkeys(markers, lambda test: test)):
         spec.loader.exec_module(module)
@@ -169,7 +169,7 @@ common = load(SOURCE)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tensors of this size gain nothing from a second thread, and lose much where the cores are shared."""
+    """Tensors of this size gain nothing from a second thread, and lose much time if other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -191,7 +191,7 @@ class StateInLibraryTerms(StateForPerturbation):
 
 
 class StateTester:
-    """Sizes that the common tests compare with what they find, and a batch."""
+    """Gives the sizes that the common tests compare with what they find, and a batch."""
 
     is_training = True
     # The library fills up integer inputs with numbers below 5: no vocabulary may be smaller.
@@ -199,7 +199,7 @@ class StateTester:
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
     # The library makes masks of the width of the main input: there must be as many cells as features.
     seq_length = latent_dim = 9
-    # Attention and hidden states have the two learned tokens besides.
+    # Attention and hidden states also have the two learned tokens.
     encoder_seq_length = key_length = seq_length + 2
 
     def __init__(self, backbone: str):
@@ -220,7 +220,7 @@ class StateTester:
             num_encoder_layers=2,
             num_decoder_layers=2,
             basal_encoder="mlp",
-            # With residual="output" a new model copies its input, and most comparisons would hold for nothing.
+            # With residual="output" a new model copies its input, and most comparisons would prove nothing.
             residual="hidden",
             output_adapter=True,
             batch_encoder=True,

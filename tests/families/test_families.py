@@ -83,7 +83,7 @@ def test_decoder_only_decodes_what_was_observed():
         outputs = model(**batch)
         assert torch.equal(outputs.predictions, batch["labels"])
         assert torch.equal(outputs.gene_predictions, model.gene_decoder(batch["labels"]))
-        # What goes in beside the labels is not looked at.
+        # The model does not look at any input but the labels.
         other = model(
             **{**batch, "control_cells": batch["control_cells"] + 1, "perturbation_ids": torch.full((3, 1), -1)}
         )

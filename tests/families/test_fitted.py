@@ -32,7 +32,7 @@ def rng(seed=0):
 
 
 def toy_means(by_features: int | None = None, dim: int = D) -> TrainingMeans:
-    """Perturbations 0 and 1, and 1 with 2; contexts 0 and 2."""
+    """Means of perturbations 0 and 1 and of the pair 1 and 2, in contexts 0 and 2."""
     return TrainingMeans(
         changes=rng(1).normal(size=(3, dim)),
         perturbation_ids=None if by_features else np.array([[0, -1], [1, -1], [2, 1]]),
@@ -71,7 +71,7 @@ class FittedTests(FamilyTests):
             assert {value.dtype for value in one.parameters()} == {torch.float32}
 
     def test_before_it_is_fitted_it_knows_nothing(self):
-        """Initialised anew, whatever its memory held."""
+        """A new model has initial values, whatever its memory held before."""
         model = FAMILIES[self.model_type].model(self.config())
         for tensor in model.state_dict().values():
             tensor.fill_(1)
@@ -133,7 +133,7 @@ class TestAdditive(FittedTests):
     golden_mean = 1.184200
 
     def batch(self):
-        """Perturbation 2 was never measured alone."""
+        """A batch in which perturbation 2 was never measured alone."""
         return {**super().batch(), "perturbation_ids": ids([0, -1], [1, 0], [-1, -1])}
 
 
@@ -217,7 +217,7 @@ def test_perturbations_by_features_are_known_by_their_vector():
     change = torch.from_numpy(means.changes[:2]).float()[:, None]
     assert torch.equal(outputs.predictions[:2], (x[:2] + change).relu())
     assert torch.equal(outputs.predictions[2:], x[2:]) and outputs.unseen.tolist() == [False, False, False, True]
-    # Each cell may have its own: the sentence is unseen where one of them is.
+    # Each cell may have its own perturbation. The sentence is unseen if one of them is.
     with pytest.warns(UnseenWarning, match="1 of 1 sentences"):
         mixed = model(x[:1, :4], perturbation_features=vectors[None])
     assert torch.equal(mixed.predictions[0, :2], (x[0, :2] + change[:, 0]).relu())
@@ -304,7 +304,7 @@ def test_linear_is_ridge_regression(by_features, intercept, entries, width):
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
     if not by_features:
         assert torch.equal(model(x, torch.from_numpy(means.perturbation_ids)).predictions - x, found)
-    # The least sum of squares: it cannot be lowered by another weight.
+    # The sum of squares is the least: no other weight lowers it.
     if not intercept:
         weight = model.weight.double().numpy()
         gradient = features.T @ (features @ weight - means.changes) + 0.7 * weight

@@ -73,7 +73,7 @@ def make_run(folder: Path, training=None, model=None, stream=None, **data):
     if stream:
         content["stream"] = stream
     path = folder / "run.yaml"
-    path.write_text(json.dumps(content), encoding="utf-8")  # YAML in which all text stands in quotes
+    path.write_text(json.dumps(content), encoding="utf-8")  # YAML with all text in quotes
     return load_run_config(str(path), [])
 
 
@@ -98,7 +98,7 @@ def front_matter(card: str) -> dict:
 
 
 def tokens_of(text: str) -> list:
-    """Every token of the Markdown, those within lines too. HTML stays text for nobody: it must not be there."""
+    """Every token of the Markdown, with those within lines. HTML must not be there, because it would not be shown as text."""
     flat = []
     for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text):
         flat += [token, *(token.children or [])]
@@ -127,7 +127,7 @@ def test_everything_that_was_known_is_said(screen, tmp_path, hub):
     data = front_matter(card)
     assert data["license"] == "cc-by-4.0" and data["base_model"] == "lab/base" and data["tags"] == TAGS
     assert {"single-cell", "perturbation"} <= set(TAGS)
-    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "tabular-regression")
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "perturbation-prediction")
     digest = hashlib.sha256(screen.read_bytes()).hexdigest()
     for text in (
         "Trained further from the weights of `lab/base`",
@@ -353,7 +353,7 @@ def test_hostile_names_everywhere_leave_the_card_what_it_is(tmp_path, hub):
 
 
 def build(site: Path, *urls: str):
-    """A build of this package in `site`, whose `[project.urls]` are these."""
+    """Make a build of this package in `site`, with these `[project.urls]`."""
     folder = site / "pertstate-0.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: pertstate\nVersion: 0.0\n" + "".join(urls))

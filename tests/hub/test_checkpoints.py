@@ -99,7 +99,7 @@ def no_row(tensors):
         (without(6), "lacks the tensor lora_"),
         (without(8), "lacks the tensor lora_"),
         (nan, "holds NaN or infinite values"),
-        (one_more, "does not fit the base model .* in one of them alone"),
+        (one_more, "does not fit the base model .* only in one of the two"),
         (wide, "does not fit the base model"),
         (no_row, "does not fit the base model"),
     ],
@@ -121,7 +121,7 @@ def test_weights_of_an_adapter_are_whole_and_finite(folder, adapter, tmp_path, c
 
 
 class Mark:
-    """Unpickled, it makes a file."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -131,7 +131,7 @@ class Mark:
 
 
 @pytest.mark.parametrize("where", ["a model", "the base of an adapter"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", None, 3, "stat"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", None, 3, "stat", ["state"], {}])
 def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
     bert = tmp_path / "bert"
     bert.mkdir()
@@ -152,6 +152,9 @@ def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
     [
         ({"num_labels": 10**9}, "num_labels is 1000000000: no model of this package has labels"),
         ({"num_labels": "3"}, "num_labels is '3'"),
+        ({"dtype": "float40"}, "dtype is 'float40': expected one of"),
+        ({"torch_dtype": "load"}, "torch_dtype is 'load': expected one of"),
+        ({"dtype": {"": "hub"}}, "dtype is .*: expected one of"),
         (
             {"attn_implementation": "someone/kernel"},
             "attn_implementation is 'someone/kernel': config.json may name no code",
@@ -201,3 +204,40 @@ def test_tensors_of_kinds_that_are_no_torch_type_are_one_error(folder, tmp_path,
     path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :])
     with pytest.raises(ValueError, match="its weights are not a whole safetensors file"):
         load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("named", [5, "x", ["a"], {"AutoModel": 0.5}, {"AutoConfig": None}, {"AutoConfig": ["a", "b"]}])
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+def test_names_of_code_that_no_auto_class_knows(folder, tmp_path, named, file):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    changed(tmp_path / "base" / file, auto_map=named)
+    with pytest.raises(ValueError, match=f"{file}: auto_map: expected classes by name"):
+        load_whole(str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("named", ["itself", "another"])
+def test_an_adapter_on_an_adapter_is_refused(adapter, folder, tmp_path, named, capsys):
+    base = adapter if named == "itself" else folder / "adapter"
+    changed(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+    with pytest.raises(ValueError, match="is an adapter itself; merge it first"):
+        load_whole(str(adapter))
+    assert pertstate(["merge", str(adapter), str(tmp_path / "out")]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("base", ["", "a\0b", "a" * 5000, "/tmp/\x1b]52;c;x\x07", "a\nb"])
+def test_names_of_base_models_that_nobody_writes(adapter, base):
+    changed(adapter / "adapter_config.json", base_model_name_or_path=base)
+    with pytest.raises(ValueError, match="base_model_name_or_path is .*, expected a name, or null") as caught:
+        load_whole(str(adapter))
+    assert len(str(caught.value)) < 500
+
+
+def test_an_adapter_from_the_hub_opens_no_folder_of_this_machine(adapter, folder, tmp_path):
+    """In the cache of the Hub, its folder has the name of a commit."""
+    fetched = tmp_path / "models--ada--adapter" / "snapshots" / ("0" * 40)
+    shutil.copytree(adapter, fetched)
+    with pytest.raises(ValueError, match="from the Hub, and names a folder of this machine as its base model"):
+        load_whole(str(fetched))
+    load_adapter(str(fetched), base=str(folder / "base"))
+    load_whole(str(adapter))  # one in a folder may: training writes it so

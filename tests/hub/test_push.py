@@ -45,7 +45,7 @@ from pertstate.training import StateTrainingArguments
 LEAST = {"config.json", "processor_config.json", "vocabulary.json", "model.safetensors", "README.md"}
 LEAST |= {"configuration_state.py", "modeling_perturbation.py", "modeling_state.py", "processing.py", "vocabulary.py"}
 BESIDE = {"config.json.partial", "notes.txt", "my.py"}
-# More than the client asks again.
+# More times than the client tries again.
 ALWAYS = 20
 
 
@@ -55,7 +55,7 @@ def screen():
 
 
 def save(folder: Path, screen, seed: int = 0, **options) -> Path:
-    """A checkpoint with weights of its own, beside what a run's folder may hold as well."""
+    """Save a checkpoint with weights of its own, beside other files that the folder of a run may hold."""
     processor = StateProcessor.fit(screen, set_size=4, **options)
     torch.manual_seed(seed)
     config = StateConfig.from_preset("tiny", **StateConfig.sizes(processor), hidden_dropout=seed / 10)
@@ -82,14 +82,14 @@ def push(*words) -> int:
 
 
 def whole(folder: Path) -> set[str]:
-    """The names of the files of a checkpoint folder, which all travel."""
+    """The names of the files of a checkpoint folder, all of which are pushed."""
     names = {path.name for path in folder.iterdir() if path.is_file()} - BESIDE
     assert LEAST <= names
     return names
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Those files but the card, which tells the repository's name once it is pushed."""
+    """The contents of these files, except the card, which names the repository once it is pushed."""
     return {name: (folder / name).read_bytes() for name in whole(folder) - {"README.md"}}
 
 
@@ -133,7 +133,7 @@ def test_a_second_push_replaces_what_the_first_left_and_nothing_of_others(hub, s
 
 
 def test_what_is_pushed_names_no_place(hub, folder):
-    """Also where another program, or an older version, wrote a path."""
+    """Another program, or an older version, may have written a path into the folder."""
     (folder / "README.md").write_text("---\nlicense: mit\n---\nsee /home/ada l/run/notes.md, and C:\\Users\\ada\\x\n")
     arguments = {"output_dir": "/home/ada l/run", "fsdp_config": {"deep": ["file:///home/ada/x", "ada/model"]}}
     (folder / "training_args.json").write_text(json.dumps(arguments))
@@ -194,7 +194,7 @@ def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, 
     truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
     with pytest.raises(ValueError, match="adapter_model.safetensors: its weights are not a whole safetensors file"):
         push_checkpoint(tmp_path / "adapter", "ada/adapter")
-    # In place of a whole model, whose files would contradict it.
+    # It takes the place of a whole model, whose files would contradict it.
     push_checkpoint(folder, "ada/adapter")
     assert set(hub.read("ada/adapter")) == whole(folder)
 
@@ -308,7 +308,7 @@ def test_an_upload_that_broke_is_completed_by_the_next(hub, screen, folder, tmp_
     assert push(other, "ada/model") == 1
     assert f"ada/model: {hub.url} cannot be reached" in capsys.readouterr().err
     assert hub.repository("ada/model").at().id == head and hub.read("ada/model") == before
-    # What arrived is not sent again.
+    # Files that arrived are not sent again.
     stored = hub.count("PUT", "/objects/")
     assert push(other, "ada/model") == 0
     assert hub.count("PUT", "/objects/") == stored
@@ -411,7 +411,7 @@ print(json.dumps(found))
 
 
 def python(code: str, folder: Path, *arguments, **environment):
-    """What the last line says that `code` prints in a process of its own, which reads where the Hub is at its start."""
+    """Run `code` in a process of its own, which reads at its start where the Hub is. Returns the last line that it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
     done = launches.run(["-c", code, *arguments], environment, folder)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -429,7 +429,7 @@ def predict(folder, screen) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, tmp_path):
-    """The card's own lines without the package, the Auto classes with it, and both revisions from the cache alone."""
+    """The lines of the card work without the package, the Auto classes with it, and both revisions from the cache alone."""
     screen.write_h5ad(tmp_path / "controls.h5ad")
     other = save(tmp_path / "other", screen, seed=1)
     commits = [push_checkpoint(f, "lab/model", private=True).oid for f in (folder, other)]
@@ -448,7 +448,7 @@ def test_a_pushed_checkpoint_predicts_the_same_everywhere(hub, screen, folder, t
     lines = lines.replace("COMMIT", commits[1]).replace("user/screen", "lab/model").replace("STAT2", "pert_0")
     examples.append(tmp_path / "example_2.py")
     examples[-1].write_text(lines)
-    # Somebody who may not see it is told the same as where there is nothing.
+    # Somebody who may not see the repository is told the same as if there were none.
     may_not, anybody = hub.add_user("bea"), None
     wrong = [["lab/model", "0" * 40, anybody], ["lab/model", "v9", anybody], ["lab/nothing", "main", anybody]]
     wrong += [["lab/model", commits[0], token] for token in (may_not, False)]

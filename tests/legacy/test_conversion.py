@@ -28,7 +28,7 @@ FAMILY_NAMES = ("state", "old_neuralot", "pseudobulk", "embedsum")
 
 
 def converted(writer: LegacyFolderWriter, folder: Path, **options):
-    """Model and processor of the checkpoint that a training folder becomes."""
+    """Convert a training folder. Returns the model and the processor of the checkpoint."""
     convert(writer.write(folder / "legacy"), folder / "out", **options)
     return AutoModel.from_pretrained(folder / "out").eval(), AutoProcessor.from_pretrained(folder / "out")
 
@@ -42,7 +42,7 @@ def predictions(model, processor, cells: torch.Tensor, name: str, batches=None) 
 
 
 def fails(writer: LegacyFolderWriter, folder: Path, message: str, error=ValueError, **options):
-    """One line of error, and nothing written."""
+    """Assert that a conversion gives an error of one line and writes nothing."""
     with pytest.raises(error, match=message) as raised:
         convert(writer.write(folder / "legacy"), folder / "out", **options)
     assert "\n" not in str(raised.value)
@@ -122,7 +122,7 @@ def test_each_family_keeps_its_weights_and_names(tmp_path, family):
 
 
 def test_a_converted_checkpoint_predicts_from_a_file(tmp_path, capsys):
-    """Genes by name, the control by its own row of the weights, batches by name."""
+    """It finds genes and batches by name, and the control has its own row of the weights."""
     model, processor = converted(LegacyFolderWriter(), tmp_path)
     rng = np.random.default_rng(0)
     obs = pd.DataFrame({"gene": "non-targeting", "cell_line": "k562", "plate": BATCHES * 2}, index=list("abcd"))
@@ -331,7 +331,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 def changed(part: str, *keys, to=None, drop=False):
-    """What changes an entry of a part of the folder."""
+    """A function that changes an entry of a part of the folder."""
 
     def change(writer: LegacyFolderWriter):
         entry = getattr(writer, part)
@@ -520,7 +520,7 @@ def test_no_folder(tmp_path, capsys):
 
 
 class Payload:
-    """Makes a folder where it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark

@@ -62,7 +62,7 @@ def test_what_is_missing_or_unexpected_is_listed_and_new_genes_keep_their_rows(t
     )
     weights = torch.load(folder / "best_model.pt", weights_only=True)
     del weights["pert_encoder.weight"], weights["bn.running_mean"]
-    # A head that reads more than the token is another head.
+    # A head that reads more than the token does not fit.
     weights["decoder.fc.0.weight"] = torch.ones(16, 32)
     torch.save(weights, folder / "best_model.pt")
     genes = [*GENES, "e", "F"]
@@ -96,7 +96,7 @@ def test_weights_in_half_precision_are_read_as_they_are(tmp_path, published):
 
 
 class Harmful:
-    """A pickle of it makes a folder when it is read the unsafe way."""
+    """An object whose pickle makes a folder when it is read the unsafe way."""
 
     def __init__(self, path):
         self.path = path
@@ -109,12 +109,10 @@ def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path, published)
     folder = write_published(tmp_path / "scgpt", published, VOCABULARY)
     trap = tmp_path / "trap"
     torch.save({"encoder.embedding.weight": torch.ones(1), "more": Harmful(str(trap))}, folder / "best_model.pt")
-    with pytest.raises(
-        ValueError, match=r"best_model.pt: expected a whole file of tensors and nothing else.*nothing in it"
-    ):
+    with pytest.raises(ValueError, match=r"best_model.pt: expected a pickle of tensors.*nothing of it"):
         load_published(fresh(folder), GENES, folder)
     (folder / "best_model.pt").write_bytes(pickle.dumps(Harmful(str(trap))))
-    with pytest.raises(ValueError, match=r"nothing in it was run"):
+    with pytest.raises(ValueError, match=r"nothing of it was run"):
         load_published(fresh(folder), GENES, folder)
     assert not trap.exists()
     # The trap works: read the unsafe way, it runs.
@@ -127,7 +125,18 @@ def test_a_truncated_file_is_one_clear_error(tmp_path, published, keep):
     folder = write_published(tmp_path, published, VOCABULARY)
     model, whole = fresh(folder), (folder / "best_model.pt").read_bytes()
     (folder / "best_model.pt").write_bytes(whole[: int(keep * len(whole))])
-    with pytest.raises(ValueError, match=r"best_model.pt: expected a whole file of tensors.*copy the folder again"):
+    with pytest.raises(
+        ValueError, match=r"best_model.pt: expected a whole file of torch.save or pickle.*copy it again"
+    ):
+        load_published(model, GENES, folder)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"g1": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
+def test_a_json_that_python_does_not_follow_is_one_clear_error(tmp_path, published, content):
+    folder = write_published(tmp_path, published, VOCABULARY)
+    model = fresh(folder)
+    (folder / "vocab.json").write_text(content)
+    with pytest.raises(ValueError, match=r"vocab.json: expected a whole JSON file.*copy the folder again"):
         load_published(model, GENES, folder)
 
 
@@ -165,7 +174,7 @@ def without(*names):
         (
             lambda f: (f / "args.json").write_text('{"embsize": 16,'),
             ValueError,
-            r"args.json: expected a whole JSON file",
+            r"args.json is not a whole JSON file",
         ),
         (
             lambda f: (f / "vocab.json").write_text("[1]"),

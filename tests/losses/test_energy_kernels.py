@@ -17,7 +17,8 @@ def half_products(monkeypatch):
     from pertstate.losses import energy_kernels
 
     if DEVICE == "cpu":
-        # Only a GPU multiplies half-precision matrices into float32 ones. Their products are exact in float32.
+        # Only a GPU can give products of half-precision matrices in float32. Elsewhere they are multiplied in float32, where the
+        # product of two half-precision numbers is exact.
         def product(first, second, onto=None, times=1.0):
             made = torch.bmm(first.float(), second.float())
             return made if onto is None else onto.add_(made, alpha=times)

@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence is geomloss', which only those need who ask for it."""
+"""The Sinkhorn divergence is that of geomloss, which only its users need to install."""
 
 import sys
 

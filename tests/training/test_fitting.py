@@ -1,4 +1,4 @@
-"""One pass over the training cells: exact on real data, and the same from memory, stores, streams and processes."""
+"""One pass over the training cells is exact on real data, and the same from memory, stores, streams and processes."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.stores import write_parquet
-from pertstate.evaluation import Baselines, predict
+from pertstate.evaluation import Baselines, controls_of, predict
 from pertstate.evaluation.baselines import ADDITIVE, PERTURBATION_MEAN
 from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
@@ -58,7 +58,7 @@ def test_every_cell_is_summed_once_in_float64():
     groups = pd.DataFrame(names, columns=["dataset", "context", "perturbation"])
     groups = groups.assign(start=bounds[:-1], stop=bounds[1:])
     sums = GroupSums.of_cells(Counting(), groups, "control", block=16)
-    # c1 has no controls, and c2 nothing else: neither teaches anything.
+    # c1 has no controls, and c2 has only controls, so no change can be learned from either.
     lonely = np.zeros(1000, dtype=bool)
     for group in (3, 6):
         lonely[bounds[group] : bounds[group + 1]] = True
@@ -67,7 +67,7 @@ def test_every_cell_is_summed_once_in_float64():
     mean["a", "c0", "P"] = features[bounds[1] : bounds[3]].mean(axis=0, dtype=np.float64)
     of_a, of_b = (mean[d, "c0", "P"] - mean[d, "c0", "control"] for d in "ab")
     np.testing.assert_allclose(sums.changes()["P"], (of_a + of_b) / 2, rtol=1e-12)
-    # Contexts are one over data sets, and their cells weigh alike.
+    # A context is the same one in all data sets, and all its cells weigh alike.
     rows = [1, 2, 5, 7]
     perturbed = np.concatenate([features[bounds[i] : bounds[i + 1]] for i in rows])
     np.testing.assert_allclose(sums.context_means()["c0"][0], perturbed.mean(axis=0, dtype=np.float64), rtol=1e-12)
@@ -114,7 +114,7 @@ def fit(model_type: str, cells, processor, tmp_path, **fields) -> StateTrainer:
 
 @pytest.mark.shared
 def test_means_are_exact_on_real_cells(shared, tmp_path):
-    """IFN-beta in PBMC, NK cells held out: against numpy on the file itself, and against the baseline of evaluations."""
+    """On IFN-beta in PBMC with NK cells held out, they equal numpy's means of the file, and the baseline of evaluations."""
     cells, processor, adata = load_real(shared, "kang2018_pbmc_ifnb", held={"test_contexts": ["NK"]}, genes=2000)
     values = adata[:, processor.vocabulary.genes].X.toarray().astype(np.float64)
     is_control = (adata.obs["perturbation"] == "control").to_numpy()
@@ -134,7 +134,7 @@ def test_means_are_exact_on_real_cells(shared, tmp_path):
     outputs = model(
         torch.from_numpy(controls)[None], **{k: torch.from_numpy(v) for k, v in processor.encode([name]).items()}
     )
-    # Rounded to float32 once, and where the change is added once more.
+    # A value is rounded to float32 once, and once more when the change is added.
     known = Baselines(means, lambda name: [name], clip=True).of(name, controls.mean(axis=0))
     expected = known[PERTURBATION_MEAN].apply(controls, True)
     np.testing.assert_allclose(outputs.predictions[0].numpy(), expected, rtol=0, atol=1e-6)
@@ -147,7 +147,7 @@ def test_means_are_exact_on_real_cells(shared, tmp_path):
 
 @pytest.mark.shared
 def test_closed_forms_are_exact_on_real_cells(shared, tmp_path):
-    """Doubles from singles in K562: the additive baseline of evaluations, and ridge regression by another hand."""
+    """For doubles from singles in K562, they equal the additive baseline of evaluations and another ridge regression."""
     held = yaml.safe_load((ROOT / "configs" / "norman_combinations.yaml").read_text())["data"]["test_perturbations"]
     cells, processor, adata = load_real(
         shared, "norman2019_mcfaline2023", held={"test_perturbations": held}, contexts=["k562"]
@@ -263,7 +263,7 @@ def run(folder, output, model_type, source, *flags) -> dict[str, torch.Tensor]:
 
 
 def by_hand(folder, processor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Changes by label and perturbed means by context, over the training cells of the file."""
+    """Changes by label, and means of perturbed cells by context, computed here from the training cells of the file."""
     adata = ad.read_h5ad(folder / "screen.h5ad")
     values = processor.features(adata).astype(np.float64)
     context, name = adata.obs["cell_type"].to_numpy(), adata.obs["perturbation"].to_numpy()
@@ -321,7 +321,7 @@ def test_two_processes_fit_what_one_does(folder, tmp_path, source):
 
 
 def test_held_out_cells_do_not_enter(folder, tmp_path):
-    """Nothing that is fitted changes with the held-out cells, or with the controls of a context held out whole."""
+    """Fitted weights do not depend on held-out cells, nor on the controls of a context that is held out whole."""
     adata = ad.read_h5ad(folder / "screen.h5ad")
     held = (adata.obs["cell_type"] == "type_3") | (
         (adata.obs["cell_type"] == "type_1") & (adata.obs["perturbation"] == "pert_2")
@@ -362,7 +362,7 @@ def test_there_is_nothing_to_resume(folder, tmp_path):
     path = run_yaml(folder, tmp_path / "run", "state-linear", "files", resume_from_checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match="state-linear is fitted in one pass, which is not continued; leave it out"):
         train.main([str(path)])
-    train.main([str(path), "--resume_from_checkpoint", "last"])  # none there: it starts anew
+    train.main([str(path), "--resume_from_checkpoint", "last"])  # there is no checkpoint, so the run starts anew
 
 
 def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
@@ -385,12 +385,12 @@ def test_predict_says_once_what_is_unseen(folder, tmp_path, caplog, recwarn):
     assert not [w for w in recwarn if "sentences" in str(w.message)]
     out = ad.read_h5ad(tmp_path / "out.h5ad")
     unseen = (out.obs["perturbation"] == "pert_0+pert_2").to_numpy()
-    assert np.array_equal(out.X[unseen], out.layers["control"][unseen])
-    assert not np.array_equal(out.X[~unseen], out.layers["control"][~unseen])
+    assert np.array_equal(out.X[unseen], controls_of(out)[unseen])
+    assert not np.array_equal(out.X[~unseen], controls_of(out)[~unseen])
 
 
 def test_singles_never_measured_are_named(folder, tmp_path, capsys):
-    """In training cells of pert_1 only together with pert_0, the additive model cannot know its own change."""
+    """If training cells have pert_1 only together with pert_0, the additive model cannot know the change of pert_1."""
     adata = ad.read_h5ad(folder / "screen.h5ad")
     adata = adata[adata.obs["perturbation"] != "pert_1"].copy()
     adata.write_h5ad(tmp_path / "screen.h5ad")
@@ -405,7 +405,7 @@ def test_singles_never_measured_are_named(folder, tmp_path, capsys):
     assert "perturbations ['pert_1']: no training cells have one of these alone" in capsys.readouterr().err
     assert not (tmp_path / "out.h5ad").exists()
     assert pertstate.cli.main([*map(str, words), "--perturbation", "pert_2", "pert_2+pert_0"]) == 0
-    # Held-out groups that it could not predict are an error of the run, before they are scored.
+    # If the model could not predict held-out groups, the run gives an error before it scores them.
     with pytest.raises(UnseenPerturbationError, match=r"perturbations \['pert_1'\]: no training cells"):
         train.main([str(tmp_path / "run.yaml"), *options, "--test_contexts", "type_1", "--overwrite"])
 

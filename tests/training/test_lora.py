@@ -59,7 +59,7 @@ def test_an_adapter_folder_holds_what_was_trained_and_nothing_else(folder, adapt
         "output_head",
         "perturbation_encoder",
     }
-    # Everything that it holds has moved: B starts at 0, the others from the checkpoint.
+    # All its weights have moved: B starts at 0, the others start from the checkpoint.
     base = weights(folder / "base")
     for name, tensor in tensors.items():
         if "lora_B" in name:
@@ -93,7 +93,7 @@ def test_a_merged_adapter_is_a_checkpoint_like_any_other(folder, adapter, merged
 
 
 def test_peft_loads_an_adapter_on_a_resized_base(folder, adapter, merged):
-    """As docs/fine_tuning.md says."""
+    """These are the lines of docs/fine_tuning.md."""
     from peft import PeftModel
 
     processor = AutoProcessor.from_pretrained(adapter)
@@ -112,7 +112,7 @@ def test_peft_loads_an_adapter_on_a_resized_base(folder, adapter, merged):
 
 
 def test_an_adapter_loads_by_its_name_alone(folder, adapter, merged):
-    """Its base model is found and resized to its vocabulary, where it has new names."""
+    """Its base model is found, and is resized to its vocabulary if that has new names."""
     run(folder, "same_names", "first", lora_rank=2)
     assert json.loads((folder / "same_names" / "adapter_config.json").read_text())["modules_to_save"] is None
     adapted, processor = load_adapter(str(folder / "same_names"))
@@ -148,7 +148,7 @@ def test_merging_looks_for_the_base_where_it_is_told(folder, adapter, merged, tm
     saved["base_model_name_or_path"] = str(tmp_path / "gone")
     (moved / "adapter_config.json").write_text(json.dumps(saved))
     assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out")]) == 1
-    assert "(say where it is with --base)" in capsys.readouterr().err
+    assert "(--base names another one)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert pertstate.cli.main(["merge", str(moved), str(tmp_path / "out"), "--base", str(folder / "base")]) == 0
     one, other = weights(tmp_path / "out"), weights(merged)
@@ -255,7 +255,7 @@ def test_every_layer_but_adapters_and_named_parts_is_frozen(folder):
     ],
 )
 def test_every_kind_of_family_has_adapters(folder, tmp_path, family, data, fields):
-    """Batch normalisation beside adapters stays as it is, its running figures too."""
+    """Batch normalisation beside adapters stays as it is, with its running statistics."""
     section = {"model_type": family, "preset": "tiny", "set_size": 8, **fields}
     run(folder, family, "first", {"batch_key": "batch", **data}, section, max_steps=1)
     run(folder, f"{family}-lora", "second", {}, {"pretrained": str(folder / family)}, lora_rank=2, max_steps=3)
@@ -280,7 +280,7 @@ def test_every_kind_of_family_has_adapters(folder, tmp_path, family, data, field
 
 
 def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
-    """Both on the Hub, the base by the revision that the adapter was trained on."""
+    """Both are on the Hub. The base is taken at the revision on which the adapter was trained."""
     api = HfApi()
     for name in ("base", "adapter"):
         api.create_repo(f"ada/{name}")

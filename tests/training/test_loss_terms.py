@@ -9,7 +9,7 @@ from pertstate.training.loss_terms import LossTerms
 
 
 def log(logs: dict) -> tuple[dict, dict]:
-    """What callbacks after it, and the history, are given."""
+    """The figures that later callbacks and the history get."""
     state = SimpleNamespace(global_step=7, log_history=[dict(logs)])
     LossTerms(Accelerator(cpu=True)).on_log(None, state, None, logs=logs)
     return logs, state.log_history[-1]
@@ -17,7 +17,7 @@ def log(logs: dict) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["train_loss", "eval_loss", "eval_energy", "test_mae", "learning_rate"])
-def test_a_figure_that_is_none_ends_the_run(name, value):
+def test_a_loss_that_is_not_finite_ends_the_run(name, value):
     with pytest.raises(FloatingPointError, match=f"{name} became NaN or infinite by step 7; lower learning_rate"):
         log({"epoch": 0.5, name: value})
 

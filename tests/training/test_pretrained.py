@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_run_starts_from_the_weights_of_the_checkpoint(folder, caplog):
-    """Without any step that moves, the run leaves the checkpoint with the names of the new data."""
+    """If no step changes a weight, the run leaves the weights of the checkpoint, with the names of the new data."""
     with caplog.at_level(logging.INFO):
         run(folder, "still", "second", learning_rate=0.0, max_steps=1)
     assert "perturbations: 3 kept, 1 added (pert_3), 0 dropped" in caplog.text
@@ -113,7 +113,7 @@ def test_a_store_trains_further_as_the_file_does(folder):
 
 
 def test_a_stream_trains_further_as_the_file_does(folder):
-    """The same weights and the same names to start from; the sentences of a stream come in another order."""
+    """Both start from the same weights and names. Only the order of sentences differs in a stream."""
     data = {"datasets": {"screen": str(folder / "second.h5ad")}, "batch_key": "batch"}
     store = prepare(DataArguments(**data), folder / "streamed", quiet=True)
     content = {
@@ -211,7 +211,7 @@ def test_the_model_says_whether_it_reads_published_weights(folder, tmp_path):
     assert [name for name, family in FAMILIES.items() if family.model.reads_published] == ["state-scgpt"]
     for family in FAMILIES:
         assert is_published({"model_type": family, "pretrained": str(tmp_path)}) == (family == "state-scgpt")
-    # A checkpoint of this package, a name on the Hub, or no family at all is none.
+    # A checkpoint of this package, a name on the Hub, and a run without a family do not have published weights.
     assert not is_published({"model_type": "state-scgpt", "pretrained": str(folder / "base")})
     assert not is_published({"model_type": "state-scgpt", "pretrained": "ada/model"})
     assert not is_published({"pretrained": str(tmp_path)})
@@ -249,7 +249,7 @@ def test_control_cells_alone_are_enough(folder):
     run(folder, "controls", "controls", {"controls_only": True})
     before, after = weights(folder / "base"), weights(folder / "controls")
     rows = "perturbation_encoder.embedding.weight"
-    # No perturbation was seen, so their rows are as they were; all else moved.
+    # No perturbation was seen, so the rows of perturbations stay as they were. All other weights moved.
     assert torch.equal(before[rows], after[rows])
     assert {name for name in before if torch.equal(before[name], after[name])} == {rows}
     vocabulary = StateProcessor.from_pretrained(folder / "controls").vocabulary
@@ -262,7 +262,7 @@ def test_control_cells_alone_are_enough(folder):
 
 
 def test_perturbed_cells_beside_the_controls_are_only_scored(folder):
-    """The same bits as from a file that holds the controls alone; what is held out is predicted and scored."""
+    """A file with only the controls gives the same bits. The held-out cells are predicted and scored."""
     adata = ad.read_h5ad(folder / "second.h5ad")
     adata[adata.obs["perturbation"] != "pert_3"].write_h5ad(folder / "known.h5ad")
     held = {"controls_only": True, "contexts": ["type_4"], "test_contexts": ["type_4"]}
@@ -274,12 +274,12 @@ def test_perturbed_cells_beside_the_controls_are_only_scored(folder):
         found = weights(folder / name)
         assert all(torch.equal(found[key], alone[key]) for key in alone)
     assert np.isfinite(metrics["test_energy"]) and metrics["test_mae"] != metrics["test_no_change_mae"]
-    # The baseline that adds mean changes knows none, so it has no figures.
+    # The baseline that adds mean changes knows no change, so it has no figures.
     assert "test_perturbation_mean_mae" not in metrics
 
 
 def test_fine_tuning_on_a_new_cell_type_beats_training_from_scratch(tmp_path):
-    """At equal steps on the same 8 cells of each perturbation, scored on its other cells by the mean error of the mean."""
+    """Both take equal steps on the same 8 cells of each perturbation. The score is the mean error of the mean of the others."""
     names = ["pert_0", "pert_1", "pert_2"]
     adata = simulate_screen(
         num_contexts=12, num_perturbations=len(names), num_genes=80, cells_per_group=32, effect=2.0, seed=7
@@ -316,7 +316,7 @@ def test_fine_tuning_on_a_new_cell_type_beats_training_from_scratch(tmp_path):
 
 
 def test_the_documented_lines_run(tmp_path, monkeypatch):
-    """The files and code of docs/fine_tuning.md, after a demonstration that took two steps."""
+    """The files and the code of docs/fine_tuning.md run after a demonstration of two steps."""
     root = Path(__file__).parents[2]
     blocks = re.findall(r"```(\w*)\n(.*?)```", (root / "docs" / "fine_tuning.md").read_text(), flags=re.DOTALL)
     (tmp_path / "demo").mkdir()

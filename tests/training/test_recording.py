@@ -1,5 +1,6 @@
-"""Runs, their records and their scores: one truth for card, command and Python, and leaks that are said."""
+"""Runs, their records and their scores: card, command and Python give the same figures, and leaks are reported."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from pertstate.cli import main as pertstate
 from pertstate.data import simulate_screen
 from pertstate.data.record import RunRecord
-from pertstate.evaluation.scores import Scores
+from pertstate.evaluation.scores import Scores, against
 
 
 CONFIG = """
@@ -53,7 +54,7 @@ def test_run_command_and_predictions_have_the_same_figures_to_the_digit(folder, 
     assert capsys.readouterr().out.splitlines()[-1] == by_model.verdict == own.verdict
     assert str(figures(by_model)) == str(figures(own))
     assert by_model.averages.equals(own.averages)
-    # The held-out context alone, its cells in another order, is the same experiment.
+    # A file with only the held-out context, in another order of cells, gives the same experiment.
     screen = ad.read_h5ad(folder / "screen.h5ad")
     screen[screen.obs["cell_type"] == "type_2"][::-1].copy().write_h5ad(tmp_path / "part.h5ad")
     part = evaluated(tmp_path / "part", "--model", folder / "run", "--real", tmp_path / "part.h5ad")
@@ -126,7 +127,7 @@ def test_a_checkpoint_trained_further_knows_what_came_before(folder, tmp_path):
 
 
 def test_another_run_is_not_continued(folder, tmp_path):
-    """A folder trained with one held-out context, resumed with another, would call the leak held out."""
+    """If a run with one held-out context could be resumed with another, cells that it saw would be called held out."""
     words = ["--resume_from_checkpoint", "last", "--max_steps", "25"]
     for flags, said in (
         (["--test_contexts", "type_1"], r"the groups and their splits differ: recorded .*type_1"),
@@ -164,3 +165,49 @@ def test_a_merged_adapter_keeps_the_record(folder, tmp_path):
     record = RunRecord.load(tmp_path / "merged")
     assert record.to_dict() == RunRecord.load(tmp_path / "adapter").to_dict()
     assert [ancestor.name for ancestor in record.ancestors] == ["run"]
+
+
+def test_two_models_are_compared_group_by_group(folder, tmp_path, capsys):
+    other = launches.run(
+        [launches.TRAIN, folder / "run.yaml", "--output_dir", tmp_path / "other", "--max_steps", "1", "--seed", "3"]
+    )
+    assert other.returncode == 0, other.stderr
+    words = [
+        "--model",
+        folder / "run",
+        "--real",
+        folder / "screen.h5ad",
+        "--against",
+        tmp_path / "other",
+        folder / "run",
+    ]
+    scores = evaluated(tmp_path / "scores", *words)
+    beside, itself = scores.notes[-2:]
+    second = Scores.load(tmp_path / "other" / "scores")
+    for metric, name in (
+        ("pearson", "correlation of the mean change"),
+        ("mae", "MAE of the mean"),
+        ("energy", "energy distance"),
+    ):
+        difference = scores.value("model", metric) - second.value("model", metric)
+        (said,) = re.findall(
+            rf"In {name}: [a-z ]+ other \(([+-][\d.]+), 95 % interval ([+-][\d.]+) to ([+-][\d.]+)\)", beside
+        )
+        assert float(said[0]) == pytest.approx(difference, abs=6e-5)
+        assert float(said[1]) <= float(said[0]) <= float(said[2])
+    assert itself.count("not distinguishable from run (+0.0000, 95 % interval +0.0000 to +0.0000)") == 3
+    assert capsys.readouterr().err.count("Verdict on run, from 3 groups.") == 2
+    # A file of predicted cells is the same model.
+    predict = ["--model", tmp_path / "other", "--adata", folder / "screen.h5ad", "--context", "type_2", "--quiet"]
+    assert pertstate(["predict", *map(str, predict), "--output", str(tmp_path / "p.h5ad")]) == 0
+    words = ["--model", folder / "run", "--real", folder / "screen.h5ad", "--against", tmp_path / "p.h5ad"]
+    assert evaluated(tmp_path / "files", *words).notes[-1].replace("p.h5ad", "other") == beside
+
+
+def test_models_that_were_scored_on_other_groups_are_not_compared(folder):
+    first = Scores.load(folder / "run" / "scores")
+    with pytest.raises(ValueError, match="have no scored group in common"):
+        against(first, first, ("a", "b"))
+    other = dataclasses.replace(first, settings={**first.settings, "seed": 5})
+    with pytest.raises(ValueError, match=r"scored in different ways \(seed: 0 and 5\)"):
+        against(first, other, ("a", "b"))

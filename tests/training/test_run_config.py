@@ -101,14 +101,14 @@ def test_the_type_of_a_field_says_what_its_words_mean(tmp_path):
     assert filed.data.datasets == {"1": "2020-01-01", "off": "no.h5ad"}
     assert filed.data.test_perturbations == ["on"] and filed.data.genes == ["1", "off"]
     assert filed.data.contexts == ["yes"] and filed.data.control == "1.0"
-    # Where a field takes anything, a word is what it looks like.
+    # If a field takes any type, a word has the type that it looks like.
     assert filed.training == {
         "max_steps": 3,
         "learning_rate": 1,
         "save_strategy": "off",
         "output_dir": {"a": [False, "no"]},
     }
-    # Nothing of the reader is left in what was read.
+    # The result holds no object of the parser.
     for value in (*filed.data.datasets, *filed.data.datasets.values(), *filed.data.genes, filed.data.control):
         assert type(value) is str
 

@@ -1,4 +1,4 @@
-"""The folder of a run, from the command: who may write it, what is continued, and what is refused before data are read."""
+"""The folder of a run of the command: who may write it, what is continued, and what is refused before data are read."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_a_folder_that_holds_a_run_is_not_trained_into(folder, run, tmp_path, ca
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     said = f"{run} holds a run; continue it with --resume_from_checkpoint last, replace it with --overwrite, or name another"
     assert said in refused(capsys, folder, *into(run))
-    # Another run's checkpoint does not make it a continuation; nor does the model alone, or a checkpoint alone.
+    # A checkpoint of another run does not make it a continuation. Neither does a model alone, or a checkpoint alone.
     assert said in refused(capsys, folder, *into(run, "--resume_from_checkpoint", folder / "run" / "checkpoint-4"))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     shutil.move(run / "checkpoint-4", tmp_path / "alone" / "checkpoint-4")
@@ -127,7 +127,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
         if "  loss " in line:
             break
     process.kill()
-    # The old model, and checkpoints of the new run alone.
+    # The folder holds the old model, and only the new run's checkpoints.
     assert bits(run) == before
     rates = [
         json.loads((path / "trainer_state.json").read_text())["log_history"][0]["learning_rate"]
@@ -140,7 +140,7 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
     assert os.listdir(run.parent) == ["run"] and not list(run.rglob("*.partial"))
 
 
-def test_of_two_trainings_in_one_folder_the_second_is_told_of_the_first(folder, tmp_path, capsys):
+def test_the_second_training_in_a_folder_is_told_of_the_first(folder, tmp_path, capsys):
     run = tmp_path / "run"
     process = launches.start([launches.TRAIN, folder / "run.yaml", *into(run, "--max_steps", "100000")])
     for line in process.stderr:
@@ -150,7 +150,7 @@ def test_of_two_trainings_in_one_folder_the_second_is_told_of_the_first(folder, 
         said = refused(capsys, folder, *into(run, *flags))
         assert re.search(rf"{run} is being written by process {process.pid} on .*train.py.*, since 20\d\d-", said), said
     assert process.kill().returncode == -signal.SIGKILL
-    # Who died holds nothing.
+    # A process that died holds no lock.
     assert train(folder, *into(run, "--resume_from_checkpoint", "last", "--max_steps", "6")).returncode == 0
     assert os.listdir(tmp_path) == ["run"]
 
@@ -189,7 +189,7 @@ def test_an_argument_out_of_range_is_one_line_before_data_are_read(folder, tmp_p
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_elsewhere(folder, run, tmp_path):
-    """First while a checkpoint is written, then while the model takes the place of an older one."""
+    """The disk is full while a checkpoint is written, and then while the model takes the place of an older one."""
     code = "import resource, sys; limit = int(sys.argv.pop(1)); from pertstate.cli import main\n"
     code += (
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); raise SystemExit(main(['train', *sys.argv[1:]]))"

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: whole or not there, checked before they are continued, and of a finished run never trained on."""
+"""Checkpoints of a training are whole or not there, and are checked before a run continues. A finished run is not trained on."""
 
 import json
 import logging
@@ -73,7 +73,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("name, content, message", BROKEN)
-def test_one_that_is_not_whole_is_refused(screen, copy, name, content, message, caplog):
+def test_a_checkpoint_that_is_not_whole_is_refused(screen, copy, name, content, message, caplog):
     path = copy / "checkpoint-6" / name
     path.unlink() if content is None else path.write_bytes(content)
     trainer = make_trainer(screen, copy, **SAVING)
@@ -87,14 +87,14 @@ def test_one_that_is_not_whole_is_refused(screen, copy, name, content, message, 
     assert "checkpoint-6 is not whole: " in caplog.text and "; resuming from checkpoint-4" in caplog.text
 
 
-def test_from_the_last_that_is_whole_it_ends_with_the_same_weights(screen, run, copy):
+def test_a_run_continues_from_the_last_whole_checkpoint_to_the_same_weights(screen, run, copy):
     (copy / "checkpoint-6" / "optimizer.pt").unlink()
     make_trainer(screen, copy, **SAVING).train(resume_from_checkpoint=True)
     assert same(weights(copy / "checkpoint-6"), weights(run / "checkpoint-6"))
     assert steps(copy) == [4, 6] and missing_of(copy / "checkpoint-6") is None
 
 
-def test_where_none_is_whole_nothing_is_trained(screen, copy):
+def test_without_a_whole_checkpoint_nothing_is_trained(screen, copy):
     for path in checkpoints_of(copy):
         (path / "scheduler.pt").unlink()
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_where_none_is_whole_nothing_is_trained(screen, copy):
         make_trainer(screen, copy, **SAVING).train(resume_from_checkpoint=True)
 
 
-def test_one_with_the_model_alone_is_not_continued(screen, tmp_path):
+def test_a_checkpoint_with_only_the_model_is_not_continued(screen, tmp_path):
     make_trainer(screen, tmp_path, **SAVING, save_only_model=True).train()
     with pytest.raises(ValueError, match=r"checkpoint-6 is not whole: it holds the model alone \(save_only_model\)"):
         make_trainer(screen, tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
@@ -129,7 +129,7 @@ def test_a_finished_run_is_not_trained_on(screen, tmp_path, length):
         assert same(expected, again.model.state_dict()) and steps(tmp_path) == kept
         assert [entry for entry in again.state.log_history if "train_runtime" in entry] == []
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
-    # More steps are trained where they are asked for.
+    # More steps are trained if they are asked for.
     more = make_trainer(screen, tmp_path, **{**settings, "max_steps": done.global_step + 1})
     assert more.train(resume_from_checkpoint=True).global_step == done.global_step + 1
     assert not same(expected, more.model.state_dict())
@@ -148,9 +148,9 @@ def best(screen, tmp_path_factory):
     return folder, {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
-def test_of_a_finished_run_the_best_is_loaded_again(screen, best, tmp_path):
+def test_a_finished_run_loads_its_best_checkpoint_again(screen, best, tmp_path):
     folder, expected = best
-    # The best and the last are kept, though one is asked for; and they are found where the folder is moved.
+    # The best and the last are both kept although one is asked for, and they are found after the folder is moved.
     assert len(steps(folder)) == 2 and steps(folder)[-1] == 6
     moved = shutil.copytree(folder, tmp_path / "moved")
     hidden = folder.rename(folder.with_name("hidden"))
@@ -170,7 +170,7 @@ def test_the_best_must_be_whole_too(screen, best, tmp_path):
         make_trainer(screen, moved, **BEST).train(resume_from_checkpoint=True)
 
 
-def test_what_is_not_whole_makes_room_first_and_what_is_later_next(tmp_path):
+def test_checkpoints_that_are_not_whole_are_removed_first_and_later_ones_next(tmp_path):
     def made(step, whole=True):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -192,7 +192,7 @@ def test_what_is_not_whole_makes_room_first_and_what_is_later_next(tmp_path):
 
 
 def test_killed_at_any_moment_every_checkpoint_is_whole(screen, tmp_path):
-    """Whatever name a checkpoint has, it is whole; none is lost but for the room of newer ones."""
+    """Every folder with the name of a checkpoint is whole, and one is removed only to make room for newer ones."""
     seen = set()
 
     def work():
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_takes_the_place_of_another_is_never_gone(screen, run,
 
 
 def test_a_full_disk_says_so_and_leaves_the_other_checkpoints(screen, tmp_path):
-    """The optimiser's state is larger than the model, and is written by torch, which does not say why it cannot."""
+    """The optimiser's state is larger than the model. Torch writes it, and does not say why it fails."""
     import resource
 
     trainer = make_trainer(screen, tmp_path, **{**SAVING, "max_steps": 2})

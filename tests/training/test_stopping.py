@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def started(folder, *flags):
-    """A training that has taken a step and will take many."""
+    """A training that has taken a step and has many left."""
     process = launches.start([launches.TRAIN, folder / "run.yaml", "--max_steps", "1000000", *flags])
     for line in process.stderr:
         if "  loss " in line:
@@ -68,7 +68,7 @@ def test_the_running_step_is_saved_and_the_run_goes_on_to_the_same_bits(folder, 
 
 
 def test_a_second_signal_ends_it_at_once(folder, tmp_path):
-    """While a step waits for ever."""
+    """It ends even if a step waits for ever."""
     code = "import sys, time, pertstate.train\nfrom pertstate.training.trainer import StateTrainer\n"
     code += ""
     code += "def wait(*args, **kwargs): print('waiting', flush=True); [time.sleep(0.05) for _ in range(10000)]\n"
@@ -84,7 +84,7 @@ def test_a_second_signal_ends_it_at_once(folder, tmp_path):
 
 
 def test_of_two_processes_both_stop_at_one_step(folder, tmp_path):
-    """Whichever of them gets the signal."""
+    """They do, whichever of them gets the signal."""
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, world_size=2, is_master=True, wait_for_workers=False)

@@ -1,4 +1,4 @@
-"""Runs that train on a stream: from a cell store, or from columns that are named, stopped and continued."""
+"""Runs that train on a stream, from a cell store or from named columns, and that are stopped and continued."""
 
 import json
 import signal
@@ -131,7 +131,7 @@ def test_the_learning_rate_decays_by_epochs_of_a_stream(folder, tmp_path):
 
 
 def test_columns_are_named(folder, tmp_path):
-    """The layout of the published drug atlas: a marker first, gene ids of a table, labels of other names."""
+    """The layout is that of the published drug atlas: a marker first, gene ids from a table, other names of labels."""
     import anndata as ad
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -140,6 +140,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "README.md",
         "anndata_source.py",
+        "bounded_text.py",
         "cell_ids.py",
         "cell_sentences.py",
         "cell_source.py",
@@ -150,6 +151,7 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "configuration_state.py",
         "constants.py",
         "doses.py",
+        "experiments.py",
         "files.py",
         "finite.py",
         "gene_names.py",
@@ -158,10 +160,13 @@ def test_the_saved_folder_holds_no_pickle(screen, tmp_path):
         "messages.py",
         "model.safetensors",
         "model_features.py",
+        "modeling_anchor.py",
         "modeling_finetuning.py",
         "modeling_layers.py",
         "modeling_perturbation.py",
         "modeling_state.py",
+        "origin.py",
+        "pipeline_perturbation.py",
         "predicted_cells.py",
         "printable.py",
         "processing.py",
@@ -263,7 +268,7 @@ def test_terms_are_means_over_the_batches_since_the_last_log(screen, tmp_path):
     logs = {"loss": 9.0}
     trainer.log(logs)
     assert logs["energy"] == 2.5 and logs["cells_per_second"] > 0
-    # Those that print or report a log are given the terms, and the history keeps them.
+    # Callbacks that print or report a log get the terms, and the history keeps them.
     assert trainer.state.log_history[-1].items() >= logs.items()
     trainer.log(other := {"loss": 9.0})
     assert "energy" not in other

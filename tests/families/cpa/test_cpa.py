@@ -237,7 +237,7 @@ def test_reconstruction_is_the_likelihood_of_a_normal_distribution_over_real_cel
     log_prob = torch.distributions.Normal(outputs.mean, outputs.variance.sqrt()).log_prob(batch["labels"]).sum(-1)
     expected = -torch.stack([log_prob[0].mean(), log_prob[1, :2].mean(), log_prob[2].mean()]).mean()
     torch.testing.assert_close(terms["reconstruction"], expected)
-    # Losses of different phases compare: in evaluation there is nothing else.
+    # In evaluation the loss has no other term, so that losses of different phases can be compared.
     assert set(terms) == {"reconstruction", "loss"} and terms["loss"] is terms["reconstruction"]
 
 
@@ -289,13 +289,13 @@ def test_adversaries_are_scored_against_what_is_known():
     torch.testing.assert_close(terms["perturbation_accuracy"], torch.stack([of.float().mean() for of in right]).mean())
 
 
-def test_where_nothing_is_known_an_adversary_hears_nothing():
+def test_an_adversary_without_targets_has_no_loss():
     model, batch = make()
     batch |= {"context_ids": torch.full((3,), -1), "batch_ids": torch.full((3, 4), -1)}
     terms = terms_of(model, batch, step=9)
     assert terms["context_adversary"] == terms["batch_adversary"] == terms["batch_accuracy"] == 0
     terms["loss"].backward()
-    # Every parameter has a gradient in every step, if of 0: processes wait for one another's.
+    # Every parameter has a gradient in every step, even if it is 0, because processes wait for the gradients of one another.
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -432,9 +432,9 @@ def test_the_adversary_is_fooled_and_an_unseen_pair_is_predicted(disentangled, t
     before, after = history[4], history[-1]  # the end of the warm-up, and of the training
     # Eight contexts: chance is an eighth. (The perturbation of a sentence is drawn apart from its control cells.)
     assert before["context_accuracy"] > 0.4
-    assert after["context_accuracy"] < 0.2
+    assert after["context_accuracy"] < before["context_accuracy"] / 2
     assert after["reconstruction"] < before["reconstruction"]
-    # Where nobody listens to it, the adversary reads the context to the end.
+    # If the encoder does not hear of it, the adversary can read the context until the end.
     few = {**options, "max_steps": 400}
     unheard = trainer_of(*disentangled, tmp_path, {**config, "adversary_warmup_steps": 10**6}, **few)
     unheard.train()
@@ -468,7 +468,7 @@ def test_one_optimiser_over_two_groups_takes_the_steps_of_two(disentangled, tmp_
 
 
 def test_a_run_that_is_continued_ends_with_the_same_bits(disentangled, tmp_path):
-    """Stopped in the warm-up; the weights of the adversaries, their optimiser and the schedule go on where they were."""
+    """The run stops in the warm-up. The adversaries' weights, their optimiser and the schedule go on where they were."""
     config = {"adversary_warmup_steps": 5, "adversary_ramp_steps": 2}
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "save_total_limit": None}
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "lr_decay_epochs": 0.5}
@@ -487,8 +487,8 @@ def test_a_run_that_is_continued_ends_with_the_same_bits(disentangled, tmp_path)
 
 def test_accumulated_batches_give_the_mean_of_their_gradients(disentangled, tmp_path):
     """
-    Batch normalisation takes its statistics from each batch, so that 4 x 2 sentences are not a batch of 8. What holds:
-    a step is that of the mean of the four gradients, and the schedule counts steps, not batches.
+    Batch normalisation takes its statistics from each batch, so 4 x 2 sentences differ from a batch of 8. But a step uses the
+    mean of the four gradients, and the schedule counts steps, not batches.
     """
     config = {**SCHEDULE, "hidden_dropout": 0.0, "adversary_dropout": 0.0}
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "lr_decay_epochs": None}

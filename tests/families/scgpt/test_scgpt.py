@@ -43,7 +43,7 @@ class TestScGPT(FamilyTests):
     model_type = "state-scgpt"
     fields = {"perturbed_genes": [2, 5, 7, 11]}
     model_section = {"genes_per_step": 16}
-    # What the published model, in torch's own modules, gives with the same weights.
+    # What the published model, built from torch's modules, gives with the same weights.
     golden = [0.405631, 0.403787, 0.383965, 0.407178]
     golden_mean = 0.388747
 
@@ -75,7 +75,7 @@ def make(**fields) -> ScGPTForPerturbation:
     settings = {"input_dim": GENES, "nonnegative_output": False, **sizes, **genetic, **fields}
     model = ScGPTForPerturbation(ScGPTConfig.from_preset("tiny", **settings))
     with torch.no_grad():
-        # Louder than a new model, in which little depends on anything.
+        # Larger weights than those of a new model, in which predictions hardly depend on anything.
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.mul_(2.0)
@@ -208,7 +208,7 @@ def test_chemical_features_are_a_linear_map():
 def test_a_gene_is_flagged_or_not(inputs, message):
     with pytest.raises(ValueError, match=message):
         make()(control_cells=cells(), **inputs)
-    # Doses of 1 are what is meant without any; those of what pads are nobody's.
+    # Without doses, 1 is meant. Doses of padding do not count.
     doses = torch.tensor([[1.0, 7.0], [1.0, 1.0], [0.0, 0.0]])
     assert torch.equal(predict(make(), cells(), perturbation_doses=doses), predict(make(), cells()))
 
@@ -223,7 +223,7 @@ def test_attention_is_the_same_eager_and_by_sdpa_and_can_be_looked_at():
         options = {"output_attentions": True, "output_hidden_states": True}
         outputs = model(control_cells=x, perturbation_ids=IDS, cell_mask=mask, **options)
     torch.testing.assert_close(outputs.predictions, expected, atol=1e-5, rtol=1e-5)
-    # Of the ten real cells, all of them in one pass.
+    # There are attentions of the ten real cells, which go through in one pass.
     assert [tuple(a.shape) for a in outputs.attentions] == [(10, 4, GENES, GENES)] * 2
     assert [tuple(h.shape) for h in outputs.hidden_states] == [(10, GENES, 32)] * 3
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(10, 4, GENES))
@@ -252,7 +252,7 @@ def test_a_chunk_of_all_genes_is_no_chunk(chunk):
 
 
 def of_some_genes(model, genes, perturbed):
-    """The model of these genes alone."""
+    """The model with only these genes."""
     small = make(
         input_dim=len(genes), perturbed_genes=[genes.index(PERTURBED[p]) if p in perturbed else 0 for p in range(3)]
     )
@@ -273,7 +273,7 @@ def test_genes_in_groups_see_their_group_and_the_perturbed_genes_alone():
             alone = predict(of_some_genes(model, genes, perturbed), x[sentence, None][..., genes], IDS[sentence, None])
             group = genes[len(flagged) :]
             torch.testing.assert_close(found[sentence][:, group], alone[0, :, len(flagged) :], atol=1e-5, rtol=1e-5)
-    # So that the number matters, and is not the same as none.
+    # A draw in which the number of genes matters, and differs from no number.
     whole = predict(make(), x)
     assert not torch.allclose(found, whole, atol=1e-3)
     assert not torch.allclose(found, predict(make(genes_per_chunk=5), x), atol=1e-3)
@@ -384,7 +384,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_a_new_model_tells_values_and_perturbations_apart():
-    """What the initialisation is for: how much is expressed, and what is perturbed, is there to be learned from."""
+    """With the initialisation, a new model depends on how much is expressed and on what is perturbed, so it can learn."""
     torch.manual_seed(0)
     config = ScGPTConfig.from_preset("tiny", input_dim=GENES, num_perturbations=3, perturbed_genes=PERTURBED)
     model = ScGPTForPerturbation(config)
@@ -492,7 +492,7 @@ def test_it_learns_what_a_context_that_was_never_perturbed_does(screen, tmp_path
     model = {"preset": "tiny", "hidden_dropout": 0.0}
     options = {"learning_rate": 3e-3, "max_steps": 400, "logging_steps": 400, "lr_decay_epochs": None}
     metrics = train.main(write_run(screen, tmp_path, model, **options, lr_scheduler_type="linear"))
-    # The squared error of a cell, beside that of control cells drawn one for one.
+    # The squared error of predicted cells, beside that of control cells, of which one is drawn for each.
     processor = StateProcessor.from_pretrained(tmp_path / "run")
     adata = ad.read_h5ad(screen)
     x = processor.features(adata)

@@ -28,6 +28,7 @@ from pertstate.base.count_distributions import (
     zero_inflated_negative_binomial_log_prob,
 )
 from pertstate.data import simulate_screen
+from pertstate.evaluation import controls_of
 from pertstate.training import objective_for
 from pertstate.training.trainer import StateTrainer
 
@@ -44,7 +45,7 @@ def grid(*axes) -> list[torch.Tensor]:
 
 
 def exact_log_prob(count: float, mean: float, theta: float) -> float:
-    """The definition, with more digits than any of its terms loses."""
+    """The definition, computed with more digits than any of its terms loses."""
     with mp.workdps(80):
         k, m, t = mpf(count), mpf(mean), mpf(theta)
         value = mp.loggamma(k + t) - mp.loggamma(t) - mp.loggamma(k + 1)
@@ -83,7 +84,7 @@ def test_log_probabilities_agree_with_scipy():
     counts, means, thetas, logits = grid(COUNTS, MEANS, INVERSE_DISPERSIONS, [-30.0, -1.0, 0.5, 30.0])
     k, m, t = (values.numpy() for values in (counts, means, thetas))
     p = t / (t + m)
-    # scipy is given p, rounded, and subtracts log-gammas: where that costs it the seventh digit it is no reference.
+    # scipy gets a rounded p and subtracts log-gammas. If that costs it the seventh digit, it cannot serve as a reference.
     rounding = np.finfo(float).eps * (k / (1 - p).clip(1e-300) + t / p + np.abs(gammaln(t)) + gammaln(k + t))
     trusted = rounding < 1e-7
     assert trusted.mean() > 0.6 and all(trusted[k == count].any() for count in COUNTS)
@@ -257,7 +258,7 @@ def test_forward_is_its_definition(case):
         if name in expected:
             np.testing.assert_allclose(outputs[name].numpy(), expected[name], rtol=2e-4, atol=1e-5)
     if case is TestSCVI:
-        # The mean of log1p of scaled counts, by drawing some.
+        # The mean of log1p of scaled counts, estimated from drawn counts.
         drawn = np.random.default_rng(0).poisson(
             expected["mean"]
             * np.random.default_rng(1).gamma(
@@ -332,7 +333,7 @@ def test_drawn_cells_follow_the_distribution_that_the_model_gives():
     for fields in ({}, {"likelihood": "nb"}):
         model = case.model(**fields)
         with torch.no_grad():
-            # What is drawn of the latent state does not reach the counts.
+            # The draw of the latent state does not change the counts.
             model.decoder.layers[0].weight[:, : model.config.latent_dim] = 0
         batch = {key: value[:1] for key, value in case.batch().items() if key != "labels"}
         batch = {**batch, "control_cells": batch["control_cells"][:, :1].expand(1, 20_000, -1)}
@@ -493,7 +494,7 @@ def test_values_other_than_counts_are_refused_before_training(screen, tmp_path):
 
 
 def to_units(counts, total: float | None) -> np.ndarray:
-    """Log1p expression by hand, counts scaled over the genes given."""
+    """Log1p expression computed by hand, from counts scaled over the given genes."""
     counts = np.asarray(counts.todense() if hasattr(counts, "todense") else counts, dtype=np.float64)
     return np.log1p(counts if total is None else counts / counts.sum(axis=1, keepdims=True) * total)
 
@@ -520,7 +521,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     counts = real[:, predicted.var_names].layers["counts"]
     values = pd.DataFrame(to_units(counts, library_size), index=real.obs_names)
     np.testing.assert_allclose(
-        predicted.layers["control"], values.loc[predicted.obs["control_barcode"]], rtol=1e-5, atol=1e-6
+        controls_of(predicted), values.loc[predicted.obs["control_barcode"]], rtol=1e-5, atol=1e-6
     )
     in_context = real.obs["cell_type"] == "type_3"
     base = values[in_context & (real.obs["perturbation"] == "control")].mean()
@@ -541,7 +542,7 @@ def test_units_from_training_to_evaluation(screen, tmp_path, library_size):  # n
     moved = np.maximum(values[in_context & (real.obs["perturbation"] == "control")] + np.mean(change, axis=0), 0).mean()
     truth = values[in_context & (real.obs["perturbation"] == "pert_0")].mean()
     assert table.loc[("pert_0", "perturbation mean"), "mae"] == pytest.approx(np.abs(moved - truth).mean(), rel=1e-4)
-    # What training logs of the test split is on the same scale: its control cells are a draw of those that were used here.
+    # Training logs figures of the test split on the same scale. Its control cells are a draw of those that were used here.
     assert metrics["test_no_change_mae"] == pytest.approx(table.loc[("mean", "no change"), "mae"], rel=0.3)
 
     # In memory, the processor says the same.
@@ -580,7 +581,7 @@ def test_cells_drawn_by_predict_have_whole_counts(screen, tmp_path, capsys):  # 
     assert (first.X != other.X).any() and (first.X == 0).mean() > 0.1
     assert first.uns["pertstate"]["X"] == "log1p expression (10000 counts per cell), of counts drawn with seed 4"
     np.testing.assert_allclose(np.expm1(first.X.astype(np.float64)).sum(axis=1), 10_000, rtol=1e-4)
-    # Multiples of one number in each cell, the counts'.
+    # In each cell, all values are multiples of one number, that of a single count.
     counts = np.expm1(first.X[0].astype(np.float64)) / np.expm1(first.X[0][first.X[0] > 0].min())
     assert np.abs(counts - counts.round()).max() < 1e-2 * counts.max() and (first.X.std() > predict("m.h5ad").X.std())
 
@@ -621,8 +622,8 @@ def test_a_store_of_counts_gives_the_same_run(screen, tmp_path):  # noqa: F811
 @pytest.mark.slow
 def test_learns_held_out_pairs_of_a_simulated_screen(tmp_path):
     """
-    The ELBO rises, and pairs of a context and a perturbation that were not seen are predicted better than no change, by
-    error of the mean and, of drawn cells, energy distance; and their change points the right way.
+    The ELBO rises. Pairs of a context and a perturbation that were not seen are predicted better than by no change, in the
+    error of the mean and, for drawn cells, in energy distance. Their predicted change points the right way.
     """
     adata = simulate_screen(
         num_contexts=6,

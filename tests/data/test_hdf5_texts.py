@@ -1,0 +1,90 @@
+"""The bytes of texts, counted where they lie, are those that come out when they are read."""
+
+import h5py
+import numpy as np
+import pytest
+
+from pertstate.data import hdf5_texts
+from pertstate.data.hdf5_texts import text_bytes
+
+
+TEXTS = ["", "a", "bc", "ä" * 7, "d" * 300] * 101
+TEXT = h5py.string_dtype()
+RAGGED = np.empty(3, dtype=object)
+RAGGED[:] = [np.arange(n, dtype=np.int32) for n in (0, 5, 1000)]
+
+
+def compact(file: h5py.File):
+    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    created.set_layout(h5py.h5d.COMPACT)
+    space = h5py.h5s.create_simple((len(TEXTS),))
+    dataset = h5py.h5d.create(file.id, b"x", h5py.h5t.py_create(TEXT, logical=True), space, created)
+    h5py.Dataset(dataset)[:] = TEXTS
+
+
+LENGTH = sum(len(text.encode()) for text in TEXTS)
+RECORDS = np.array(
+    [(i, text, i / 2, "xy") for i, text in enumerate(TEXTS)], [("a", "i2"), ("b", TEXT), ("c", "f8"), ("d", TEXT)]
+)
+WRITERS = {
+    "in one piece": (lambda file: file.create_dataset("x", data=TEXTS, dtype=TEXT), LENGTH),
+    "of rows and columns": (
+        lambda file: file.create_dataset("x", data=np.reshape(np.array(TEXTS, object), (101, 5)), dtype=TEXT),
+        LENGTH,
+    ),
+    "in parts": (lambda file: file.create_dataset("x", data=TEXTS, dtype=TEXT, chunks=(64,)), LENGTH),
+    "gzip": (lambda file: file.create_dataset("x", data=TEXTS, dtype=TEXT, chunks=(64,), compression="gzip"), LENGTH),
+    "shuffled": (
+        lambda file: file.create_dataset("x", data=TEXTS, dtype=TEXT, compression="gzip", shuffle=True),
+        LENGTH,
+    ),
+    "lzf": (lambda file: file.create_dataset("x", data=TEXTS, dtype=TEXT, chunks=(64,), compression="lzf"), LENGTH),
+    "records": (lambda file: file.create_dataset("x", data=RECORDS), LENGTH + 2 * len(TEXTS)),
+    "records in parts": (
+        lambda file: file.create_dataset("x", data=RECORDS, chunks=(100,), compression="gzip"),
+        LENGTH + 2 * len(TEXTS),
+    ),
+    "lists": (lambda file: file.create_dataset("x", data=RAGGED, dtype=h5py.vlen_dtype(np.int32)), 4 * 1005),
+    "in a header": (compact, LENGTH),
+    "one text": (lambda file: file.create_dataset("x", data="abc", dtype=TEXT), 0),
+    "no text": (lambda file: file.create_dataset("x", shape=(0,), dtype=TEXT), 0),
+    "never written": (lambda file: file.create_dataset("x", shape=(1000,), dtype=TEXT), 0),
+    "numbers": (lambda file: file.create_dataset("x", data=np.arange(1000)), 0),
+    "of one width": (lambda file: file.create_dataset("x", data=np.array(TEXTS[:3], dtype="S9")), 0),
+}
+
+
+@pytest.mark.parametrize("block", [0, 512])
+@pytest.mark.parametrize("name", WRITERS)
+def test_texts_are_counted(tmp_path, name, block):
+    write, expected = WRITERS[name]
+    with h5py.File(tmp_path / "x.h5", "w", userblock_size=block) as file:
+        write(file)
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert text_bytes(file["x"].id, 10**12, 10**6) == expected
+
+
+@pytest.mark.parametrize("name", ["in one piece", "gzip", "records in parts"])
+def test_they_are_counted_without_being_read(tmp_path, name, monkeypatch):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        WRITERS[name][0](file)
+    monkeypatch.setattr(hdf5_texts, "_counted", None)
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert text_bytes(h5py.h5d.open(file.id, b"x"), 10**12, 10**6) == WRITERS[name][1]
+
+
+def test_counting_ends_where_it_is_enough(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        compact(file)
+    with h5py.File(tmp_path / "x.h5") as file:
+        found = text_bytes(file["x"].id, 1000, 1 << 29)  # two texts at once
+        assert 1000 < found < 2000
+
+
+def test_lists_of_texts_are_refused(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        kind = h5py.h5t.array_create(h5py.h5t.py_create(TEXT, logical=True), (2,))
+        h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple((3,)))
+        with pytest.raises(ValueError, match="lists of texts are not read"):
+            text_bytes(h5py.h5d.open(file.id, b"x"), 10, 10)

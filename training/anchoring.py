@@ -1,0 +1,125 @@
+"""What the training cells show of each perturbation, for a model that starts from it."""
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from pertstate.base.constants import PERTURBATION_DOSES, PERTURBATION_FEATURES, PERTURBATION_IDS
+from pertstate.base.modeling_anchor import PSEUDOCOUNT, Anchor
+from pertstate.base.modeling_fitted import ridge_weights
+from pertstate.data.cells import Cells
+from pertstate.data.group_means import GroupMeans
+from pertstate.evaluation.baselines import RIDGE
+from pertstate.processing import StateProcessor
+
+
+_BLOCK = 4096  # cells that are read at once
+
+
+def fit_anchor(anchor: Anchor, means: GroupMeans, processor: StateProcessor):
+    """
+    Give an anchor what training groups show: the mean changes and the log fold changes of [`GroupMeans`].
+
+    Args:
+        anchor ([`Anchor`]): of a new model.
+        means ([`GroupMeans`]): of the training groups, in the units of the model's features.
+        processor ([`StateProcessor`]): of the model.
+    """
+    found = {"change": means.changes()}
+    if anchor.expression:
+        found["log_fold"] = means.log_folds()
+    names = list(found["change"])
+    encoded = processor.encode(names)
+    if anchor.by_features:
+        vectors = encoded[PERTURBATION_FEATURES].astype(np.float64)
+        tables: dict[str, np.ndarray] = {}
+        for name, changes in found.items():
+            rows = np.stack([changes[of] for of in names])
+            weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), RIDGE)
+            tables |= {name: weight, f"shared_{name}": rows.mean(axis=0) - vectors.mean(axis=0) @ weight}
+    else:
+        ids = encoded[PERTURBATION_IDS]
+        doses = encoded.get(PERTURBATION_DOSES, np.ones(ids.shape))
+        design = np.zeros((len(names), len(anchor.change)))
+        entries, places = np.nonzero(ids >= 0)
+        np.add.at(design, (entries, ids[entries, places]), doses[entries, places])
+        tables = {name: rows_of(design, np.stack([of[n] for n in names])) for name, of in found.items()}
+    anchor.set(**tables)
+
+
+def control_tables(
+    means: GroupMeans, cells: Cells, processor: StateProcessor, accelerator: Accelerator
+) -> dict[str, np.ndarray]:
+    """
+    What the control cells of each training context express, and how much cells of a context differ: the tables that
+    [`~pertstate.base.modeling_anchor.Anchor.correction`] needs, the same on every process.
+
+    Args:
+        means ([`GroupMeans`]): of the training groups, with expression.
+        cells ([`Cells`]): with the control cells.
+        processor ([`StateProcessor`]): numbers the contexts.
+        accelerator (`Accelerator`): each of its processes reads some of the cells.
+    """
+    own = [key for key in means.groups if key[2] == processor.control][
+        accelerator.process_index :: accelerator.num_processes
+    ]
+    spans: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
+    for *key, start, stop in cells.groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
+        spans.setdefault((str(key[0]), str(key[1]), str(key[2])), []).append((start, stop))
+    moments = {}
+    for key in own:
+        total = squares = np.zeros(processor.feature_dim)
+        count = 0
+        for start, stop in spans[key]:
+            for first in range(start, stop, _BLOCK):
+                expression = np.expm1(cells.features[first : min(first + _BLOCK, stop)].astype(np.float64))
+                total, squares = total + expression.sum(axis=0), squares + (expression**2).sum(axis=0)
+                count += len(expression)
+        moments[key] = (count, total, squares)
+    contexts = len(processor.vocabulary.contexts)
+    counts, sums = np.zeros(contexts), np.zeros((contexts, processor.feature_dim))
+    variations = []
+    for of_process in gather_object([moments]):
+        for (_, context, _), (count, total, squares) in sorted(of_process.items()):
+            row = processor.encode_contexts([context])[0]
+            counts[row], sums[row] = counts[row] + count, sums[row] + total
+            if count > 1:
+                variance = np.maximum(squares - total**2 / count, 0) / (count - 1)
+                variations.append(variance / (total / count + PSEUDOCOUNT) ** 2)
+    return {
+        "control_counts": counts,
+        "control_expression": sums / np.maximum(counts, 1)[:, None],
+        "control_variation": np.mean(variations, axis=0) if variations else np.zeros(processor.feature_dim),
+    }
+
+
+def rows_of(design: np.ndarray, changes: np.ndarray) -> np.ndarray:
+    """
+    The change of each perturbation, from those of measured perturbations and combinations.
+
+    - Measured alone: the least squares fit of `dose * row` to its own changes; with one dose of 1, its change.
+    - Measured in combinations alone: the least squares fit, of least norm, to what the other parts leave.
+    - Not measured: the mean of those that are measured alone, or of all that are known where none is.
+
+    Args:
+        design (`np.ndarray` of shape `(entries, perturbations)`): the dose of each perturbation in each measured entry, 0 where
+            it takes no part.
+        changes (`np.ndarray` of shape `(entries, features)`): of each entry.
+
+    Returns:
+        `np.ndarray` of shape `(perturbations, features)`, float64.
+    """
+    rows = np.zeros((design.shape[1], changes.shape[1]))
+    single = (design != 0).sum(axis=1) == 1
+    alone = design[single]
+    weight = (alone**2).sum(axis=0)
+    measured = weight > 0
+    rows[measured] = (alone.T @ changes[single])[measured] / weight[measured, None]
+    others = (design != 0).any(axis=0) & ~measured
+    if others.any():
+        having = design[:, others].any(axis=1)
+        left = changes[having] - design[having] @ rows
+        rows[others] = np.linalg.lstsq(design[having][:, others], left, rcond=None)[0]
+    known = measured if measured.any() else others
+    rows[~(measured | others)] = rows[known].mean(axis=0)
+    return rows

@@ -1,0 +1,197 @@
+"""How long to train, chosen on training groups that are held out in turn: test cells choose nothing."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from transformers import TrainerCallback, set_seed
+
+from pertstate.base.constants import Split
+from pertstate.base.messages import some
+from pertstate.base.printable import get_logger
+from pertstate.base.stopped import StoppedError
+from pertstate.data.cells import Cells
+from pertstate.data.sentences import SentenceDataset
+from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.stopping import Stop
+
+
+logger = get_logger("pertstate.train")
+
+Key = tuple[str, str, str]
+
+# Groups of contexts that are trained on are held out in so many parts.
+_PARTS = 5
+# Shares of the steps at which the held-out groups are scored, beside the start.
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
+
+
+@dataclass
+class InnerFold:
+    """Training groups that are held out together, and what they are, in words."""
+
+    name: str
+    groups: set[Key]
+
+
+def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[str]], folds: int) -> list[InnerFold]:
+    """
+    Which training groups to hold out in turn, so that they are to the others what test groups are to training groups.
+
+    - Where test groups are of contexts without training groups, or there are no test groups: all groups of a context. Of many
+      contexts, those with a middling number of cells.
+    - Where they are of contexts that are trained on: a fifth of the groups whose perturbation other contexts have, too; or,
+      where a test perturbation has no training group, of the combinations whose parts all stand in other training groups.
+
+    Args:
+        groups (`pandas.DataFrame`): `dataset`, `context`, `perturbation`, `split`, `start` and `stop` of the cells.
+        control (`str`): the name of controls.
+        parts (`Callable`): gives the perturbations in a name.
+        folds (`int`): at most so many folds.
+
+    Returns:
+        `list[InnerFold]`: empty where nothing can be held out: too few contexts, or no such combinations.
+    """
+    keys = groups[["dataset", "context", "perturbation"]].astype(str)
+    table = keys.assign(split=groups["split"].to_numpy(), cells=(groups["stop"] - groups["start"]).to_numpy())
+    training = table[table["split"] == Split.TRAIN]
+    trained = training.groupby(["dataset", "context"], sort=True)["cells"].sum()
+    test = {(d, c) for d, c in table.loc[table["split"] == Split.TEST, ["dataset", "context"]].itertuples(index=False)}
+    if not test or not test <= set(trained.index):
+        if len(trained) < 2:
+            return []
+        by_size = [place for place, _ in sorted(trained.items(), key=lambda item: (item[1], item[0]))]
+        number = min(folds, len(by_size))
+        # The middles of equal parts.
+        chosen = [by_size[int((i + 0.5) * len(by_size) / number)] for i in range(number)]
+        rows = training.groupby(["dataset", "context"])["perturbation"]
+        return [
+            InnerFold("/".join(place), {(*place, name) for name in rows.get_group(place)}) for place in sorted(chosen)
+        ]
+    rows = sorted(training[["perturbation", "dataset", "context"]].drop_duplicates().itertuples(index=False, name=None))
+    names = {name for name, *_ in rows}
+    if set(table.loc[table["split"] == Split.TEST, "perturbation"]) <= names:
+        # Each perturbation stays in other contexts.
+        several = {name for name in names if sum(other == name for other, *_ in rows) > 1}
+        units = [[row] for row in rows if row[0] in several]
+    else:
+        units = []
+        for name in sorted(name for name in names if len(parts(name)) > 1):
+            others = {part for other in names - {name, control} for part in parts(other)}
+            if set(parts(name)) <= others:
+                units.append([row for row in rows if row[0] == name])
+    of_parts = [sum(units[i::_PARTS], []) for i in range(min(_PARTS, len(units)))]
+    return [
+        InnerFold(
+            some(sorted({name for name, *_ in held})), {(dataset, context, name) for name, dataset, context in held}
+        )
+        for held in of_parts[:folds]
+    ]
+
+
+def with_fold(cells: Cells, fold: InnerFold) -> Cells:
+    """The training cells with a fold's groups for validation; the groups that the run holds out are not used."""
+    groups = cells.groups.copy()
+    split = groups["split"].astype(object)
+    keys = list(groups[["dataset", "context", "perturbation"]].astype(str).itertuples(index=False, name=None))
+    held = np.array([key in fold.groups for key in keys])
+    split[split.isin([Split.VAL, Split.TEST])] = Split.UNUSED
+    split[held & (split == Split.TRAIN)] = Split.VAL
+    groups["split"] = split
+    return Cells(cells.features, cells.genes, groups, cells.notes, cells.ids)
+
+
+def choose_steps(
+    trainer_of: Callable,
+    datasets_of: Callable[[Cells], dict[str, SentenceDataset]],
+    dataset: SentenceDataset,
+    args: StateTrainingArguments,
+    folds: int,
+) -> int | None:
+    """
+    Train with each inner fold held out, and choose the number of steps with the lowest mean, over folds, of
+
+        1/3 (energy / energy_0 + MAE / MAE_0 + (1 - Pearson) / (1 - Pearson_0))
+
+    of the held-out groups, `_0` being before the first step.
+
+    Args:
+        trainer_of (`Callable`): makes a [`StateTrainer`] with a new model, from arguments, training and validation data.
+        datasets_of (`Callable`): makes the datasets of cells.
+        dataset ([`SentenceDataset`]): the training split.
+        args ([`StateTrainingArguments`]): `max_steps` is the largest number.
+        folds (`int`): at most so many.
+
+    Returns:
+        `int`: 0 where no training betters the start; None where nothing can be held out.
+    """
+    processor = dataset.processor
+    found = inner_folds(dataset.cells.groups, processor.control, processor.split_combination, folds)
+    if not found:
+        return None
+    steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})
+    ratios = []
+    for number, fold in enumerate(found):
+        logger.info(
+            f"choosing the number of steps, {number + 1} of {len(found)}: {fold.name} of the training groups is held out"
+        )
+        data = datasets_of(with_fold(dataset.cells, fold))
+        with tempfile.TemporaryDirectory() as folder:
+            set_seed(args.seed)
+            scores = _Scores(steps)
+            trainer = trainer_of(
+                _inner_arguments(args, folder),
+                data[Split.TRAIN],
+                data[Split.VAL],
+                stop=_InnerStop(),
+                callbacks=[scores],
+            )
+            trainer.train()
+        ratios.append(scores.ratios())
+        logger.info(f"with {fold.name} held out: {scores}")
+    mean = np.mean(ratios, axis=0)
+    return [0, *steps][int(np.argmin(mean))]
+
+
+def _inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
+    inner = copy.copy(args)
+    inner.output_dir, inner.save_strategy, inner.eval_strategy = folder, "no", "no"
+    inner.report_to, inner.disable_tqdm = [], True
+    inner.load_best_model_at_end, inner.push_to_hub, inner.eval_on_start = False, False, True
+    return inner
+
+
+class _Scores(TrainerCallback):
+    """Asks for an evaluation at some steps, and keeps the figures."""
+
+    def __init__(self, steps: list[int]):
+        self.steps = steps
+        self.found: list[dict[str, float]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step in self.steps
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.found.append(metrics)
+
+    def ratios(self) -> np.ndarray:
+        """`(1 + steps,)`: the mean of the three figures, each beside that before the first step."""
+        figures = np.array([[m["eval_energy"], m["eval_mae"], 1 - m.get("eval_pearson", 0.0)] for m in self.found])
+        return (figures / figures[0]).mean(axis=1)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{ratio:.3f} after {step} steps" for step, ratio in zip([0, *self.steps], self.ratios()))
+
+
+class _InnerStop(Stop):
+    """A signal ends the training at once: there is nothing to save yet."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if number := self._agreed():
+            raise StoppedError(number, "stopped while the number of steps was being chosen; start the run again")
+
+    def after_the_last_step(self, args, state):
+        self.on_step_end(args, state, None)
