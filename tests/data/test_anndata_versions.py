@@ -66,4 +66,4 @@ def test_predictions_are_in_forms_that_anndata_since_0_8_reads(tmp_path):
     with h5py.File(tmp_path / "out.h5ad") as file:
         assert "raw" not in file
         file.visititems(lambda _, node: found.add(node.attrs.get("encoding-type")))
-    assert found <= {"dict", "dataframe", "string", "string-array", "array", "categorical"}
+    assert found <= {"anndata", "dict", "dataframe", "string", "string-array", "array", "categorical"}
