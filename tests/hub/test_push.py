@@ -189,7 +189,10 @@ def test_an_adapter_is_pushed_where_others_can_load_its_base_model(hub, folder, 
         written = tmp_path / "adapter" / name
         written.write_text(written.read_text().replace(str(folder), "ada/base"))
     push_checkpoint(tmp_path / "adapter", "ada/adapter")
-    files, of_model = set(hub.read("ada/adapter")), {"modeling_state.py", "configuration_state.py"}
+    files, of_model = (
+        set(hub.read("ada/adapter")),
+        {"modeling_state.py", "modeling_anchor.py", "configuration_state.py"},
+    )
     assert files == whole(folder) - {"config.json", "model.safetensors", *of_model} | {ADAPTER_KEY, ADAPTER_WEIGHTS}
     truncate(tmp_path / "adapter" / ADAPTER_WEIGHTS)
     with pytest.raises(ValueError, match="adapter_model.safetensors: its weights are not a whole safetensors file"):
