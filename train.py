@@ -25,9 +25,10 @@ from pertstate.base.constants import Split
 from pertstate.base.printable import get_logger
 from pertstate.evaluation.scores import averages_as_figures
 from pertstate.families import FAMILIES
-from pertstate.hub.card import render_card
+from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
+from pertstate.training.history import write_history
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.recording import check_same_run, record_of
 from pertstate.training.run import (
@@ -92,7 +93,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
     if config.reads_counts:
         processor.predict_log1p(config.library_size)
     datasets = make_datasets(config)
-    for line in about.splitlines():
+    for line in (*run.notes, *about.splitlines(), f"device: {hardware_of(args)}"):
         logger.info(line)
     if Split.VAL not in datasets and not FAMILIES[config.model_type].model.fitted:
         logger.info("no validation data: the last step is kept, there is no 'best' checkpoint")
@@ -135,7 +136,13 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
         # Not earlier: until here the run may turn out not to be one.
         clear_run(Path(str(args.output_dir)))
     trainer.accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError:
+        # How it diverged. (Of a training that was stopped, the checkpoint says it.)
+        if args.should_save:
+            write_history(Path(str(args.output_dir)), trainer.state)
+        raise
     record.means = trainer.learned_means()
     metrics, scores = {}, None
     if Split.TEST in datasets:
@@ -152,6 +159,7 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
                 logger.info(line)
         with whole_checkpoint_folder(str(args.output_dir)) as folder:
             trainer.save_model(str(folder), _internal_call=True)
+            write_history(folder, trainer.state)
         logger.info(f"checkpoint: {args.output_dir}")
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:

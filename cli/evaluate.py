@@ -128,8 +128,9 @@ def _checkpoint(name: str, revision: str | None, flag: str):
     from pertstate.data.record import RunRecord
     from pertstate.hub.checkpoints import check_name, load_whole
     from pertstate.hub.push import fetch_checkpoint
+    from pertstate.hub.unfinished import model_folder
 
     check_name(name, flag)
-    path = Path(name) if Path(name).is_dir() else fetch_checkpoint(name, revision)
+    path = model_folder(name) if Path(name).is_dir() else fetch_checkpoint(name, revision)
     transformers.utils.logging.disable_progress_bar()
     return *load_whole(str(path)), RunRecord.load(path)

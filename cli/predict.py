@@ -141,10 +141,14 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
     from pertstate.hub.checkpoints import check_name, load_whole
     from pertstate.hub.push import fetch_checkpoint
+    from pertstate.hub.unfinished import model_folder
 
     check_name(name, "--model")
     path, loaded = Path(name), last_part(name)
-    if not path.is_dir():
+    if path.is_dir():
+        path = model_folder(path)
+        loaded = loaded if path == Path(name) else f"{loaded}/{path.name}"
+    else:
         if quiet:
             disable_progress_bars()
         path = fetch_checkpoint(name, revision)

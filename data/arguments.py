@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from pertstate.data.manifest import Manifest
 
 
+AUTO = "auto"
+# Of more genes than that, so many highly variable ones are chosen where a run leaves it open.
+MOST_GENES, AUTO_GENES = 5_000, 2_000
+
+
 @dataclass
 class DataArguments:
     """
@@ -41,13 +46,19 @@ class DataArguments:
             folder or glob.
         test_contexts, val_contexts (`list[str]`): contexts held out whole, in every dataset that has them.
         test_perturbations, val_perturbations (`list[str]`): perturbations held out in every remaining context.
+        validation (`str`): which training groups are held out to choose the best step, where nothing above holds any out.
+
+            - `"none"`: none
+            - `"auto"`: some that stand to the others as the test groups do, see [`with_validation`]
         contexts (`list[str]`, *optional*): use only these contexts of the files.
         control (`str`, `list[str]` or `dict`): the label of control cells, or a list of labels; a label may be a pattern such
             as `non-targeting*`. A dictionary gives each dataset its own.
         perturbation_key, context_key, context, batch_key, perturbation_map, unlabelled, exclude, include, dose_key,
             combination_separator: see [`LabelSettings`].
         dose_encoding: see [`StateProcessor`].
-        input, genes, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
+        genes (`int`, `list[str]`, `"auto"` or None): the model's genes: this many highly variable ones, the ones listed, or
+            all; `"auto"`: the 2,000 most variable of more than 5,000.
+        input, normalize, gene_input, target_sum: see [`StateProcessor.fit`].
         gene_key (`str`, *optional*): column of var with the names of genes, instead of the index of var.
         ignore_gene_versions (`bool`): leave out the versions of Ensembl ids (`ENSG00000000003.15`).
         duplicate_genes (`str`): genes that stand twice are an `"error"`, or the `"first"` column of each is read, or their `"sum"`
@@ -72,6 +83,7 @@ class DataArguments:
     val_contexts: list[str] = field(default_factory=list)
     test_perturbations: list[str] = field(default_factory=list)
     val_perturbations: list[str] = field(default_factory=list)
+    validation: Literal["none", "auto"] = "none"
     contexts: list[str] | None = None
     perturbation_key: str = "perturbation"
     control: str | list[str] | dict[str, Any] = "control"
@@ -85,7 +97,7 @@ class DataArguments:
     dose_key: str | None = None
     dose_encoding: Literal["log", "linear"] = "log"
     input: str = "X"
-    genes: int | list[str] | None = None
+    genes: int | list[str] | Literal["auto"] | None = None
     normalize: Literal["auto", "counts_to_log1p", "none"] = "auto"
     combination_separator: str | None = "+"
     gene_input: str | None = None
@@ -174,7 +186,19 @@ class DataArguments:
 
     def chosen_genes(self) -> int | list[str] | None:
         """The number of genes, or their names, where the section says either."""
+        if self.genes == AUTO:
+            raise ValueError(
+                "data.genes=auto is decided from the genes of files or of a store, for a new model; give a number, or leave it out"
+            )
         return self.genes if self.genes_file is None else read_names(Path(self.genes_file))
+
+    def decide_genes(self, available: int) -> str | None:
+        """What `genes: auto` becomes where there are so many, in words; None where it is not asked for."""
+        if self.genes != AUTO:
+            return None
+        self.genes = AUTO_GENES if available > MOST_GENES else None
+        chosen = f"the {AUTO_GENES:,} most variable of {available:,}" if self.genes else f"all {available:,}"
+        return f"auto: genes {chosen}"
 
     def check_store(self, manifest: "Manifest", given: Collection[str]):
         """

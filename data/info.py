@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import scipy.sparse as sp
@@ -12,32 +11,17 @@ from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite
 from pertstate.base.gene_view import log_base_of
-from pertstate.base.labels import control_settings, looks_like_control, suggested_controls
-from pertstate.base.messages import closest, some
+from pertstate.base.labels import looks_like_control
+from pertstate.base.messages import some
 from pertstate.base.printable import joined_lines
 from pertstate.base.tables import table_text
 from pertstate.base.value_scale import look_at, other_matrices
+from pertstate.data.columns import find_columns
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile, is_zarr
 from pertstate.data.store import CellStore
-from pertstate.processing import StateProcessor
 
 
-# The names that public screens use, to guess from.
-_KEYS = {
-    "perturbation_key": (
-        "perturbation",
-        "gene",
-        "target_gene",
-        "gene_target",
-        "condition",
-        "drug",
-        "treatment",
-        "guide",
-    ),
-    "context_key": ("cell_type", "cell_line", "celltype", "cell_line_id", "context"),
-    "batch_key": ("batch", "gem_group", "plate", "replicate", "donor", "sample"),
-}
 _LARGEST_TABLE = 12
 
 
@@ -63,7 +47,7 @@ def describe(path: str | os.PathLike, input: str = "X", control: str | None = No
             f"{path}: expected a cell store ({STORE_FILE}), a checkpoint (config.json or adapter_config.json) or a .zarr, "
             "found none of them"
         )
-    return _describe_file(path, input, control, {name: keys.get(name) for name in _KEYS})
+    return _describe_file(path, input, control, keys)
 
 
 def _describe_store(path: Path) -> str:
@@ -97,12 +81,7 @@ def _describe_store(path: Path) -> str:
 
 def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, str | None]) -> str:
     with AnnDataFile(path) as data:
-        columns = data.obs_columns
-        for name, key in keys.items():
-            if key is not None and key not in columns:
-                raise KeyError(f"obs has no column {key!r} ({name}), found {some(columns)}; {closest(key, columns)}")
-            keys[name] = key or next((c for c in _KEYS[name] if c in columns), None)
-        perturbation_key, context_key = keys["perturbation_key"], keys["context_key"]
+        found = find_columns(data, control, **keys)
         matrix = matrix_of(data, input)
         lines = [
             f"{path}: {data.n_obs:,} cells x {matrix.shape[1]:,} " + ("dimensions" if "obsm" in input else "genes")
@@ -118,29 +97,18 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
             problems.append("gene names stand twice: set duplicate_genes: first, or sum")
-        for name in ("perturbation_key", "context_key"):
-            if keys[name] is None:
-                problems.append(f"no column found for {name}; obs has {some(columns)}")
-        if perturbation_key is None or context_key is None:
+        problems += found.missing_columns(data.obs_columns)
+        if None in (found.keys["perturbation_key"], found.keys["context_key"]):
             return joined_lines([*lines, *verdict(problems, "")])
-        table = data.some_obs(slice(None), [key for key in dict.fromkeys(keys.values()) if key is not None])
-        raw = table[perturbation_key].dropna().astype(str).unique().tolist()
-        found = control or suggested_controls(raw)
-        keys_of: dict[str, Any] = {
-            "perturbation_key": perturbation_key,
-            "context_key": context_key,
-            "batch_key": keys["batch_key"],
-        }
-        reader = StateProcessor(**keys_of, **control_settings(found or "control"))
-        labels = reader.labels_of(table).assign(dataset=path.stem)
+        reader = found.reader()
+        labels = reader.labels_of(found.table).assign(dataset=path.stem)
     names = labels["perturbation"].unique()
-    control = None if found is None else reader.control
+    control = None if found.control is None else reader.control
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
     lines += ["", *_table(groups, control), ""]
-    if control is None:
-        problems.append(f"no label looks like the control, found {some(names)}; name it with control=")
-    if not isinstance(found, str) or "*" in found:
-        alike = [name for name in raw if reader.label_reader.is_control(name)]
+    problems += found.missing_control()
+    if not isinstance(found.control, str) or "*" in found.control:
+        alike = [name for name in found.labels if reader.label_reader.is_control(name)]
         if len(alike) > 1:
             lines.append(f"{len(alike)} labels look like controls and are taken together: {some(sorted(alike))}")
             lines.append("")
@@ -148,7 +116,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     if others:
         lines.append(f"these labels look like controls too: {some(others)}; list all of them in control: [..]")
     problems += _problems_of_labels(groups, control)
-    section = {**keys, "control": found, "input": input if input != "X" else None}
+    section = {**found.keys, "control": found.control, "input": input if input != "X" else None}
     yaml = [
         f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items() if value is not None
     ]

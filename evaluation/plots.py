@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
@@ -34,12 +35,7 @@ def plot_mean_changes(
         ValueError: the files have no group in common, or the format is unknown.
         FileExistsError, InUseError: see [`claimed_file`].
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'pertstate[eval]'") from error
-
+    _check_matplotlib()
     panels = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth:
         reader, processor = readers_of(guess)
@@ -63,8 +59,7 @@ def plot_mean_changes(
 
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.2 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(3.2 * columns, 3.2 * lines)
     for i, (title, x, y) in enumerate(panels):
         axis = figure.add_subplot(lines, columns, i + 1)
         limit = 1.05 * max(np.abs(x).max(), np.abs(y).max(), 1e-6)
@@ -80,3 +75,62 @@ def plot_mean_changes(
     figure.supylabel("predicted mean change")
     with claimed_file(output, overwrite) as place, whole_file(place) as partial:
         figure.savefig(partial, dpi=130, format=Path(output).suffix[1:])
+
+
+# The figures of an evaluation that have a panel of their own, and what they are called.
+_CURVES = {
+    "eval_pearson": "Pearson of the mean change",
+    "eval_mae": "MAE of the mean",
+    "eval_energy": "energy distance",
+}
+_BASELINE = "eval_perturbation_mean_"
+
+
+def plot_history(history: pd.DataFrame, output: str | os.PathLike):
+    """
+    The course of a training: its loss and the validation loss by step, and each figure of the evaluations beside that of
+    the perturbation mean.
+
+    Args:
+        history (`pandas.DataFrame`): `step` and what was logged there, see `training/history.py`.
+        output: the `.png` to write, whole or not at all.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _check_matplotlib()
+    panels = [name for name in _CURVES if name in history and history[name].notna().any()]
+    figure = _figure(4.2 * (1 + len(panels)), 3.2)
+    axis = figure.add_subplot(1, 1 + len(panels), 1)
+    for name, label in (("loss", "training"), ("eval_loss", "validation")):
+        if name in history:
+            seen = history[["step", name]].dropna()
+            axis.plot(seen["step"], seen[name], marker="." if len(seen) < 40 else None, label=label)
+    axis.set(title="loss", xlabel="step")
+    axis.legend()
+    for i, name in enumerate(panels):
+        axis = figure.add_subplot(1, 1 + len(panels), i + 2)
+        for column, label in ((name, "model"), (name.replace("eval_", _BASELINE), "perturbation mean")):
+            if column in history:
+                seen = history[["step", column]].dropna()
+                axis.plot(seen["step"], seen[column], label=label, linestyle="-" if column == name else "--")
+        axis.set(title=f"{_CURVES[name]}, validation", xlabel="step")
+        axis.legend()
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=110, format="png")
+
+
+def _check_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'pertstate[eval]'") from error
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -133,7 +133,7 @@ def render_card(
         results=results,
         steps=_steps(config, state),
         processes=1 if args is None else args.world_size,
-        hardware=None if args is None else _hardware(args),
+        hardware=None if args is None else hardware_of(args),
         versions=_versions(),
         pertstate_version=__version__,
         homepage=homepage(),
@@ -292,7 +292,7 @@ def _steps(config: PerturbationConfig, state) -> str:
     return f"Trained for {state.global_step} steps" + (f" in {seconds[-1]:,.0f} seconds" if seconds else "")
 
 
-def _hardware(args: "StateTrainingArguments") -> str:
+def hardware_of(args: "StateTrainingArguments") -> str:
     device = args.device
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)

@@ -16,7 +16,7 @@ MODEL_KEY, ADAPTER_KEY = "config.json", "adapter_config.json"
 # The other files that are removed with their checkpoint. Files of code may stay: only code that a checkpoint names is run.
 _OWN = (
     *("processor_config.json", VOCABULARY_FILE, PERTURBATION_FEATURES_FILE, "README.md", "training_args.json"),
-    *("record.json", "record.safetensors"),
+    *("record.json", "record.safetensors", "history.csv", "curves.png", "trainer_state.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
 )
 

@@ -131,9 +131,9 @@ def test_missing_processes_of_accelerate_are_an_error(folder):
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(folder, unbroken):
     output = folder / "killed"
     process = launches.start([launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", output])
-    for line in process.stdout:
+    for line in process.stderr:
         # After the checkpoint of step 10, before that of 15.
-        if "'loss'" in line and (output / "checkpoint-10").exists():
+        if "  loss " in line and (output / "checkpoint-10").exists():
             break
     assert process.kill().returncode == -signal.SIGKILL
     assert not (output / "config.json").exists()

@@ -152,7 +152,8 @@ def checkpoint(folder: Path) -> str | None:
 
 def run(folder: Path) -> str | None:
     """The digest of a run, whose checkpoints and model must be whole."""
-    from pertstate.training.staging import checkpoints_of, missing_of
+    from pertstate.hub.unfinished import checkpoints_of
+    from pertstate.training.staging import missing_of
 
     if any(missing_of(path) is not None for path in checkpoints_of(folder)):
         return "a part"

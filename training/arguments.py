@@ -14,6 +14,9 @@ from transformers.trainer_utils import HubStrategy
 from pertstate.base.public import public
 
 
+# The share of all steps from one evaluation to the next, where nothing says how often.
+EVALUATED = 0.05
+
 _FINITE_NUMBER = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _POSITIVE = (lambda value: 0 < value < math.inf, "above 0 and finite")
 _SHARE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -30,6 +33,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _SIZE),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _SIZE),
+    "early_stopping_patience": _SIZE,
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _STEPS),
     **dict.fromkeys(
         ("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "inner_folds"), _COUNT
@@ -59,6 +63,7 @@ class StateTrainingArguments(TrainingArguments):
       out in turn before the training itself, see [`choose_steps`]
     - `average_decay`: evaluate and save the moving average of the weights, see [`WeightAverage`]
     - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
+    - `early_stopping_patience`: stop after so many evaluations without a better `metric_for_best_model`
     - `overwrite`: replace the run that `output_dir` holds, its checkpoints at the start, its model at the end
     - `license` (of the weights), `data_license`: go into the model card
 
@@ -96,7 +101,10 @@ class StateTrainingArguments(TrainingArguments):
         metadata={"help": "Keep batches in pinned memory, by default where there is an accelerator."},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses from the log."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps from one log entry to the next."})
+    # The library takes no None here.
+    logging_steps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Steps from one log entry to the next, by default those of about five seconds."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters that a step did not use."}
     )
@@ -149,6 +157,10 @@ class StateTrainingArguments(TrainingArguments):
         default=None, metadata=TrainingArguments.__dataclass_fields__["fsdp"].metadata
     )
 
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better one; the best step is kept."},
+    )
     overwrite: bool = field(
         default=False,
         metadata={"help": "Replace the run that output_dir holds: its checkpoints now, its model at the end."},
@@ -156,7 +168,14 @@ class StateTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_numbers()
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = EVALUATED
+        by_time = self.logging_steps is None
+        if by_time:
+            self.logging_steps = 1
         super().__post_init__()
+        if by_time:
+            self.logging_steps = None
         half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
         if half and self.device.type == "cpu":
             raise ValueError(
@@ -185,6 +204,11 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"license={self.license!r}: expected an identifier of https://huggingface.co/docs/hub/repositories-licenses "
                 "such as apache-2.0 or cc-by-4.0; use other for one that is not there"
+            )
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} keeps the best step and needs load_best_model_at_end, found "
+                "false; set it, with an eval_strategy, or leave early_stopping_patience out"
             )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import some
@@ -134,7 +134,10 @@ def choose_steps(
         return None
     steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})
     ratios = []
-    for fold in found:
+    for number, fold in enumerate(found):
+        logger.info(
+            f"choosing the number of steps, {number + 1} of {len(found)}: {fold.name} of the training groups is held out"
+        )
         data = datasets_of(with_fold(dataset.cells, fold))
         with tempfile.TemporaryDirectory() as folder:
             set_seed(args.seed)
@@ -146,10 +149,9 @@ def choose_steps(
                 stop=_InnerStop(),
                 callbacks=[scores],
             )
-            trainer.remove_callback(PrinterCallback)
             trainer.train()
         ratios.append(scores.ratios())
-        logger.info(f"held out {fold.name} of the training groups: {scores}")
+        logger.info(f"with {fold.name} held out: {scores}")
     mean = np.mean(ratios, axis=0)
     return [0, *steps][int(np.argmin(mean))]
 
@@ -157,7 +159,7 @@ def choose_steps(
 def _inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
     inner = copy.copy(args)
     inner.output_dir, inner.save_strategy, inner.eval_strategy = folder, "no", "no"
-    inner.logging_strategy, inner.report_to, inner.disable_tqdm = "no", [], True
+    inner.report_to, inner.disable_tqdm = [], True
     inner.load_best_model_at_end, inner.push_to_hub, inner.eval_on_start = False, False, True
     return inner
 

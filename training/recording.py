@@ -46,7 +46,15 @@ _FREE = (
         "data_license",
     ),
     *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "per_device_eval_batch_size"),
-    *("eval_steps", "eval_strategy", "eval_on_start", "load_best_model_at_end", "metric_for_best_model", "use_cpu"),
+    *(
+        "eval_steps",
+        "eval_strategy",
+        "eval_on_start",
+        "early_stopping_patience",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "use_cpu",
+    ),
     *(
         "bf16",
         "fp16",

@@ -26,8 +26,9 @@ from pertstate.families import FAMILIES
 from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation
 from pertstate.legacy.scgpt import load_published, published_fields
 from pertstate.processing import StateProcessor
-from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.automatic import settled, with_defaults
+from pertstate.training.arguments import EVALUATED, StateTrainingArguments
+from pertstate.training.automatic import AUTO, OF_TRAINING, settled, with_defaults, without_autos
+from pertstate.training.first_run import fill_columns, first_run, is_data
 from pertstate.training.lora import add_adapter, freeze_backbone
 from pertstate.training.pretrained import (
     NAMING,
@@ -35,7 +36,8 @@ from pertstate.training.pretrained import (
     config_of,
     is_published,
 )
-from pertstate.training.run_config import RunConfig, load_run_config
+from pertstate.training.run_config import RunConfig, load_run_config, parse_flags, run_of
+from pertstate.training.validation import with_validation
 
 
 logger = get_logger("pertstate.train")
@@ -53,9 +55,26 @@ _DECIDED_BY = {
 def read_run(argv: list[str]) -> RunConfig:
     """
     The run that the words after `pertstate train` describe: `CONFIG.yaml` first, or `--config CONFIG.yaml` anywhere, and
-    flags.
+    flags; or cells first (`screen.h5ad`, a folder, a glob or a store), and flags.
     """
     flags = list(argv)
+    if flags and not flags[0].startswith("--") and is_data(flags[0]):
+        name, pairs = flags[0], list(parse_flags(flags[1:]))
+        content = first_run(name, {flag.rpartition(".")[2]: value for flag, value in pairs})
+        run = run_of(content, name, pairs, model_fields, training_fields())
+        fill_columns(run)
+    else:
+        run = _read_file(flags)
+    defaults = config_class(run.model).training_defaults
+    kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
+    run.training = {**kept, **run.training}
+    if FAMILIES[config_class(run.model).model_type].model.fitted:
+        # In one pass: it has no sizes and no steps.
+        run.model, run.training = without_autos(run.model), without_autos(run.training)
+    return with_defaults(run)
+
+
+def _read_file(flags: list[str]) -> RunConfig:
     if flags and not flags[0].startswith("--"):
         flags.insert(0, "--config")
     positions = [i for i, word in enumerate(flags) if word == "--config" or word.startswith("--config=")]
@@ -63,11 +82,7 @@ def read_run(argv: list[str]) -> RunConfig:
         raise ValueError(f"expected one CONFIG.yaml, first or after --config; found {len(positions)}")
     word = flags.pop(positions[0])
     path = word.partition("=")[2] if "=" in word else flags.pop(positions[0]) if positions[0] < len(flags) else ""
-    run = load_run_config(path, flags, model_fields, training_fields())
-    defaults = config_class(run.model).training_defaults
-    kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
-    run.training = {**kept, **run.training}
-    return with_defaults(run)
+    return load_run_config(path, flags, model_fields, training_fields())
 
 
 def config_class(model: dict) -> type[PerturbationConfig]:
@@ -92,7 +107,7 @@ def model_fields(model: dict) -> dict[str, Any]:
 def training_fields() -> dict[str, Any]:
     """What a training section may hold, and its types."""
     of_arguments = {field.name: field.type for field in dataclasses.fields(StateTrainingArguments) if field.init}
-    return {**of_arguments, "max_steps": int | Literal["auto"]}
+    return of_arguments | {name: of_arguments[name] | Literal["auto"] for name in OF_TRAINING}
 
 
 def check_processes(world_size: int):
@@ -116,17 +131,24 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
     store = None if data.store is None else open_store(data.store)
     if store is not None:
         data.check_store(store.manifest, run.given)
-    if pretrained is None:
-        processor, options = None, data.fit_options()
-    else:
+    processor = None
+    if pretrained is not None:
         processor = pretrained.processor_for(data, run.given, None if store is None else store.manifest.reading)
-        options = {"processor": processor, "controls_only": data.controls_only}
     source = (
         data.file_source(processor)
         if store is None
         else StoreSource(store, data.contexts, data.features(), data.dose_encoding)
     )
+    if processor is not None:
+        options: dict[str, Any] = {"processor": processor, "controls_only": data.controls_only}
+    else:
+        decided = data.decide_genes(len(source.genes))
+        run.notes += [] if decided is None else [decided]
+        options = data.fit_options()
     splits = data.resolve_splits(source.groups, source.reader)
+    if data.validation == AUTO:
+        splits, held = with_validation(splits, source.groups, source.reader)
+        run.notes.append(held)
     return *load(source, splits, **options), splits
 
 
@@ -179,18 +201,29 @@ def build_config(run: RunConfig, processor: StateProcessor, pretrained: Pretrain
 def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArguments:
     """
     The training section. With validation data the checkpoint with the lowest validation loss is kept, unless the section
-    sets it otherwise.
+    sets it otherwise; it is looked for twenty times in a run where nothing says how often.
+
+    Raises:
+        ValueError: a field needs validation data, and there are none.
     """
     fields = dict(run.training)
     if has_validation:
         fields.setdefault("eval_strategy", "steps")
+        if fields["eval_strategy"] == "steps":
+            fields.setdefault("eval_steps", fields.get("save_steps", EVALUATED))
+            if fields.get("save_strategy", "steps") == "steps":
+                fields.setdefault("save_steps", fields["eval_steps"])
         if fields["eval_strategy"] != "no" and "save_strategy" not in fields:
             fields.setdefault("load_best_model_at_end", True)
             fields.setdefault("metric_for_best_model", "eval_loss")
-    elif fields.get("load_best_model_at_end") or fields.get("eval_strategy", "no") != "no":
+    elif (
+        fields.get("load_best_model_at_end")
+        or fields.get("eval_strategy", "no") != "no"
+        or fields.get("early_stopping_patience") is not None
+    ):
         raise ValueError(
-            "training: load_best_model_at_end and eval_strategy need validation data, found none; hold some out with "
-            "val_contexts, val_perturbations or a splits file (test data never choose a checkpoint)"
+            "training: load_best_model_at_end, eval_strategy and early_stopping_patience need validation data, found none; hold "
+            "some out with val_contexts, val_perturbations, a splits file or validation: auto (test data never choose a checkpoint)"
         )
     if "num_train_epochs" in fields:
         fields.setdefault("max_steps", -1)

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ _NAMING = ("model_type", "pretrained", "pretrained_revision")
 @dataclass
 class RunConfig:
     """
-    The sections: data, model fields (`preset` and any field of the config), training, stream and store arguments; and
-    which fields of the data section stand in the file or among the flags, `given`.
+    The sections: data, model fields (`preset` and any field of the config), training, stream and store arguments; which
+    fields of the data section stand in the file or among the flags, `given`; and what was decided for the run, in sentences
+    that its log says, `notes`.
     """
 
     data: DataArguments
@@ -50,6 +51,7 @@ class RunConfig:
     stream: StreamArguments
     prepare: PrepareArguments
     given: frozenset[str]
+    notes: list[str] = field(default_factory=list)
 
     def to_yaml(self) -> str:
         """
@@ -94,8 +96,24 @@ def load_run_config(
         FileNotFoundError, ValueError: no such file, not YAML, an unknown section, field or flag (the nearest is said), or a
             value that does not fit the type of its field.
     """
-    content = _read(path)
-    pairs = list(parse_flags(flags))
+    return run_of(_read(path), path, list(parse_flags(flags)), model_fields, training_fields)
+
+
+def run_of(
+    content: dict[str, dict],
+    source: str,
+    pairs: list[tuple[str, Any]],
+    model_fields: Callable[[dict], dict[str, Any]] | None = None,
+    training_fields: dict[str, Any] | None = None,
+) -> RunConfig:
+    """
+    A run from its sections and from flags, which win; see [`load_run_config`].
+
+    Args:
+        content (`dict[str, dict]`): all of the sections, by name.
+        source (`str`): where they come from, for messages.
+        pairs (`list[tuple[str, Any]]`): flags and their values.
+    """
     # The family decides which fields there are; a flag may name it, or the checkpoint that is of one.
     naming = {**content["model"], **{name.removeprefix("model."): value for name, value in pairs}}
     family = {name: as_declared(f"model.{name}", str | None, naming[name]) for name in _NAMING if name in naming}
@@ -111,14 +129,14 @@ def load_run_config(
         for name in values:
             if section in known and name not in known[section]:
                 raise ValueError(
-                    f"{path}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
+                    f"{source}: unknown field {name!r} in section {section!r}; {_where(name, section, known)}"
                 )
     for name, value in pairs:
-        section, _, field = name.rpartition(".")
+        section, _, own = name.rpartition(".")
         section = section or _section_of(name, known)
-        if field not in known.get(section, ()):
-            raise ValueError(f"unknown flag --{name}; {_where(field, section, known)}")
-        content[section][field] = value
+        if own not in known.get(section, ()):
+            raise ValueError(f"unknown flag --{name}; {_where(own, section, known)}")
+        content[section][own] = value
     typed = {section: _as_types(section, content[section], checked[section]) for section in ("model", "training")}
     return RunConfig(
         DataArguments(**content["data"]),
@@ -151,7 +169,7 @@ def _read(path: str) -> dict[str, dict]:
 
 
 def _types(section: type) -> dict[str, Any]:
-    return {field.name: field.type for field in dataclasses.fields(section)}
+    return {one.name: one.type for one in dataclasses.fields(section)}
 
 
 def _as_types(section: str, values: dict, declared: dict[str, Any] | None) -> dict:
@@ -162,18 +180,17 @@ def _as_types(section: str, values: dict, declared: dict[str, Any] | None) -> di
 
 def _changed(arguments: DataArguments | StreamArguments) -> dict:
     """The fields of a section that are not at their default."""
-    values = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    values = {one.name: getattr(arguments, one.name) for one in dataclasses.fields(arguments)}
     return {
-        field.name: values[field.name]
-        for field in dataclasses.fields(arguments)
-        if values[field.name]
-        != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+        one.name: values[one.name]
+        for one in dataclasses.fields(arguments)
+        if values[one.name] != (one.default if one.default_factory is dataclasses.MISSING else one.default_factory())
     }
 
 
-def _last_part(field: str, value):
+def _last_part(name: str, value):
     """Of a path, or of each path of a mapping; what is no path, or a name on the Hub, stays as it is."""
-    if field not in _PATHS or (field in _HUB_NAMES and value is not None and is_repository(split_revision(value)[0])):
+    if name not in _PATHS or (name in _HUB_NAMES and value is not None and is_repository(split_revision(value)[0])):
         return value
     if isinstance(value, dict):
         return {name: Path(path).name for name, path in value.items()}

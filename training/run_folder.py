@@ -7,20 +7,20 @@ from pathlib import Path
 from pertstate.base.outputs import claimed_run
 from pertstate.families import FAMILIES
 from pertstate.hub.publish import CHECKPOINT
+from pertstate.hub.unfinished import checkpoints_of
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.automatic import AUTO
 from pertstate.training.run import config_class
 from pertstate.training.run_config import RunConfig
 from pertstate.training.staging import (
     check_resumable,
-    checkpoints_of,
     last_whole_checkpoint,
     recover_run,
 )
 
 
 # What depends on the data, and on whether some are held out; all else of the arguments is checked before these are read.
-_OF_DATA = ("load_best_model_at_end", "metric_for_best_model")
+_OF_DATA = ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience")
 _LAST = (True, "True", "true", "last")
 
 

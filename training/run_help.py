@@ -20,15 +20,18 @@ from pertstate.data.streaming import SentenceStream
 from pertstate.families import FAMILIES
 from pertstate.processing import StateProcessor
 from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.automatic import AUTO, OF_TRAINING
 from pertstate.training.run_config import parse_flags
 
 
 USAGE = """\
-usage: pertstate train CONFIG.yaml [--any_field value ...]
+usage: pertstate train CELLS|CONFIG.yaml [--any_field value ...]
 
-Train a model. CONFIG.yaml has the sections data, model and training (or stream); `pertstate configs` lists some to start from.
+Train a model. CELLS is a .h5ad, a .zarr, a folder or glob of them, or a cell store: columns are found by their names, sizes
+are chosen (auto), and some training groups are held out to choose the best step. CONFIG.yaml has the sections data, model and
+training (or stream); `pertstate configs` lists some to start from. --dry_run says what a run would be, and stops.
 A flag sets any of their fields and wins over the file: --learning_rate 3e-4, --test_contexts NK B, --model.hidden_size 256.
-Many devices: accelerate launch -m pertstate.train CONFIG.yaml [--any_field value ...]
+Many devices: accelerate launch -m pertstate.train CELLS|CONFIG.yaml [--any_field value ...]
 """
 
 # What a description may refer to: `see [`NAME`]`.
@@ -72,10 +75,15 @@ def help_of_train(argv: list[str]) -> str:
     config = FAMILIES[family].config
     of_model = [
         FieldHelp("model_type", "str", StateConfig.model_type, f"The family of models: {', '.join(FAMILIES)}"),
-        FieldHelp("preset", "str", "null", f"Named sizes of the family: {', '.join(config.presets) or 'none'}"),
+        FieldHelp(
+            "preset",
+            "str",
+            "null",
+            f"Named sizes of the family: {', '.join((*config.presets, AUTO)) if config.presets else 'none'}",
+        ),
         FieldHelp("pretrained", "str", "null", "Folder or Hub repository of a checkpoint that is trained further"),
         FieldHelp("pretrained_revision", "str", "null", "Commit, tag or branch of a Hub repository in pretrained"),
-        *_fields(config, _own_fields(config)),
+        *map(_or_auto, _fields(config, _own_fields(config))),
     ]
     return USAGE + _listed(
         {
@@ -87,7 +95,7 @@ def help_of_train(argv: list[str]) -> str:
             ),
             "training": (
                 f"those of transformers.TrainingArguments and some more{_family_defaults(config)}",
-                list(_fields(StateTrainingArguments)),
+                [_or_auto(field) for field in _fields(StateTrainingArguments)],
             ),
             "stream": ("cells that are read while the model trains, instead of files", list(_fields(StreamArguments))),
         }
@@ -131,6 +139,13 @@ def _fields(section: type, only: Iterable[str] | None = None) -> Iterator[FieldH
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         yield FieldHelp(field.name, _type_in_short(field.type), _as_yaml(default), texts.get(field.name, ""))
+
+
+def _or_auto(field: FieldHelp) -> FieldHelp:
+    """The field as runs take it: some may be `auto`."""
+    return (
+        dataclasses.replace(field, type=f"{field.type}|{AUTO}") if field.name in ("set_size", *OF_TRAINING) else field
+    )
 
 
 def _type_in_short(kind) -> str:

@@ -3,32 +3,29 @@
 import copy
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pertstate.base.bounded_text import load_json
 from pertstate.base.files import PARTIAL, saying_disk_errors
 from pertstate.base.messages import given
 from pertstate.base.outputs import replace_folder
 from pertstate.base.printable import get_logger
 from pertstate.hub.publish import reveal
+from pertstate.hub.unfinished import FILES, checkpoints_of, read_list, step_of, wrong_files
 
 
 logger = get_logger(__name__)
 
 STAGING = PARTIAL
-# The list of a checkpoint's files with their sizes. It is the last that is written.
-FILES = "files.json"
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+# What a run leaves of its history, beside the state of the Trainer.
+HISTORY_FILES = HISTORY, CURVES = "history.csv", "curves.png"
 
 
 def is_staged(folder: Path) -> bool:
@@ -87,10 +84,12 @@ class Continued(TrainerCallback):
 
     Attributes:
         step (`int`, *optional*): its step; None where the training starts anew.
+        state (`TrainerState`, *optional*): what it says of its training.
     """
 
     def __init__(self):
         self.step: int | None = None
+        self.state: TrainerState | None = None
         self._best: Path | None = None
 
     def start(self, folder: str | None, loads_best: bool):
@@ -105,18 +104,18 @@ class Continued(TrainerCallback):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is not whole, or the best one is not.
         """
-        self.step = self._best = None
+        self.step = self.state = self._best = None
         if folder is None:
             return
         check_resumable(folder)
-        state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+        self.state = state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
         self.step = state.global_step
         if state.best_global_step:
             # Beside it, even where the run's folder was moved.
             best = Path(folder).with_name(f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
             self._best = best if best.is_dir() else None
         if loads_best and self._best is not None:
-            wrong = _wrong_files(self._best)
+            wrong = wrong_files(self._best)
             if wrong is not None:
                 raise ValueError(f"resume_from_checkpoint: the best checkpoint {self._best} is not whole: {wrong}")
 
@@ -148,28 +147,18 @@ def _make_room(run: Path, newest: Path, best: str | None, limit: int | None):
         return
     kept = {newest, *([] if best is None else [Path(best)])}
     others = [path for path in checkpoints_of(run) if path not in kept]
-    others.sort(key=lambda path: (missing_of(path) is None, _step_of(path) < _step_of(newest)))
+    others.sort(key=lambda path: (missing_of(path) is None, step_of(path) < step_of(newest)))
     for path in others[: max(0, len(others) + len(kept) - limit)]:
         _discard(path)
     shutil.rmtree(run / STAGING, ignore_errors=True)
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, by their steps."""
-    found = (
-        [path for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()] if run.is_dir() else []
-    )
-    return sorted(found, key=_step_of)
-
-
 def clear_run(run: Path):
-    """Remove the checkpoints of an older run."""
+    """Remove the checkpoints of an older run, and its history."""
     for path in checkpoints_of(run):
         _discard(path)
+    for name in (*HISTORY_FILES, TRAINER_STATE_NAME):
+        (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / STAGING, ignore_errors=True)
 
 
@@ -183,33 +172,10 @@ def recover_run(run: Path):
 
 def missing_of(checkpoint: str | os.PathLike) -> str | None:
     """What a training cannot continue from a checkpoint for, in words; None where it is whole."""
-    wrong = _wrong_files(Path(checkpoint))
-    if wrong is None and not given("the list of files", _read_list(Path(checkpoint, FILES)))["resumable"]:
+    wrong = wrong_files(Path(checkpoint))
+    if wrong is None and not given("the list of files", read_list(Path(checkpoint, FILES)))["resumable"]:
         return "it holds the model alone (save_only_model), not the state of its training"
     return wrong
-
-
-def _wrong_files(folder: Path) -> str | None:
-    listed = _read_list(folder / FILES)
-    if listed is None:
-        return f"it has no list of its files, {FILES}: it is cut short, or an older version wrote it"
-    wrong = []
-    for name, size in listed["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
-    return ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "") if wrong else None
-
-
-def _read_list(path: Path) -> dict[str, Any] | None:
-    try:
-        content = load_json(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    fits = isinstance(content, dict) and content.keys() == {"resumable", "files"} and isinstance(content["files"], dict)
-    return content if fits else None
 
 
 def check_resumable(checkpoint: str | os.PathLike):

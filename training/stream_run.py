@@ -26,7 +26,16 @@ from pertstate.training.run_config import RunConfig
 
 
 # Fields of the data section that a stream has no use for.
-_UNUSED = ("datasets", "store", "hvg_on_all", "controls_only", "small_groups", "sentences_per_group", "sentence_cap")
+_UNUSED = (
+    "datasets",
+    "store",
+    "validation",
+    "hvg_on_all",
+    "controls_only",
+    "small_groups",
+    "sentences_per_group",
+    "sentence_cap",
+)
 # The columns of labels, which a stream names itself.
 _LABEL_KEYS = ("perturbation_key", "context_key", "batch_key", "dose_key")
 

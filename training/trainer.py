@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import CommitInfo
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from pertstate.base.checkpoint_files import check_finite_weights
@@ -42,9 +42,11 @@ from pertstate.losses.objective import Objective
 from pertstate.training.anchoring import control_tables, fit_anchor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.averaging import WeightAverage
+from pertstate.training.early_stopping import EarlyStopping
 from pertstate.training.fitting import fit_model, gather_means, gather_sums
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
+from pertstate.training.progress import Progress, TimedLog
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
 from pertstate.training.stopping import Stop
 
@@ -59,6 +61,8 @@ class StateTrainer(Trainer):
     Beyond the `Trainer` of transformers it
 
     - computes the loss with the objective of the model's config, and logs each of its terms and cells per second;
+    - logs every few seconds, where `logging_steps` is not set, and says how long the training will take;
+    - ends where evaluations get no better, with `early_stopping_patience`;
     - scores (context, perturbation) groups in `evaluate`: Pearson of the mean change, MAE of the mean and energy
       distance, beside the same figures of no change and of the perturbation mean (learned from the training split);
     - stops with an error where a logged term is NaN or infinite;
@@ -113,7 +117,9 @@ class StateTrainer(Trainer):
         self.continued, self.stop = Continued(), Stop() if stop is None else stop
         averaged = args.average_decay is not None and not model.fitted
         self.average = WeightAverage(model, args.average_decay) if averaged else None
-        own = [self.average, self.continued, self.push, self.stop]
+        patience = args.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience)
+        own = [self.average, self.continued, TimedLog(), self.early_stopping, self.push, self.stop]
         # The last one ends the training: all else has been done then.
         kwargs["callbacks"] = [
             *(kwargs.get("callbacks") or []),
@@ -121,6 +127,9 @@ class StateTrainer(Trainer):
         ]
         with self.push.alone():
             super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # In a notebook the library's table stays.
+        if self.pop_callback(ProgressCallback) is not None or self.pop_callback(PrinterCallback) is not None:
+            self.add_callback(Progress())
         self.label_names = [GENE_LABELS if model.is_ceiling else LABELS]
         # The objective is a mean over sentences; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -184,6 +193,10 @@ class StateTrainer(Trainer):
         finished = self.continued.step is not None and 0 < max_steps <= self.continued.step
         if finished:
             logger.info(f"all {max_steps} steps are done: no weight changes, what is missing is finished")
+        elif self.early_stopping is not None and self.continued.state is not None:
+            finished = self.early_stopping.has_come(args, self.continued.state)
+            if finished:
+                logger.info(f"the training had ended early, at step {self.continued.step}: what is missing is finished")
         # No epoch is begun, where the library would take one step more.
         return (0 if finished else epochs, *others, max_steps)
 

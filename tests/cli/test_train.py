@@ -105,8 +105,8 @@ def listed(text: str) -> dict[str, tuple[str, str]]:
 def test_help_lists_every_field_of_its_sections(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     text = help_of(capsys, "train")
-    assert text.startswith("usage: pertstate train CONFIG.yaml [--any_field value ...]\n")
-    assert "accelerate launch -m pertstate.train CONFIG.yaml" in text
+    assert text.startswith("usage: pertstate train CELLS|CONFIG.yaml [--any_field value ...]\n")
+    assert "accelerate launch -m pertstate.train CELLS|CONFIG.yaml" in text
     found = listed(text)
     state = FAMILIES["state"].config
     sections = {
@@ -118,12 +118,14 @@ def test_help_lists_every_field_of_its_sections(capsys, monkeypatch):
     for section, names in sections.items():
         assert [name for name in names if found.get(name, "")[0] != section] == []
     assert list(dict.fromkeys(section for section, _ in found.values())) == list(sections)
-    assert found["genes"][1].startswith("--genes int|list The model's genes: this many highly variable ones")
+    assert found["genes"][1].startswith("--genes int|list|auto The model's genes: this many highly variable ones")
     assert found["genes"][1].endswith("(default: null)")
     assert found["small_groups"][1] == (
         "--small_groups pad|repeat What becomes of a group with fewer cells than set_size (default: pad)"
     )
-    assert found["set_size"][1] == ("--set_size int Cells of one sentence in training and prediction (default: 128)")
+    assert found["set_size"][1] == (
+        "--set_size int|auto Cells of one sentence in training and prediction (default: 128)"
+    )
     assert found["hidden_dropout"][1] == "--hidden_dropout float Dropout of the encoders and heads (default: 0.1)"
     assert found["loss"][1].startswith("--loss energy|sinkhorn|combined|mse The distance between")
     assert found["learning_rate"][1] == "--learning_rate float Initial learning rate (default: 0.0001)"
@@ -154,7 +156,7 @@ def test_no_words_are_a_short_usage(capsys):
         main(["train"])
     assert end.value.code == 2
     text = capsys.readouterr().out
-    assert text.startswith("usage: pertstate train CONFIG.yaml") and text.count("\n") < 10
+    assert text.startswith("usage: pertstate train CELLS|CONFIG.yaml") and text.count("\n") < 12
 
 
 def test_help_of_prepare_lists_its_fields(capsys, monkeypatch):

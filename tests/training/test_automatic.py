@@ -72,8 +72,11 @@ def test_auto_can_be_written_and_means_nothing_elsewhere(tmp_path):
     found, _ = settled(run, np.array([40]), False)
     assert (found.model["preset"] in ("mini", "small"), found.model["set_size"]) == (True, 40)
     other = run_of(tmp_path, "model: {model_type: state-embed-sum, preset: auto}\n")
-    with pytest.raises(ValueError, match="preset: auto is for a new model of type state; name a preset"):
-        settled(other, np.array([40]), False)
+    found, said = settled(other, np.array([40]), False)
+    assert found.model["preset"] in ("tiny", "published") and f"preset {found.model['preset']}" in said
+    found.model |= {"preset": "auto", "pretrained": "owner/name"}
+    with pytest.raises(ValueError, match="preset: auto is for a new model of a family that has presets; leave it out"):
+        settled(found, np.array([40]), False)
 
 
 def test_what_was_chosen_is_said_and_kept_with_the_checkpoint(tmp_path):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import pertstate.cli
 from pertstate.data import simulate_screen
-from pertstate.training.staging import checkpoints_of, missing_of
+from pertstate.hub.unfinished import checkpoints_of
+from pertstate.training.staging import missing_of
 
 
 CONFIG = """
@@ -122,8 +123,8 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
     assert "gone.h5ad: no such file" in said and len(checkpoints_of(run)) == 2 and bits(run) == before
     assert "leave one of them out" in refused(capsys, folder, *flags, "--resume_from_checkpoint", "last")
     process = launches.start([launches.TRAIN, folder / "run.yaml", *flags, "--max_steps", "100000"])
-    for line in process.stdout:
-        if "'loss'" in line:
+    for line in process.stderr:
+        if "  loss " in line:
             break
     process.kill()
     # The folder holds the old model, and only the new run's checkpoints.
@@ -142,8 +143,8 @@ def test_overwrite_removes_the_checkpoints_when_training_starts_and_the_model_wh
 def test_the_second_training_in_a_folder_is_told_of_the_first(folder, tmp_path, capsys):
     run = tmp_path / "run"
     process = launches.start([launches.TRAIN, folder / "run.yaml", *into(run, "--max_steps", "100000")])
-    for line in process.stdout:
-        if "'loss'" in line:
+    for line in process.stderr:
+        if "  loss " in line:
             break
     for flags in ([], ["--overwrite"], ["--resume_from_checkpoint", "last"]):
         said = refused(capsys, folder, *into(run, *flags))

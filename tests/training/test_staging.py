@@ -12,8 +12,9 @@ from kills import killed_at_each_change
 from safetensors.torch import load_file
 from trainers import make_trainer, simulated_cells
 
+from pertstate.hub.unfinished import FILES, checkpoints_of
 from pertstate.training import staging
-from pertstate.training.staging import FILES, checkpoints_of, last_whole_checkpoint, missing_of, recover_run
+from pertstate.training.staging import last_whole_checkpoint, missing_of, recover_run
 
 
 @pytest.fixture(scope="module")

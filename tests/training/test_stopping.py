@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pertstate.data import simulate_screen
-from pertstate.training.staging import checkpoints_of, missing_of
+from pertstate.hub.unfinished import checkpoints_of
+from pertstate.training.staging import missing_of
 
 
 CONFIG = """
@@ -37,8 +38,8 @@ def folder(tmp_path_factory):
 def started(folder, *flags):
     """A training that has taken a step and has many left."""
     process = launches.start([launches.TRAIN, folder / "run.yaml", "--max_steps", "1000000", *flags])
-    for line in process.stdout:
-        if "'loss'" in line:
+    for line in process.stderr:
+        if "  loss " in line:
             return process
     raise AssertionError(process.communicate().stderr)
 
@@ -98,8 +99,8 @@ def test_of_two_processes_both_stop_at_one_step(folder, tmp_path):
     }
     words = [launches.TRAIN, folder / "run.yaml", "--output_dir", tmp_path / "run", "--max_steps", "1000000"]
     ranks = [launches.start(words, launches.environment(RANK=str(i), LOCAL_RANK=str(i), **common)) for i in range(2)]
-    for line in ranks[0].stdout:
-        if "'loss'" in line:
+    for line in ranks[0].stderr:
+        if "  loss " in line:
             break
     os.kill(ranks[1].pid, signal.SIGTERM)
     ended = [rank.communicate() for rank in ranks]

@@ -96,8 +96,8 @@ def test_arrow_and_parquet_are_the_same_stream(folder, unbroken):
 def test_killed_and_continued_it_ends_with_the_same_weights(folder, unbroken, tmp_path):
     words = [launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", tmp_path]
     process = launches.start(words)
-    for line in process.stdout:
-        if "'loss'" in line and (tmp_path / "checkpoint-4").exists():
+    for line in process.stderr:
+        if "  loss " in line and (tmp_path / "checkpoint-4").exists():
             break
     assert process.kill().returncode == -signal.SIGKILL
     kept = sorted(path.name for path in tmp_path.iterdir())

@@ -1,0 +1,100 @@
+"""A run that names a file of cells and no run file: `pertstate train screen.h5ad --test_contexts X`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pertstate.configuration_state import StateConfig
+from pertstate.data.arguments import DataArguments
+from pertstate.data.columns import KEYS, FoundColumns, find_columns
+from pertstate.data.manifest import STORE_FILE
+from pertstate.data.reading import AnnDataFile
+from pertstate.families import FAMILIES
+from pertstate.training.automatic import AUTO, OF_TRAINING, is_new_state
+from pertstate.training.run_config import RunConfig
+
+
+_DATA = re.compile(r".*\.(h5ad|h5|h5ad\.gz|zarr)", re.IGNORECASE)
+
+
+def is_data(word: str) -> bool:
+    """Whether the first word of a run names cells, and not a run file: a file, folder, store or glob of them."""
+    path = Path(word.rstrip("/"))
+    return bool(_DATA.fullmatch(path.name)) or path.is_dir() or any(sign in word for sign in "*?[")
+
+
+def first_run(name: str, given: dict[str, Any]) -> dict[str, dict]:
+    """
+    The sections of a run on the cells that a path names: what a run file may leave to the package, it leaves.
+
+    Args:
+        name (`str`): a file, folder or glob of cells, or a cell store.
+        given (`dict`): the flags, which win.
+    """
+    place = Path(name.rstrip("/"))
+    is_store = (place / STORE_FILE).is_file()
+    stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(h5ad|h5|zarr|gz|store)", "", place.name)).strip("-") or "screen"
+    family = str(given.get("model_type", StateConfig.model_type))
+    model: dict[str, Any] = {}
+    if "pretrained" not in given and family in FAMILIES and FAMILIES[family].config.presets:
+        model["preset"] = AUTO
+    training: dict[str, Any] = {"output_dir": f"runs/{stem}", **dict.fromkeys(OF_TRAINING, AUTO)}
+    if "num_train_epochs" in given:
+        del training["max_steps"]
+    data: dict[str, Any] = {"store": name} if is_store else {"datasets": {stem: name}}
+    if not chooses_steps(given):
+        data["validation"] = AUTO
+    if not {"genes", "genes_file", "pretrained"} & {*given}:
+        data["genes"] = AUTO
+    return {"data": data, "model": model, "training": training, "stream": {}, "prepare": {}}
+
+
+def chooses_steps(given: dict[str, Any]) -> bool:
+    """Whether a run of these flags chooses its steps on training groups that are held out in turn, and needs no others."""
+    is_anchored = is_new_state(given) and given.get("residual", "anchor") == "anchor"
+    return is_anchored and not {"max_steps", "num_train_epochs"} & {*given}
+
+
+def fill_columns(run: RunConfig):
+    """
+    Find the columns and the controls that a run on files does not name, as `pertstate info` does; a line of its notes says
+    which.
+
+    Raises:
+        ValueError: a column or a control cannot be found; what exists is listed.
+        KeyError: there is no such column as the run names.
+    """
+    data = run.data
+    open_ones = [name for name in (*KEYS, "control") if name not in run.given]
+    if data.context is not None and "context_key" in open_ones:
+        open_ones.remove("context_key")
+    if data.store is not None or not open_ones:
+        return
+    path = next(iter(data.files().values()))[0]
+    found = _look(path, data, open_ones)
+    for name in open_ones:
+        setattr(data, name, found.control if name == "control" else found.keys[name])
+    run.given |= {*open_ones}
+    shown = [f"{name}: {getattr(data, name)}" for name in open_ones if getattr(data, name) is not None]
+    run.notes.append(f"found in {path.name} by their names: {', '.join(shown)}; flags of these names set others")
+
+
+def _look(path: Path, data: DataArguments, open_ones: list[str]) -> FoundColumns:
+    with AnnDataFile(path) as file:
+        keys = {name: _single(getattr(data, name)) for name in KEYS if name not in open_ones}
+        found = find_columns(file, None if "control" in open_ones else data.control, **keys)
+        missing = found.missing_columns(file.obs_columns)
+    problems = [problem for problem in missing if any(f"for {name};" in problem for name in open_ones)]
+    if "control" in open_ones and not problems:
+        problems += found.missing_control()
+    if problems:
+        raise ValueError(
+            f"{path}: {'; '.join(problems)}; name it with a flag (--perturbation_key, --context_key, --control), or with --context "
+            "where all cells are of one"
+        )
+    return found
+
+
+def _single(key: Any) -> Any:
+    """The first of several columns that are one key together."""
+    return key[0] if isinstance(key, list) else key

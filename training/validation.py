@@ -1,0 +1,72 @@
+"""Which training groups a run holds out for validation, where it leaves that to the package (`validation: auto`)."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pandas as pd
+
+from pertstate.base.constants import Split
+from pertstate.base.messages import some
+from pertstate.data.cells import assign_splits
+from pertstate.data.splits import Splits
+from pertstate.processing import StateProcessor
+from pertstate.training.inner_folds import Key, inner_folds
+
+
+def with_validation(splits: Splits, groups: pd.DataFrame, reader: StateProcessor) -> tuple[Splits, str]:
+    """
+    The splits with some training groups held out for validation, and what they are, in words. Where the splits name some
+    already, they stay as they are. Test groups are never among them: they are the first of [`inner_folds`], which stand to the
+    others as the test groups do; but every perturbation that the model knows by its cells stays among the training groups.
+
+    Args:
+        splits ([`Splits`]): what the run names.
+        groups (`pandas.DataFrame`): `dataset`, `context`, `perturbation`, `start` and `stop` of the source's groups.
+        reader ([`StateProcessor`]): has read them.
+    """
+    splits = splits.canonical(reader.canonical, groups)
+    table = assign_splits(groups, splits, reader.control)
+    if (table["split"] == Split.VAL).any():
+        return splits, f"validation: auto: the groups of split {Split.VAL!r} are there already"
+    train = _keys(table[table["split"] == Split.TRAIN])
+    folds = inner_folds(table, reader.control, reader.split_combination, 1)
+    held = _staying(train, folds[0].groups, reader) if folds else []
+    if not held:
+        return splits, (
+            "validation: auto: no training groups can be held out as the test groups are; the last step is kept"
+        )
+    named = some([f"{context} / {name}" for _, context, name in held])
+    return _holding_out(splits, held, train), f"validation: auto: {len(held)} training groups are held out: {named}"
+
+
+def _keys(table: pd.DataFrame) -> list[Key]:
+    keys = table[["dataset", "context", "perturbation"]].astype(str).drop_duplicates()
+    return list(keys.itertuples(index=False, name=None))
+
+
+def _staying(train: list[Key], fold: set[Key], reader: StateProcessor) -> list[Key]:
+    """The groups of a fold that leave another one, and another one of each of their perturbations."""
+    by_name = reader.perturbation_features is None
+    left = Counter(part for key in train for part in reader.split_combination(key[2])) if by_name else None
+    held: list[Key] = []
+    for key in sorted(fold):
+        parts = reader.split_combination(key[2])
+        if len(held) + 1 < len(train) and (left is None or all(left[part] > 1 for part in parts)):
+            held.append(key)
+            if left is not None:
+                left.subtract(parts)
+    return held
+
+
+def _holding_out(splits: Splits, held: list[Key], train: list[Key]) -> Splits:
+    """A context of which no group is left is held out whole."""
+    zeroshot = dict(splits.zeroshot)
+    fewshot = {place: {split: list(names) for split, names in of.items()} for place, of in splits.fewshot.items()}
+    for place in dict.fromkeys(key[:2] for key in held):
+        names = [key[2] for key in held if key[:2] == place]
+        here = [key[2] for key in train if key[:2] == place]
+        if len(names) == len(here) and place not in fewshot:
+            zeroshot[place] = Split.VAL
+        else:
+            fewshot.setdefault(place, {})[Split.VAL] = sorted(names)
+    return replace(splits, zeroshot=zeroshot, fewshot=fewshot)
