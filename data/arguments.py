@@ -186,7 +186,7 @@ class DataArguments:
 
     def chosen_genes(self) -> int | list[str] | None:
         """The number of genes, or their names, where the section says either."""
-        if self.genes == AUTO:
+        if isinstance(self.genes, str):
             raise ValueError(
                 "data.genes=auto is decided from the genes of files or of a store, for a new model; give a number, or leave it out"
             )

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 def history_of(state: TrainerState) -> pd.DataFrame:
     """One row for each step that was logged: its losses, and the figures of its evaluation; an absent one is NaN."""
-    rows: dict[int, dict] = {}
+    rows: dict[float, dict] = {}
     for entry in state.log_history:
         if "loss" in entry or "eval_loss" in entry:
             rows.setdefault(entry["step"], {"step": entry["step"]}).update(entry)
