@@ -28,6 +28,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
+from pertstate.training.dry_run import dry_run
 from pertstate.training.history import write_history
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.recording import check_same_run, record_of
@@ -107,6 +108,11 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
             return new_model(run, copy.deepcopy(config), processor)
         return further(pretrained, config, processor, args)
 
+    if args.dry_run:
+        for line in dry_run(args, datasets, make_model, processor):
+            logger.info(line)
+        logger.info("dry run: nothing was written")
+        return {}
     if args.inner_folds and not fitted:
         set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
     set_seed(args.seed)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pertstate.configuration_state import StateConfig
-from pertstate.data.arguments import DataArguments
 from pertstate.data.columns import KEYS, FoundColumns, find_columns
 from pertstate.data.manifest import STORE_FILE
 from pertstate.data.reading import AnnDataFile
@@ -71,7 +70,8 @@ def fill_columns(run: RunConfig):
     if data.store is not None or not open_ones:
         return
     path = next(iter(data.files().values()))[0]
-    found = _look(path, data, open_ones)
+    named = {name: _single(getattr(data, name)) for name in KEYS if name in run.given}
+    found = _look(path, named, data.control if "control" in run.given else None, open_ones)
     for name in open_ones:
         setattr(data, name, found.control if name == "control" else found.keys[name])
     run.given |= {*open_ones}
@@ -79,10 +79,9 @@ def fill_columns(run: RunConfig):
     run.notes.append(f"found in {path.name} by their names: {', '.join(shown)}; flags of these names set others")
 
 
-def _look(path: Path, data: DataArguments, open_ones: list[str]) -> FoundColumns:
+def _look(path: Path, named: dict[str, Any], control: Any, open_ones: list[str]) -> FoundColumns:
     with AnnDataFile(path) as file:
-        keys = {name: _single(getattr(data, name)) for name in KEYS if name not in open_ones}
-        found = find_columns(file, None if "control" in open_ones else data.control, **keys)
+        found = find_columns(file, control, **named)
         missing = found.missing_columns(file.obs_columns)
     problems = [problem for problem in missing if any(f"for {name};" in problem for name in open_ones)]
     if "control" in open_ones and not problems:

@@ -143,10 +143,10 @@ def choose_steps(
             set_seed(args.seed)
             scores = _Scores(steps)
             trainer = trainer_of(
-                _inner_arguments(args, folder),
+                inner_arguments(args, folder),
                 data[Split.TRAIN],
                 data[Split.VAL],
-                stop=_InnerStop(),
+                stop=UnsavedStop("stopped while the number of steps was being chosen; start the run again"),
                 callbacks=[scores],
             )
             trainer.train()
@@ -156,7 +156,8 @@ def choose_steps(
     return [0, *steps][int(np.argmin(mean))]
 
 
-def _inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
+def inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
+    """The arguments of a run for a training inside of it, of which nothing is kept."""
     inner = copy.copy(args)
     inner.output_dir, inner.save_strategy, inner.eval_strategy = folder, "no", "no"
     inner.report_to, inner.disable_tqdm = [], True
@@ -186,12 +187,21 @@ class _Scores(TrainerCallback):
         return ", ".join(f"{ratio:.3f} after {step} steps" for step, ratio in zip([0, *self.steps], self.ratios()))
 
 
-class _InnerStop(Stop):
-    """A signal ends the training at once: there is nothing to save yet."""
+class UnsavedStop(Stop):
+    """
+    A signal ends the training after the running step, and nothing is saved.
+
+    Args:
+        message (`str`): what [`StoppedError`] says.
+    """
+
+    def __init__(self, message: str):
+        super().__init__()
+        self._message = message
 
     def on_step_end(self, args, state, control, **kwargs):
         if number := self._agreed():
-            raise StoppedError(number, "stopped while the number of steps was being chosen; start the run again")
+            raise StoppedError(number, self._message)
 
     def after_the_last_step(self, args, state):
         self.on_step_end(args, state, None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from pertstate.base.cell_source import GROUP_KEYS
 from pertstate.base.cell_values import describe_reading
@@ -290,6 +291,16 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     if processor.perturbation_features is not None:
         features = processor.perturbation_features
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
+    whole = pd.MultiIndex.from_tuples(splits.zeroshot, names=["dataset", "context"]) if splits.zeroshot else None
+    for split in (Split.TEST, Split.VAL):
+        groups = cells.groups[cells.groups["split"] == split]
+        places = pd.MultiIndex.from_frame(groups[["dataset", "context"]].astype(str))
+        groups = groups if whole is None else groups[~places.isin(whole)]
+        names = list(
+            dict.fromkeys(f"{context} / {name}" for context, name in zip(groups["context"], groups["perturbation"]))
+        )
+        if names:
+            lines.append(f"held-out groups: {len(names)} ({split}): {some(names)}")
     if splits.zeroshot:
         held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
         fitted = FAMILIES[config_class(run.model).model_type].model.fitted

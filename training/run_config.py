@@ -68,7 +68,7 @@ class RunConfig:
             content[section] = {
                 name: _last_part(f"{section}.{name}", public(value))
                 for name, value in values.items()
-                if not name.endswith("_token") and name != "overwrite"
+                if not name.endswith("_token") and name not in ("overwrite", "dry_run")
             }
         written = {section: values for section, values in content.items() if values}
         return yaml.dump(written, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -28,7 +28,7 @@ _LAST = (True, "True", "true", "last")
 def run_folder(run: RunConfig) -> Iterator[str | None]:
     """
     Check the arguments of a run, and hold its folder: in this block no other run writes it. Of several processes the first
-    holds it. Yields the checkpoint that the run continues, if it asks for one and there is one.
+    holds it; a dry run looks at it alone. Yields the checkpoint that the run continues, if it asks for one and there is one.
 
     Raises:
         ValueError: an argument is out of its range; the checkpoint is not whole; there is a model, but no checkpoint to
@@ -45,7 +45,10 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
             f"overwrite replaces the run that resume_from_checkpoint={resume!r} continues; leave one of them out"
         )
     with ExitStack() as stack:
-        if args.should_save:
+        if args.dry_run:
+            if not args.overwrite:
+                _check_free(folder, resume, _is_fitted(run))
+        elif args.should_save:
             stack.enter_context(claimed_run(folder, CHECKPOINT))
             recover_run(folder)
             if not args.overwrite:
