@@ -23,7 +23,10 @@ _PLACES: dict[str, str] = {
     "StateProcessor": "pertstate.processing",
     "StateTrainer": "pertstate.training.trainer",
     "StateTrainingArguments": "pertstate.training.arguments",
+    "TrainedModel": "pertstate.hub.trained",
     "evaluate": "pertstate.evaluation.comparison",
+    "fit": "pertstate.training.fit",
+    "load": "pertstate.hub.trained",
     "predict": "pertstate.evaluation.prediction",
 }
 
@@ -66,9 +69,12 @@ if TYPE_CHECKING:
     from pertstate.families.scgpt.modeling_scgpt import ScGPTForPerturbation as ScGPTForPerturbation
     from pertstate.families.scvi.configuration_scvi import SCVIConfig as SCVIConfig
     from pertstate.families.scvi.modeling_scvi import SCVIForPerturbation as SCVIForPerturbation
+    from pertstate.hub.trained import TrainedModel as TrainedModel
+    from pertstate.hub.trained import load as load
     from pertstate.modeling_state import StateForPerturbation as StateForPerturbation
     from pertstate.processing import StateProcessor as StateProcessor
     from pertstate.training.arguments import StateTrainingArguments as StateTrainingArguments
+    from pertstate.training.fit import fit as fit
     from pertstate.training.trainer import StateTrainer as StateTrainer
 else:
     __all__ = ["FAMILIES", "__version__", "objective_for", *_PLACES]

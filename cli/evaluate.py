@@ -126,11 +126,8 @@ def _checkpoint(name: str, revision: str | None, flag: str):
     import transformers
 
     from pertstate.data.record import RunRecord
-    from pertstate.hub.checkpoints import check_name, load_whole
-    from pertstate.hub.push import fetch_checkpoint
-    from pertstate.hub.unfinished import model_folder
+    from pertstate.hub.trained import open_checkpoint
 
-    check_name(name, flag)
-    path = model_folder(name) if Path(name).is_dir() else fetch_checkpoint(name, revision)
     transformers.utils.logging.disable_progress_bar()
-    return *load_whole(str(path)), RunRecord.load(path)
+    model, processor, folder, _ = open_checkpoint(name, revision, flag)
+    return model, processor, RunRecord.load(folder)

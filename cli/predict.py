@@ -1,11 +1,8 @@
 """`pertstate predict`."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from pertstate.base.console import say
-from pertstate.base.public import last_part
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -135,34 +132,16 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def _load(name: str, revision: str, device: str | None, quiet: bool):
     """The model, on its device, and the processor of a checkpoint folder or Hub repository; and the name of what was loaded."""
-    import torch
     import transformers
     from huggingface_hub.utils import disable_progress_bars
 
-    from pertstate.hub.checkpoints import check_name, load_whole
-    from pertstate.hub.push import fetch_checkpoint
-    from pertstate.hub.unfinished import model_folder
+    from pertstate.hub.trained import on_device, open_checkpoint
 
-    check_name(name, "--model")
-    path, loaded = Path(name), last_part(name)
-    if path.is_dir():
-        path = model_folder(path)
-        loaded = loaded if path == Path(name) else f"{loaded}/{path.name}"
-    else:
-        if quiet:
-            disable_progress_bars()
-        path = fetch_checkpoint(name, revision)
-        loaded = f"{name}@{path.name}"
+    if quiet:
+        disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    model: Any  # the library's `to` is wrapped so that no argument fits its type
-    model, processor = load_whole(str(path))
-    if device is None:
-        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        return model.to(device), processor, loaded
-    except (RuntimeError, AssertionError) as error:
-        # torch raises one or the other for a device that it does not know or was not built for.
-        raise ValueError(f"--device {device}: {error}") from error
+    model, processor, _, loaded = open_checkpoint(name, revision, "--model")
+    return on_device(model, device, "--device"), processor, loaded
 
 
 def run(args: argparse.Namespace):

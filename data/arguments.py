@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import anndata as ad
 import pandas as pd
 
 from pertstate.base.bounded_text import read_text
@@ -217,12 +218,14 @@ class DataArguments:
                     "prepare the store anew"
                 )
 
-    def files(self) -> dict[str, list[Path]]:
-        """The files of each dataset that `datasets` names; none where it is not set."""
+    def files(self) -> dict[str, list[Path | ad.AnnData]]:
+        """The files of each dataset that `datasets` names, or the objects that [`fit`] was given; none where it is not set."""
         if self.datasets is None:
             return {}
         named = self.datasets if isinstance(self.datasets, dict) else {Path(self.datasets).stem: self.datasets}
-        return {name: expand_paths(pattern) for name, pattern in named.items()}
+        return {
+            name: [cells] if isinstance(cells, ad.AnnData) else [*expand_paths(cells)] for name, cells in named.items()
+        }
 
     def resolve_splits(self, groups: pd.DataFrame | None = None, reader: StateProcessor | None = None) -> Splits:
         """

@@ -386,7 +386,7 @@ def _native(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @contextmanager
-def naming(path: Path):
+def naming(path: str | os.PathLike):
     """Puts the name of the file into errors about its content: a run may read many files."""
     try:
         yield

@@ -1,12 +1,13 @@
 """Files as a source of cells: read block by block, labels first."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 
@@ -14,6 +15,7 @@ from pertstate.base.anndata_source import AnnDataSource, Part, PartReader, Place
 from pertstate.base.cell_ids import cell_ids
 from pertstate.base.cell_source import WholeSource
 from pertstate.base.gene_names import MAX_MISSING_GENES
+from pertstate.data.in_memory import name_of, open_cells
 from pertstate.data.reading import AnnDataFile, naming
 from pertstate.processing import StateProcessor
 
@@ -21,17 +23,17 @@ from pertstate.processing import StateProcessor
 @dataclass
 class FilePart(Part):
     """
-    A file whose cells belong to a source.
+    A file, or an AnnData object, whose cells belong to a source.
 
     Args:
-        path (`Path`): where it is.
+        path (`Path` or `AnnData`): where it is, or the object.
     """
 
-    path: Path = Path()
+    path: Path | ad.AnnData = Path()
 
     @contextmanager
     def open(self) -> Iterator[AnnDataFile]:
-        with AnnDataFile(self.path) as data, naming(self.path):
+        with open_cells(self.path) as data, naming(self.named):
             yield data
 
     def obs(self, data: AnnDataFile, rows: slice, columns: list[str]) -> pd.DataFrame:
@@ -39,7 +41,7 @@ class FilePart(Part):
 
     @property
     def named(self) -> str:
-        return str(self.path)
+        return name_of(self.path)
 
 
 class NamedSource(WholeSource):
@@ -52,10 +54,10 @@ class NamedSource(WholeSource):
 
 class FileSource(AnnDataSource, NamedSource):
     """
-    The cells of files, read block by block.
+    The cells of files or of AnnData objects, read block by block.
 
     Args:
-        datasets (`dict[str, list[Path]]`): the files of each dataset.
+        datasets (`dict[str, list[Path | AnnData]]`): the files and objects of each dataset.
         reader ([`StateProcessor`]), contexts (`list[str]`, *optional*), convert_scale (`bool`), max_missing_genes (`float`): see
             [`AnnDataSource`].
 
@@ -67,7 +69,7 @@ class FileSource(AnnDataSource, NamedSource):
 
     def __init__(
         self,
-        datasets: dict[str, list[Path]],
+        datasets: Mapping[str, Sequence[Path | ad.AnnData]],
         reader: StateProcessor,
         contexts: list[str] | None = None,
         convert_scale: bool = False,

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import anndata as ad
 import pandas as pd
 
 from pertstate.base.constants import Split
 from pertstate.base.messages import closest, some
 from pertstate.base.printable import get_logger
 from pertstate.data.bounded_toml import load_toml
+from pertstate.data.in_memory import name_of
 from pertstate.data.reading import expand_paths
 
 
@@ -24,7 +26,7 @@ class Splits:
     What is trained on and what is held out.
 
     Args:
-        datasets (`dict[str, list[Path]]`): name of each dataset to its files.
+        datasets (`dict[str, list[Path | AnnData]]`): name of each dataset to its files, or objects in memory.
         training (`set[str]`): the datasets that are trained on, with all (context, perturbation) pairs that are not held
             out.
         zeroshot (`dict[tuple[str, str], str]`): (dataset, context) to `"val"` or `"test"`, for contexts that are held
@@ -38,7 +40,7 @@ class Splits:
             all its doses.
     """
 
-    datasets: dict[str, list[Path]]
+    datasets: dict[str, list[Path | ad.AnnData]]
     training: set[str]
     zeroshot: dict[tuple[str, str], str] = field(default_factory=dict)
     fewshot: dict[tuple[str, str], dict[str, list[str]]] = field(default_factory=dict)
@@ -52,13 +54,15 @@ class Splits:
         for section, names in named.items():
             for name in sorted(names - set(self.datasets)):
                 raise ValueError(f"[{section}] names dataset {name!r}; {closest(name, self.datasets)}")
-        owners: dict[Path, str] = {}
+        owners: dict[Path | int, str] = {}
         for name, paths in self.datasets.items():
             for path in paths:
-                other = owners.setdefault(Path(path).resolve(), name)
+                other = owners.setdefault(id(path) if isinstance(path, ad.AnnData) else Path(path).resolve(), name)
                 if other != name:
                     # Its cells could be held out in one dataset and trained on in the other.
-                    raise ValueError(f"[datasets]: {path} is in {other!r} and in {name!r}; name each file once")
+                    raise ValueError(
+                        f"[datasets]: {name_of(path)} is in {other!r} and in {name!r}; name each file once"
+                    )
         if not self.training:
             raise ValueError(f"[training] names no dataset; expected some of {sorted(self.datasets)}")
         for key, split in self.zeroshot.items():
@@ -107,11 +111,11 @@ class Splits:
                 raise ValueError(
                     f"{path}: [datasets] has {sorted(content['datasets'])}, the store was made of {stored}"
                 )
-            datasets: dict[str, list[Path]] = {name: [] for name in stored}
+            datasets: dict[str, list[Path | ad.AnnData]] = {name: [] for name in stored}
         elif "datasets" not in content:
             raise ValueError(f"{path}: no [datasets] section (name = file, folder or glob)")
         else:
-            datasets = {name: expand_paths(pattern) for name, pattern in content["datasets"].items()}
+            datasets = {name: [*expand_paths(pattern)] for name, pattern in content["datasets"].items()}
         for name, value in content.get("training", {}).items():
             if value != Split.TRAIN:
                 raise ValueError(f"{path}: [training] {name} = {value!r}: expected 'train'")

@@ -23,6 +23,7 @@ from pertstate.base.tables import check_table, write_csv
 from pertstate.data.cells import sort_into_groups
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
+from pertstate.data.in_memory import CellData, name_of, open_cells
 from pertstate.data.reading import AnnDataFile
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.assembly import samples_of, scores_of
@@ -37,9 +38,9 @@ from pertstate.processing import StateProcessor, Vocabulary
 
 
 def evaluate(
-    predicted: str | os.PathLike | None,
-    real: str | os.PathLike,
-    train: str | os.PathLike | None = None,
+    predicted: CellData | None,
+    real: CellData,
+    train: CellData | None = None,
     *,
     model=None,
     processor: StateProcessor | None = None,
@@ -63,9 +64,9 @@ def evaluate(
     that the model, or a checkpoint that it was trained from, was trained on are marked, and are not averaged.
 
     Args:
-        predicted: `.h5ad` that `pertstate predict` wrote, or one with the same layout; None if `model` predicts.
-        real: `.h5ad` with the real perturbed and control cells.
-        train (*optional*): `.h5ad` with the cells that the baselines learn from if there is no record.
+        predicted: `.h5ad` or AnnData that [`predict`] made, or one with the same layout; None if `model` predicts.
+        real: `.h5ad` or AnnData with the real perturbed and control cells.
+        train (*optional*): `.h5ad` or AnnData with the cells that the baselines learn from if there is no record.
         model ([`PerturbationPreTrainedModel`], *optional*), processor ([`StateProcessor`], *optional*): the model that
             predicts, and the processor of the same checkpoint.
         record ([`RunRecord`], *optional*): the record of the checkpoint that predicted.
@@ -92,9 +93,9 @@ def evaluate(
         raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")
     notes: list[str] = []
     with ExitStack() as stack:
-        truth = stack.enter_context(AnnDataFile(real))
+        truth = stack.enter_context(open_cells(real))
         if model is None:
-            guess = stack.enter_context(AnnDataFile(str(predicted)))
+            guess = stack.enter_context(open_cells(given("predicted", predicted)))
             reader, scorer = readers_of(guess, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
@@ -124,7 +125,7 @@ def evaluate(
         missing = [" / ".join(pair) for pair in pairs if pair not in there]
         if not common:
             raise ValueError(
-                f"no (context, perturbation) of {predicted or name} is in {real}: predicted {missing[:5]}, real "
+                f"no (context, perturbation) of {name if predicted is None else name_of(predicted)} is in {name_of(real)}: predicted {missing[:5]}, real "
                 f"{[' / '.join(pair) for pair in sorted(there)[:5]]}"
             )
         if missing:
@@ -133,7 +134,7 @@ def evaluate(
         cells = real_cells_of_file(scorer, truth, real_labels, sorted({context for context, _ in common}))
         means = None if record is None else record.means
         if train is not None and means is not None:
-            notes.append(f"the baselines know what the record of the model says; {train} was not read")
+            notes.append(f"the baselines know what the record of the model says; {name_of(train)} was not read")
         elif train is not None:
             means = _means_of_file(train, scorer, real_labels, common, convert_scale, notes)
         elif means is None:
@@ -164,7 +165,7 @@ def evaluate(
         ids = cells.ids(cells.rows(group, seed, max_cells))
         return "its cells were trained on" if record.seen_cells(group[2], ids) else ""
 
-    settings = {"cells": max_cells or "all", "real": last_part(real)}
+    settings = {"cells": max_cells or "all", "real": last_part(name_of(real))}
     return scores_of(
         sorted(results, key=lambda result: common.index(result.group[1:])),
         genes,
@@ -265,7 +266,7 @@ def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control,
 
 def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> GroupMeans | None:
     """The means of the training groups of a file, without the cells that are scored."""
-    with AnnDataFile(train) as training:
+    with open_cells(train) as training:
         of_training = scorer.with_vocabulary(scorer.vocabulary)
         of_training.check_scale(training, convert=convert_scale)
         labels = of_training.labels(training)
@@ -278,7 +279,7 @@ def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> 
         seen = train_cells.isin(real_cells[evaluated])
         if seen.any():
             notes.append(
-                f"{int(seen.sum())} cells of {train} are among the real cells that are scored, and are left out of it"
+                f"{int(seen.sum())} cells of {name_of(train)} are among the real cells that are scored, and are left out of it"
             )
         rows = np.flatnonzero(~seen & labels["perturbation"].notna().to_numpy())
         order, groups = sort_into_groups(labels.iloc[rows].assign(dataset=""))

@@ -13,6 +13,7 @@ import pandas as pd
 from pertstate.base.constants import Values
 from pertstate.base.messages import closest
 from pertstate.base.outputs import claimed_file, claimed_folder
+from pertstate.data.in_memory import CellData
 from pertstate.evaluation.cell_eval import CellEval
 from pertstate.evaluation.cells_file import ZARR, ZARR_FOLDER, CellTable, DenseRows, SparseRows, write_frame
 from pertstate.evaluation.experiment import Arm, Unit, places
@@ -66,16 +67,15 @@ class OutputLayout:
         return self.sparse
 
 
-def claimed_output(
-    output: str | os.PathLike, adata_path: str | os.PathLike, overwrite: bool
-) -> AbstractContextManager[Path]:
+def claimed_output(output: str | os.PathLike, cells: CellData, overwrite: bool) -> AbstractContextManager[Path]:
     """
     See [`claimed_file`], and for a `.zarr` [`claimed_folder`].
 
     Raises:
         ValueError: the output is the input file.
     """
-    if Path(output).exists() and Path(adata_path).exists() and Path(output).samefile(adata_path):
+    both = not isinstance(cells, ad.AnnData) and Path(cells).exists() and Path(output).exists()
+    if both and Path(output).samefile(str(cells)):
         raise ValueError(f"{output} is the input file; write the predictions elsewhere")
     if Path(output).suffix == ZARR:
         return claimed_folder(output, ZARR_FOLDER, overwrite)

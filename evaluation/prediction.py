@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -22,6 +24,7 @@ from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.printable import get_logger
+from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
 from pertstate.evaluation.cells_file import whole_cells
@@ -49,8 +52,8 @@ CEILING = "decoded from the observed perturbed cells: the ceiling of decoding, n
 def predict(
     model,
     processor: StateProcessor,
-    adata_path: str | os.PathLike,
-    output: str | os.PathLike | None = None,
+    adata: CellData,
+    output: str | os.PathLike | h5py.File | None = None,
     perturbations: list[str] | str | None = None,
     contexts: list[str] | None = None,
     cells_per_perturbation: int | Mapping[str, int] | None = None,
@@ -73,14 +76,15 @@ def predict(
     cell_eval: CellEval | None = None,
 ) -> dict[str, int]:
     r"""
-    Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`.
+    Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
+    [`predict_in_memory`] writes none.
 
     Args:
         model ([`PerturbationPreTrainedModel`]): in any mode, on any device; it is put into evaluation mode.
         processor ([`StateProcessor`]): of the same checkpoint.
-        adata_path: `.h5ad` with the control cells; read block by block.
+        adata: `.h5ad` or `.zarr` with the control cells, which is read block by block, or an AnnData.
         output (*optional*): `.h5ad` or `.zarr` to write, with the layout of [`StateProcessor.decode`], but for the control cells: see
-            [`OutputLayout`] and [`controls_of`]. It appears whole or not at all.
+            [`OutputLayout`] and [`controls_of`]. It appears whole or not at all. Or an open file of h5py to write into.
         perturbations (`list[str]`, *optional*): names, `"A+B"` for a combination, or `"all"`, see [`Experiments.named`]. By
             default those that the file itself has in each context, so that the output can be compared with the file.
         contexts (`list[str]`, *optional*): by default all contexts of the file.
@@ -129,13 +133,14 @@ def predict(
     layout = OutputLayout() if layout is None else layout
     if cell_eval is not None:
         layout = replace(layout, controls=ROWS)
-    target = Path(str(output if summary is None else summary))
-    files = [target] if cell_eval is None or cell_eval.real is None else [target, Path(cell_eval.real)]
+    target = Path("predicted.h5ad" if isinstance(output, h5py.File) else str(output if summary is None else summary))
+    files = [] if isinstance(output, h5py.File) else [target]
+    files += [] if cell_eval is None or cell_eval.real is None else [Path(cell_eval.real)]
     model.eval()
     with ExitStack() as stack:
         for path in files:
-            stack.enter_context(claimed_output(path, adata_path, overwrite))
-        data = stack.enter_context(AnnDataFile(adata_path))
+            stack.enter_context(claimed_output(path, adata, overwrite))
+        data = stack.enter_context(open_cells(adata))
         decoded, uses_batches = model.config.gene_dim is not None, bool(model.config.embeds_batches)
         processor = read_as(processor, data, reading or {}, contexts, all_are_controls, uses_batches)
         perturbations, cells_of = _asked(processor, perturbations, doses, cells_per_perturbation)
@@ -198,9 +203,12 @@ def predict(
                     names_of = (processor.output_columns()["context"], processor.control)
                     of_real = real_rows(arms, labels, processor.control)
                     # It appears after the predicted cells, if these come to their end.
-                    opened = stack.enter_context(whole_cells(files[1]))
+                    opened = stack.enter_context(whole_cells(Path(cell_eval.real)))
                     write_real(*opened, cell_eval, of_real, labels, names_of, var, expression, layout.sparse)
-            group, check_disk = stack.enter_context(whole_cells(target))
+            if isinstance(output, h5py.File):
+                group, check_disk = output, output.flush
+            else:
+                group, check_disk = stack.enter_context(whole_cells(target))
             sink = stack.enter_context(
                 PredictedFile(
                     group,
@@ -232,6 +240,21 @@ def predict(
         )
     counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
     return {"cells": total, **counts, "unseen": len(unseen)}
+
+
+def predict_in_memory(model, processor: StateProcessor, adata: CellData, **options) -> ad.AnnData:
+    """
+    [`predict`] without a file.
+
+    Args:
+        options: arguments of [`predict`] that write none.
+
+    Returns:
+        `AnnData`: what the file would hold.
+    """
+    with h5py.File("predicted.h5ad", "w", driver="core", backing_store=False) as file:
+        predict(model, processor, adata, file, **options)
+        return ad.io.read_elem(file)
 
 
 def _check_summary(summary: str | os.PathLike, others: dict, model):

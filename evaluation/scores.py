@@ -66,6 +66,9 @@ class Scores:
     record: dict[str, Any] = field(default_factory=dict)
     results: list[GroupResult] = field(default_factory=list, repr=False)
 
+    def __repr__(self) -> str:
+        return format_scores(self)
+
     def value(self, method: str, metric: str) -> float:
         """The average of a method in a metric. NaN if there is none."""
         found = self.averages.query("method == @method and metric == @metric")["value"]

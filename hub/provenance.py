@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anndata as ad
 from huggingface_hub import HfApi
 
 from pertstate.base.hub_errors import on_the_hub
@@ -80,7 +81,9 @@ class Provenance:
         splits = None if data.splits is None else Splits.from_toml(data.splits)
         files = data.files() if splits is None else splits.datasets
         sources = [
-            Source(path.name, "file of the dataset", name, sha256_of(files_of(path)))
+            Source("AnnData", "object in memory, not hashed", name)
+            if isinstance(path, ad.AnnData)
+            else Source(path.name, "file of the dataset", name, sha256_of(files_of(path)))
             for name, paths in files.items()
             for path in paths
         ]

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from pertstate.base.constants import Split
+from pertstate.base.messages import given
 from pertstate.data.sentences import SentenceDataset
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.inner_folds import UnsavedStop, inner_arguments, inner_folds
@@ -113,7 +114,8 @@ def _folds(args: StateTrainingArguments, training) -> int:
 def _evaluations(args: StateTrainingArguments, steps: int) -> int:
     if args.eval_strategy == "epoch":
         return math.ceil(args.num_train_epochs)
-    between = args.eval_steps * steps if args.eval_steps < 1 else args.eval_steps
+    asked = given("eval_steps", args.eval_steps)
+    between = asked * steps if asked < 1 else asked
     return int(steps // max(1, math.ceil(between)))
 
 

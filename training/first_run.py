@@ -6,8 +6,8 @@ from typing import Any
 
 from pertstate.configuration_state import StateConfig
 from pertstate.data.columns import KEYS, FoundColumns, find_columns
+from pertstate.data.in_memory import CellData, name_of, open_cells
 from pertstate.data.manifest import STORE_FILE
-from pertstate.data.reading import AnnDataFile
 from pertstate.families import FAMILIES
 from pertstate.training.automatic import AUTO, OF_TRAINING, is_new_state
 from pertstate.training.run_config import RunConfig
@@ -22,17 +22,19 @@ def is_data(word: str) -> bool:
     return bool(_DATA.fullmatch(path.name)) or path.is_dir() or any(sign in word for sign in "*?[")
 
 
-def first_run(name: str, given: dict[str, Any]) -> dict[str, dict]:
+def first_run(cells: str | dict[str, CellData], given: dict[str, Any]) -> dict[str, dict]:
     """
-    The sections of a run on the cells that a path names: what a run file may leave to the package, it leaves.
+    The sections of a run on cells: what a run file may leave to the package, it leaves.
 
     Args:
-        name (`str`): a file, folder or glob of cells, or a cell store.
+        cells (`str` or `dict`): a file, folder or glob of cells, or a cell store; or the cells of each dataset, which take the
+            place of the names that the section says.
         given (`dict`): the flags, which win.
     """
-    place = Path(name.rstrip("/"))
+    place = Path(cells.rstrip("/")) if isinstance(cells, str) else Path(next(iter(cells), "screen"))
     is_store = (place / STORE_FILE).is_file()
     stem = re.sub(r"[^\w.-]+", "-", re.sub(r"\.(h5ad|h5|zarr|gz|store)", "", place.name)).strip("-") or "screen"
+    datasets = {stem: cells} if isinstance(cells, str) else dict.fromkeys(cells, "")
     family = str(given.get("model_type", StateConfig.model_type))
     model: dict[str, Any] = {}
     if "pretrained" not in given and family in FAMILIES and FAMILIES[family].config.presets:
@@ -40,7 +42,7 @@ def first_run(name: str, given: dict[str, Any]) -> dict[str, dict]:
     training: dict[str, Any] = {"output_dir": f"runs/{stem}", **dict.fromkeys(OF_TRAINING, AUTO)}
     if "num_train_epochs" in given:
         del training["max_steps"]
-    data: dict[str, Any] = {"store": name} if is_store else {"datasets": {stem: name}}
+    data: dict[str, Any] = {"store": cells} if is_store else {"datasets": datasets}
     if not chooses_steps(given):
         data["validation"] = AUTO
     if not {"genes", "genes_file", "pretrained"} & {*given}:
@@ -69,18 +71,20 @@ def fill_columns(run: RunConfig):
         open_ones.remove("context_key")
     if data.store is not None or not open_ones:
         return
-    path = next(iter(data.files().values()))[0]
+    cells = next(iter(data.files().values()))[0]
     named = {name: _single(getattr(data, name)) for name in KEYS if name in run.given}
-    found = _look(path, named, data.control if "control" in run.given else None, open_ones)
+    found = _look(cells, named, data.control if "control" in run.given else None, open_ones)
     for name in open_ones:
         setattr(data, name, found.control if name == "control" else found.keys[name])
     run.given |= {*open_ones}
     shown = [f"{name}: {getattr(data, name)}" for name in open_ones if getattr(data, name) is not None]
-    run.notes.append(f"found in {path.name} by their names: {', '.join(shown)}; flags of these names set others")
+    run.notes.append(
+        f"found in {Path(name_of(cells)).name} by their names: {', '.join(shown)}; flags of these names set others"
+    )
 
 
-def _look(path: Path, named: dict[str, Any], control: Any, open_ones: list[str]) -> FoundColumns:
-    with AnnDataFile(path) as file:
+def _look(cells: CellData, named: dict[str, Any], control: Any, open_ones: list[str]) -> FoundColumns:
+    with open_cells(cells) as file:
         found = find_columns(file, control, **named)
         missing = found.missing_columns(file.obs_columns)
     problems = [problem for problem in missing if any(f"for {name};" in problem for name in open_ones)]
@@ -88,7 +92,7 @@ def _look(path: Path, named: dict[str, Any], control: Any, open_ones: list[str])
         problems += found.missing_control()
     if problems:
         raise ValueError(
-            f"{path}: {'; '.join(problems)}; name it with a flag (--perturbation_key, --context_key, --control), or with --context "
+            f"{name_of(cells)}: {'; '.join(problems)}; name it with a flag (--perturbation_key, --context_key, --control), or with --context "
             "where all cells are of one"
         )
     return found

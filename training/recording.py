@@ -21,6 +21,7 @@ _FREE = (
         "output_dir",
         "resume_from_checkpoint",
         "overwrite",
+        "dry_run",
         "max_steps",
         "num_train_epochs",
         "save_steps",

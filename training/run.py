@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger, joined_lines
 from pertstate.configuration_state import StateConfig
 from pertstate.data.cells import Cells, load
+from pertstate.data.in_memory import CellData
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.splits import Splits
 from pertstate.data.store import StoreSource
@@ -37,7 +38,7 @@ from pertstate.training.pretrained import (
     config_of,
     is_published,
 )
-from pertstate.training.run_config import RunConfig, load_run_config, parse_flags, run_of
+from pertstate.training.run_config import RunConfig, load_run_config, parse_flags, read_sections, run_of
 from pertstate.training.validation import with_validation
 
 
@@ -60,12 +61,36 @@ def read_run(argv: list[str]) -> RunConfig:
     """
     flags = list(argv)
     if flags and not flags[0].startswith("--") and is_data(flags[0]):
-        name, pairs = flags[0], list(parse_flags(flags[1:]))
-        content = first_run(name, {flag.rpartition(".")[2]: value for flag, value in pairs})
-        run = run_of(content, name, pairs, model_fields, training_fields())
-        fill_columns(run)
-    else:
-        run = _read_file(flags)
+        return _completed(_run_on(flags[0], list(parse_flags(flags[1:]))))
+    return _completed(_read_file(flags))
+
+
+def run_of_fields(cells: str | dict[str, CellData], fields: dict[str, Any]) -> RunConfig:
+    """
+    The run that [`fit`] describes.
+
+    Args:
+        cells (`str` or `dict`): a run file, or cells, as paths or objects.
+        fields (`dict[str, Any]`): as flags.
+    """
+    pairs = list(fields.items())
+    if isinstance(cells, str) and not is_data(cells):
+        return _completed(run_of(read_sections(cells), cells, pairs, model_fields, training_fields()))
+    return _completed(_run_on(cells, pairs))
+
+
+def _run_on(cells: str | dict[str, CellData], pairs: list[tuple[str, Any]]) -> RunConfig:
+    """A run on cells, without a run file."""
+    content = first_run(cells, {name.rpartition(".")[2]: value for name, value in pairs})
+    run = run_of(content, str(cells) if isinstance(cells, str) else "the run", pairs, model_fields, training_fields())
+    if isinstance(cells, dict):
+        run.data.datasets = cast(dict, cells)
+    fill_columns(run)
+    return run
+
+
+def _completed(run: RunConfig) -> RunConfig:
+    """With what its family and the package decide."""
     defaults = config_class(run.model).training_defaults
     kept = {name: value for name, value in defaults.items() if _DECIDED_BY.get(name) not in run.training}
     run.training = {**kept, **run.training}

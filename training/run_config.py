@@ -15,6 +15,7 @@ from pertstate.base.printable import printable
 from pertstate.base.public import public
 from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
 from pertstate.data.bounded_yaml import BoundedLoader, load_yaml
+from pertstate.data.in_memory import name_of
 from pertstate.data.options import LOOKS, Word, as_declared, looks_like
 
 
@@ -66,7 +67,7 @@ class RunConfig:
         }
         for section, values in content.items():
             content[section] = {
-                name: _last_part(f"{section}.{name}", public(value))
+                name: public(_last_part(f"{section}.{name}", value))
                 for name, value in values.items()
                 if not name.endswith("_token") and name not in ("overwrite", "dry_run")
             }
@@ -85,8 +86,7 @@ def load_run_config(
 
     Args:
         path (`str`): YAML file with the sections `data`, `model` and `training` (and `stream`, or `prepare`).
-        flags (`list[str]`): `--field value` or `--section.field value`; several words after a flag are a list, no word
-            is true, and a word that starts with a bracket or a quote is read as YAML.
+        flags (`list[str]`): see [`parse_flags`].
         model_fields (callable, *optional*): from the model section (its `model_type`, `pretrained`) to the fields that it
             may hold and their types.
         training_fields (`dict[str, type]`, *optional*): fields of the training arguments and their types. Without these
@@ -96,7 +96,7 @@ def load_run_config(
         FileNotFoundError, ValueError: no such file, not YAML, an unknown section, field or flag (the nearest is said), or a
             value that does not fit the type of its field.
     """
-    return run_of(_read(path), path, list(parse_flags(flags)), model_fields, training_fields)
+    return run_of(read_sections(path), path, list(parse_flags(flags)), model_fields, training_fields)
 
 
 def run_of(
@@ -148,7 +148,7 @@ def run_of(
     )
 
 
-def _read(path: str) -> dict[str, dict]:
+def read_sections(path: str) -> dict[str, dict]:
     """The sections of a file; those that are absent are empty."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such run configuration (looked from {Path.cwd()})")
@@ -193,7 +193,7 @@ def _last_part(name: str, value):
     if name not in _PATHS or (name in _HUB_NAMES and value is not None and is_repository(split_revision(value)[0])):
         return value
     if isinstance(value, dict):
-        return {name: Path(path).name for name, path in value.items()}
+        return {name: Path(name_of(cells)).name for name, cells in value.items()}
     return Path(value).name if isinstance(value, str) else value
 
 
@@ -216,7 +216,10 @@ def _where(name: str, section: str | None, known: dict[str, dict[str, Any]]) -> 
 
 
 def parse_flags(flags: list[str]) -> Iterator[tuple[str, Any]]:
-    """`--name value ...` as pairs; a flag without a value is true."""
+    """
+    `--field value ...` or `--section.field value ...` as pairs. Several words after a flag are a list, no word is true, and a word
+    that starts with a bracket or a quote is read as YAML.
+    """
     groups: list[tuple[str, list[str]]] = []
     for word in flags:
         if word.startswith("--"):
