@@ -37,7 +37,9 @@ def first_run(cells: str | dict[str, CellData], given: dict[str, Any]) -> dict[s
     datasets = {stem: cells} if isinstance(cells, str) else dict.fromkeys(cells, "")
     family = str(given.get("model_type", StateConfig.model_type))
     model: dict[str, Any] = {}
-    if "pretrained" not in given and family in FAMILIES and FAMILIES[family].config.presets:
+    if is_new_state(given):
+        model = {"residual": "anchor", "preset": AUTO, "set_size": AUTO}
+    elif "pretrained" not in given and family in FAMILIES and FAMILIES[family].config.presets:
         model["preset"] = AUTO
     training: dict[str, Any] = {"output_dir": f"runs/{stem}", **dict.fromkeys(OF_TRAINING, AUTO)}
     if "num_train_epochs" in given:

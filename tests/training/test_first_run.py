@@ -61,7 +61,8 @@ def test_flags_win_and_steps_that_are_given_are_validated(screen):
     run = read_run([str(screen), "--context_key", "batch", "--max_steps", "9", "--genes", "20", "--preset", "tiny"])
     assert (run.data.context_key, run.data.genes, run.data.validation) == ("batch", 20, "auto")
     assert run.data.batch_key is None  # that column is the context here
-    assert (run.training["max_steps"], run.model["preset"]) == (9, "tiny")
+    assert (run.training["max_steps"], run.model) == (9, {"residual": "anchor", "preset": "tiny", "set_size": "auto"})
+    assert read_run([str(screen), "--residual", "output"]).data.validation == "auto"
     with_epochs = read_run([str(screen), "--num_train_epochs", "2"])
     assert "max_steps" not in with_epochs.training and with_epochs.data.validation == "auto"
     other = read_run([str(screen), "--model_type", "state-cpa"])
@@ -100,6 +101,7 @@ def test_one_command_trains_validates_scores_and_leaves_a_whole_run(screen, tmp_
         "--output_dir",
         tmp_path / "run",
     ]
+    words += ["--early_stopping_patience", "40"]
     done = launches.run([launches.TRAIN, *words, "--use_cpu", "true"])
     assert done.returncode == 0, done.stderr
     run, said = tmp_path / "run", done.stderr
@@ -118,7 +120,7 @@ def test_one_command_trains_validates_scores_and_leaves_a_whole_run(screen, tmp_
     assert (run / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     # What was left open is in the checkpoint, decided.
     saved = json.loads((run / "training_args.json").read_text())
-    assert (saved["max_steps"], saved["early_stopping_patience"]) == (40, 5)
+    assert (saved["max_steps"], saved["early_stopping_patience"]) == (40, 40)
     assert json.loads((run / "processor_config.json").read_text())["perturbation_key"] == "gene"
     assert "auto" not in [value for name, value in saved.items() if not name.startswith("hub_")]
     assert "datasets:\n    my-screen: my screen.h5ad" in (run / "README.md").read_text()

@@ -13,7 +13,7 @@ from pertstate.data import simulate_screen
 
 OPTIONS = {
     **{"test_contexts": ["type_3"], "preset": "tiny", "set_size": 12, "max_steps": 8, "per_device_train_batch_size": 4},
-    **{"use_cpu": True, "quiet": True},
+    **{"use_cpu": True, "quiet": True, "early_stopping_patience": 40},
 }
 
 
@@ -94,7 +94,7 @@ def test_a_run_file_is_run_with_fields_that_win(screen, tmp_path):
     screen.write_h5ad(tmp_path / "screen.h5ad")
     data = f"data: {{datasets: {{s: {tmp_path}/screen.h5ad}}, test_contexts: [type_2]}}\n"
     (tmp_path / "run.yaml").write_text(data + "training: {max_steps: 50, output_dir: elsewhere}\n")
-    trained = pertstate.fit(tmp_path / "run.yaml", tmp_path / "run", **OPTIONS)
+    trained = pertstate.fit(tmp_path / "run.yaml", tmp_path / "run", **{**OPTIONS, "validation": "auto"})
     assert {context for _, context, _ in trained.scores.groups} == {"type_3"}
     assert trained.history["step"].max() == 8 and trained.folder == tmp_path / "run"
 
