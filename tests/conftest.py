@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(config, items):
     """Leave out tests whose reference data or browser is not there, and say so in one line."""
     absent = [] if SHARED.is_dir() else ["shared"]
     absent += [] if CHROMIUM else ["browser"]
+    absent += [] if HAS_ATHERIS else ["guided"]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     if left_out:
         items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
@@ -35,6 +36,8 @@ def pytest_collection_modifyitems(config, items):
 
 # The kernels for a GPU need the compiler that comes with torch for GPUs: `make test-kernels` installs it.
 HAS_TRITON = find_spec("triton") is not None
+# `make fuzz` installs the fuzzer that is guided by coverage.
+HAS_ATHERIS = find_spec("atheris") is not None
 collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py"]
 
 
@@ -43,6 +46,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "the tests of the kernels for a GPU were left out: no triton; make test-kernels runs them"
         )
+    if not HAS_ATHERIS:
+        terminalreporter.write_line("the test of the guided fuzzer was left out: no atheris; make test-fuzzer runs it")
     # The number of tests is not said: with several workers, the process that reports does not collect the tests.
     if not SHARED.is_dir():
         terminalreporter.write_line(f"the tests that read reference data were left out: no folder {SHARED}")

@@ -1,7 +1,10 @@
 """
-Damages files at random and reads them: files of cells, checkpoints, adapters, vocabularies, pickles, YAML and CSV.
+Damages files and reads them: cells, checkpoints, adapters, vocabularies, pickles, features, run files and splits.
 
     python tests/fuzz.py [--seconds 120] [--seed 0]
+
+A third of the time files are damaged blindly, each read in a process of its own. In the rest, where atheris is there (`make fuzz`
+brings it), a fuzzer that is guided by coverage takes each kind in turn, see `fuzz_guided.py`.
 
 A reader may refuse a file with one of the errors that its callers know, within a few seconds and with little memory. Anything
 else is a finding: another error, a process that dies, time or memory without end. Each finding is written to `build/fuzz` with
@@ -9,12 +12,14 @@ the bytes of the damaged file, and the exit status is 1.
 """
 
 import argparse
+import importlib.util
 import json
 import os
-import pickle
+import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,83 +27,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
 import torch
+from fuzz_readers import REFUSALS, make_seeds
 
 
-REFUSALS = (ValueError, KeyError, FileNotFoundError, FileExistsError, IsADirectoryError)
+# The processes that read are forked, which numba's other ways to share work among threads do not outlive.
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 SECONDS, MEMORY = 20, 8 << 30
 FOUND = Path(__file__).parents[1] / "build" / "fuzz"
-
-
-def read_cells(path: Path):
-    from pertstate.data.arguments import DataArguments
-    from pertstate.data.cells import load
-    from pertstate.data.info import describe
-
-    describe(path)
-    source = DataArguments(datasets=str(path)).file_source()
-    load(source, DataArguments(datasets=str(path)).resolve_splits(source.groups))
-
-
-def read_checkpoint(path: Path):
-    from pertstate.hub.checkpoints import load_whole
-
-    load_whole(str(path.parent))
-
-
-def read_pickle(path: Path):
-    from pertstate.data.restricted_pickle import read_pickled
-
-    read_pickled(path)
-
-
-def read_run(path: Path):
-    from pertstate.training.run_config import load_run_config
-
-    load_run_config(str(path), [])
-
-
-def read_features(path: Path):
-    from pertstate.data.perturbation_features import read_perturbation_features
-
-    read_perturbation_features(path)
-
-
-def make_seeds(folder: Path) -> list[tuple[Path, Callable[[Path], None]]]:
-    """Make whole files, each with its reader."""
-    from pertstate import StateConfig, StateForPerturbation, StateProcessor
-
-    r = np.random.default_rng(0)
-    obs = pd.DataFrame({"perturbation": ["control", "A"] * 10, "cell_type": "k"}, index=[f"c{i}" for i in range(20)])
-    cells = ad.AnnData(
-        sp.csr_matrix(r.poisson(2.0, (20, 8)).astype(np.float32)),
-        obs=obs,
-        var=pd.DataFrame(index=[f"g{i}" for i in range(8)]),
-    )
-    cells.write_h5ad(folder / "cells.h5ad")
-    seeds: list[tuple[Path, Callable]] = [(folder / "cells.h5ad", read_cells)]
-    checkpoint = folder / "checkpoint"
-    StateProcessor.fit(cells).save_pretrained(checkpoint)
-    config = StateConfig.from_preset("tiny", input_dim=8, num_perturbations=1, num_contexts=1)
-    StateForPerturbation(config).save_pretrained(checkpoint)
-    names = ("config.json", "processor_config.json", "vocabulary.json", "model.safetensors")
-    seeds += [(checkpoint / name, read_checkpoint) for name in names]
-    content = {"names": ["a", "b"], "sizes": {"x": 3}, "array": np.arange(4.0)}
-    (folder / "plain.pkl").write_bytes(pickle.dumps(content))
-    torch.save({"weights": torch.ones(3, 2), "step": 4}, folder / "torch.pt")
-    seeds += [(folder / "plain.pkl", read_pickle), (folder / "torch.pt", read_pickle)]
-    run = "data:\n  datasets: {a: x.h5ad}\n  test_contexts: [k]\nmodel: {preset: tiny}\ntraining: {max_steps: 3, learning_rate: 1e-3}\n"
-    (folder / "run.yaml").write_text(run)
-    (folder / "features.csv").write_text("name,x,y\nA,1.5,2\nB,3,4e1\n")
-    np.savez(folder / "features.npz", names=np.array(["A", "B"]), features=np.ones((2, 3)))
-    pd.DataFrame({"x": [1.0, 2.0], "y": [3.0, 4.0]}, index=["A", "B"]).to_parquet(folder / "features.parquet")
-    seeds += [(folder / "run.yaml", read_run)]
-    seeds += [(folder / f"features.{ending}", read_features) for ending in ("csv", "npz", "parquet")]
-    return seeds
+BLIND = 1 / 3
 
 
 def damaged(whole: bytes, r: np.random.Generator) -> bytes:
@@ -156,14 +94,14 @@ def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[int, int]:
     r = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as temporary:
         seeds = make_seeds(Path(temporary))
-        for path, read in seeds:
-            read(path)  # whole files are read, and all imports are made here
-        contents = [path.read_bytes() for path, _ in seeds]
+        for one in seeds:
+            one.read(one.path)  # whole files are read, and all imports are made here
+        contents = [one.path.read_bytes() for one in seeds]
         tried = findings = 0
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             number = tried % len(seeds)
-            (path, read), whole = seeds[number], contents[number]
+            path, read, whole = seeds[number].path, seeds[number].read, contents[number]
             changed = damaged(whole, r)
             path.write_bytes(changed)
             output = Path(temporary) / "output"
@@ -181,16 +119,50 @@ def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[int, int]:
     return tried, findings
 
 
+def kinds() -> list[str]:
+    """The names of the readers."""
+    with tempfile.TemporaryDirectory() as temporary:
+        return list(dict.fromkeys(seed.kind for seed in make_seeds(Path(temporary))))
+
+
+def fuzz_guided(kind: str, seconds: int, seed: int, found: Path = FOUND) -> tuple[int, int]:
+    """
+    Let a fuzzer that is guided by coverage read files of a kind. Returns the number of files and of findings.
+
+    Raises:
+        RuntimeError: the fuzzer itself did not run.
+    """
+    before = set(found.glob(f"{kind}-*"))
+    words = [sys.executable, str(Path(__file__).with_name("fuzz_guided.py")), kind, str(seconds), str(found), str(seed)]
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    made = sorted(path.name for path in set(found.glob(f"{kind}-*")) - before if path.suffix != ".txt")
+    tried = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stderr)
+    if tried is None and not made:
+        raise RuntimeError(f"the fuzzer of {kind} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    for name in made:
+        print(name, flush=True)
+    return 0 if tried is None else int(tried[1]), len(made)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", metavar="KIND", help="readers of the guided fuzzer; by default all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(FOUND, ignore_errors=True)
-    tried, findings = fuzz(args.seconds, args.seed)
-    print(json.dumps({"files": tried, "findings": findings}))
-    raise SystemExit(1 if findings else 0)
+    is_guided = importlib.util.find_spec("atheris") is not None
+    tried, findings = fuzz(args.seconds * (BLIND if is_guided else 1), args.seed)
+    counts = {"files": tried, "findings": findings}
+    if is_guided:
+        names = args.kinds or kinds()
+        seconds = max(1, round(args.seconds * (1 - BLIND) / len(names)))
+        of_kinds = {kind: fuzz_guided(kind, seconds, args.seed + 1) for kind in names}
+        counts["guided"] = {kind: tried for kind, (tried, _) in of_kinds.items()}
+        counts["findings"] += sum(wrong for _, wrong in of_kinds.values())
+    print(json.dumps(counts))
+    raise SystemExit(1 if counts["findings"] else 0)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Target:
 
 
 STRUCTURED = {
-    **dict.fromkeys(("config", "processor", "vocabulary", "adapter"), json_changed),
+    **dict.fromkeys(("config", "processor", "vocabulary", "adapter", "record", "scores", "log", "store"), json_changed),
     "h5ad": hdf5_changed,
 }
 
@@ -101,8 +101,40 @@ def words_of(contents: list[bytes]) -> str:
     return "".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in sorted(words)[:2000])
 
 
+def run(seeds: list[Seed], seconds: int, found: Path, seed: int, folder: Path):
+    """
+    Fuzz one reader, and end the process.
+
+    Args:
+        seeds (`list[Seed]`): whole files of one kind.
+        seconds (`int`), seed (`int`): how long, and where chance starts.
+        found (`Path`): folder of the findings.
+        folder (`Path`): folder for files that are not kept.
+    """
+    contents = [one.path.read_bytes() for one in seeds]
+    (folder / "words").write_text(words_of(contents))
+    found.mkdir(parents=True, exist_ok=True)
+    atheris.Setup(
+        [
+            sys.argv[0],
+            f"-max_total_time={seconds}",
+            f"-seed={seed}",
+            f"-timeout={SECONDS}",
+            f"-rss_limit_mb={MEGABYTES}",
+            f"-max_len={4 * max(map(len, contents))}",
+            f"-dict={folder / 'words'}",
+            f"-artifact_prefix={found}/{seeds[0].kind}-",
+            "-print_final_stats=1",
+            str(make_corpus(folder / "corpus", seeds)),
+        ],
+        Target(seeds[0], found),
+        custom_mutator=mutator_of(seeds[0].kind),
+    )
+    atheris.Fuzz()
+
+
 def main():
-    kind, seconds, found, seed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    kind, seconds, found, seed = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     # A request for more is an error that can be seen, and not the end of the machine.
@@ -113,27 +145,7 @@ def main():
             seeds = [one for one in make_seeds(folder) if one.kind == kind]
             for one in seeds:
                 one.read(one.path)  # whole files are read; and all imports are made
-        corpus = make_corpus(folder / "corpus", seeds)
-        contents = [one.path.read_bytes() for one in seeds]
-        (folder / "words").write_text(words_of(contents))
-        found.mkdir(parents=True, exist_ok=True)
-        atheris.Setup(
-            [
-                sys.argv[0],
-                f"-max_total_time={seconds}",
-                f"-seed={seed}",
-                f"-timeout={SECONDS}",
-                f"-rss_limit_mb={MEGABYTES}",
-                f"-max_len={4 * max(map(len, contents))}",
-                f"-dict={folder / 'words'}",
-                f"-artifact_prefix={found}/{kind}-",
-                "-print_final_stats=1",
-                str(corpus),
-            ],
-            Target(seeds[0], found),
-            custom_mutator=mutator_of(kind),
-        )
-        atheris.Fuzz()
+        run(seeds, seconds, found, seed, folder)
 
 
 if __name__ == "__main__":

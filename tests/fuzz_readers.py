@@ -81,6 +81,31 @@ def read_features(path: Path):
     read_perturbation_features(path)
 
 
+def read_record(path: Path):
+    from pertstate.data.record import RunRecord
+
+    RunRecord.load(path.parent)
+
+
+def read_scores(path: Path):
+    from pertstate.evaluation.report import render_report
+    from pertstate.evaluation.report_data import read_log
+    from pertstate.evaluation.scores import Scores
+
+    render_report(Scores.load(path.parent), read_log(path.parent), "title")
+
+
+def read_store(path: Path):
+    from pertstate.data.arguments import DataArguments
+    from pertstate.data.store import load_store
+    from pertstate.data.stores import open_store
+
+    store = open_store(str(path.parent))
+    groups = DataArguments(store=str(path.parent))
+    cells, _ = load_store(store, groups.resolve_splits(store.groups))
+    cells.features[: len(cells)]
+
+
 @dataclass
 class Seed:
     """
@@ -105,6 +130,8 @@ def make_seeds(folder: Path) -> list[Seed]:
         *_adapter(folder / "adapter"),
         *_pickles(folder),
         *_features(folder),
+        *_run(folder / "run"),
+        *_store(folder),
     ]
     run = "data:\n  datasets: {a: x.h5ad}\n  test_contexts: [k]\nmodel: &m {preset: tiny}\ntraining: {max_steps: 3, <<: *m}\n"
     (folder / "run.yaml").write_text(run)
@@ -162,7 +189,8 @@ def _adapter(folder: Path) -> list[Seed]:
     halves = {"a.q.lora_A.weight": np.ones((2, 3), np.float32), "a.q.lora_B.weight": np.ones((3, 2), np.float32)}
     save_file(halves, folder / "adapter_model.safetensors")
     return [
-        Seed(folder / name, read_adapter, "adapter") for name in ("adapter_config.json", "adapter_model.safetensors")
+        Seed(folder / "adapter_config.json", read_adapter, "adapter"),
+        Seed(folder / "adapter_model.safetensors", read_adapter, "halves"),
     ]
 
 
@@ -190,6 +218,35 @@ def _features(folder: Path) -> list[Seed]:
     torch.save({"A": torch.ones(3), "B": torch.zeros(3)}, folder / "features.pt")
     endings = ("csv", "npz", "parquet", "safetensors", "pt")
     return [Seed(folder / f"features.{ending}", read_features, ending) for ending in endings]
+
+
+def _run(folder: Path) -> list[Seed]:
+    """What a run leaves beside its model: its record, its scores and its log."""
+    import pertstate
+    from pertstate.data import simulate_screen
+
+    screen = simulate_screen(num_contexts=3, num_perturbations=2, num_genes=6, cells_per_group=6, seed=1)
+    fields = {"max_steps": 1, "preset": "tiny", "set_size": 4, "validation": "none", "use_cpu": True, "quiet": True}
+    pertstate.fit(screen, folder, test_contexts=["type_2"], **fields)
+    shutil.copyfile(folder / "trainer_state.json", folder / "scores" / "trainer_state.json")
+    scores = folder / "scores"
+    return [
+        Seed(folder / "record.json", read_record, "record"),
+        Seed(folder / "record.safetensors", read_record, "means"),
+        Seed(scores / "scores.json", read_scores, "scores"),
+        Seed(scores / "scores.safetensors", read_scores, "scored"),
+        Seed(scores / "trainer_state.json", read_scores, "log"),
+    ]
+
+
+def _store(folder: Path) -> list[Seed]:
+    from pertstate.data.arguments import DataArguments, PrepareArguments
+    from pertstate.data.preparation import prepare
+
+    data = DataArguments(datasets={"screen": str(folder / "cells.h5ad")})
+    prepare(data, folder / "store", PrepareArguments(), quiet=True)
+    manifest, (shard, *_) = folder / "store" / "store.json", sorted((folder / "store").rglob("*.arrow"))
+    return [Seed(manifest, read_store, "store"), Seed(shard, read_store, "shard")]
 
 
 def make_corpus(folder: Path, seeds: list[Seed]) -> Path:

@@ -1,5 +1,9 @@
 """The program that damages files: it reads whole ones, damages the others, and sees what goes wrong."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import fuzz
 import numpy as np
 import pytest
@@ -33,3 +37,45 @@ def test_wrong_behaviour_of_a_reader_is_found(tmp_path, monkeypatch, read, wrong
 def test_ten_seconds_of_it_find_nothing(tmp_path):
     tried, findings = fuzz.fuzz(10, 0, tmp_path / "found")
     assert tried > 50 and findings == 0, [path.read_text() for path in (tmp_path / "found").glob("*.txt")]
+
+
+# A reader that goes wrong where four bytes stand one after another: chance finds these once in 4 billion files.
+PLANTED = """
+def read(path):
+    data = path.read_bytes()
+    if data[:1] == b"f":
+        if data[1:2] == b"a":
+            if data[2:3] == b"u":
+                if data[3:4] == b"l":
+                    raise AttributeError("found")
+    raise ValueError("refused")
+"""
+GUIDED = """
+import sys
+from pathlib import Path
+import atheris
+with atheris.instrument_imports(include=["planted"]):
+    import planted
+import fuzz_guided
+from fuzz_readers import Seed
+folder = Path(sys.argv[1])
+(folder / "seed").write_bytes(b"....")
+fuzz_guided.run([Seed(folder / "seed", planted.read, "planted")], 20, folder / "found", 1, folder)
+"""
+
+
+@pytest.mark.guided
+def test_the_guided_fuzzer_comes_where_chance_does_not(tmp_path):
+    (tmp_path / "planted.py").write_text(PLANTED)
+    (tmp_path / "guided.py").write_text(GUIDED)
+    paths = [str(tmp_path), str(Path(__file__).parent), *sys.path]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "guided.py"), str(tmp_path)],
+        env={"PYTHONPATH": ":".join(paths), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    found = [path for path in (tmp_path / "found").glob("planted-*") if path.suffix != ".txt"]
+    assert [path.read_bytes()[:4] for path in found] == [b"faul"], done.stderr[-2000:]
+    assert "AttributeError: found" in found[0].with_suffix(".txt").read_text()

@@ -28,7 +28,7 @@ _UNSAID = {"loss", "grad_norm", "learning_rate", "epoch", "total_flos", "cells_p
 
 class TimedLog(TrainerCallback):
     """
-    Logs the first step and then every few seconds, where the run does not set `logging_steps`. At each entry the first
+    Logs the first step, then every few seconds, and the last step, where the run does not set `logging_steps`. At each entry the first
     process says in how many steps the next one comes, so that all processes log the same steps.
     """
 
@@ -41,7 +41,7 @@ class TimedLog(TrainerCallback):
         self._since = (state.global_step, time.monotonic())
 
     def on_step_end(self, args, state, control, **kwargs):
-        if _is_timed(args) and state.global_step >= self._next:
+        if _is_timed(args) and (state.global_step >= self._next or state.global_step >= state.max_steps):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from pertstate.legacy.folder import _read_config
-from pertstate.training.run_config import _read, load_run_config
+from pertstate.training.run_config import load_run_config, read_sections
 
 
 def merges(number: int) -> str:
@@ -20,7 +20,7 @@ def laughs(number: int) -> str:
     return "a0: &a0 [x, x]\n" + "".join(lines)
 
 
-READERS = {"run": _read, "legacy": _read_config}
+READERS = {"run": read_sections, "legacy": _read_config}
 BOMBS = {
     "merges of merges": (merges(12), "more than 10,000 entries"),
     "lists of lists": ("data:\n  " + laughs(12).replace("\n", "\n  "), "more than 1,000,000 values"),
@@ -68,7 +68,7 @@ def test_words_that_say_of_what_kind_they_are(tmp_path, name, reader):
 def test_a_time_of_the_day_with_many_parts_is_no_endless_number(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {x: " + "59:" * 100_000 + "59}\nmodel: {}")
     refused(tmp_path / "config.yaml", _read_config, "a number has 300,002 characters")
-    assert len(_read(tmp_path / "config.yaml")["data"]["x"]) == 300_002  # a word, for its field to refuse
+    assert len(read_sections(tmp_path / "config.yaml")["data"]["x"]) == 300_002  # a word, for its field to refuse
 
 
 def refused(path, read, message):
@@ -86,7 +86,7 @@ def test_the_time_grows_with_the_size_alone(tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         start = time.perf_counter()
         try:
-            _read(tmp_path / "config.yaml")
+            read_sections(tmp_path / "config.yaml")
         except ValueError:
             pass
         assert time.perf_counter() - start < 5, line

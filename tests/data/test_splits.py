@@ -353,8 +353,8 @@ def test_nothing_held_out(files):
         ({"test_contexts": False}, "data.test_contexts: expected list, found False; put a name that looks like"),
         ({"test_contexts": [["type_0"]]}, "data.test_contexts: expected list"),
         ({"control": None}, "data.control: expected str | list | dict, found None"),
-        ({"genes": 2.5}, "data.genes: expected int | list | None, found 2.5"),
-        ({"genes": True}, "data.genes: expected int | list | None, found True"),
+        ({"genes": 2.5}, "data.genes: expected int | list | 'auto' | None, found 2.5"),
+        ({"genes": True}, "data.genes: expected int | list | 'auto' | None, found True"),
     ],
 )
 def test_data_sections_that_cannot_be(files, options, message):

@@ -45,6 +45,8 @@ from pertstate.training import StateTrainingArguments
 LEAST = {"config.json", "processor_config.json", "vocabulary.json", "model.safetensors", "README.md"}
 LEAST |= {"configuration_state.py", "modeling_perturbation.py", "modeling_state.py", "processing.py", "vocabulary.py"}
 BESIDE = {"config.json.partial", "notes.txt", "my.py"}
+# The history of a run stays in its folder.
+HISTORY = {"history.csv", "curves.png", "trainer_state.json"}
 # More times than the client tries again.
 ALWAYS = 20
 
@@ -82,8 +84,8 @@ def push(*words) -> int:
 
 
 def whole(folder: Path) -> set[str]:
-    """The names of the files of a checkpoint folder, all of which are pushed."""
-    names = {path.name for path in folder.iterdir() if path.is_file()} - BESIDE
+    """The names of the files of a checkpoint, all of which are pushed."""
+    names = {path.name for path in folder.iterdir() if path.is_file()} - BESIDE - HISTORY
     assert LEAST <= names
     return names
 

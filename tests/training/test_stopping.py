@@ -111,7 +111,7 @@ def test_of_two_processes_both_stop_at_one_step(folder, tmp_path):
 
 
 def test_before_the_first_step_there_is_nothing_to_save(folder, tmp_path):
-    code = "import sys, time, pertstate.train as t\n"
+    code = "import sys, time, pertstate.training.whole_run as t\n"
     code += "def slow(*args): print('reading', flush=True); [time.sleep(0.05) for _ in range(10000)]\n"
     code += "t.from_cells = slow\nfrom pertstate.cli import main\nraise SystemExit(main(sys.argv[1:]))"
     process = launches.start(["-c", code, "train", folder / "run.yaml", "--output_dir", tmp_path / "run"])
