@@ -158,7 +158,10 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: the file is not as long as its header says, or has none.
+        OSError: it is not there, or may not be read.
     """
+    with open(path, "rb"):  # safetensors says of a file without rights that there is none
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}

@@ -53,8 +53,12 @@ def locked(lock: Path, output: str | os.PathLike) -> Iterator[None]:
     with _guard:
         mine = _held.get(lock)
         if mine is None:
-            with saying_disk_errors(output):
-                descriptor = _acquire(lock, output)
+            try:
+                with saying_disk_errors(output):
+                    descriptor = _acquire(lock, output)
+            except PermissionError as error:
+                # The folder is what the user knows of.
+                raise PermissionError(error.errno, error.strerror, str(lock.parent)) from error
             _held[lock] = mine = [descriptor, threading.get_ident(), 0]
         elif mine[1] != threading.get_ident():
             raise InUseError(_in_use(output, _about_me()))

@@ -82,12 +82,20 @@ def _reported(command: str, run: Callable[[], object]) -> int:
         say(f"pertstate {command}: {stop}", sys.stderr)
         return stop.exit_code
     except ERRORS as error:
-        # KeyError shows the repr of its message.
-        message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        line = " ".join(line.strip() for line in message.splitlines())
-        say(f"pertstate {command}: error: {line}", sys.stderr)
+        say(f"pertstate {command}: error: {_line_of(error)}", sys.stderr)
         return 1
     return 0
+
+
+def _line_of(error: BaseException) -> str:
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return (
+            f"{error.filename}: {error.strerror}; this user may not read it, or may not write to it: ls -ld shows its rights; change "
+            "them, or name another"
+        )
+    # KeyError shows the repr of its message.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(line.strip() for line in message.splitlines())
 
 
 if __name__ == "__main__":

@@ -238,6 +238,16 @@ class RunRecord:
             ) from error
 
     @classmethod
+    def from_dict(cls, content: dict) -> "RunRecord":
+        """
+        What [`RunRecord.to_dict`] gave, without the means.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is damaged.
+        """
+        return cls._of({**content, "means": None}, {})
+
+    @classmethod
     def _of(cls, content: dict, arrays: dict[str, np.ndarray]) -> "RunRecord":
         if content["format"] != RECORD_FORMAT:
             raise ValueError(f"expected format {RECORD_FORMAT}, found {content['format']!r}")

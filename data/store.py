@@ -209,6 +209,8 @@ def _reading_arrow(file: Path):
     try:
         yield
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, PermissionError):
+            raise PermissionError(error.errno, os.strerror(error.errno), str(file)) from error
         raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
 
 

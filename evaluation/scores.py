@@ -15,6 +15,7 @@ from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
 from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
+from pertstate.data.record import RunRecord
 from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
 from pertstate.evaluation.verdict import compare
@@ -120,10 +121,12 @@ class Scores:
         try:
             summary = load_json(path, LARGEST_TABLES)
             arrays = load_file(Path(folder) / ARRAYS)
-            table = _frame(summary["table"])
+            table = _frame(
+                summary["table"], ["dataset", "context", "perturbation", "method", "seen", "reason", *METRICS]
+            )
             scores = cls(
                 table=table,
-                averages=_frame(summary["averages"]),
+                averages=_frame(summary["averages"], ["method", "metric", "value", "low", "high", "groups"]),
                 verdict=str(summary["verdict"]),
                 notes=[str(note) for note in summary["notes"]],
                 genes=[str(gene) for gene in summary["genes"]],
@@ -136,9 +139,9 @@ class Scores:
                     if f"cells.{name}" in arrays
                 },
                 settings=dict(summary["settings"]),
-                record=dict(summary["record"]),
+                record=RunRecord.from_dict(summary["record"]).to_dict() if summary["record"] else {},
             )
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
             raise ValueError(f"the scores in {folder} are damaged ({error!r}); evaluate again") from error
         for name, values in scores.changes.items():
             if values.shape != (len(scores.groups), len(scores.genes)):
@@ -226,8 +229,12 @@ def _records(frame: pd.DataFrame) -> list[dict]:
     return json.loads(frame.to_json(orient="records", double_precision=15))
 
 
-def _frame(records: list[dict]) -> pd.DataFrame:
-    frame = pd.DataFrame(records)
+def _frame(records: list[dict], expected: list[str]) -> pd.DataFrame:
+    """A table of records; KeyError or TypeError where a column that is expected is not there, or a record is none."""
+    if not all(isinstance(record, dict) for record in records):
+        raise TypeError("expected a list of records")
+    frame = pd.DataFrame(records, columns=None if records else expected)
+    frame[expected]  # all of them are there
     for name in frame.columns:
         frame[name] = frame[name].astype(str) if name in (*_TEXTS, "metric") else pd.to_numeric(frame[name])
     return frame

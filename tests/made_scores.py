@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from pertstate.data.record import RecordedGroup, RunRecord
 from pertstate.evaluation.metrics import METRICS
 from pertstate.evaluation.scores import Scores
 
@@ -77,10 +78,14 @@ def made_scores(
         changes=means,
         cells=kept,
         settings={"seed": 0, "cells": 2000},
-        record={
-            "trained on": {"datasets": [name("screen")], "contexts": [name("type_1")]},
-            "held out": [name("type_0")],
-        },
+        record=RunRecord(
+            control="control",
+            groups=[
+                RecordedGroup(name("screen"), name("type_1"), name("pert_0"), "train", 20),
+                RecordedGroup(name("screen"), name("type_0"), name("pert_0"), "test", 10),
+            ],
+            notes=[name("a note")],
+        ).to_dict(),
     )
 
 

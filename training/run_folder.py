@@ -50,6 +50,9 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
                 _check_free(folder, resume, _is_fitted(run))
         elif args.should_save:
             stack.enter_context(claimed_run(folder, CHECKPOINT))
+            if not folder.exists():
+                # The Trainer makes it before there is anything to write.
+                stack.callback(_remove_if_empty, folder)
             recover_run(folder)
             if not args.overwrite:
                 _check_free(folder, resume, _is_fitted(run))
@@ -60,6 +63,11 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
             if resume is not None and not _is_fitted(run):
                 check_resumable(resume)
             yield resume
+
+
+def _remove_if_empty(folder: Path):
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _is_fitted(run: RunConfig) -> bool:
