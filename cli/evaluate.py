@@ -125,9 +125,8 @@ def _checkpoint(name: str, revision: str | None, flag: str):
     """The model, the processor and the record of a checkpoint."""
     import transformers
 
-    from pertstate.data.record import RunRecord
     from pertstate.hub.trained import open_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
-    model, processor, folder, _ = open_checkpoint(name, revision, flag)
-    return model, processor, RunRecord.load(folder)
+    opened = open_checkpoint(name, revision, flag)
+    return opened.model, opened.processor, opened.record

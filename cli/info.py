@@ -29,14 +29,14 @@ def run(args: argparse.Namespace):
     from pertstate.data.info import describe
     from pertstate.data.stores import open_store
     from pertstate.hub.info import describe_checkpoint, is_checkpoint
-    from pertstate.hub.unfinished import model_folder
+    from pertstate.hub.unfinished import read_model_folder
 
     if args.verify:
         open_store(args.path).verify()
     keys = {"perturbation_key": args.perturbation_key, "context_key": args.context_key, "batch_key": args.batch_key}
-    place = model_folder(args.path)
-    if is_checkpoint(place):
-        show(describe_checkpoint(place))
+    about, _ = read_model_folder(args.path, lambda place: describe_checkpoint(place) if is_checkpoint(place) else None)
+    if about is not None:
+        show(about)
     else:
         show(describe(args.path, control=args.control, input=args.input, **keys))
     if args.verify:

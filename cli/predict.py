@@ -140,8 +140,8 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
     if quiet:
         disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    model, processor, _, loaded = open_checkpoint(name, revision, "--model")
-    return on_device(model, device, "--device"), processor, loaded
+    opened = open_checkpoint(name, revision, "--model")
+    return on_device(opened.model, device, "--device"), opened.processor, opened.name
 
 
 def run(args: argparse.Namespace):

@@ -1,5 +1,6 @@
 """A cell store: cells in groups, memory-mapped from Arrow files, with one JSON file that says what they are."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -210,7 +211,7 @@ def _reading_arrow(file: Path):
         yield
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         if isinstance(error, PermissionError):
-            raise PermissionError(error.errno, os.strerror(error.errno), str(file)) from error
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file)) from error
         raise ValueError(f"{file} cannot be read as Arrow ({error}); prepare the store again") from error
 
 

@@ -1,5 +1,6 @@
 """A model with its processor and what is known of its training, for work in Python."""
 
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pertstate.evaluation.scores import Scores
 from pertstate.hub.checkpoints import check_name, load_whole
 from pertstate.hub.publish import claimed_checkpoint, whole_checkpoint_folder
 from pertstate.hub.push import fetch_checkpoint
-from pertstate.hub.unfinished import model_folder
+from pertstate.hub.unfinished import read_model_folder
 from pertstate.processing import StateProcessor
 
 
@@ -140,29 +141,31 @@ def load(
         FileNotFoundError: there is no such checkpoint.
         ValueError: it is damaged, or there is no such device.
     """
-    model, processor, folder, loaded = open_checkpoint(str(name), revision, "load")
-    scores = Scores.load(folder / SCORES_FOLDER) if (folder / SCORES_FOLDER).is_dir() else None
-    return TrainedModel(on_device(model, device).eval(), processor, folder, loaded, RunRecord.load(folder), scores)
+    opened = open_checkpoint(str(name), revision, "load")
+    scores = Scores.load(opened.folder / SCORES_FOLDER) if (opened.folder / SCORES_FOLDER).is_dir() else None
+    return dataclasses.replace(opened, model=on_device(opened.model, device).eval(), scores=scores)
 
 
-def open_checkpoint(
-    name: str, revision: str | None, asked_by: str
-) -> tuple[PerturbationPreTrainedModel, StateProcessor, Path, str]:
+def open_checkpoint(name: str, revision: str | None, asked_by: str) -> TrainedModel:
     """
-    A model and its processor; the folder that they were loaded from, and what it is called.
+    A model, its processor and its record, all of one checkpoint, whatever is written meanwhile.
 
     Args:
         name (`str`), revision (`str`, *optional*): see [`load`].
         asked_by (`str`): the start of an error about the name.
     """
     check_name(name, asked_by)
+
+    def read(folder: Path):
+        return *load_whole(str(folder)), RunRecord.load(folder)
+
     if Path(name).is_dir():
-        folder = model_folder(name)
+        (model, processor, record), folder = read_model_folder(name, read)
         called = last_part(name) if folder == Path(name) else f"{last_part(name)}/{folder.name}"
     else:
         folder = fetch_checkpoint(name, revision)
-        called = f"{name}@{folder.name}"
-    return *load_whole(str(folder)), folder, called
+        (model, processor, record), called = read(folder), f"{name}@{folder.name}"
+    return TrainedModel(model, processor, folder, called, record)
 
 
 def on_device(

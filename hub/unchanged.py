@@ -42,7 +42,7 @@ def read_unchanged(folder: str | os.PathLike, read: Callable[[], _Read]) -> _Rea
         before, error, found = _state(folder), None, None
         try:
             found = read()
-        except (ValueError, OSError, KeyError) as wrong:
+        except Exception as wrong:  # noqa: BLE001 - of any library; raised again where the folder is as it was
             error = wrong
         if before is not None and _state(folder) == before:
             if error is not None:

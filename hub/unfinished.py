@@ -2,8 +2,10 @@
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -11,12 +13,16 @@ from pertstate.base.bounded_text import load_json
 from pertstate.base.printable import get_logger
 from pertstate.data.record import RunRecord
 from pertstate.hub.publish import CHECKPOINT
+from pertstate.hub.unchanged import read_unchanged
 
 
 logger = get_logger(__name__)
 
 # The list of a checkpoint's files with their sizes. It is the last that is written.
 FILES = "files.json"
+_Read = TypeVar("_Read")
+# Checkpoints that may go away while they are read.
+_TRIES = 20
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
@@ -83,6 +89,29 @@ def model_folder(run: str | os.PathLike) -> Path:
         raise ValueError(f"{run} holds a run that did not end, without a whole checkpoint: {wrong}; train anew")
     logger.warning(f"{run} holds a run that did not end: its last whole checkpoint is used, {whole.name}")
     return whole
+
+
+def read_model_folder(run: str | os.PathLike, read: Callable[[Path], _Read]) -> tuple[_Read, Path]:
+    """
+    What `read` gives of [`model_folder`], and that folder. A run that goes on removes its checkpoints: of one that has gone
+    meanwhile, the next is read.
+
+    Raises:
+        ValueError: the checkpoints are removed again and again; or see [`model_folder`] and [`read_unchanged`].
+        Any error of `read`.
+    """
+    for _ in range(_TRIES):
+        there, folder = checkpoints_of(Path(run)), None
+        try:
+            folder = model_folder(run)
+            return read_unchanged(folder, partial(read, folder)), folder
+        except Exception:
+            # An error of files that are still there is theirs.
+            if checkpoints_of(Path(run)) == there if folder is None else folder.is_dir():
+                raise
+    raise ValueError(
+        f"{run} is being trained, and each checkpoint has gone before it was read; wait until it has ended"
+    )
 
 
 def _of_another_run(run: Path, checkpoint: Path) -> bool:

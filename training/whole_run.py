@@ -9,8 +9,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from pertstate.base.console import log_to_console
 from pertstate.base.constants import Split
+from pertstate.base.outputs import claimed_folder, whole_folder
 from pertstate.base.printable import get_logger
-from pertstate.evaluation.scores import Scores, averages_as_figures
+from pertstate.evaluation.report_data import SCORES_FOLDER
+from pertstate.evaluation.scores import SCORES, Scores, averages_as_figures
 from pertstate.families import FAMILIES
 from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
@@ -131,7 +133,9 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
     if args.should_save:
         trainer.card = render_card(run, config, processor, metrics, trainer.state, args, provenance, record, scores)
         if scores is not None:
-            scores.save(Path(str(args.output_dir), "scores"))
+            place = Path(str(args.output_dir), SCORES_FOLDER)
+            with claimed_folder(place, SCORES, overwrite=True), whole_folder(place, SCORES) as folder:
+                scores.save(folder)
             for line in (*(f"note: {note}" for note in scores.notes), scores.verdict):
                 logger.info(line)
         with whole_checkpoint_folder(str(args.output_dir)) as folder:
