@@ -104,7 +104,9 @@ def read_model_folder(run: str | os.PathLike, read: Callable[[Path], _Read]) -> 
         there, folder = checkpoints_of(Path(run)), None
         try:
             folder = model_folder(run)
-            return read_unchanged(folder, partial(read, folder)), folder
+            found = read_unchanged(folder, partial(read, folder))
+            if folder == Path(run) or folder.is_dir():
+                return found, folder
         except Exception:
             # An error of files that are still there is theirs.
             if checkpoints_of(Path(run)) == there if folder is None else folder.is_dir():

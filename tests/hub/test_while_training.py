@@ -35,7 +35,7 @@ def test_every_reading_is_of_one_whole_checkpoint(tmp_path):
     while not checkpoints_of(run) and time.monotonic() < until:
         time.sleep(0.01)
     names, read = [], 0
-    while not (run / "config.json").exists() and read < 300:
+    while not (run / "config.json").exists() and read < 200:
         names.append(pertstate.load(run).name)
         read += 1
         if read % 20 == 1:
