@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
 from pertstate.base.stopped import StoppedError, stopped_by_signals
-from pertstate.cli import configs, convert, evaluate, info, merge, predict, prepare, push, report, train
+from pertstate.cli import configs, convert, crossval, evaluate, info, merge, predict, prepare, push, report, train
 
 
 COMMANDS = {
     "train": train,
+    "crossval": crossval,
     "prepare": prepare,
     "info": info,
     "predict": predict,
@@ -24,7 +25,7 @@ COMMANDS = {
     "configs": configs,
 }
 # Fields of a run configuration may follow as flags.
-TAKE_FLAGS = ("prepare",)
+TAKE_FLAGS = ("prepare", "crossval")
 # These errors say that the input of a command is wrong. Any other error is a mistake of the program, and keeps its traceback.
 ERRORS = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 

@@ -22,7 +22,9 @@ from pertstate.evaluation.verdict import compare
 
 
 TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
-SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS))
+# The figures of each resampling, which many scores are pooled by. They are large, and kept only where they are asked for.
+RESAMPLINGS = "resamplings.safetensors"
+SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS, RESAMPLINGS))
 _TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen")
 _CHANGES = ("control", "observed", "predicted")
 _CELLS = ("control", "observed", "predicted")
@@ -52,7 +54,7 @@ class Scores:
         settings (`dict`): settings of the evaluation: number of cells, seed, ..
         record (`dict`): what the model was trained on, see [`~pertstate.data.record.RunRecord`]; empty if it is not known.
         results (`list[GroupResult]`): the averaged groups with their resamplings, which two models are compared by, see
-            [`against`]. They are not saved.
+            [`against`]. They are saved only where that is asked for.
     """
 
     table: pd.DataFrame
@@ -75,9 +77,13 @@ class Scores:
         found = self.averages.query("method == @method and metric == @metric")["value"]
         return float(found.iloc[0]) if len(found) else float("nan")
 
-    def save(self, folder: str | os.PathLike):
+    def save(self, folder: str | os.PathLike, resamplings: bool = False):
         """
         Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all.
+
+        Args:
+            folder: where to.
+            resamplings (`bool`): write `results`, too: about 50 kB a group.
 
         Raises:
             FloatingPointError: see [`~pertstate.base.tables.check_table`].
@@ -101,6 +107,15 @@ class Scores:
             "settings": self.settings,
             "record": self.record,
         }
+        if resamplings:
+            places = {group: i for i, group in enumerate(self.groups)}
+            figures = {
+                f"{places[result.group]}.{method}": np.ascontiguousarray(values, dtype=np.float64)
+                for result in self.results
+                for method, values in result.figures.items()
+            }
+            with whole_file(folder / RESAMPLINGS) as partial:
+                save_file(figures, partial)
         with whole_file(folder / SUMMARY) as partial:
             partial.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
 
@@ -143,6 +158,11 @@ class Scores:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
             raise ValueError(f"the scores in {folder} are damaged ({error!r}); evaluate again") from error
+        if (Path(folder) / RESAMPLINGS).is_file():
+            try:
+                scores.results = _results(load_file(Path(folder) / RESAMPLINGS), scores)
+            except (KeyError, ValueError, IndexError, OSError, SafetensorError) as error:
+                raise ValueError(f"{Path(folder) / RESAMPLINGS} is damaged ({error!r}); evaluate again") from error
         for name, values in scores.changes.items():
             if values.shape != (len(scores.groups), len(scores.genes)):
                 raise ValueError(
@@ -150,6 +170,24 @@ class Scores:
                     f"{values.shape}; evaluate again"
                 )
         return scores
+
+
+def _results(figures: dict[str, np.ndarray], scores: Scores) -> list[GroupResult]:
+    """The averaged groups with their resamplings, and the reasons that the table gives for absent figures."""
+    found: dict[int, GroupResult] = {}
+    for name, values in figures.items():
+        place, _, method = name.partition(".")
+        group = scores.groups[int(place)]
+        if values.ndim != 2 or values.shape[1] != len(METRICS):
+            raise ValueError(
+                f"expected {len(METRICS)} figures of each resampling, found an array of shape {values.shape}"
+            )
+        found.setdefault(int(place), GroupResult(group, {}, {}, {}, {})).figures[method] = values
+    by_group = scores.table.set_index(["dataset", "context", "perturbation"])
+    for result in found.values():
+        rows = by_group.loc[[result.group]]
+        result.reasons.update({method: reason for method, reason in zip(rows["method"], rows["reason"]) if reason})
+    return [found[place] for place in sorted(found)]
 
 
 def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0) -> str:

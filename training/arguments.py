@@ -64,6 +64,7 @@ class StateTrainingArguments(TrainingArguments):
     - `average_decay`: evaluate and save the moving average of the weights, see [`WeightAverage`]
     - `l2_weight_decay`: make `weight_decay` a part of the gradient, as in Adam, and not a step of its own, as in AdamW
     - `early_stopping_patience`: stop after so many evaluations without a better `metric_for_best_model`
+    - `keep_resamplings`: write the resamplings of the scores, too, by which `crossval` pools runs
     - `dry_run`: take a few steps, say what the run needs, and write nothing, see [`dry_run`]
     - `overwrite`: replace the run that `output_dir` holds, its checkpoints at the start, its model at the end
     - `license` (of the weights), `data_license`: go into the model card
@@ -161,6 +162,10 @@ class StateTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better one; the best step is kept."},
+    )
+    keep_resamplings: bool = field(
+        default=False,
+        metadata={"help": "Write the resamplings of the scores, too, by which crossval pools runs."},
     )
     dry_run: bool = field(
         default=False,

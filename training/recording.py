@@ -22,6 +22,7 @@ _FREE = (
         "resume_from_checkpoint",
         "overwrite",
         "dry_run",
+        "keep_resamplings",
         "max_steps",
         "num_train_epochs",
         "save_steps",

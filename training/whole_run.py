@@ -135,7 +135,7 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
         if scores is not None:
             place = Path(str(args.output_dir), SCORES_FOLDER)
             with claimed_folder(place, SCORES, overwrite=True), whole_folder(place, SCORES) as folder:
-                scores.save(folder)
+                scores.save(folder, args.keep_resamplings)
             for line in (*(f"note: {note}" for note in scores.notes), scores.verdict):
                 logger.info(line)
         with whole_checkpoint_folder(str(args.output_dir)) as folder:

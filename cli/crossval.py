@@ -1,0 +1,56 @@
+"""`pertstate crossval`."""
+
+import argparse
+
+from pertstate.base.console import say, show
+
+
+HELP = (
+    "Train and score every fold of a run, for several seeds and families, and pool the scores: one table, one verdict."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "run", metavar="CELLS|CONFIG.yaml", help="what `pertstate train` takes; its flags may follow, too"
+    )
+    parser.add_argument(
+        "--over",
+        required=True,
+        metavar="contexts|perturbations|FIELD=a,b,c",
+        help="hold out each context in turn, or perturbations in parts, or give a field of the run each value in turn",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs and results")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each fold (default: 3)")
+    parser.add_argument("--families", metavar="A,B,..", help="values of model_type; by default that of the run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--parts", type=int, default=5, metavar="N", help="folds over perturbations (default: 5)")
+    parser.add_argument(
+        "--report", metavar="REPORT.html", help="also write a page for the browser, one for each family"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a cross-validation")
+    parser.add_argument("-h", "--help", action="help", help="show this help; pertstate train --help lists the flags")
+
+
+def run(args: argparse.Namespace):
+    from pathlib import Path
+
+    from pertstate.evaluation.report import check_plotly, write_report
+    from pertstate.evaluation.report_data import SCORES_FOLDER
+    from pertstate.evaluation.scores import format_averages
+    from pertstate.training.crossval import crossval
+
+    if args.report:
+        check_plotly()
+    families = None if args.families is None else [name for name in args.families.split(",") if name]
+    words = [args.run, *args.flags]
+    found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
+    for family, scores in found.items():
+        show(f"{family}: mean of {args.seeds} seeds\n\n{format_averages(scores.averages)}\n\n{scores.verdict}\n")
+    say(f"{args.output}: results.csv, results.json, and the runs")
+    if args.report:
+        for family in found:
+            place = Path(args.report)
+            name = place if len(found) == 1 else place.with_name(f"{place.stem}-{family}{place.suffix}")
+            write_report(Path(args.output) / SCORES_FOLDER / family, name, overwrite=True, title=family)
+            say(f"{name}: a page for the browser")

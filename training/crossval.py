@@ -1,0 +1,319 @@
+"""Cross-validation: every fold is trained, predicted and scored as a run by itself, and the scores are pooled."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import pandas as pd
+import torch
+
+from pertstate.base.console import say
+from pertstate.base.files import whole_file
+from pertstate.base.messages import closest, some
+from pertstate.base.outputs import Kind, claimed_run
+from pertstate.base.public import public
+from pertstate.base.tables import write_csv
+from pertstate.data.record import source_of
+from pertstate.data.store import StoreSource
+from pertstate.data.stores import open_store
+from pertstate.evaluation.metrics import MODEL
+from pertstate.evaluation.pooling import pooled_scores
+from pertstate.evaluation.report_data import SCORES_FOLDER
+from pertstate.evaluation.scores import RESAMPLINGS, Scores
+from pertstate.families import FAMILIES
+from pertstate.hub.provenance import Provenance
+from pertstate.hub.publish import CHECKPOINT
+from pertstate.hub.unfinished import checkpoints_of
+from pertstate.training.run import config_class, read_run
+from pertstate.training.run_config import RunConfig
+
+
+RESULTS, TABLE, SETTINGS = "results.json", "results.csv", "crossval.json"
+CROSSVAL = Kind("cross-validation", (SETTINGS,), lambda name: name in (RESULTS, TABLE, SETTINGS, "runs"))
+CONTEXTS, PERTURBATIONS = "contexts", "perturbations"
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a fold holds out, or sets otherwise: a name, and flags of the run."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a fold: a family, a seed, its folder and the words after `pertstate train`."""
+
+    family: str
+    fold: Fold
+    seed: int
+    folder: Path
+    words: tuple[str, ...]
+
+    @property
+    def named(self) -> str:
+        return f"{self.family}, {self.fold.name}, seed {self.seed}"
+
+
+def folds_of(run: RunConfig, over: str, parts: int) -> list[Fold]:
+    """
+    The folds of a run.
+
+    - `contexts`: each context with perturbed cells is held out in turn
+    - `perturbations`: each perturbation that can be predicted without cells of its own is held out in one of `parts` folds, from
+      all contexts: with `perturbation_features` all of them, otherwise combinations whose parts other groups have
+    - `FIELD=a,b,c`: the field of the run takes each value in turn
+
+    Raises:
+        ValueError: there are fewer than two folds.
+    """
+    field, has_values, values = over.partition("=")
+    if has_values:
+        folds = [Fold(value, (f"--{field}", value)) for value in values.split(",") if value]
+    elif over == CONTEXTS:
+        groups, control = _groups(run)
+        names = sorted(groups.loc[groups["perturbation"] != control, "context"].unique())
+        folds = [Fold(name, ("--test_contexts", _quoted([name]))) for name in names]
+    elif over == PERTURBATIONS:
+        names = _predictable(run)
+        found = [names[i::parts] for i in range(min(parts, len(names)))]
+        folds = [
+            Fold(f"part {i + 1} of {len(found)}", ("--test_perturbations", _quoted(of))) for i, of in enumerate(found)
+        ]
+    else:
+        raise ValueError(f"--over {over}: expected {CONTEXTS}, {PERTURBATIONS} or FIELD=a,b,c")
+    if len(folds) < 2:
+        raise ValueError(
+            f"--over {over}: expected two folds or more, found {[fold.name for fold in folds]}; perturbations without vectors "
+            "(perturbation_features) can be held out only where they are combinations of others"
+        )
+    return folds
+
+
+def _quoted(names: list[str]) -> str:
+    """A list as a flag reads it, whatever is in the names."""
+    return json.dumps(names, ensure_ascii=False)
+
+
+def _groups(run: RunConfig) -> tuple[pd.DataFrame, str]:
+    """The groups of the run's cells, and the name of the control."""
+    if run.stream.path is not None:
+        raise ValueError(
+            "a stream is read once, and its folds are not known; prepare a store of it (pertstate prepare)"
+        )
+    data = run.data
+    store = None if data.store is None else open_store(data.store)
+    source = data.file_source() if store is None else StoreSource(store, data.contexts)
+    return source.groups, source.reader.control
+
+
+def _predictable(run: RunConfig) -> list[str]:
+    groups, control = _groups(run)
+    names = sorted({name for name in groups["perturbation"] if name != control})
+    reader = run.data.reader()
+    if reader.perturbation_features is not None:
+        return names
+    parts = {name: reader.split_combination(name) for name in names}
+    alone = {part for name in names if len(parts[name]) == 1 for part in parts[name]}
+    return [name for name in names if len(parts[name]) > 1 and set(parts[name]) <= alone]
+
+
+def crossval(
+    words: list[str],
+    over: str,
+    output: str | os.PathLike,
+    families: list[str] | None = None,
+    seeds: int = 3,
+    jobs: int = 1,
+    parts: int = 5,
+    overwrite: bool = False,
+) -> dict[str, Scores]:
+    """
+    Train every fold with every seed and family, and pool the scores. A run that is there already is kept; one that was stopped
+    goes on.
+
+    Args:
+        words (`list[str]`): what `pertstate train` takes: cells or a run file, and flags.
+        over (`str`): see [`folds_of`].
+        output: the folder: `results.csv`, `results.json`, and `runs/FAMILY/FOLD-seedN`, with `scores/FAMILY` for a report.
+        families (`list[str]`, *optional*): values of `model_type`; by default that of the run.
+        seeds (`int`): runs of each fold; a family that is fitted in one pass has one.
+        jobs (`int`): runs at a time.
+        parts (`int`): folds over perturbations.
+        overwrite (`bool`): remove what the folder holds, and begin anew.
+
+    Returns:
+        `dict[str, Scores]`: by family, the mean over seeds of each group's figures, averaged over all folds' groups.
+
+    Raises:
+        ValueError: the folder is of another cross-validation, or a run cannot be; the run's own error is in the message.
+        InUseError: another process writes the folder.
+    """
+    for name, number in (("seeds", seeds), ("jobs", jobs), ("parts", parts)):
+        if number < 1:
+            raise ValueError(f"{name}={number}: expected at least 1")
+    run = read_run(words)
+    families = families or [config_class(run.model).model_type]
+    for family in families:
+        if family not in FAMILIES:
+            raise ValueError(f"--families {family}: no family of models; {closest(family, FAMILIES)}")
+    folds = folds_of(run, over, parts)
+    with claimed_run(output, CROSSVAL) as place:
+        settings = {
+            "words": public(list(words)),
+            "over": over,
+            "folds": {fold.name: list(fold.flags) for fold in folds},
+            "sources": [source_of(source) for source in Provenance.of_run(run).sources],
+        }
+        _begin(place, output, settings, overwrite)
+        trials = [
+            _trial(place, words, family, fold, seed)
+            for family in families
+            for fold in folds
+            for seed in range(1 if FAMILIES[family].model.fitted else seeds)
+        ]
+        _train(trials, jobs)
+        found = {}
+        for family in families:
+            of = [
+                [Scores.load(t.folder / SCORES_FOLDER) for t in trials if t.family == family and t.fold == fold]
+                for fold in folds
+            ]
+            found[family] = pooled_scores(of, family)
+            found[family].save(place / SCORES_FOLDER / family)
+        _write(place, found, settings)
+    return found
+
+
+def _begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: bool):
+    """Check that the folder is new or of this cross-validation, and note what that is."""
+    about = place / SETTINGS
+    if overwrite and about.is_file():
+        for name in ("runs", SCORES_FOLDER):
+            shutil.rmtree(place / name, ignore_errors=True)
+        for name in (RESULTS, TABLE, SETTINGS):
+            (place / name).unlink(missing_ok=True)
+    if about.is_file():
+        before = json.loads(about.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(
+                    f"{output} holds another cross-validation: {name} was {_short(before.get(name))}, now {_short(value)}; name "
+                    "another folder, or begin anew with --overwrite"
+                )
+        return
+    place.mkdir(exist_ok=True)
+    others = [entry.name for entry in place.iterdir() if not entry.name.startswith(".")]
+    if others:
+        raise FileExistsError(f"{output} is not empty and holds no cross-validation, found {some(sorted(others), 3)}")
+    with whole_file(about) as partial:
+        partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _short(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 200 else text[:200] + " .."
+
+
+def _trial(place: Path, words: list[str], family: str, fold: Fold, seed: int) -> Trial:
+    safe = "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in fold.name)
+    folder = place / "runs" / family / f"{safe}-seed{seed}"
+    own = ["--model_type", family, "--seed", str(seed), "--output_dir", str(folder), "--keep_resamplings", "true"]
+    return Trial(family, fold, seed, folder, (*words, *fold.flags, *own))
+
+
+def _is_done(trial: Trial) -> bool:
+    return CHECKPOINT.is_in(trial.folder) and (trial.folder / SCORES_FOLDER / RESAMPLINGS).is_file()
+
+
+def _train(trials: list[Trial], jobs: int):
+    open_ones = [trial for trial in trials if not _is_done(trial)]
+    if len(open_ones) < len(trials):
+        say(f"{len(trials) - len(open_ones)} of {len(trials)} runs are there already", sys.stderr)
+    ended, lock = len(trials) - len(open_ones), Lock()
+    with _children() as start, ThreadPoolExecutor(jobs) as pool:
+
+        def run(trial: Trial) -> str | None:
+            nonlocal ended
+            error = start(trial, jobs)
+            with lock:
+                ended += error is None
+                if error is None:
+                    say(f"{ended} of {len(trials)} runs: {trial.named}: {_in_short(trial)}", sys.stderr)
+            return error
+
+        for trial, error in zip(open_ones, pool.map(run, open_ones)):
+            if error is not None:
+                raise ValueError(f"{trial.named}: {error}")
+
+
+def _in_short(trial: Trial) -> str:
+    scores = Scores.load(trial.folder / SCORES_FOLDER)
+    return ", ".join(f"{metric} {scores.value(MODEL, metric):.4g}" for metric in ("pearson", "mae", "energy"))
+
+
+@contextmanager
+def _children() -> Iterator:
+    """Starts runs, as processes that end with this one."""
+    running: set[subprocess.Popen] = set()
+    stopping = False
+
+    def start(trial: Trial, jobs: int) -> str | None:
+        """Train, and wait for the end. The last line of the error where it failed."""
+        if stopping:
+            return "not begun"
+        words = [*trial.words, *(["--resume_from_checkpoint", "last"] if checkpoints_of(trial.folder) else [])]
+        devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+        several = ["-m", "accelerate.commands.launch", "--num_processes", str(devices)] if devices > 1 else []
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        process = subprocess.Popen(
+            [sys.executable, *several, "-m", "pertstate.train", *words],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        running.add(process)
+        try:
+            said = process.communicate()[1]
+        finally:
+            running.discard(process)
+        return None if process.returncode == 0 else (said.strip().splitlines() or ["it failed without a word"])[-1]
+
+    try:
+        yield start
+    except BaseException:
+        stopping = True
+        for process in [*running]:
+            # A training saves its step and ends.
+            process.terminate()
+        raise
+
+
+def _write(place: Path, found: dict[str, Scores], settings: dict):
+    """The table of all families and baselines, and the verdicts."""
+    rows = []
+    for i, (family, scores) in enumerate(found.items()):
+        averages = scores.averages
+        # The baselines are the same for all, and stand once.
+        shown = averages if i == 0 else averages[averages["method"] == MODEL]
+        rows.append(shown.assign(method=shown["method"].replace(MODEL, family)))
+    table = pd.concat(rows, ignore_index=True)
+    write_csv(table, place / TABLE)
+    results = {
+        **settings,
+        "averages": json.loads(table.to_json(orient="records")),
+        "verdicts": {family: scores.verdict for family, scores in found.items()},
+    }
+    with whole_file(place / RESULTS) as partial:
+        partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
