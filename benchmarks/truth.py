@@ -28,6 +28,7 @@ import pertstate.train
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.group_scores import baselines_of, groups_of, real_cells_of
 from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
+from pertstate.evaluation.pooling import over_seeds
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.scoring import GroupResult, methods_of, score_groups
 from pertstate.evaluation.verdict import averages_of, verdict_of
@@ -174,16 +175,6 @@ def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dic
 
 def figure(value: float, low: float, high: float) -> str:
     return f"{value:.4f}" if low != low else f"{value:.4f} [{low:.4f}, {high:.4f}]"
-
-
-def over_seeds(several: list[list[GroupResult]]) -> list[GroupResult]:
-    """Each group with the mean of the model's figures over seeds, resampling by resampling."""
-    pooled = []
-    for results in zip(*several):
-        figures = dict(results[0].figures)
-        figures[MODEL] = np.mean([result.figures[MODEL] for result in results], axis=0)
-        pooled.append(GroupResult(results[0].group, figures, {}, {}, {}))
-    return pooled
 
 
 if __name__ == "__main__":
