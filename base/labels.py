@@ -13,7 +13,7 @@ import pandas as pd
 
 from .doses import check_doses, dose_text
 from .finite import within_reach
-from .messages import closest, some
+from .messages import closest, counted, some
 
 
 # Texts that stand for "no label".
@@ -436,7 +436,7 @@ class _Texts:
             label = "" if self.codes[at] < 0 else self.names[self.codes[at]]
             what = "is empty" if self.codes[at] < 0 else "is blank" if not label.strip() else f"says {label!r}"
             raise ValueError(
-                f"obs[{key!r}] {what} in {int(missing.sum())} cells, first in {self.index[at]!r}; label them, or set "
+                f"obs[{key!r}] {what} in {counted(int(missing.sum()), 'cell')}, first in {self.index[at]!r}; label them, or set "
                 "unlabelled: drop"
             )
         # In some places pandas and numpy see the whole of a text with a NUL, in others only what stands before the NUL.

@@ -1,4 +1,4 @@
-"""What errors say: the nearest of some names, the first few of them, or that a value is missing."""
+"""Parts of messages: the nearest of some names, the first few of them, counted nouns, or that a value is missing."""
 
 import difflib
 import shlex
@@ -34,6 +34,17 @@ def some(names, count: int = 10) -> str:
     """The first few of some names, and how many there are."""
     names = [str(name) for name in names]
     return f"{names[:count]}" + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """
+    A number and a noun: `1 context`, `2 contexts`, `1,000 batches`.
+
+    Args:
+        noun (`str`): in the singular; its plural ends in s, or in es after ch.
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def given(name: str, value: _Value | None) -> _Value:

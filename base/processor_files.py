@@ -13,7 +13,7 @@ from .configuration_perturbation import PerturbationConfig
 from .constants import Normalize, Values
 from .finite import within_reach
 from .labels import LabelSettings
-from .messages import closest
+from .messages import closest, counted
 from .vocabulary import (
     PERTURBATION_FEATURES_FILE,
     VOCABULARY_FILE,
@@ -214,19 +214,22 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
         ValueError: two files differ in a width, or in the number of genes, perturbations, contexts or batches.
     """
 
-    def check(of: str, expected, what: str, found):
+    def check(of: str, expected, found, place: str, noun: str | None = None):
         if expected != found:
+            shown = found if noun is None else f"no {noun}" if found is None else counted(found, noun)
             raise ValueError(
-                f"{path}: {of} says {expected}, found {found} {what}; the files belong to different "
+                f"{path}: {of} says {expected}, found {shown} {place}; the files belong to different "
                 "checkpoints: save or copy model and processor together"
             )
 
     genes, batches = len(vocabulary.genes), len(vocabulary.batches)
     if settings["values"] != Values.EMBEDDING:
-        check("feature_dim in processor_config.json", settings["feature_dim"], "genes in vocabulary.json", genes)
+        check("feature_dim in processor_config.json", settings["feature_dim"], genes, "in vocabulary.json", "gene")
     if features is not None:
         width = settings["perturbation_dim"]
-        check("perturbation_dim in processor_config.json", width, "numbers in each perturbation's vector", features.dim)
+        check(
+            "perturbation_dim in processor_config.json", width, "number", "in each perturbation's vector", features.dim
+        )
     if config is None:
         return
     default = {field.name: field.default for field in fields(PerturbationConfig)}
@@ -241,27 +244,27 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     )
     asked = {name: config.get(name, default[name]) for name in names}
     found = {
-        "input_dim": ("features (feature_dim) in processor_config.json", settings["feature_dim"]),
-        "num_perturbations": ("perturbations in vocabulary.json", len(vocabulary.perturbations)),
-        "perturbation_dim": ("numbers in each perturbation's vector", None if features is None else features.dim),
-        "num_contexts": ("contexts in vocabulary.json", len(vocabulary.contexts)),
-        "num_batches": ("batches in vocabulary.json", batches),
-        "gene_dim": ("genes in vocabulary.json", genes),
+        "input_dim": ("feature", "(feature_dim) in processor_config.json", settings["feature_dim"]),
+        "num_perturbations": ("perturbation", "in vocabulary.json", len(vocabulary.perturbations)),
+        "perturbation_dim": ("number", "in each perturbation's vector", None if features is None else features.dim),
+        "num_contexts": ("context", "in vocabulary.json", len(vocabulary.contexts)),
+        "num_batches": ("batch", "in vocabulary.json", batches),
+        "gene_dim": ("gene", "in vocabulary.json", genes),
     }
     if settings["values"] != Values.EMBEDDING:
-        found["output_dim"] = ("features (feature_dim) in processor_config.json", settings["feature_dim"])
+        found["output_dim"] = ("feature", "(feature_dim) in processor_config.json", settings["feature_dim"])
         asked["output_dim"] = asked["output_dim"] or asked["input_dim"]
     # A processor with vectors needs a model that takes them. A processor that reads expression beside an embedding needs a
     # model with a gene decoder.
     needed = {"perturbation_dim": features is not None, "gene_dim": settings["gene_input"] is not None}
-    for name, (what, number) in found.items():
+    for name, (noun, place, number) in found.items():
         if asked[name] is not None or needed.get(name, False):
-            check(f"{name} in {CONFIG_NAME}", asked[name], what, number)
+            check(f"{name} in {CONFIG_NAME}", asked[name], number, place, noun)
     # The positions of perturbed genes, where a family has them.
     genes_at = dict(enumerate(vocabulary.genes))
     for name, position in zip(vocabulary.perturbations, config.get("perturbed_genes") or []):
         check(
-            f"perturbed_genes in {CONFIG_NAME}", name, f"at gene {position} of vocabulary.json", genes_at.get(position)
+            f"perturbed_genes in {CONFIG_NAME}", name, genes_at.get(position), f"at gene {position} of vocabulary.json"
         )
 
 

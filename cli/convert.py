@@ -3,6 +3,7 @@
 import argparse
 
 from pertstate.base.console import log_to_console, say
+from pertstate.base.messages import counted
 
 
 HELP = "Turn a training folder of the published research code into a checkpoint folder, without unpickling anything."
@@ -52,8 +53,8 @@ def run(args: argparse.Namespace):
     made = convert(args.folder, args.output, args.checkpoint, args.attention, genes, args.overwrite, args.seconds)
     vocabulary = made.processor.vocabulary
     say(
-        f"{args.output}: {made.config.model_type}, {len(vocabulary.perturbations)} perturbations, "
-        f"{len(vocabulary.contexts)} contexts, {len(vocabulary.genes)} named genes"
+        f"{args.output}: {made.config.model_type}, {counted(len(vocabulary.perturbations), 'perturbation')}, "
+        f"{counted(len(vocabulary.contexts), 'context')}, {counted(len(vocabulary.genes), 'named gene')}"
     )
     if made.attention:
         say(f"attention: {made.attention}")

@@ -3,6 +3,7 @@
 import argparse
 
 from pertstate.base.console import say
+from pertstate.base.messages import counted
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -220,6 +221,6 @@ def _predict(args: argparse.Namespace):
         cell_eval=_cell_eval(args),
     )
     say(
-        f"{args.output or args.summary}: {done['cells']:,} cells, {done['perturbations']} perturbations in "
-        f"{done['contexts']} contexts"
+        f"{args.output or args.summary}: {counted(done['cells'], 'cell')}, "
+        f"{counted(done['perturbations'], 'perturbation')} in {counted(done['contexts'], 'context')}"
     )

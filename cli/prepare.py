@@ -3,6 +3,7 @@
 import argparse
 
 from pertstate.base.console import say, show
+from pertstate.base.messages import counted
 
 
 HELP = (
@@ -55,6 +56,6 @@ def run(args: argparse.Namespace):
         say(note)
     size = sum(shard["bytes"] for shard in manifest.shards)
     say(
-        f"{args.output}: {manifest.cells:,} cells in {len(store.groups):,} groups, {len(manifest.genes):,} genes, "
+        f"{args.output}: {counted(manifest.cells, 'cell')} in {counted(len(store.groups), 'group')}, {counted(len(manifest.genes), 'gene')}, "
         f"{size / 1e6:,.0f} MB; train with --store {args.output}, look at it with pertstate info {args.output}"
     )

@@ -50,7 +50,7 @@ class DataArguments:
         validation (`str`): which training groups are held out to choose the best step, where nothing above holds any out.
 
             - `"none"`: none
-            - `"auto"`: some that stand to the others as the test groups do, see [`with_validation`]
+            - `"auto"`: groups that are as new to the remaining ones as the test groups are, see [`with_validation`]
         contexts (`list[str]`, *optional*): use only these contexts of the files.
         control (`str`, `list[str]` or `dict`): the label of control cells, or a list of labels; a label may be a pattern such
             as `non-targeting*`. A dictionary gives each dataset its own.
@@ -186,7 +186,7 @@ class DataArguments:
         return {name: getattr(self, name) for name in (*names, "sentences_per_group", "sentence_cap")}
 
     def chosen_genes(self) -> int | list[str] | None:
-        """The number of genes, or their names, where the section says either."""
+        """The number of genes, or their names; None for all genes."""
         if isinstance(self.genes, str):
             raise ValueError(
                 "data.genes=auto is decided from the genes of files or of a store, for a new model; give a number, or leave it out"
@@ -194,7 +194,7 @@ class DataArguments:
         return self.genes if self.genes_file is None else read_names(Path(self.genes_file))
 
     def decide_genes(self, available: int) -> str | None:
-        """What `genes: auto` becomes where there are so many, in words; None where it is not asked for."""
+        """Decide `genes: auto` for data of so many genes. Returns the decision as a sentence, or None if it was not asked for."""
         if self.genes != AUTO:
             return None
         self.genes = AUTO_GENES if available > MOST_GENES else None
@@ -375,7 +375,7 @@ class PrepareArguments:
             controls.
         knockdown_cell_residual (`float`): keep those of its cells in which the expression is at most this part.
         knockdown_min_cells (`int`): keep it only if so many of its cells are left.
-        shard_megabytes (`int`): size of each file of the store, about. Making the store needs several times this memory.
+        shard_megabytes (`int`): approximate size of each file of the store. Making the store needs several times this memory.
     """
 
     layout: Literal["auto", "sparse", "dense"] = "auto"
@@ -405,7 +405,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def _check_types(section, name: str):
-    """Each field of a section as its type says."""
+    """Convert each field of a section to its declared type."""
     for option in dataclasses.fields(section):
         value = getattr(section, option.name)
         setattr(section, option.name, as_declared(f"{name}.{option.name}", option.type, value))

@@ -1,4 +1,4 @@
-"""TOML of sections, names and words, read in a time that grows with its size alone."""
+"""Reading TOML files of sections, names and words in a time that is proportional to their size."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from pertstate.base.bounded_text import LARGEST_SETTINGS, read_text
 
 
-# A dotted key of so many parts. Python takes a time that grows with the square of their number: a minute for 40 kB.
+# A dotted key with so many parts is refused: the time that Python takes grows with the square of their number (a minute for 40 kB).
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){50}""")
 
 

@@ -1,4 +1,4 @@
-"""YAML of mappings, lists and words that stays as small as what a person writes."""
+"""Reading YAML files of mappings, lists and words whose size is bounded, also once aliases are written out."""
 
 import os
 from typing import Any
@@ -10,10 +10,10 @@ from pertstate.data.pickle_program import check_content
 
 
 LARGEST_MAPPING = 10_000
-# Values once each is written out wherever an alias stands for it.
+# The largest number of values, counted with every alias written out.
 LARGEST_CONTENT = 1_000_000
 DEEPEST = 50
-# Characters of a number: those of 64 bits have fewer, and Python takes a time that grows with the square of them.
+# The most characters of a number. Numbers of 64 bits have fewer, and the time that Python takes grows with the square of them.
 _LONGEST_NUMBER = 40
 
 

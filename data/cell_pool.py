@@ -1,10 +1,12 @@
-"""Cells that are kept in memory for a while: some rows, a pool of rows, and samples of bounded size."""
+"""Cells that are kept in memory: rows, a pool that rows enter and leave, and random samples of bounded size."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+
+from pertstate.base.messages import counted
 
 
 @dataclass
@@ -205,7 +207,7 @@ class Reservoirs:
 
     def offer(self, groups: "list[tuple[Hashable, Hashable, np.ndarray]]", read: Callable[[np.ndarray], CellRows]):
         """
-        Show it cells.
+        Offer cells to the samples.
 
         Args:
             groups (list of (owner, part, rows)): each pair of owner and part once.
@@ -244,7 +246,7 @@ class Reservoirs:
         size = self.capacity // (len(parts) + 1)
         if size == 0:
             raise ValueError(
-                f"{owner} has more than {self.capacity} batches, for which a reservoir of {self.capacity} cells has no "
+                f"{owner} has more than {counted(self.capacity, 'batch')}, for which a reservoir of {counted(self.capacity, 'cell')} has no "
                 "room; raise reservoir_cells, or use control_matching='context'"
             )
         for part, kept in parts.items():

@@ -9,6 +9,7 @@ import pandas as pd
 
 from pertstate.base.cell_source import GROUP_KEYS, fit_processor, further_processor, with_rows
 from pertstate.base.constants import Normalize, Split
+from pertstate.base.messages import counted
 from pertstate.data.source import FileSource, NamedSource
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
@@ -206,7 +207,7 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
         unknown = [n for n in names if not set(processor.split_combination(n)) <= known]
         if unknown:
             raise ValueError(
-                f"{len(unknown)} perturbations held out for {split} have no training cell in any context, so a model "
+                f"{counted(len(unknown), 'perturbation')} held out for {split} without a training cell in any context, so a model "
                 f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
                 "perturbation_features"
             )

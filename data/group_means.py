@@ -1,4 +1,4 @@
-"""The mean cell of each training group: what baselines are made of, small enough to travel with a checkpoint."""
+"""The mean cell of each training group. Baselines are computed from it, and it is small enough to be saved with a checkpoint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Counts and sums of the cells of groups, in float64: what every mean over training cells is taken from."""
+"""Counts and sums of the cells of groups, in float64. Every mean over training cells is computed from these."""
 
 from dataclasses import dataclass, field
 

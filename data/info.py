@@ -12,7 +12,7 @@ from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite
 from pertstate.base.gene_view import log_base_of
 from pertstate.base.labels import looks_like_control
-from pertstate.base.messages import some
+from pertstate.base.messages import counted, some
 from pertstate.base.printable import joined_lines
 from pertstate.base.tables import table_text
 from pertstate.base.value_scale import look_at, other_matrices
@@ -60,7 +60,7 @@ def _describe_store(path: Path) -> str:
     if manifest.embedding_dim is not None:
         holds.append(f"an embedding of {manifest.embedding_dim} dimensions ({manifest.reading['input']})")
     lines = [
-        f"{path}: cell store of {manifest.cells:,} cells in {len(manifest.shards)} files, {size / 1e6:,.1f} MB",
+        f"{path}: cell store of {counted(manifest.cells, 'cell')} in {counted(len(manifest.shards), 'file')}, {size / 1e6:,.1f} MB",
         "holds: " + " and ".join(holds),
     ]
     if manifest.expression == Values.COUNTS:
@@ -70,7 +70,9 @@ def _describe_store(path: Path) -> str:
     if manifest.highly_variable is not None:
         lines.append(f"genes: the {manifest.highly_variable:,} most variable in training cells")
     sources = ", ".join(f"{Path(s['path']).name} ({s['cells']:,} cells)" for s in manifest.sources[:5])
-    lines.append(f"made of {len(manifest.sources)} files: {sources}{', ..' if len(manifest.sources) > 5 else ''}")
+    lines.append(
+        f"made of {counted(len(manifest.sources), 'file')}: {sources}{', ..' if len(manifest.sources) > 5 else ''}"
+    )
     sizes = (store.groups["stop"] - store.groups["start"]).rename("cells")
     control = manifest.reading["control"]
     lines += ["", *_table(store.groups.assign(cells=sizes), control), ""]
@@ -197,7 +199,8 @@ def _table(groups: pd.DataFrame, control: str | None) -> list[str]:
         rest = counts[order[_LARGEST_TABLE:]]
         shown = shown.assign(**{f"{rest.shape[1]} others": rest.sum(axis=1).astype(int)})
     shown = shown.assign(all=counts.sum(axis=1).astype(int))
-    title = f"{counts.shape[0]} contexts x {len([n for n in order if n != control])} perturbations, cells of each:"
+    perturbed = counted(len([name for name in order if name != control]), "perturbation")
+    title = f"{counted(counts.shape[0], 'context')} x {perturbed}, cells of each:"
     text = table_text(shown.iloc[: 2 * _LARGEST_TABLE].rename_axis(None).rename_axis(None, axis=1), index=True)
     more = len(shown) - 2 * _LARGEST_TABLE
-    return [title, *text.splitlines(), *([f"and {more} more contexts"] if more > 0 else [])]
+    return [title, *text.splitlines(), *([f"and {counted(more, 'more context')}"] if more > 0 else [])]

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from pertstate.base.messages import some
+from pertstate.base.messages import counted, some
 from pertstate.data.arguments import PrepareArguments
 from pertstate.data.source import FileSource
 
@@ -30,7 +30,9 @@ def filter_knockdowns(source: FileSource, options: PrepareArguments, target_sum:
     }
     no_gene = sorted(name for name, parts in targets.items() if parts and name not in judged)
     if not judged:
-        return [f"knock-down filter: {len(no_gene)} perturbations are no gene of the data, so kept: {some(no_gene)}"]
+        return [
+            f"knock-down filter: kept {counted(len(no_gene), 'perturbation')} without a gene in the data: {some(no_gene)}"
+        ]
     columns = np.array(sorted({column for parts in judged.values() for column in parts}), dtype=np.int64)
     place = {column: i for i, column in enumerate(columns)}
     most = max([1, *map(len, judged.values())])
@@ -102,12 +104,12 @@ def filter_knockdowns(source: FileSource, options: PrepareArguments, target_sum:
     )
     if no_gene:
         notes.append(
-            f"knock-down filter: {len(no_gene)} perturbations are no gene of the data, so kept: {some(no_gene)}"
+            f"knock-down filter: kept {counted(len(no_gene), 'perturbation')} without a gene in the data: {some(no_gene)}"
         )
     silent = sorted(set(names[has_target.any(axis=1) & unexpressed]))
     if silent:
         notes.append(
-            f"knock-down filter: the controls of a context do not express the target of {len(silent)} perturbations, kept "
-            f"there: {some(silent)}"
+            f"knock-down filter: kept {counted(len(silent), 'perturbation')} where the controls of a context do not express the target: "
+            f"{some(silent)}"
         )
     return notes

@@ -1,4 +1,4 @@
-"""What a cell store says of itself: `store.json`, and the names of the columns of its files."""
+"""The description of a cell store, `store.json`, and the names of the columns of its files."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ GENE_IDS, GENE_VALUES, EXPRESSION = "gene_ids", "gene_values", "expression"
 EMBEDDING, TOTAL, BARCODE, OBS = "embedding", "total", "barcode", "obs_"
 
 _COUNTS = ("uint8", "uint16", "uint32")
-# The fields that hold names of the data, by which cells are read. All other texts are for people, and hold no path.
+# The fields that hold names of the data, by which cells are read. All other texts are for people; paths are removed from them.
 _NAMES = ("genes", "reading", "vocabularies", "groups", "shards")
 
 

@@ -1,4 +1,4 @@
-"""What a pickle would do, from its opcodes alone: nothing of it is run."""
+"""Following the opcodes of a pickle without running it."""
 
 import pickle
 import pickletools

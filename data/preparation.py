@@ -503,7 +503,7 @@ def _do(
 
 
 def _begin():
-    """A process that reads or writes for another ends when that one is killed; by itself it would wait for work for ever."""
+    """Let a worker process end when its parent is killed. Otherwise it would wait for work for ever."""
     guard_this_process()
 
     def wait():

@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 _ENDINGS = (".h5ad", ".h5", ".h5ad.gz")
 # What a pattern of files may stand for. It may come from a run file of others.
 _MOST_FILES, _MOST_RECURSIONS = 10_000, 2
-# How much smaller gzip makes a file of cells: 5 to 50 times. It makes nothing but zeros 1,000 times smaller.
+# gzip makes a file of cells 5 to 50 times smaller, and a file of zeros 1,000 times.
 _MOST_PACKED, _BLOCK = 200, 1 << 22
 _FOLDERS: list[tempfile.TemporaryDirectory] = []  # of unpacked files, until the process ends
 

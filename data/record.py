@@ -1,4 +1,4 @@
-"""What a checkpoint learned from: the one record that baselines, marks of leaks, cards and resumed runs read."""
+"""The record of what a checkpoint learned from. Baselines, warnings of leaks, model cards and resumed runs read it."""
 
 import json
 import os

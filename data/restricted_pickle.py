@@ -34,7 +34,7 @@ _ENCRYPTED = 0x61
 # First bytes of a file of torch.save that is not a zip archive (before torch 1.6, and tensors within a plain pickle).
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _OLD_TORCH_PROTOCOL = 1001
-# Entries that functions may be given for each byte of the pickle. The pickles that are known here stay below 4.
+# The most entries that may be passed to functions for each byte of the pickle. Known pickles stay below 4.
 _ENTRIES_PER_BYTE = 16
 # Codes of a registry that other code fills, buffers from outside the file, ids as text: none of the known files has them.
 _REFUSED_OPCODES = ("EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID")

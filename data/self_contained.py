@@ -14,9 +14,9 @@ from pertstate.data.hdf5_texts import text_bytes
 
 MOST_OBJECTS = 200_000
 LONGEST_NAME = 1 << 16  # bytes of a text of fixed width
-# What gzip makes of nothing but zeros is 1,030 times smaller. What is small is read in any case.
+# gzip makes zeros 1,030 times smaller. Small arrays are read in any case.
 LARGEST_RATIO, SMALL = 1100, 1 << 26
-# Groups in groups.
+# How deep groups may be nested.
 DEEPEST = 50
 # HDF5 keeps each text of no fixed width by itself, with at least so many bytes.
 BYTES_OF_TEXT = 16

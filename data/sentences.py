@@ -9,7 +9,7 @@ import torch
 
 from pertstate.base.cell_sentences import SentenceLayout
 from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split, Values
-from pertstate.base.messages import closest
+from pertstate.base.messages import closest, counted
 from pertstate.base.printable import get_logger
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
@@ -41,7 +41,7 @@ class SentenceDataset(TrainingSentences):
 
     A sentence is up to `set_size` perturbed cells of one [`Group`] and as many control cells of the same dataset and
     context (and batch). In an epoch each perturbed cell stands in exactly one sentence, unless `sentences_per_group`
-    is another than `"proportional"`. Controls are drawn without replacement within a sentence. The order and the draws
+    is set otherwise. Controls are drawn without replacement within a sentence. The order and the draws
     depend on `seed` and the epoch alone, and are the same whether the cells lie in memory or in a store.
 
     A loader gets a whole batch at once: it is read in one go, and is collated already. The workers of a loader share the
@@ -78,8 +78,8 @@ class SentenceDataset(TrainingSentences):
         sentence_cap (`int`, *optional*): with `"capped"`, the largest number of sentences of a group.
         shuffle (`bool`): shuffle cells and sentences each epoch. If False, sentences stand group by group.
         multiple_of (`int`): the number of sentences of an epoch is a multiple of this (the sentences of an optimiser
-            step). The few sentences that are too many are left out; the next epoch draws anew. If there are fewer sentences
-            than this, each step takes all of them, which a warning says.
+            step). Sentences beyond the last multiple are left out of the epoch. If there are fewer sentences than
+            this, each step takes all of them, and a warning says so.
 
     Raises:
         ValueError: a group has no matching controls, or the split has no cells.
@@ -352,7 +352,7 @@ def _make_groups(
         groups.append(Group(dataset, context, perturbation, batch[0] if batch else None, rows, controls))
     if lonely:
         raise ValueError(
-            f"{len(lonely)} groups of perturbed cells have no control cells of their dataset and context: "
+            f"{counted(len(lonely), 'group')} of perturbed cells without control cells of their dataset and context: "
             f"{lonely[:10]}; add controls, or leave the context out with contexts="
         )
     if not groups and not controls_only:
@@ -361,7 +361,7 @@ def _make_groups(
         trained = {(group.dataset, group.context) for group in groups}
         datasets = {dataset for dataset, _ in trained}
         for key, rows in (of_batches or pools).items():
-            # A held-out context's controls are unperturbed cells like any other; whether they may be seen is an option.
+            # The control cells of a held-out context are unperturbed; `heldout_controls` says whether training may use them.
             if controls_only or key[:2] in trained or (heldout_controls and key[0] in datasets):
                 groups.append(Group(key[0], key[1], control, key[2] if len(key) > 2 else None, rows, rows))
     if not groups:

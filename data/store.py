@@ -1,4 +1,4 @@
-"""A cell store: cells in groups, memory-mapped from Arrow files, with one JSON file that says what they are."""
+"""A cell store: groups of cells in memory-mapped Arrow files, and a JSON file that describes them."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from pertstate.base.cell_source import Block, LazyBlock, check_contexts
 from pertstate.base.cell_values import normalize_counts
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite, check_totals, wrong
-from pertstate.base.messages import given, some
+from pertstate.base.messages import counted, given, some
 from pertstate.base.value_scale import Scale
 from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.data.cells import Cells, load
@@ -42,7 +42,7 @@ from pertstate.processing import StateProcessor
 
 class CellStore:
     """
-    Cells on disk, read through a memory map: to open the store costs next to nothing, to read a cell costs its own bytes.
+    Cells on disk, read through a memory map. Opening the store takes milliseconds, and only the cells that are asked for are read.
 
     Args:
         path (`str` or `Path`): folder that `pertstate prepare` wrote.
@@ -94,7 +94,7 @@ class CellStore:
         ]
         if damaged:
             raise ValueError(
-                f"{self.path}: {len(damaged)} files are not what was written: {some(damaged)}; copy them again, or prepare "
+                f"{self.path}: {counted(len(damaged), 'file')} damaged: {some(damaged)}; copy them again, or prepare "
                 "the store again"
             )
 
@@ -222,7 +222,7 @@ def _batches(file: Path) -> list[pa.RecordBatch]:
 
 class _Piece:
     """
-    One record batch of a store: views into the memory map. Which of them there are, the manifest says: `totals` of
+    One record batch of a store: views into the memory map. The manifest says which of them exist: `totals` of
     counts, an `embedding`, and expression that is `dense` or `sparse`.
     """
 

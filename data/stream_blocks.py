@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from pertstate.base.cell_values import TARGET_SUM, cell_totals, fits, kind_of_values, normalize_counts, wrong_kind
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite, check_totals, wrong
-from pertstate.base.messages import given, some
+from pertstate.base.messages import counted, given, some
 from pertstate.data.cell_pool import CellRows
 from pertstate.processing import StateProcessor
 
@@ -127,7 +127,9 @@ class CellBlock:
             array = array.cast(pa.string())
         if array.null_count:
             first = np.flatnonzero(pc.is_null(array).to_numpy())[0]
-            raise ValueError(f"column {column!r} is empty in {array.null_count} cells, first in {self.where(first)}")
+            raise ValueError(
+                f"column {column!r} is empty in {counted(array.null_count, 'cell')}, first in {self.where(first)}"
+            )
         encoded = array.combine_chunks().dictionary_encode()
         names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy().astype(np.int64)
         blank = [i for i, name in enumerate(names) if not name.strip()]
@@ -262,7 +264,9 @@ class CellBlock:
             raise ValueError(f"column {column!r}: expected lists of numbers, found lists of {number}")
         if array.null_count:
             first = np.flatnonzero(pc.is_null(array).to_numpy(zero_copy_only=False))[0]
-            raise ValueError(f"column {column!r} is empty in {array.null_count} cells, first in {self.where(first)}")
+            raise ValueError(
+                f"column {column!r} is empty in {counted(array.null_count, 'cell')}, first in {self.where(first)}"
+            )
         if fixed:
             offsets, values = np.arange(len(array) + 1) * kind.list_size, array.flatten()
         else:

@@ -21,7 +21,7 @@ def write_stream_state(state: dict, folder: str | os.PathLike, rank: int = 0, wo
     folder.mkdir(parents=True, exist_ok=True)
     values, arrays = _state_paths(folder, rank, world_size)
     text = json.dumps({name: value for name, value in state.items() if name != "arrays"}, ensure_ascii=False)
-    # The files take their places last entered first: the arrays, then the values, without which there is no state.
+    # The file that was entered last is renamed first: the arrays, and then the values, without which no state is read.
     with whole_file(values) as new_values, whole_file(arrays) as new_arrays:
         save_file({name: np.ascontiguousarray(array) for name, array in state["arrays"].items()}, new_arrays)
         new_values.write_text(text, encoding="utf-8")

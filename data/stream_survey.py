@@ -20,7 +20,7 @@ from pertstate.base.cell_source import (
     with_rows,
 )
 from pertstate.base.constants import Normalize, Split, Values
-from pertstate.base.messages import closest, given, some
+from pertstate.base.messages import closest, counted, given, some
 from pertstate.base.value_scale import Scale, look_at
 from pertstate.data.cell_pool import CellRows, Reservoirs
 from pertstate.data.cells import Cells, check_names, sort_into_groups, trained_on
@@ -395,7 +395,7 @@ def check_controls(lonely: list[tuple[str, str]]):
     """ValueError for contexts of perturbed cells without control cells."""
     if lonely:
         raise ValueError(
-            f"{len(lonely)} contexts have training cells and no control cells: "
+            f"{counted(len(lonely), 'context')} with training cells and without control cells: "
             f"{some([' / '.join(pair) for pair in lonely])}; raise fill_cells (controls may come later in the stream), "
             "add controls, or leave these contexts out with contexts="
         )

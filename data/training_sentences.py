@@ -1,4 +1,4 @@
-"""What training data answer to the Trainer, whether their cells lie in memory, in a store or in a stream."""
+"""The interface of training data to the Trainer, for cells in memory, in a store or in a stream."""
 
 import math
 import os

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from pertstate.base.messages import counted
 from pertstate.evaluation.bootstrap import interval, resampled_average
 from pertstate.evaluation.metrics import CEILING, HIGHER_IS_BETTER, METRICS, MODEL, NAMES
 from pertstate.evaluation.scoring import GroupResult, methods_of
@@ -139,4 +140,4 @@ def compare(first: list[GroupResult], second: list[GroupResult], names: tuple[st
         low, high = interval(draws)
         word = "not distinguishable from" if not (low > 0 or high < 0) else "better than" if low > 0 else "worse than"
         said.append(f"In {NAMES[metric]}: {word} {_named((float(draws[0]), low, high, names[1]), sign)}.")
-    return " ".join([f"Verdict on {names[0]}, from {len(pairs)} groups.", *said])
+    return " ".join([f"Verdict on {names[0]}, from {counted(len(pairs), 'group')}.", *said])

@@ -18,6 +18,7 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import TASK, Split
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
+from pertstate.base.messages import counted
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public, public_text
 from pertstate.data.record import RunRecord
@@ -197,7 +198,7 @@ def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
             for (dataset, context), split in provenance.splits.zeroshot.items()
         ]
         lines += [
-            f"{split}: {len(names)} perturbations of context {as_code(context)} of {as_code(dataset)}: {as_names(names)}"
+            f"{split}: {counted(len(names), 'perturbation')} of context {as_code(context)} of {as_code(dataset)}: {as_names(names)}"
             for (dataset, context), held in provenance.splits.fewshot.items()
             for split, names in held.items()
             if names

@@ -66,8 +66,8 @@ def read_list(path: Path) -> dict[str, Any] | None:
 
 def model_folder(run: str | os.PathLike) -> Path:
     """
-    The folder that a run's model is loaded from: its own, or of a run that was stopped before its end that of its last whole
-    checkpoint, which the log names. A folder that holds no run is its own, too.
+    The folder that a run's model is loaded from: the run's own, or, if the run was stopped before its end, that of its last whole
+    checkpoint, which the log names. For a folder that holds no run, the folder itself.
 
     Raises:
         ValueError: the run has checkpoints alone, and none is whole.

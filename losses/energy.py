@@ -28,8 +28,7 @@ class _EnergyDistance(torch.autograd.Function):
         norms = gram.diagonal(dim1=1, dim2=2)
         scale = norms.unsqueeze(1) + norms.unsqueeze(2)
         squared = scale - 2 * gram
-        # Below the rounding error of the Gram matrix two cells are one and the same: distance 0, gradient 0. NaN is no
-        # such thing, and stays.
+        # Below the rounding error of the Gram matrix two cells count as identical: distance 0, gradient 0. NaN stays NaN.
         same = squared <= 8 * torch.finfo(cells.dtype).eps * scale
         distances = squared.masked_fill_(same, 0.0).sqrt_()
         energy = -0.5 * torch.einsum("bi,bij,bj->b", weights, distances, weights)

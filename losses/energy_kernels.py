@@ -3,7 +3,7 @@ The energy distance on a GPU whose tensor cores multiply half precision: the sam
 
 A float32 number is the sum of two float16 numbers to 22 bits, once the cells of a sentence are moved to their centre and
 scaled to at most 1. So the Gram matrix is two half-precision products, which are summed in float32, and the gradient is
-three. What lies between is one pass over each matrix.
+three. Between the products, each matrix is passed over once.
 """
 
 import torch
@@ -16,7 +16,7 @@ CELLS_OF_SUM = 64  # that are added up at once
 GENES_OF_BLOCK = 128
 PAIRS = (32, 128)  # rows and columns of a tile of the matrix of distances
 LARGEST_GRAM = 1 << 28  # bytes; sentences beyond it are taken one after another
-# Where the squared distance is below this part of the squared norms, the difference of norms and products says too little of it.
+# Below this part of the squared norms, a squared distance is computed from the differences: from the norms it would lose its digits.
 NEAR = 0.1
 
 
@@ -123,7 +123,7 @@ def _pairs(
         close = there & ~itself & (squared < near * norms)
         if tl.sum(close.to(tl.int32)) > 0:
             squared = tl.where(close, _differences(high, low, sentence * size, row, column, size, genes), squared)
-        # Of two cells that are one and the same: distance 0, gradient 0. NaN is no such thing, and stays.
+        # Identical cells have distance 0 and gradient 0. NaN stays NaN.
         same = itself | (squared <= 0.0)
         distance = tl.sqrt(tl.where(same, 0.0, squared))
         against = tl.load(weights + sentence * size + column, column < size, 0.0)
@@ -201,7 +201,7 @@ class HalfProducts(torch.autograd.Function):
         _split[(sentences, triton.cdiv(size, CELLS_OF_BLOCK), blocks)](
             x, y, a, b, centre, scale, high, low, size_x, size_y, genes, GENES_OF_BLOCK, CELLS_OF_BLOCK
         )  # fmt: skip
-        # Of two cells that are not one and the same, l l^T is noise; of a cell with itself it is not.
+        # Between two different cells l l^T is below the rounding error; between a cell and itself it counts.
         rest = torch.linalg.vector_norm(low, dim=2, dtype=torch.float32).square_()
         weights = torch.cat((a, -b), dim=1)
         rows, columns = PAIRS

@@ -6,8 +6,8 @@ from torch import nn
 
 class MSELoss(nn.Module):
     """
-    Mean squared error between predicted cell i and observed cell i. Cells of a sentence are not paired by nature, so
-    this asks each prediction for the conditional mean; kept for checkpoints and families that were trained so.
+    Mean squared error between predicted cell i and observed cell i. Cells of a sentence are not paired, so the
+    best prediction is the conditional mean. This loss is for checkpoints and families that were trained with it.
 
     Inputs:
         - predictions `(B, S, D)`, targets `(B, S, D)`, mask `(B, S)` bool or None: the real cells of both.

@@ -548,7 +548,7 @@ def test_names_that_stand_twice(template, tmp_path):
         ("codes", np.array([2] * 15, dtype=np.int8), "has the shape (15,), expected 12 cells"),
         ("codes", np.array([[2]] * 12, dtype=np.int8), "has the shape (12, 1), expected 12 cells"),
         ("codes", np.array([2.0] * 12), "codes need to be array-like integers"),
-        ("codes", np.array([-1] + [2] * 11, dtype=np.int8), "is empty in 1 cells, first in 'cell0'"),
+        ("codes", np.array([-1] + [2] * 11, dtype=np.int8), "is empty in 1 cell, first in 'cell0'"),
         ("categories", ["unused", "B", "control", "B"], "categories must be unique"),
     ],
 )

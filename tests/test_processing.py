@@ -850,7 +850,7 @@ def test_missing_columns_layers_and_embeddings_list_what_there_is():
 def test_cells_without_a_label(column):
     adata = log1p_screen()
     adata.obs.loc["cell5", column] = np.nan
-    with pytest.raises(ValueError, match=rf"obs\['{column}'\] is empty in 1 cells, first in 'cell5'"):
+    with pytest.raises(ValueError, match=rf"obs\['{column}'\] is empty in 1 cell, first in 'cell5'"):
         StateProcessor.fit(adata, batch_key="batch")
     adata.obs.loc[["cell5", "cell6"], column] = ["", "  "]
     with pytest.raises(ValueError, match=rf"obs\['{column}'\] is blank in 2 cells, first in 'cell5'"):

@@ -1,4 +1,4 @@
-"""What the training cells show of each perturbation, for a model that starts from it."""
+"""Fitting the anchor of a model: the changes that the training cells show for each perturbation."""
 
 import numpy as np
 from accelerate import Accelerator

@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from pertstate.base.public import public
 
 
-# The share of all steps from one evaluation to the next, where nothing says how often.
+# By default an evaluation comes after each such share of all steps.
 EVALUATED = 0.05
 
 _FINITE_NUMBER = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
@@ -27,7 +27,7 @@ _STEPS = (
     lambda value: 0 < value < 1 or (value >= 1 and value == value // 1),
     "a number of steps, or a share of all below 1",
 )
-# What each number must be; NaN is none of these.
+# The range of each number. NaN is in no range.
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), _FINITE_NUMBER),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _SHARE),

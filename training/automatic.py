@@ -1,4 +1,4 @@
-"""What a run does where it does not say: the size of the model, of sentences, and the number of steps."""
+"""What a run decides by itself: the sizes of the model, of sentences and of batches, and the number of steps."""
 
 import math
 from dataclasses import replace
@@ -12,13 +12,13 @@ from pertstate.training.run_config import RunConfig
 
 
 AUTO = "auto"
-# The training arguments that may be so, beside `preset` and `set_size` of the model.
+# The training arguments that may be `auto`, beside `preset` and `set_size` of the model.
 OF_TRAINING = ("max_steps", "per_device_train_batch_size", "early_stopping_patience")
 # Training arguments of a model that starts from an anchor; a run may set others.
 ANCHORED = {"learning_rate": 3e-4, "lr_scheduler_type": "linear", "average_decay": 0.98}
 # Held-out sets of training groups that choose the number of steps.
 INNER_FOLDS = 2
-# Up to so many training cells a preset is enough, with an accelerator.
+# With an accelerator, each preset is used up to so many training cells.
 _ENOUGH = {"mini": 100_000, "small": 2_000_000, "base": math.inf}
 _MOST_CELLS = 128  # of an automatic sentence
 _FEWEST_CELLS = 32
@@ -66,7 +66,8 @@ def is_new_state(model: dict) -> bool:
 
 def settled(run: RunConfig, cells: np.ndarray | None, has_validation: bool) -> tuple[RunConfig, str | None]:
     """
-    The run with what its data decide, and that in words; None where the run sets all by itself.
+    Replace each `"auto"` of a run by a value that follows from its data. Returns the run and the decisions as a sentence; None
+    instead of the sentence if nothing was left to decide.
 
     - `preset`: `mini` without an accelerator; with one, `mini` up to 100,000 training cells, `small` up to 2,000,000, `base`
       beyond. Of other families than State `tiny` without an accelerator, `published` with one
@@ -77,7 +78,7 @@ def settled(run: RunConfig, cells: np.ndarray | None, has_validation: bool) -> t
     - `max_steps`: 20 epochs, from 400 to 4,000 steps. A model with an anchor and without validation data chooses among these
       on held-out training groups (`inner_folds: 2`), unless the run sets `inner_folds`
 
-    A stream is taken for one of more cells and larger groups than any bound.
+    A stream counts as larger than every bound.
 
     Args:
         run ([`RunConfig`]): with `"auto"` where a value is to be decided.
@@ -85,7 +86,7 @@ def settled(run: RunConfig, cells: np.ndarray | None, has_validation: bool) -> t
         has_validation (`bool`): the run holds out validation data.
 
     Raises:
-        ValueError: `auto` is asked for where it means nothing.
+        ValueError: `auto` is asked for where it has no meaning.
     """
     model, training, said = dict(run.model), dict(run.training), []
     accelerator = torch.accelerator.is_available() and not training.get("use_cpu")

@@ -1,4 +1,4 @@
-"""The moving average of the weights: what is evaluated and saved, while the steps go on from the weights themselves."""
+"""The moving average of the weights. It is evaluated and saved; training steps continue from the weights themselves."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

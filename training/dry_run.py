@@ -1,4 +1,4 @@
-"""What a run would be: what it holds out, its memory and its time, measured on a few of its steps."""
+"""What a run needs: time, memory and disk, measured on a few of its steps."""
 
 import math
 import resource

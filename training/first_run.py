@@ -17,14 +17,14 @@ _DATA = re.compile(r".*\.(h5ad|h5|h5ad\.gz|zarr)", re.IGNORECASE)
 
 
 def is_data(word: str) -> bool:
-    """Whether the first word of a run names cells, and not a run file: a file, folder, store or glob of them."""
+    """Whether the first word of a run names cells (a file, folder, store or glob) and not a run file."""
     path = Path(word.rstrip("/"))
     return bool(_DATA.fullmatch(path.name)) or path.is_dir() or any(sign in word for sign in "*?[")
 
 
 def first_run(cells: str | dict[str, CellData], given: dict[str, Any]) -> dict[str, dict]:
     """
-    The sections of a run on cells: what a run file may leave to the package, it leaves.
+    The sections of a run on cells. Everything that may be decided by the package is `"auto"`.
 
     Args:
         cells (`str` or `dict`): a file, folder or glob of cells, or a cell store; or the cells of each dataset, which take the
@@ -60,8 +60,8 @@ def chooses_steps(given: dict[str, Any]) -> bool:
 
 def fill_columns(run: RunConfig):
     """
-    Find the columns and the controls that a run on files does not name, as `pertstate info` does; a line of its notes says
-    which.
+    Find the columns and the controls that a run on files does not name, as `pertstate info` does. A note of the run says which
+    were found.
 
     Raises:
         ValueError: a column or a control cannot be found; what exists is listed.

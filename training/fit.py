@@ -15,7 +15,7 @@ from pertstate.training.run_folder import run_folder
 from pertstate.training.whole_run import train_run
 
 
-# What a run is called whose cells are one object.
+# The dataset of a single object.
 NAME = "screen"
 
 
@@ -26,7 +26,8 @@ def fit(
     **fields: Any,
 ) -> TrainedModel:
     """
-    Train a model, as `pertstate train` does: what is left open is found in the data or follows from them, and the log says it.
+    Train a model, as `pertstate train` does. Columns, sizes and steps that are not given are found in the data or chosen for them;
+    the log says each.
 
     Args:
         cells (`AnnData`, path, or `dict` of these): the cells, or of several datasets those of each by name. A path may be that of

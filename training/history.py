@@ -32,8 +32,8 @@ def history_of(state: TrainerState) -> pd.DataFrame:
 
 def write_history(folder: Path, state: TrainerState):
     """
-    Write `history.csv`, `trainer_state.json` and, where matplotlib is installed, `curves.png`. Of a run that logged
-    nothing there is nothing to write.
+    Write `history.csv`, `trainer_state.json` and, if matplotlib is installed, `curves.png`. If the run logged nothing, no file is
+    written.
     """
     table = history_of(state)
     if table.empty:

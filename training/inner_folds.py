@@ -39,7 +39,7 @@ class InnerFold:
 
 def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[str]], folds: int) -> list[InnerFold]:
     """
-    Which training groups to hold out in turn, so that they are to the others what test groups are to training groups.
+    Which training groups to hold out in turn. They are as new to the remaining training groups as the test groups are to all.
 
     - Where test groups are of contexts without training groups, or there are no test groups: all groups of a context. Of many
       contexts, those with a middling number of cells.

@@ -68,7 +68,7 @@ class LossTerms(TrainerCallback):
 
     @staticmethod
     def _check(logs: dict, state):
-        """No figure is reported that is none. Where float16 overflows, a step is left out and its gradient has no norm."""
+        """Raise for a figure that is not finite. Where float16 overflows, a step is left out and its gradient has no norm."""
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             for entry in (logs, state.log_history[-1]):
                 entry.pop("grad_norm", None)

@@ -18,11 +18,11 @@ logger = get_logger(__name__)
 
 # Seconds from one log entry to the next, where `logging_steps` is not set.
 SECONDS = 5.0
-# Of so many steps after the first one, which is slower, the time of all is estimated.
+# The time of all steps is estimated from so many, after the first, which is slower.
 _MEASURED = 5
-# How many times more steps than before may pass between two entries, until they have been measured.
+# From one entry to the next, the number of steps grows at most by this factor.
 _LONGER = 50
-# Of the terms and figures of an entry, those that no line repeats.
+# Terms and figures of an entry that lines leave out.
 _UNSAID = {"loss", "grad_norm", "learning_rate", "epoch", "total_flos", "cells_per_second"}
 
 

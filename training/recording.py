@@ -15,7 +15,7 @@ from pertstate.training.pretrained import Pretrained
 if TYPE_CHECKING:
     from pertstate.training.run_config import RunConfig
 
-# What may differ between a run and the one that continues it: where it is written, how long it goes on, what it tells.
+# What may differ between a run and the one that continues it: its folder, its length, and what it logs.
 _FREE = (
     *(
         "output_dir",

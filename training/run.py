@@ -1,4 +1,4 @@
-"""What a run is made of: its data, its sentences, its model, read from the sections of a [`RunConfig`]."""
+"""Making the parts of a run from the sections of a [`RunConfig`]: data, sentences, arguments and model."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Split, Values
 from pertstate.base.hub_names import is_repository
 from pertstate.base.labels import looks_like_control
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import closest, counted, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger, joined_lines
 from pertstate.configuration_state import StateConfig
@@ -305,10 +305,11 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
     vocabulary = processor.vocabulary
     read = describe_reading(processor.normalize, processor.values, processor.target_sum)
     lines = [
-        f"{len(cells)} cells x {processor.feature_dim} features from {processor.input} ({read})",
+        f"{counted(len(cells), 'cell')} x {counted(processor.feature_dim, 'feature')} from {processor.input} ({read})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
-        f"{len(vocabulary.perturbations)} single perturbations, {len(vocabulary.contexts)} training contexts"
-        + (f", {len(vocabulary.batches)} batches" if vocabulary.batches else ""),
+        f"{counted(len(vocabulary.perturbations), 'single perturbation')}, "
+        + counted(len(vocabulary.contexts), "training context")
+        + (f", {counted(len(vocabulary.batches), 'batch')}" if vocabulary.batches else ""),
     ]
     alike = [name for name in vocabulary.perturbations if looks_like_control(name)]
     if alike:

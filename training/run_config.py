@@ -57,7 +57,7 @@ class RunConfig:
     def to_yaml(self) -> str:
         """
         The run as one YAML file that [`load_run_config`] reads to the same: file and flags together, without what is
-        at its default, without tokens, and of every path its last part, as the rest is nobody's business.
+        at its default, without tokens, and with the last part of every path alone, as folders are private.
         """
         content = {
             "data": _changed(self.data),

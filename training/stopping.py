@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pertstate.base.stopped import SIGNALS, StoppedError
 
 
-# Launchers of several processes pass a signal on that the processes got already; so soon after it, in seconds.
+# Launchers of several processes pass a signal on that each process got already. A second signal within these seconds is that one.
 _SAME_SIGNAL = 1.0
 
 
@@ -26,8 +26,8 @@ _listening: list["Stop"] = []
 
 def _outlive_signals_to_all():
     """
-    A process that a training forks loads its data, and the running step needs it: SIGTERM ends it only where it comes from
-    the training. (torch lets it end whoever sends it, and then the training as well.)
+    Let a forked process, which loads data for the running step, end at a SIGTERM of the training alone. (By torch's default it ends at
+    any SIGTERM, and the training with it.)
     """
     if _listening:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

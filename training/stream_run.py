@@ -7,6 +7,7 @@ from typing import Any
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import Normalize, Split
+from pertstate.base.messages import counted
 from pertstate.base.printable import joined_lines
 from pertstate.data.arguments import DataArguments, StreamArguments
 from pertstate.data.manifest import Manifest
@@ -205,9 +206,11 @@ def describe(survey: StreamSurvey, path: Path) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in sorted(sizes.items(), key=lambda item: -item[1]))
     return joined_lines(
         [
-            f"{path}: a stream; first look at {survey.cells} cells" + ("" if survey.complete else ", not all of it"),
+            f"{path}: a stream; first look at {counted(survey.cells, 'cell')}"
+            + ("" if survey.complete else ", not all of it"),
             f"splits: {counts}",
-            f"{len(survey.controls)} control cells to draw from; {len(vocabulary.perturbations)} single perturbations, "
-            f"{len(vocabulary.contexts)} training contexts",
+            f"{counted(len(survey.controls), 'control cell')} to draw from; "
+            f"{counted(len(vocabulary.perturbations), 'single perturbation')}, "
+            f"{counted(len(vocabulary.contexts), 'training context')}",
         ]
     )

@@ -1,4 +1,4 @@
-"""Which training groups a run holds out for validation, where it leaves that to the package (`validation: auto`)."""
+"""Choosing the training groups that are held out for validation (`validation: auto`)."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 
 from pertstate.base.constants import Split
-from pertstate.base.messages import some
+from pertstate.base.messages import counted, some
 from pertstate.data.cells import assign_splits
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
@@ -15,9 +15,9 @@ from pertstate.training.inner_folds import Key, inner_folds
 
 def with_validation(splits: Splits, groups: pd.DataFrame, reader: StateProcessor) -> tuple[Splits, str]:
     """
-    The splits with some training groups held out for validation, and what they are, in words. Where the splits name some
-    already, they stay as they are. Test groups are never among them: they are the first of [`inner_folds`], which stand to the
-    others as the test groups do; but every perturbation that the model knows by its cells stays among the training groups.
+    Hold some training groups out for validation: the first of [`inner_folds`], which are as new to the remaining training groups as
+    the test groups are. One group of each perturbation stays in training, unless perturbations have vectors. Splits that name
+    validation groups stay as they are. Returns the splits, and a sentence that says what is held out.
 
     Args:
         splits ([`Splits`]): what the run names.
@@ -36,7 +36,9 @@ def with_validation(splits: Splits, groups: pd.DataFrame, reader: StateProcessor
             "validation: auto: no training groups can be held out as the test groups are; the last step is kept"
         )
     named = some([f"{context} / {name}" for _, context, name in held])
-    return _holding_out(splits, held, train), f"validation: auto: {len(held)} training groups are held out: {named}"
+    return _holding_out(
+        splits, held, train
+    ), f"validation: auto: {counted(len(held), 'training group')} held out: {named}"
 
 
 def _keys(table: pd.DataFrame) -> list[Key]:

@@ -90,7 +90,7 @@ def test_labels_may_be_numbers_truth_values_and_anything_printable():
 def test_cells_without_a_label_are_an_error_or_left_out(missing):
     obs = table(perturbation=["A", missing, "control"], cell_type=["k562"] * 3)
     with pytest.raises(
-        ValueError, match=r"obs\['perturbation'\] .* in 1 cells, first in 'c1'; label them, or set unlabelled: drop"
+        ValueError, match=r"obs\['perturbation'\] .* in 1 cell, first in 'c1'; label them, or set unlabelled: drop"
     ):
         reader().read(obs)
     found = reader(unlabelled="drop").read(obs)

@@ -1,6 +1,6 @@
 import pytest
 
-from pertstate.base.messages import closest, given, some
+from pertstate.base.messages import closest, counted, given, some
 
 
 def test_the_nearest_names_or_the_list_of_them():
@@ -30,3 +30,12 @@ def test_a_list_with_commas_is_told_how_to_write_it():
     )
     # A name that holds a comma is a name.
     assert closest("CD4 T, naive", ["CD4 T, naiv", "B"]) == "did you mean 'CD4 T, naiv'?"
+
+
+@pytest.mark.parametrize(
+    "number, noun, words",
+    [(1, "context", "1 context"), (0, "cell", "0 cells"), (2, "batch", "2 batches"), (1, "batch", "1 batch")]
+    + [(12345, "training group", "12,345 training groups")],
+)
+def test_counted_nouns_agree_with_their_number(number, noun, words):
+    assert counted(number, noun) == words

@@ -395,7 +395,7 @@ def test_the_command_itself(folder, tmp_path):
     command += ["--adata", folder / "screen.h5ad", "--output", tmp_path / "out.h5ad", "--perturbation", "pert_1"]
     done = subprocess.run([str(word) for word in command], env=launches.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / 'out.h5ad'}: 40 cells, 1 perturbations in 2 contexts\n"
+    assert done.stdout == f"{tmp_path / 'out.h5ad'}: 40 cells, 1 perturbation in 2 contexts\n"
     assert "predict:" in done.stderr and "cells/s" in done.stderr  # a progress bar with a rate
     expected = predict(folder, tmp_path / "here.h5ad", "--perturbation", "pert_1")
     np.testing.assert_allclose(ad.read_h5ad(tmp_path / "out.h5ad").X, expected.X, atol=1e-6)

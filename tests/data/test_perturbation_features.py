@@ -489,7 +489,7 @@ def test_a_model_on_ids_takes_no_features(folder, tmp_path, capsys):
     (tmp_path / "ids.yaml").write_text(without.format(folder=folder))
     run = ["--config", str(tmp_path / "ids.yaml"), "--output_dir", str(folder / "ids"), "--max_steps", "1"]
     with pytest.raises(
-        ValueError, match=r"1 perturbations held out for test .*\['pert_3'\]; hold out others, or train on"
+        ValueError, match=r"1 perturbation held out for test .*\['pert_3'\]; hold out others, or train on"
     ):
         pertstate.train.main(run)
     pertstate.train.main([*run, "--test_perturbations", "[]"])

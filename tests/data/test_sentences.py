@@ -279,7 +279,9 @@ def test_no_held_out_cell_is_trained_on():
 
 def test_groups_without_controls_are_named():
     one = cells(leave_out=[("c", "T", "control", "b1")])
-    with pytest.raises(ValueError, match=r"1 groups .* no control cells of their dataset and context: \['c / T / Q'\]"):
+    with pytest.raises(
+        ValueError, match=r"1 group .* without control cells of their dataset and context: \['c / T / Q'\]"
+    ):
         SentenceDataset(one, processor(), "train", 4)
     one = cells(leave_out=[("a", "T", "control", "b1")])
     SentenceDataset(one, processor(), "train", 4)

@@ -200,7 +200,7 @@ def test_what_is_named_must_exist(files, held, message):
 
 def test_a_perturbation_without_training_cells_cannot_be_held_out(files):
     held = {("one", c): {"test": ["pert_2"]} for c in CONTEXTS}
-    with pytest.raises(ValueError, match=r"1 perturbations held out for test have no training cell .*\['pert_2'\]"):
+    with pytest.raises(ValueError, match=r"1 perturbation held out for test without a training cell .*\['pert_2'\]"):
         load_cells(splits_of(files, fewshot=held))
     # The double may be held out, because both singles are trained on.
     held = {("one", c): {"val": ["pert_0+pert_1"]} for c in CONTEXTS}

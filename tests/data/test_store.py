@@ -364,8 +364,8 @@ def test_ineffective_knockdowns_are_left_out(tmp_path):
     assert (
         "all of 4 perturbations in their context: ['a / A / g2', 'a / B / g0', 'a / B / g0+g1', 'a / B / g2']" in notes
     )
-    assert "1 perturbations are no gene of the data, so kept: ['drug']" in notes
-    assert "the controls of a context do not express the target of 1 perturbations, kept there: ['g3']" in notes
+    assert "kept 1 perturbation without a gene in the data: ['drug']" in notes
+    assert "kept 1 perturbation where the controls of a context do not express the target: ['g3']" in notes
 
 
 # A run reads the same from a store as from files
@@ -778,7 +778,7 @@ def test_a_flipped_bit_is_found_where_it_is_looked_for(store, tmp_path, capsys):
     shard.write_bytes(content)
     CellStore(copy)  # reading all would cost what a memory map saves
     assert main(["info", str(copy), "--verify"]) == 1
-    assert f"1 files are not what was written: ['{shard.name}']" in capsys.readouterr().err
+    assert f"1 file damaged: ['{shard.name}']" in capsys.readouterr().err
 
 
 # Parquet

@@ -417,7 +417,7 @@ def test_batches_share_the_reservoir_of_their_context(tmp_path):
     for parts in looked.control_rows.values():
         for batch, rows in parts.items():
             assert {looked.batch_names[i] for i in looked.controls.batches[rows]} == {batch}
-    with pytest.raises(ValueError, match="has more than 1 batches.*raise reservoir_cells"):
+    with pytest.raises(ValueError, match="has more than 1 batch.*raise reservoir_cells"):
         survey(store(tmp_path), control_matching="batch", reservoir_cells=1)
 
 
@@ -680,11 +680,11 @@ def set_cell(row: int, value):
 @pytest.mark.parametrize(
     "column, change, message",
     [
-        ("perturbation", set_cell(300, None), r"'perturbation' is empty in 1 cells, first in shard 1 of 3 .*row 90"),
+        ("perturbation", set_cell(300, None), r"'perturbation' is empty in 1 cell, first in shard 1 of 3 .*row 90"),
         ("context", set_cell(5, "  "), r"'context' is blank in shard 0 of 3 \(from 0\), row 5"),
         ("gene_ids", set_entry(250, 0, 60), r"ids of no known gene: \['60'\], first in shard 1 of 3 .*row 40"),
         ("gene_ids", set_entry(250, 0, -1), r"ids of no known gene: \['-1'\]"),
-        ("gene_ids", set_cell(7, None), r"'gene_ids' is empty in 1 cells, first in shard 0 of 3 .*row 7"),
+        ("gene_ids", set_cell(7, None), r"'gene_ids' is empty in 1 cell, first in shard 0 of 3 .*row 7"),
         ("gene_ids", set_entry(7, 2, None), r"'gene_ids' has an empty entry in shard 0 of 3 .*row 7"),
         ("gene_ids", lambda values: values[12].pop(), r"row 12: \d+ entries in 'gene_ids' and \d+ in 'gene_values'"),
         (
@@ -727,7 +727,7 @@ def test_contexts_without_controls_are_named(tmp_path):
     data = screen()
     lost = ((data.obs["cell_type"] == "type_2") & (data.obs["perturbation"] == "control")).to_numpy()
     table = store_table(data[~lost])
-    with pytest.raises(ValueError, match=r"1 contexts have training cells .*\['stream / type_2'\]; raise fill_cells"):
+    with pytest.raises(ValueError, match=r"1 context with training cells .*\['stream / type_2'\]; raise fill_cells"):
         survey(store(tmp_path, table))
     source = store(tmp_path, table, contexts=["type_0", "type_1"])
     looked = survey(source)
@@ -787,7 +787,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         survey(source, Splits({"other": []}, {"other"}))
     with pytest.raises(ValueError, match="the splits leave no cell for training"):
         survey(source, holding_out(["type_0", "type_1", "type_2"]))
-    with pytest.raises(ValueError, match="perturbations held out for test have no training cell"):
+    with pytest.raises(ValueError, match="1 perturbation held out for test without a training cell"):
         survey(
             source,
             Splits({"stream": []}, {"stream"}, {}, {("stream", f"type_{i}"): {"test": ["pert_3"]} for i in range(3)}),

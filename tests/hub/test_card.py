@@ -227,8 +227,8 @@ def test_what_a_splits_file_holds_out_is_listed(screen, tmp_path):
     processor = make_processor()
     card = render_card(make_run(tmp_path, splits=str(splits)), config_for(processor), processor)
     assert "- test: context `type_2` of `screen`, whole" in card
-    assert "- val: 1 perturbations of context `type_1` of `screen`: `pert_0`" in card
-    assert "- test: 1 perturbations of context `type_1` of `screen`: `pert_1`" in card
+    assert "- val: 1 perturbation of context `type_1` of `screen`: `pert_0`" in card
+    assert "- test: 1 perturbation of context `type_1` of `screen`: `pert_1`" in card
     assert str(tmp_path) not in card
 
 

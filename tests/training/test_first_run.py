@@ -106,7 +106,7 @@ def test_one_command_trains_validates_scores_and_leaves_a_whole_run(screen, tmp_
     assert done.returncode == 0, done.stderr
     run, said = tmp_path / "run", done.stderr
     assert "found in my screen.h5ad by their names: perturbation_key: gene" in said
-    assert "validation: auto: 3 training groups are held out: " in said
+    assert "validation: auto: 3 training groups held out: " in said
     assert "auto: genes all 40" in said and "Verdict on the model, from 3 groups." in said
     assert "step 1/40  loss " in said and "  (the best so far)" in said and "device: 1 x CPU" in said
     assert {"history.csv", "trainer_state.json", "curves.png", "model.safetensors", "scores"} <= {

@@ -31,7 +31,7 @@ def test_a_context_is_held_out_as_the_test_context_is():
     assert held(splits, groups) == [("c2", "A"), ("c2", "B")]
     assert held(splits, groups, "test") == [("c3", "A"), ("c3", "B")]
     assert splits.zeroshot == {("screen", "c3"): "test", ("screen", "c2"): "val"}
-    assert words == "validation: auto: 2 training groups are held out: ['c2 / A', 'c2 / B']"
+    assert words == "validation: auto: 2 training groups held out: ['c2 / A', 'c2 / B']"
 
 
 def test_every_perturbation_stays_in_a_training_group():
