@@ -228,7 +228,7 @@ def check_agreement(settings: dict, vocabulary, features, config: dict | None, p
     if features is not None:
         width = settings["perturbation_dim"]
         check(
-            "perturbation_dim in processor_config.json", width, "number", "in each perturbation's vector", features.dim
+            "perturbation_dim in processor_config.json", width, features.dim, "in each perturbation's vector", "number"
         )
     if config is None:
         return
