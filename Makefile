@@ -26,7 +26,7 @@ test: .venv/.installed
 # The kernels for a GPU, in Triton's interpreter. Triton comes with torch for GPUs, and is not part of the environment here.
 test-kernels: .venv/.installed
 	test -d build/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton 'triton>=3.9'
-	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/losses/test_energy_kernels.py
+	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/losses/test_energy_kernels.py tests/losses/test_sinkhorn_kernels.py
 
 # The fuzzer itself finds a fault that is planted.
 test-fuzzer: build/atheris

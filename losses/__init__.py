@@ -5,7 +5,7 @@ from pertstate.losses.energy import EnergyLoss, energy_distance
 from pertstate.losses.fitted import FittedObjective
 from pertstate.losses.mse import MSELoss
 from pertstate.losses.objective import Objective
-from pertstate.losses.sinkhorn import SinkhornLoss
+from pertstate.losses.sinkhorn import SinkhornLoss, sinkhorn_divergence
 
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "Objective",
     "SinkhornLoss",
     "energy_distance",
+    "sinkhorn_divergence",
 ]

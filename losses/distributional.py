@@ -38,7 +38,6 @@ class DistributionalObjective(Objective):
             "mse": {"mse": 1.0},
         }
         self.weights = weights_of[config.loss]
-        # Only those that are asked for are made: one needs a further package.
         kinds: dict[str, Callable[[], nn.Module]] = {
             "energy": EnergyLoss,
             "sinkhorn": partial(SinkhornLoss, config.blur),

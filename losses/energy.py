@@ -56,7 +56,7 @@ class _EnergyDistance(torch.autograd.Function):
 
 
 @cache
-def _has_tensor_cores(device: torch.device) -> bool:
+def has_tensor_cores(device: torch.device) -> bool:
     """Whether a device multiplies half-precision matrices in hardware, this torch sums them in float32, and Triton is there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
@@ -84,7 +84,7 @@ def energy_distance(
         b = y.new_full(y.shape[:2], 1 / y.shape[1])
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     with torch.autocast(device_type=x.device.type, enabled=False):
-        if dtype == torch.float32 and not y.requires_grad and _has_tensor_cores(x.device):
+        if dtype == torch.float32 and not y.requires_grad and has_tensor_cores(x.device):
             from pertstate.losses.energy_kernels import HalfProducts
 
             return HalfProducts.apply(x, y, a.to(dtype), b.to(dtype))

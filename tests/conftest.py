@@ -36,9 +36,9 @@ def pytest_collection_modifyitems(config, items):
 
 # The kernels for a GPU need the compiler that comes with torch for GPUs: `make test-kernels` installs it.
 HAS_TRITON = find_spec("triton") is not None
+collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py", "losses/test_sinkhorn_kernels.py"]
 # `make fuzz` installs the fuzzer that is guided by coverage.
 HAS_ATHERIS = find_spec("atheris") is not None
-collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py"]
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -34,7 +34,7 @@ TRAIN = str(ROOT / "train.py")
 # before those imports, and makes them itself.
 READ_AT_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
 # Made first: none of these modules reads such a variable.
-FIRST_IMPORTS = ("torch._dynamo", "torch.distributed.tensor", "anndata", "geomloss", "scipy.stats", "pyarrow.dataset")
+FIRST_IMPORTS = ("torch._dynamo", "torch.distributed.tensor", "anndata", "scipy.stats", "pyarrow.dataset")
 FURTHER_IMPORTS = ("accelerate", "datasets", "peft", "transformers.trainer")
 
 
@@ -283,7 +283,7 @@ def main(first: int, other: int):
     _import(FURTHER_IMPORTS)
     modules = pkgutil.walk_packages(pertstate.__path__, "pertstate.")
     # These are left out: programs, which are not imported, and what only a GPU needs, whose compiler may not be here.
-    left_out = ("__main__", "energy_kernels")
+    left_out = ("__main__", "_kernels")
     _import(module.name for module in modules if not module.name.endswith(left_out))
     _serve(other)
 
