@@ -12,10 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context, parent_process
-from multiprocessing.context import BaseContext
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -31,6 +28,7 @@ from pertstate.base.constants import Split, Values
 from pertstate.base.finite import are_finite
 from pertstate.base.messages import closest, given
 from pertstate.base.outputs import Kind, claimed_folder, whole_folder
+from pertstate.base.processes import end_with_parent, with_imports
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on
@@ -465,18 +463,6 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def _processes() -> BaseContext:
-    """
-    How processes are started. Not by a fork of this one, as the threads of Arrow and of torch do not survive it: by forks of
-    one that has made its imports and computes nothing; where a system has no such thing, each by itself.
-    """
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
 def _do(
     jobs: Sequence[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False
 ) -> list:
@@ -489,7 +475,7 @@ def _do(
                 bar.update(0 if inner_progress else size)
             return results
         processes = min(num_proc, len(jobs))
-        with ProcessPoolExecutor(processes, _processes(), initializer=_begin) as pool:
+        with ProcessPoolExecutor(processes, with_imports(__name__), initializer=_begin) as pool:
             futures = {pool.submit(job): i for i, job in enumerate(jobs)}
             results = [None] * len(jobs)
             try:
@@ -503,11 +489,6 @@ def _do(
 
 
 def _begin():
-    """Let a worker process end when its parent is killed. Otherwise it would wait for work for ever."""
+    """A worker process ends when its parent is killed. Otherwise it would wait for work for ever."""
     guard_this_process()
-
-    def wait():
-        given("a parent", parent_process()).join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
+    end_with_parent()

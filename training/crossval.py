@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +22,9 @@ from pertstate.base.console import say
 from pertstate.base.files import whole_file
 from pertstate.base.messages import closest, some
 from pertstate.base.outputs import Kind, claimed_run
+from pertstate.base.processes import end_with_parent, with_imports
 from pertstate.base.public import public
+from pertstate.base.stopped import stopped_by_signals
 from pertstate.base.tables import write_csv
 from pertstate.data.record import source_of
 from pertstate.data.store import StoreSource
@@ -32,8 +37,10 @@ from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import CHECKPOINT
 from pertstate.hub.unfinished import checkpoints_of
-from pertstate.training.run import config_class, read_run
+from pertstate.training.run import check_further, config_class, read_run
 from pertstate.training.run_config import RunConfig
+from pertstate.training.run_folder import run_folder
+from pertstate.training.whole_run import train_run
 
 
 RESULTS, TABLE, SETTINGS = "results.json", "results.csv", "crossval.json"
@@ -264,31 +271,36 @@ def _in_short(trial: Trial) -> str:
 @contextmanager
 def _children() -> Iterator:
     """Starts runs, as processes that end with this one."""
-    running: set[subprocess.Popen] = set()
+    running: set[BaseProcess | subprocess.Popen] = set()
+    context: Any = with_imports(__name__)
     stopping = False
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
 
     def start(trial: Trial, jobs: int) -> str | None:
         """Train, and wait for the end. The last line of the error where it failed."""
         if stopping:
             return "not begun"
         words = [*trial.words, *(["--resume_from_checkpoint", "last"] if checkpoints_of(trial.folder) else [])]
-        devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
-        several = ["-m", "accelerate.commands.launch", "--num_processes", str(devices)] if devices > 1 else []
-        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        process = subprocess.Popen(
-            [sys.executable, *several, "-m", "pertstate.train", *words],
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        running.add(process)
-        try:
-            said = process.communicate()[1]
-        finally:
-            running.discard(process)
-        return None if process.returncode == 0 else (said.strip().splitlines() or ["it failed without a word"])[-1]
+        with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+            threads = max(1, (os.cpu_count() or 1) // jobs)
+            if devices > 1:
+                launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(devices)]
+                with open(said.name, "w") as log:
+                    several = subprocess.Popen(
+                        [*launch, "-m", "pertstate.train", *words], stdout=subprocess.DEVNULL, stderr=log
+                    )
+                running.add(several)
+                code = several.wait()
+                running.discard(several)
+            else:
+                one = context.Process(target=_run_one, args=(words, said.name, threads))
+                one.start()
+                running.add(one)
+                one.join()
+                running.discard(one)
+                code = one.exitcode
+            lines = said.read().strip().splitlines()
+        return None if code == 0 else lines[-1] if lines else f"it ended with code {code}, without a word"
 
     try:
         yield start
@@ -298,6 +310,27 @@ def _children() -> Iterator:
             # A training saves its step and ends.
             process.terminate()
         raise
+
+
+def _run_one(words: list[str], log: str, threads: int):
+    """A run in a process of its own, with what it says in a file."""
+    end_with_parent()
+    file = os.open(log, os.O_WRONLY | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    with stopped_by_signals("the cross-validation was stopped"):
+        try:
+            run = read_run(words)
+            check_further(run)
+            with run_folder(run) as resume:
+                train_run(run, resume)
+        except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
+            # KeyError shows the repr of its message.
+            message = error.args[0] if isinstance(error, KeyError) and error.args else error
+            say(" ".join(str(message).split()), sys.stderr)
+            raise SystemExit(1) from error
 
 
 def _write(place: Path, found: dict[str, Scores], settings: dict):

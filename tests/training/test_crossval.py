@@ -125,7 +125,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(screen, tmp_path, cap
 def test_a_run_that_fails_ends_it_with_its_error(screen, tmp_path, capsys):
     assert crossval(*words(screen, tmp_path / "cv", "--num_attention_heads", "7", "--jobs", "1")) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("pertstate crossval: error: state, type_0, seed 0: pertstate train: error: ")
+    assert said.startswith("pertstate crossval: error: state, type_0, seed 0: ")
 
 
 def test_a_field_takes_each_value_and_names_are_kept_whole(screen, tmp_path):
