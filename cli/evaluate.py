@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="N",
         help="at most N cells of each kind in a group, drawn at random (default 1000), or all. Time grows with the square of N",
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="also show these figures: mse, variance_ratio, zeros, mmd, sinkhorn, discrimination, or all",
+    )
     parser.add_argument("--include-seen", action="store_true", help="average over groups that were trained on, too")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the intervals")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -56,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     from pertstate.base.outputs import claimed_folder, whole_folder
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
+    from pertstate.evaluation.further_metrics import check_metrics
+    from pertstate.evaluation.metrics import FURTHER
     from pertstate.evaluation.scores import SCORES, format_scores
 
     if args.overwrite and not (args.output or args.scores):
@@ -64,6 +73,9 @@ def run(args: argparse.Namespace):
         raise ValueError("name the predicted cells with --predicted, or the model that is to predict them with --model")
     if args.cells != "all" and not (args.cells.isdigit() and int(args.cells) > 0):
         raise ValueError(f"--cells {args.cells}: expected a number of at least 1, or all")
+    check_metrics(args.metrics, (*FURTHER, "all"))
+    metrics = tuple(name for name in FURTHER if name in args.metrics or "all" in args.metrics)
+    check_metrics(metrics, FURTHER)
     # Before there is any work to lose.
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
@@ -90,12 +102,13 @@ def run(args: argparse.Namespace):
             record=record,
             contexts=args.context,
             perturbations=args.perturbation,
+            metrics=metrics,
             **options,
         )
         scores.notes += [_compared(scores, other, args, options) for other in args.against or ()]
         for note in scores.notes:
             say(f"note: {note}", sys.stderr)
-        show(format_scores(scores))
+        show(format_scores(scores, tuple(name for name in metrics if name in scores.table)))
         if args.scores:
             with whole_folder(args.scores, SCORES) as folder:
                 scores.save(folder)

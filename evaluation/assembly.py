@@ -6,14 +6,17 @@ import numpy as np
 import pandas as pd
 
 from pertstate.data.record import RunRecord
-from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.further_metrics import discrimination
+from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, MODEL
 from pertstate.evaluation.scores import Scores
-from pertstate.evaluation.scoring import Group, GroupResult, methods_of
+from pertstate.evaluation.scoring import Group, GroupResult, methods_of, metrics_of
 from pertstate.evaluation.verdict import averages_of, verdict_of
 
 
 # The largest number of cells of each kind that are kept for pictures, over all groups.
 KEPT_CELLS = 1000
+# A note says so if the shares of zeros of predicted and real values differ by so much.
+ZEROS_DIFFER = 0.1
 _COUNTS = ("predicted_cells", "real_cells", "control_cells")
 
 
@@ -65,9 +68,11 @@ def scores_of(
         )
     if record is not None:
         notes += record.warnings({group[:2] for group in how})
+    _discriminate(results, features)
     averages = averages_of(averaged, seed)
-    methods = methods_of(results)
-    table = pd.DataFrame([row for result in results for row in _rows(result, methods, how[result.group])])
+    notes += _of_zeros(averages)
+    methods, metrics = methods_of(results), metrics_of(results)
+    table = pd.DataFrame([row for result in results for row in _rows(result, methods, metrics, how[result.group])])
     if is_ceiling:
         notes.append(f"the figures of {CEILING_MODEL!r} do not score a prediction: it was given the real cells")
         for frame in (table, averages):
@@ -88,20 +93,45 @@ def scores_of(
     )
 
 
-def _rows(result: GroupResult, methods: list[str], seen: str) -> list[dict]:
+def _discriminate(results: list[GroupResult], features: list[str]):
+    """Find the discrimination score of each method, over all groups of a context, where changes were kept for it."""
+    of_context: dict[tuple[str, str, str], list[GroupResult]] = {}
+    for result in results:
+        for method in result.changes:
+            of_context.setdefault((*result.group[:2], method), []).append(result)
+    for (*_, method), group in of_context.items():
+        observed = np.stack([result.means["observed"] - result.means["control"] for result in group])
+        predicted = np.stack([result.changes[method] for result in group])
+        found = discrimination(predicted, observed, [result.group[2] for result in group], features)
+        for result, score in zip(group, found):
+            result.further[method]["discrimination"] = np.array([score])
+
+
+def _of_zeros(averages: pd.DataFrame) -> list[str]:
+    """A note if predicted values are 0 more or less often than real ones, so that tests of genes mislead."""
+    share = averages[averages["metric"] == "zeros"].set_index("method")["value"]
+    if not {MODEL, CEILING} <= set(share.index) or abs(share[MODEL] - share[CEILING]) < ZEROS_DIFFER:
+        return []
+    return [
+        f"{share[MODEL]:.0%} of the predicted values are 0, and {share[CEILING]:.0%} of the real ones: p-values of tests on "
+        "predicted cells mislead; read the changes of means"
+    ]
+
+
+def _rows(result: GroupResult, methods: list[str], metrics: list[str], seen: str) -> list[dict]:
     dataset, context, perturbation = result.group
     rows = []
     for method in methods:
-        figures = result.figures.get(method)
-        if figures is None and method == MODEL:
+        if method == MODEL and method not in result.figures:
             continue
+        figures = {metric: result.of(method, metric) for metric in metrics}
         rows.append(
             {
                 "dataset": dataset,
                 "context": context,
                 "perturbation": perturbation,
                 "method": method,
-                **{metric: np.nan if figures is None else float(figures[0, m]) for m, metric in enumerate(METRICS)},
+                **{metric: np.nan if of is None else float(of[0]) for metric, of in figures.items()},
                 "reason": result.reasons.get(method, ""),
                 "seen": "" if method == CEILING else seen,
                 **{count: float(result.numbers.get(count, np.nan)) for count in _COUNTS},

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from pertstate.data.in_memory import CellData, name_of, open_cells
 from pertstate.data.reading import AnnDataFile
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.assembly import samples_of, scores_of
+from pertstate.evaluation.further_metrics import check_metrics
 from pertstate.evaluation.group_scores import baselines_of, is_log1p
-from pertstate.evaluation.metrics import AsPredicted
+from pertstate.evaluation.metrics import COSTLY, FURTHER, AsPredicted
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import CEILING
@@ -53,6 +55,7 @@ def evaluate(
     seed: int = 0,
     include_seen: bool = False,
     name: str = "the model",
+    metrics: Sequence[str] = (),
     **keys,
 ) -> Scores:
     """
@@ -79,6 +82,8 @@ def evaluate(
         convert_scale (`bool`): convert log1p values of `real` and `train` whose cells sum to another total than the model's.
         include_seen (`bool`): average over groups that were trained on, too.
         name (`str`): what the verdict calls the model.
+        metrics (`Sequence[str]`): the figures to find besides those that cost little: any of `mmd`, `sinkhorn` and `discrimination`, see
+            [`FurtherFigures`] and [`~pertstate.evaluation.further_metrics.discrimination`].
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, if
             they differ from what `predicted` or the processor says.
 
@@ -87,10 +92,13 @@ def evaluate(
 
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
-            compare.
+            compare, or a figure is unknown.
+        ImportError: geomloss is not installed, and the Sinkhorn divergence is asked for.
     """
     if (predicted is None) == (model is None):
         raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")
+    check_metrics(metrics, FURTHER)
+    costly = tuple(metric for metric in COSTLY if metric in metrics)
     notes: list[str] = []
     with ExitStack() as stack:
         truth = stack.enter_context(open_cells(real))
@@ -153,7 +161,8 @@ def evaluate(
                 cells.batches = lambda rows: batches[rows]
             found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
         bar = tqdm(found, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
-        results = list(score_groups(cells, bar, scorer.control, baselines, seed, max_cells, samples_of(len(groups))))
+        kept = samples_of(len(groups))
+        results = list(score_groups(cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly))
         genes = scorer.output_names(len(results[0].means["observed"]))
 
     def seen(group: Group) -> str:

@@ -9,7 +9,7 @@ from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.sentences import SentenceDataset
 from pertstate.evaluation.baselines import ADDITIVE, NO_CHANGE, PERTURBATION_MEAN, Baselines
-from pertstate.evaluation.metrics import METRICS, MODEL, AsPredicted
+from pertstate.evaluation.metrics import CHEAP, METRICS, MODEL, AsPredicted
 from pertstate.evaluation.scoring import ControlCells, Group, GroupResult, Predicted, RealCells, score_group
 from pertstate.processing import StateProcessor
 
@@ -110,15 +110,15 @@ class GroupScores:
 
 def logged_figures(results: list[GroupResult], methods: tuple[str, ...] = LOGGED) -> dict[str, float]:
     """
-    The unweighted mean over groups of each method's figures, without undefined correlations: `pearson`, .. of the model,
-    `no_change_pearson`, .. of a baseline.
+    The unweighted mean over groups of each method's figures, without undefined ones: `pearson`, .. of the model, also the further
+    figures that cost little, and `no_change_pearson`, .. of a baseline.
     """
     logged: dict[str, float] = {}
     for method in methods:
-        rows = [result.figures[method][0] for result in results if method in result.figures]
         prefix = "" if method == MODEL else method.replace(" ", "_") + "_"
-        for m, metric in enumerate(METRICS):
-            defined = [float(row[m]) for row in rows if np.isfinite(row[m])]
+        for metric in (*METRICS, *CHEAP) if method == MODEL else METRICS:
+            found = [result.of(method, metric) for result in results]
+            defined = [float(of[0]) for of in found if of is not None and np.isfinite(of[0])]
             if defined:
                 logged[f"{prefix}{metric}"] = float(np.mean(defined))
     return logged

@@ -11,7 +11,32 @@ from pertstate.processing import StateProcessor
 
 # One row of figures: correlation of the mean change, error of the mean, distance of the distributions.
 METRICS = ("pearson", "mae", "energy")
-HIGHER_IS_BETTER = {"pearson": True, "mae": False, "energy": False}
+# Further figures. Those that cost little are always found; the others are found if they are asked for.
+CHEAP, COSTLY = ("mse", "variance_ratio", "zeros"), ("mmd", "sinkhorn", "discrimination")
+FURTHER = (*CHEAP, *COSTLY)
+# Of the figures that are not here, `variance_ratio` and `zeros`, the best value is that of the real cells.
+HIGHER_IS_BETTER = {
+    "pearson": True,
+    "mae": False,
+    "energy": False,
+    "mse": False,
+    "mmd": False,
+    "sinkhorn": False,
+    "discrimination": True,
+}
+# What each is, for readers.
+ABOUT = {
+    "pearson": "correlation over genes of the predicted with the observed mean change from the control cells; 1 is best",
+    "mae": "mean absolute error of the mean cell; 0 is best",
+    "energy": "energy distance of the predicted from the real cells; 0 is best",
+    "mse": "mean squared error of the mean cell; 0 is best",
+    "variance_ratio": "variance of the predicted cells, summed over genes, divided by that of the real cells; 1 is best",
+    "zeros": "share of predicted values that are 0; best is that of the real cells, in the row of the ceiling",
+    "mmd": "squared maximum mean discrepancy of the predicted from the real cells, with a Gaussian kernel; 0 is best",
+    "sinkhorn": "Sinkhorn divergence of the predicted from the real cells; 0 is best",
+    "discrimination": "share of the context's perturbations whose observed change is not nearer to the predicted one than the "
+    "perturbation's own; 1 is best, about 0.5 is chance",
+}
 # What each is called in sentences.
 NAMES = {"pearson": "correlation of the mean change", "mae": "MAE of the mean", "energy": "energy distance"}
 # The rows of a table that are not baselines: the model, and what a perfect model would reach.

@@ -18,7 +18,7 @@ from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
-from pertstate.evaluation.metrics import MODEL
+from pertstate.evaluation.metrics import ABOUT, MODEL
 from pertstate.evaluation.report_data import (
     COUNTS,
     KINDS,
@@ -97,6 +97,7 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
         notes=scores.notes,
         averages=_averages(scores.averages),
         metrics=list(dict.fromkeys(scores.averages["metric"])) if len(scores.averages) else [],
+        about=ABOUT,
         has_seen=bool((scores.table["seen"] != "").any()),
         record=_entries(public(_in_short(scores.record))),
         settings=_entries(public(scores.settings)),

@@ -37,7 +37,7 @@ class Scores:
 
     Args:
         table (`pandas.DataFrame`): one row for each group (context and perturbation, of a dataset where there are several)
-            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] (NaN if one is not defined),
+            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] and those of the [`FURTHER`] figures that were found (NaN if one is not defined),
             `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
             `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
@@ -220,34 +220,45 @@ def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0
 
 
 def averages_as_figures(scores: Scores, prefix: str) -> dict[str, float]:
-    """The averages as a Trainer logs them: `PREFIX_pearson`, .. of the model, `PREFIX_no_change_pearson`, .. of a baseline."""
+    """
+    The averages as a Trainer logs them: `PREFIX_pearson`, .. of the model, also its further figures, and
+    `PREFIX_no_change_pearson`, .. of a baseline.
+    """
     figures = {}
     for row in scores.averages.itertuples(index=False):
+        if row.metric not in METRICS and row.method not in (MODEL, CEILING_MODEL):
+            continue
         method = "" if row.method in (MODEL, CEILING_MODEL) else row.method.replace(" ", "_") + "_"
         figures[f"{prefix}_{method}{row.metric}"] = float(row.value)
     return figures
 
 
-def format_scores(scores: Scores) -> str:
-    """Table, averages and verdict as text; a dash stands for a figure that is not defined."""
-    table = scores.table
+def format_scores(scores: Scores, further: tuple[str, ...] = ()) -> str:
+    """
+    Table, averages and verdict as text; a dash stands for a figure that is not defined.
+
+    Args:
+        scores ([`Scores`]): the scores.
+        further (`tuple[str, ...]`): which of the [`FURTHER`] figures are shown after the [`METRICS`].
+    """
+    table, metrics = scores.table, [*METRICS, *further]
     several = table["dataset"].nunique() > 1
-    shown = table[[*(["dataset"] if several else []), "context", "perturbation", "method", *METRICS]].copy()
-    for metric in METRICS:
-        shown[metric] = [_figure(value) for value in shown[metric]]
+    shown = table[[*(["dataset"] if several else []), "context", "perturbation", "method"]].copy()
+    for metric in metrics:
+        shown[metric] = [_figure(value) for value in table[metric]]
     if (table["seen"] != "").any():
         shown["seen in training"] = table["seen"]
-    lines = [table_text(shown), "", format_averages(scores.averages), "", scores.verdict]
+    lines = [table_text(shown), "", format_averages(scores.averages, metrics), "", scores.verdict]
     return "\n".join(lines)
 
 
-def format_averages(averages: pd.DataFrame) -> str:
+def format_averages(averages: pd.DataFrame, metrics: list[str]) -> str:
     """One line for each method, with its 95 % intervals."""
     methods = list(dict.fromkeys(averages["method"]))
     rows = []
     for method in methods:
         row = {"average of": method}
-        for metric in METRICS:
+        for metric in metrics:
             found = averages[(averages["method"] == method) & (averages["metric"] == metric)]
             row[metric] = _with_interval(found.iloc[0]) if len(found) else "-"
         rows.append(row)

@@ -9,7 +9,8 @@ import numpy as np
 from pertstate.base.cell_ids import order_of
 from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, Baselines
 from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation, generator_of, weighted_distances
-from pertstate.evaluation.metrics import CEILING, METRICS, MODEL
+from pertstate.evaluation.further_metrics import FurtherFigures, bandwidth_of
+from pertstate.evaluation.metrics import CEILING, FURTHER, METRICS, MODEL
 
 
 # The largest number of control, of predicted and of real cells of a group that are scored.
@@ -80,6 +81,7 @@ class ControlCells:
 
     def __init__(self, cells: np.ndarray, names: tuple[str, str], seed: int = 0, draws: int = DRAWS):
         self.cells, self.names, self.seed, self.draws = cells, names, seed, draws
+        self.bandwidth_cells = cells
         self._smaller: dict[int, ControlCells] = {}
 
     def first(self, number: int) -> "ControlCells":
@@ -87,7 +89,9 @@ class ControlCells:
         if number >= len(self.cells):
             return self
         if number not in self._smaller:
-            self._smaller = {number: ControlCells(self.cells[:number], self.names, self.seed, self.draws)}
+            smaller = ControlCells(self.cells[:number], self.names, self.seed, self.draws)
+            smaller.bandwidth_cells = self.bandwidth_cells
+            self._smaller = {number: smaller}
         return self._smaller[number]
 
     @cached_property
@@ -105,6 +109,11 @@ class ControlCells:
         """The mean distance of all pairs of the cells, and of each resampling, `(1 + draws,)`."""
         return weighted_distances(self.cells, self.cells, self.weights, self.weights)
 
+    @cached_property
+    def bandwidth(self) -> float:
+        """The bandwidth of the kernel of the MMD, the same for all groups of the context, see [`bandwidth_of`]."""
+        return bandwidth_of(self.bandwidth_cells)
+
 
 @dataclass
 class GroupResult:
@@ -119,6 +128,10 @@ class GroupResult:
         means (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, each `(features,)` float32.
         samples (`dict[str, np.ndarray]`): some `control`, `observed` and `predicted` cells.
         confidence (`float`, *optional*): the loss that the model expects.
+        further (`dict[str, dict[str, np.ndarray]]`): for each method those of the figures [`FURTHER`] that were found, each
+            `(1 + draws,)`, or `(1,)` if it is not found for resampled cells.
+        changes (`dict[str, np.ndarray]`): the mean change of each method from the control cells, `(features,)` float32, if the
+            discrimination score is asked for.
     """
 
     group: Group
@@ -128,6 +141,14 @@ class GroupResult:
     means: dict[str, np.ndarray]
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     confidence: float | None = None
+    further: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    changes: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def of(self, method: str, metric: str) -> np.ndarray | None:
+        """A figure of a method, then those of each resampling, `(1 + draws,)` or `(1,)`. None if it is not known."""
+        if metric in METRICS:
+            return self.figures[method][:, METRICS.index(metric)] if method in self.figures else None
+        return self.further.get(method, {}).get(metric)
 
 
 def means_of(cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -144,6 +165,7 @@ def score_group(
     controls: ControlCells,
     baselines: Baselines,
     seed: int = 0,
+    metrics: tuple[str, ...] = (),
 ) -> GroupResult:
     """
     Score the model and each baseline on one group, and estimate the ceiling.
@@ -157,8 +179,10 @@ def score_group(
     - correlation: the square root of `2r / (1 + r)`, where r is the correlation of the changes of both halves. This is the
       reliability of all cells (Spearman and Brown); its root is their correlation with the truth.
     - MAE: half of the MAE between the means of both halves, because that has twice the error of the mean of all cells.
-    - energy distance: `(1 + n / m) / 4` of the distance of both halves, because it shrinks as the number of cells grows. The
-      perfect model predicts m cells, as many as there are control cells.
+    - energy distance and MMD: `(1 + n / m) / 4` of the distance of both halves, because it shrinks as the number of cells grows.
+      The perfect model predicts m cells, as many as there are control cells.
+    - MSE: a quarter of the MSE between the means of both halves.
+    - variance ratio and share of zeros: those of the real cells.
 
     Args:
         group (`Group`): dataset, context, perturbation.
@@ -167,6 +191,7 @@ def score_group(
         controls ([`ControlCells`]): real control cells.
         baselines ([`Baselines`]): the baselines, which have learned from training cells.
         seed (`int`): seed of the resamplings and halves.
+        metrics (`tuple[str, ...]`): those of the figures [`COSTLY`] that are asked for.
 
     Returns:
         [`GroupResult`].
@@ -187,10 +212,15 @@ def score_group(
         means={"control": controls.means[0].astype(np.float32), "observed": observed[0].astype(np.float32)},
     )
 
-    def figures(cells: np.ndarray, drawn: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+    more = FurtherFigures(real, weights, observed, lambda: controls.bandwidth, baselines.clip, metrics)
+
+    def score(method: str, cells: np.ndarray, drawn: np.ndarray, means: np.ndarray, own: np.ndarray | None = None):
         own = weighted_distances(cells, cells, drawn, drawn) if own is None else own
         between = weighted_distances(cells, real, drawn, weights)
-        return np.stack(
+        result.further[method] = more.of(cells, drawn, means)
+        if "discrimination" in metrics:
+            result.changes[method] = (means[0] - controls.means[0]).astype(np.float32)
+        result.figures[method] = np.stack(
             [
                 correlation(means - controls.means, observed - controls.means),
                 np.abs(means - observed).mean(axis=1),
@@ -208,31 +238,38 @@ def score_group(
             else bootstrap_weights(generator_of(seed, *group[1:], MODEL), len(cells), controls.draws)
         )
         means = means_of(cells, drawn)
-        result.figures[MODEL] = figures(cells, drawn, means)
+        score(MODEL, cells, drawn, means)
         result.numbers["predicted_cells"], result.confidence = len(cells), predicted.confidence
         result.means["predicted"] = means[0].astype(np.float32)
     for method, change in baselines.of(group[2], controls.means[0]).items():
         if isinstance(change, str):
             result.reasons[method] = change
         elif method == NO_CHANGE:
-            result.figures[method] = figures(controls.cells, controls.weights, controls.means, controls.within)
+            score(method, controls.cells, controls.weights, controls.means, controls.within)
         else:
             changed = change.apply(controls.cells, baselines.clip)
-            result.figures[method] = figures(changed, controls.weights, means_of(changed, controls.weights))
+            score(method, changed, controls.weights, means_of(changed, controls.weights))
     if len(real) < 4:
         result.reasons[CEILING] = "fewer than four real cells"
     else:
-        result.figures[CEILING] = _ceiling(real, controls, generator)
+        first, second = _halves(len(real), generator)
+        result.figures[CEILING] = _ceiling(real, controls, first, second)
+        result.further[CEILING] = more.ceiling(first, second, len(controls.cells))
     for method, found in result.figures.items():
         _check_finite(found[0], method, group[2])
     return result
 
 
-def _ceiling(real: np.ndarray, controls: ControlCells, generator: np.random.Generator) -> np.ndarray:
-    halves = np.stack([generator.permutation(len(real)) < len(real) // 2 for _ in range(HALVES)])
+def _halves(cells: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """How much each cell counts in the first and in the second half of each split, `(HALVES, cells)` float32 each."""
+    halves = np.stack([generator.permutation(cells) < cells // 2 for _ in range(HALVES)])
     first, second = (
         part.astype(np.float32) / part.sum(axis=1, keepdims=True, dtype=np.float32) for part in (halves, ~halves)
     )
+    return first, second
+
+
+def _ceiling(real: np.ndarray, controls: ControlCells, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     means = [(part @ real).astype(np.float64) for part in (first, second)]
     of_halves = correlation(*(mean - controls.means[0] for mean in means))
     r = float(of_halves[np.isfinite(of_halves)].mean()) if np.isfinite(of_halves).any() else np.nan
@@ -266,6 +303,7 @@ def score_groups(
     max_cells: int | None = MAX_CELLS,
     samples: int = 0,
     draws: int = DRAWS,
+    metrics: tuple[str, ...] = (),
 ) -> Iterator[GroupResult]:
     """
     Score groups one after another.
@@ -280,6 +318,7 @@ def score_groups(
             kind; None takes all.
         samples (`int`): how many cells of each kind are kept for pictures.
         draws (`int`): resamplings of the bootstrap.
+        metrics (`tuple[str, ...]`): those of the figures [`COSTLY`] that are asked for.
 
     Returns:
         Iterator of the [`GroupResult`] of each group, in the order of `groups`.
@@ -291,7 +330,7 @@ def score_groups(
             rows = real.rows((*place, control), seed, max_cells)
             kept = {place: ControlCells(real.scored(rows), place, seed, draws)}
         cells = real.scored(real.rows(group, seed, max_cells))
-        result = score_group(group, predicted, cells, kept[place], baselines, seed)
+        result = score_group(group, predicted, cells, kept[place], baselines, seed, metrics)
         shown = {"control": kept[place].cells, "observed": cells}
         if predicted is not None:
             shown["predicted"] = predicted.cells
@@ -303,3 +342,9 @@ def methods_of(results: list[GroupResult]) -> list[str]:
     """All methods that have figures or reasons, in the order of tables."""
     found = {name for result in results for name in (*result.figures, *result.reasons)}
     return [name for name in (MODEL, *BASELINES, CEILING) if name in found]
+
+
+def metrics_of(results: list[GroupResult]) -> list[str]:
+    """All figures that were found, in the order of tables."""
+    further = {name for result in results for of_method in result.further.values() for name in of_method}
+    return [*METRICS, *(name for name in FURTHER if name in further)]

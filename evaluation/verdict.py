@@ -6,7 +6,7 @@ import pandas as pd
 from pertstate.base.messages import counted
 from pertstate.evaluation.bootstrap import interval, resampled_average
 from pertstate.evaluation.metrics import CEILING, HIGHER_IS_BETTER, METRICS, MODEL, NAMES
-from pertstate.evaluation.scoring import GroupResult, methods_of
+from pertstate.evaluation.scoring import GroupResult, methods_of, metrics_of
 
 
 def averages_of(results: list[GroupResult], seed: int = 0) -> pd.DataFrame:
@@ -17,8 +17,8 @@ def averages_of(results: list[GroupResult], seed: int = 0) -> pd.DataFrame:
     chosen = _resampled_groups(results, _draws(results), seed)
     rows, values = [], {}
     for method in methods_of(results):
-        for m, metric in enumerate(METRICS):
-            figures = _figures(results, method, m)
+        for metric in metrics_of(results):
+            figures = _figures(results, method, metric)
             if not np.isfinite(figures[:, 0]).any():
                 continue
             draws = resampled_average(figures, chosen)
@@ -43,9 +43,11 @@ def best_baseline(values: dict[tuple[str, str], float], metric: str) -> str | No
 
 def _share(values: dict[tuple[str, str], float], metric: str) -> float:
     """
-    How far the model goes from the best baseline (0) to the ceiling (1). NaN if one of the three is missing, or the ceiling
-    is not better than the baseline.
+    How far the model goes from the best baseline (0) to the ceiling (1). NaN if one of the three is missing, the ceiling is not
+    better than the baseline, or neither high nor low values are better.
     """
+    if metric not in HIGHER_IS_BETTER:
+        return float("nan")
     best, ceiling = best_baseline(values, metric), values.get((CEILING, metric))
     if best is None or ceiling is None or (MODEL, metric) not in values:
         return float("nan")
@@ -64,13 +66,13 @@ def verdict_of(results: list[GroupResult], name: str = "the model", seed: int = 
     if not any(MODEL in result.figures for result in results):
         return "No verdict: no model was scored, only baselines."
     chosen = _resampled_groups(results, _draws(results), seed)
-    said = [f"In {NAMES[metric]}: {_of_metric(results, m, metric, chosen)}." for m, metric in enumerate(METRICS)]
+    said = [f"In {NAMES[metric]}: {_of_metric(results, metric, chosen)}." for metric in METRICS]
     number = f"{len(results)} group{'s' if len(results) > 1 else ''}"
     return " ".join([f"Verdict on {name}, from {number}.", *said])
 
 
-def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarray) -> str:
-    model = _figures(results, MODEL, m)
+def _of_metric(results: list[GroupResult], metric: str, chosen: np.ndarray) -> str:
+    model = _figures(results, MODEL, metric)
     sign = 1 if HIGHER_IS_BETTER[metric] else -1
     better: list[tuple[float, float, float, str]] = []
     worse: list[tuple[float, float, float, str]] = []
@@ -79,7 +81,7 @@ def _of_metric(results: list[GroupResult], m: int, metric: str, chosen: np.ndarr
     for method in methods_of(results):
         if method in (MODEL, CEILING):
             continue
-        draws = resampled_average(sign * (model - _figures(results, method, m)), chosen)
+        draws = resampled_average(sign * (model - _figures(results, method, metric)), chosen)
         if not np.isfinite(draws[0]):
             continue
         low, high = interval(draws)
@@ -110,10 +112,14 @@ def _named(found: tuple[float, float, float, str], sign: int) -> str:
     return f"{method} ({sign * difference + 0.0:+.4f}, 95 % interval {ends[0]:+.4f} to {ends[1]:+.4f})"
 
 
-def _figures(results: list[GroupResult], method: str, m: int) -> np.ndarray:
+def _figures(results: list[GroupResult], method: str, metric: str) -> np.ndarray:
     """A metric of a method in each group, `(groups, 1 + draws)`. NaN in groups in which the method has no figure."""
-    nothing = np.full(1 + _draws(results), np.nan)
-    return np.stack([result.figures[method][:, m] if method in result.figures else nothing for result in results])
+    found = np.full((len(results), 1 + _draws(results)), np.nan)
+    for row, result in zip(found, results):
+        of_group = result.of(method, metric)
+        if of_group is not None:
+            row[:] = of_group
+    return found
 
 
 def _draws(results: list[GroupResult]) -> int:

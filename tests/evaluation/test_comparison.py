@@ -1,5 +1,7 @@
 """Scores of files that were made elsewhere: other names, no column of contexts, another scale."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from pertstate import StateProcessor
 from pertstate.cli import main as pertstate
 from pertstate.data import simulate_screen
 from pertstate.evaluation.comparison import evaluate
-from pertstate.evaluation.metrics import METRICS
+from pertstate.evaluation.metrics import ABOUT, COSTLY, FURTHER, METRICS
+from pertstate.evaluation.report import render_report
+from pertstate.evaluation.scores import Scores
 
 
 def log1p(counts: np.ndarray, total: float) -> np.ndarray:
@@ -67,6 +71,23 @@ def test_values_of_another_scale_are_converted_where_asked(folder, tmp_path, cap
     found = capsys.readouterr().err
     assert "log1p of 1,000,000 counts per cell, the model was trained on log1p of 10,000" in found
     assert "--convert-scale" in found and len(found.splitlines()) == 1
+
+
+def test_further_figures_where_asked(folder, tmp_path, capsys):
+    scored(folder, tmp_path / "own.csv", "screen")
+    assert capsys.readouterr().out.splitlines()[0].split()[-1] == "energy"
+    words = ["--metrics", "all", "--scores", str(tmp_path / "scores")]
+    scored(folder, tmp_path / "all.csv", "screen", *words)
+    assert capsys.readouterr().out.splitlines()[0].split()[-len(FURTHER) :] == list(FURTHER)
+    own, every = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("own", "all"))
+    assert set(every) - set(own) == {name + end for name in COSTLY for end in ("", "_low", "_high")}
+    pd.testing.assert_frame_equal(every[list(own)], own)
+    model = every[every["method"] == "model"].set_index("perturbation")
+    assert model.loc[["pert_0", "pert_1", "mean"], list(FURTHER)].notna().all(axis=None)
+    text = render_report(Scores.load(tmp_path / "scores"), [], "A run")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    assert set(FURTHER) <= set(data["table"]["metrics"]) and ABOUT["mmd"] in text
+    assert {row["metric"] for row in data["averages"]} >= set(FURTHER)
 
 
 def test_fewer_cells_are_drawn_with_a_seed(folder):
