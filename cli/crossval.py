@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     from pathlib import Path
 
+    from pertstate.evaluation.metrics import METRICS
     from pertstate.evaluation.report import check_plotly, write_report
     from pertstate.evaluation.report_data import SCORES_FOLDER
     from pertstate.evaluation.scores import format_averages
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace):
     words = [args.run, *args.flags]
     found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
     for family, scores in found.items():
-        show(f"{family}: mean of {args.seeds} seeds\n\n{format_averages(scores.averages)}\n\n{scores.verdict}\n")
+        show(
+            f"{family}: mean of {args.seeds} seeds\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n"
+        )
     say(f"{args.output}: results.csv, results.json, and the runs")
     if args.report:
         for family in found:

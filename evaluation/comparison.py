@@ -93,7 +93,6 @@ def evaluate(
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
             compare, or a figure is unknown.
-        ImportError: geomloss is not installed, and the Sinkhorn divergence is asked for.
     """
     if (predicted is None) == (model is None):
         raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")

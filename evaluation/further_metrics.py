@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from pertstate.base.messages import closest
+from pertstate.losses import sinkhorn
 
 
 # Control cells of a context whose median distance is the bandwidth of the kernel.
@@ -22,16 +23,10 @@ def check_metrics(names: Sequence[str], known: Sequence[str]):
 
     Raises:
         ValueError: a name is unknown.
-        ImportError: geomloss, which computes the Sinkhorn divergence, is not installed.
     """
     for name in names:
         if name not in known:
             raise ValueError(f"no figure is called {name!r}, expected some of {list(known)}; {closest(name, known)}")
-    if "sinkhorn" in names:
-        try:
-            import geomloss  # noqa: F401
-        except ImportError as error:
-            raise ImportError("the Sinkhorn divergence needs geomloss: pip install 'pertstate[sinkhorn]'") from error
 
 
 def bandwidth_of(cells: np.ndarray) -> float:
@@ -79,14 +74,12 @@ def weighted_kernel(
 
 def sinkhorn_divergence(x: np.ndarray, y: np.ndarray, blur: float = BLUR) -> float:
     """
-    The debiased Sinkhorn divergence of two sets of cells with squared Euclidean cost (Feydy et al. 2019), computed by geomloss, in
-    squared units of the cells. A training with the Sinkhorn loss minimises the same quantity.
+    The debiased Sinkhorn divergence of two sets of cells with squared Euclidean cost (Feydy et al. 2019), in squared
+    units of the cells. A training with the Sinkhorn loss minimises the same quantity.
     """
-    from geomloss import SamplesLoss
-
-    divergence = SamplesLoss("sinkhorn", p=2, blur=blur, backend="tensorized")
-    with torch.inference_mode():
-        return float(divergence(*(torch.from_numpy(np.ascontiguousarray(of, dtype=np.float32)) for of in (x, y))))
+    first, second = (torch.from_numpy(np.ascontiguousarray(of, dtype=np.float32)).unsqueeze(0) for of in (x, y))
+    with torch.no_grad():
+        return float(sinkhorn.sinkhorn_divergence(first, second, blur=blur))
 
 
 def total_variance(cells: np.ndarray, weights: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ class Scores:
 
     Args:
         table (`pandas.DataFrame`): one row for each group (context and perturbation, of a dataset where there are several)
-            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] and those of the [`FURTHER`] figures that were found (NaN if one is not defined),
+            and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] and those of the [`FURTHER`] figures
+            that were found (NaN if one is not defined),
             `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
             `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups

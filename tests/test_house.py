@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "losses": {"base", "losses"},
     "families": {"base", "losses", "families", "configuration_state", "modeling_state"},
     "data": {"base", "data", "_version", "processing"},
-    "evaluation": {"base", "data", "evaluation", "_version", "processing"},
+    "evaluation": {"base", "data", "evaluation", "losses", "_version", "processing"},
     "hub": {"base", "families", "data", "evaluation", "hub", *CARD},
     "legacy": {"base", "families", "losses", "data", "hub", "legacy", *CARD},
     "training": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
