@@ -70,6 +70,10 @@ class StateForPerturbation(StatePreTrainedModel):
         self._make_gene_decoder()
         self.post_init()
 
+    @property
+    def fitted_anchor(self) -> Anchor | None:
+        return self.anchor if self.config.residual == "anchor" else None
+
     def vocabulary_axes(self) -> dict[str, dict[int, str]]:
         axes = super().vocabulary_axes()
         if self.config.batch_encoder:

@@ -1,6 +1,7 @@
 """The contract that every perturbation model keeps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -127,6 +128,11 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     # A training can start from a folder of weights that others published in a form of their own.
     reads_published = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})
+
+    @property
+    def fitted_anchor(self) -> Any:
+        """What a training fits to the training groups before its first step, as [`Anchor`] is; None where there is none."""
+        return None
 
     def __init__(self, config: PerturbationConfig):
         super().__init__(config)
