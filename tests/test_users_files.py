@@ -180,7 +180,7 @@ def test_info_says_that_several_labels_look_like_controls(tmp_path, capsys):
     assert pertstate(["info", path]) == 0
     said = capsys.readouterr().out
     assert "2 labels look like controls and are taken together: ['Control', 'control']" in said
-    assert 'control: ["Control", "control"]' in said and "2 contexts x 1 perturbations" in said
+    assert 'control: ["Control", "control"]' in said and "2 contexts x 1 perturbation," in said
     assert pertstate(["info", path, "--control", "control"]) == 0
     assert "these labels look like controls too: ['Control']" in capsys.readouterr().out
 

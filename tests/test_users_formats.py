@@ -159,7 +159,7 @@ def test_knock_downs_without_any_gene_of_the_data_stay(tmp_path):
     data = DataArguments(datasets=str(tmp_path / "s.h5ad"), control="0")
     store = prepare(data, tmp_path / "store", PrepareArguments(knockdown_filter=True), quiet=True)
     assert len(store) == 24
-    assert store.manifest.notes == ["knock-down filter: 2 perturbations are no gene of the data, so kept: ['1', '2']"]
+    assert store.manifest.notes == ["knock-down filter: kept 2 perturbations without a gene in the data: ['1', '2']"]
 
 
 def test_cells_that_do_not_fit_are_said_beforehand():
