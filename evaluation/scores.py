@@ -16,7 +16,7 @@ from pertstate.base.files import whole_file
 from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.record import RunRecord
-from pertstate.evaluation.metrics import CELL_EVAL, CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.metrics import CEILING_MODEL, CELL_EVAL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
 from pertstate.evaluation.verdict import compare
 
