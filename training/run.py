@@ -201,6 +201,8 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.cells_per_batch is not None:
+        step = 1  # no sentence is left out: batches are as even as their cells allow
     present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
     datasets = {}
     for split in (Split.TRAIN, Split.VAL, Split.TEST):

@@ -2,7 +2,8 @@
 
 import copy
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class StateTrainer(Trainer):
         self.push = TrainingPush(args)
         if args.push_to_hub:
             self.push.check(card)
-        kwargs.setdefault("data_collator", SentenceCollator())
+        kwargs.setdefault("data_collator", SentenceCollator(places=model.packs_cells and args.n_gpu <= 1))
         kwargs.setdefault("preprocess_logits_for_metrics", self._scored)
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
@@ -265,7 +266,7 @@ class StateTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
         averaged = nullcontext() if self.average is None else self.average.applied()
-        with self.terms.paused(), counted_elsewhere(), averaged:
+        with self.terms.paused(), counted_elsewhere(), averaged, self._evaluating(dataset):
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
@@ -278,6 +279,19 @@ class StateTrainer(Trainer):
                 "training cells; the model card says how these are predicted"
             )
         return metrics
+
+    @contextmanager
+    def _evaluating(self, dataset) -> Iterator[None]:
+        """Evaluate batch by batch, and with `cells_per_batch` as many sentences at once as surely fit."""
+        asked, self.args = self.args, copy.copy(self.args)
+        self.args.batch_eval_metrics = True
+        if isinstance(dataset, SentenceDataset) and asked.cells_per_batch is not None:
+            cells = asked.cells_of_batch(dataset.set_size)
+            self.args.per_device_eval_batch_size = max(1, cells // int(dataset.sizes().max()))
+        try:
+            yield
+        finally:
+            self.args = asked
 
     @property
     def decodes(self) -> bool:
