@@ -28,6 +28,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
+from pertstate.training.change_test import describe_tests, gather_tests
 from pertstate.training.pretrained import Pretrained
 from pertstate.training.recording import check_same_run, record_of
 from pertstate.training.run import (
@@ -121,9 +122,11 @@ def _train(run: RunConfig, resume: str | None) -> dict[str, float]:
         datasets.get(Split.VAL),
         processing_class=processor,
     )
-    record = record_of(
-        run, datasets[Split.TRAIN], fitted, provenance, pretrained, None if fitted else trainer.learned_means()
-    )
+    tests = gather_tests(datasets[Split.TRAIN], trainer.decodes, trainer.accelerator)
+    if tests:
+        logger.info(describe_tests(tests))
+    means = None if fitted else trainer.learned_means()
+    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests)
     trainer.record = record
     if args.should_save:
         trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from pertstate.base.messages import some
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, METRICS, MODEL
 from pertstate.evaluation.scores import Scores
@@ -65,6 +66,11 @@ def scores_of(
         )
     if record is not None:
         notes += record.warnings({group[:2] for group in how})
+        scored = {perturbation for *_, perturbation in how}
+        if found := record.indistinguishable(scored):
+            notes.append(
+                f"the training cells do not tell the change of {len(found)} of {len(scored)} scored perturbations from none: {some(found)}"
+            )
     averages = averages_of(averaged, seed)
     methods = methods_of(results)
     table = pd.DataFrame([row for result in results for row in _rows(result, methods, how[result.group])])
