@@ -1,7 +1,7 @@
 """
 Damages files and reads them: cells, checkpoints, adapters, vocabularies, pickles, features, run files and splits.
 
-    python tests/fuzz.py [--seconds 120] [--seed 0] [--kinds KIND ..] [--write docs/reliability.md]
+    python tests/fuzz.py [--seconds 120] [--seed 0] [--kinds KIND ..]
 
 A third of the time files are damaged blindly, each read in a process of its own. In the rest, where atheris is there (`make fuzz`
 brings it), a fuzzer that is guided by coverage takes each kind in turn, see `fuzz_guided.py`.
@@ -144,23 +144,11 @@ def fuzz_guided(kind: str, seconds: int, seed: int, found: Path = FOUND) -> tupl
     return 0 if tried is None else int(tried[1]), len(made)
 
 
-START, END = "<!-- damaged: start -->", "<!-- damaged: end -->"
-
-
-def written(page: str, tried: int, of_kinds: dict[str, tuple[int, int]]) -> str:
-    """The page with the table of what was read between its marks."""
-    before, _, rest = page.partition(START)
-    lines = ["| reader | damaged files | findings |", "|---|---:|---:|", f"| all, blindly | {tried:,} | 0 |"]
-    lines += [f"| {kind} | {files:,} | {wrong} |" for kind, (files, wrong) in of_kinds.items()]
-    return "\n".join([before + START, *lines, END]) + rest.partition(END)[2]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", metavar="KIND", help="readers of the guided fuzzer; by default all")
-    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="put a table between its marks in this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(FOUND, ignore_errors=True)
@@ -173,8 +161,6 @@ def main():
         of_kinds = {kind: fuzz_guided(kind, seconds, args.seed + 1) for kind in names}
         counts["guided"] = {kind: tried for kind, (tried, _) in of_kinds.items()}
         counts["findings"] += sum(wrong for _, wrong in of_kinds.values())
-        if args.write and not findings:
-            args.write.write_text(written(args.write.read_text(encoding="utf-8"), tried, of_kinds), encoding="utf-8")
     print(json.dumps(counts))
     raise SystemExit(1 if counts["findings"] else 0)
 
