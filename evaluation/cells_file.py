@@ -37,8 +37,10 @@ def whole_cells(output: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
         return
     import zarr  # not needed, and slow to import, for files in HDF5
 
-    with whole_folder(output, ZARR_FOLDER) as partial:
-        yield zarr.open_group(str(partial), mode="w", zarr_format=2), lambda: None
+    from pertstate.evaluation.zarr_store import ending_with_its_block
+
+    with whole_folder(output, ZARR_FOLDER) as partial, ending_with_its_block(partial) as store:
+        yield zarr.open_group(store, mode="w", zarr_format=2), lambda: None
 
 
 def write_frame(group, place: str, obs_name: str | None, var: pd.DataFrame, uns: dict) -> None:
