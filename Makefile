@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-kernels test-fuzzer test-slow torture fuzz lint types docs bench
+.PHONY: demo test test-kernels test-cell-eval test-fuzzer test-slow torture fuzz lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,12 @@ test: .venv/.installed
 test-kernels: .venv/.installed
 	test -d build/triton || $(BIN)/python -m pip install --quiet --no-deps --target build/triton 'triton>=3.9'
 	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/losses/test_energy_kernels.py tests/losses/test_sinkhorn_kernels.py
+
+# The metrics of cell-eval. The package brings much along, and is not part of the environment here.
+test-cell-eval: .venv/.installed
+	test -d build/cell-eval || $(BIN)/python -m pip install --quiet --no-deps --target build/cell-eval \
+		'cell-eval>=0.8.2' pdex polars polars-runtime-32 numba-mwu igraph texttable
+	PYTHONPATH=build/cell-eval OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cell_eval tests/evaluation
 
 # The fuzzer itself finds a fault that is planted.
 test-fuzzer: build/atheris

@@ -195,8 +195,12 @@ class PredictedCells:
             **said,
             **self._describe_doses([name for _, name in groups], weights),
             # How to read real cells, so that they can be compared with these.
-            "processor": json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True),
+            "processor": self.reading_settings(),
         }
+
+    def reading_settings(self) -> str:
+        """The settings of this processor as JSON, as predictions record them."""
+        return json.dumps({name: getattr(self, name) for name in PROCESSOR_SETTINGS}, sort_keys=True)
 
     def _describe_doses(self, names: list[str], weights: list[float] | None) -> dict[str, str]:
         """The doses of some perturbations in words; nothing where there are none."""

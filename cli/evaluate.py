@@ -55,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="NAME",
         help="also show these figures: mse, variance_ratio, zeros, mmd, sinkhorn, discrimination, or all",
     )
+    parser.add_argument(
+        "--cell-eval",
+        action="store_true",
+        help="also find the metrics of the package cell-eval for the same cells: differential expression, discrimination, ..",
+    )
     parser.add_argument("--include-seen", action="store_true", help="average over groups that were trained on, too")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the intervals")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -62,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace):
     from pertstate.base.outputs import claimed_folder, whole_folder
+    from pertstate.evaluation.cell_eval_scores import check_cell_eval
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
     from pertstate.evaluation.further_metrics import check_metrics
     from pertstate.evaluation.metrics import FURTHER
@@ -76,6 +82,8 @@ def run(args: argparse.Namespace):
     check_metrics(args.metrics, (*FURTHER, "all"))
     metrics = tuple(name for name in FURTHER if name in args.metrics or "all" in args.metrics)
     check_metrics(metrics, FURTHER)
+    if args.cell_eval:
+        check_cell_eval()
     # Before there is any work to lose.
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
@@ -103,6 +111,7 @@ def run(args: argparse.Namespace):
             contexts=args.context,
             perturbations=args.perturbation,
             metrics=metrics,
+            cell_eval=args.cell_eval,
             **options,
         )
         scores.notes += [_compared(scores, other, args, options) for other in args.against or ()]

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pertstate.base.constants import Normalize, Values
 from pertstate.base.messages import closest, some
 from pertstate.base.tables import read_csv
 from pertstate.evaluation.cells_file import CellTable, DenseRows, SparseRows, write_frame
 from pertstate.evaluation.experiment import Arm
+from pertstate.processing import StateProcessor, Vocabulary
 
 
 # How such tables call the perturbation and the number of cells.
@@ -66,6 +68,20 @@ class CellEval:
             )
         of = {self.column: [self.control if name == control else name for name in names]}
         return pd.DataFrame({**of, context: [name for name, _ in arms]} if context != self.column else of)
+
+    def reader_of(self, processor: StateProcessor) -> StateProcessor:
+        """A processor that reads both files: what predictions record, so that they can be scored against the real file."""
+        return StateProcessor(
+            vocabulary=Vocabulary(),
+            perturbation_key=self.column,
+            control=self.control,
+            context_key=processor.output_columns()["context"],
+            combination_separator=processor.combination_separator,
+            normalize=Normalize.NONE,
+            values=Values.LOG1P,
+            target_sum=processor.target_sum,
+            scale=processor.scale,
+        )
 
 
 def read_cell_counts(path: str | os.PathLike) -> dict[str, int]:

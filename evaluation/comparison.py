@@ -28,6 +28,7 @@ from pertstate.data.in_memory import CellData, name_of, open_cells
 from pertstate.data.reading import AnnDataFile
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.assembly import samples_of, scores_of
+from pertstate.evaluation.cell_eval_scores import CellEvalMetrics, cell_eval_version, check_cell_eval
 from pertstate.evaluation.further_metrics import check_metrics
 from pertstate.evaluation.group_scores import baselines_of, is_log1p
 from pertstate.evaluation.metrics import COSTLY, FURTHER, AsPredicted
@@ -56,6 +57,7 @@ def evaluate(
     include_seen: bool = False,
     name: str = "the model",
     metrics: Sequence[str] = (),
+    cell_eval: bool = False,
     **keys,
 ) -> Scores:
     """
@@ -84,6 +86,7 @@ def evaluate(
         name (`str`): what the verdict calls the model.
         metrics (`Sequence[str]`): the figures to find besides those that cost little: any of `mmd`, `sinkhorn` and `discrimination`, see
             [`FurtherFigures`] and [`~pertstate.evaluation.further_metrics.discrimination`].
+        cell_eval (`bool`): also find the metrics of the package cell-eval for the same cells, see [`CellEvalMetrics`].
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, if
             they differ from what `predicted` or the processor says.
 
@@ -93,10 +96,13 @@ def evaluate(
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
             compare, or a figure is unknown.
+        ImportError: the metrics of cell-eval are asked for, and it is not installed.
     """
     if (predicted is None) == (model is None):
         raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")
     check_metrics(metrics, FURTHER)
+    if cell_eval:
+        check_cell_eval()
     costly = tuple(metric for metric in COSTLY if metric in metrics)
     notes: list[str] = []
     with ExitStack() as stack:
@@ -113,6 +119,8 @@ def evaluate(
             scorer = scorer_of(own, model.config, keys)
             if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 scorer = scorer_of(own, model.config, {**keys, "context": contexts[0]})
+        if cell_eval and not is_log1p(scorer, decoded=False):
+            raise ValueError("cell-eval takes log1p expression, and something else was predicted; score without it")
         scorer.check_scale(truth, convert=convert_scale)
         real_labels = scorer.labels(truth)
         there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
@@ -128,7 +136,9 @@ def evaluate(
             and (contexts is None or pair[0] in contexts)
             and (perturbations is None or pair[1] in map(scorer.canonical, perturbations))
         ]
-        common = [pair for pair in pairs if pair in there]
+        # Groups of a context follow one another.
+        of_contexts = list(dict.fromkeys(context for context, _ in pairs))
+        common = sorted((pair for pair in pairs if pair in there), key=lambda pair: of_contexts.index(pair[0]))
         missing = [" / ".join(pair) for pair in pairs if pair not in there]
         if not common:
             raise ValueError(
@@ -161,7 +171,14 @@ def evaluate(
             found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
         bar = tqdm(found, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
         kept = samples_of(len(groups))
-        results = list(score_groups(cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly))
+        field = CellEvalMetrics(scorer.vocabulary.genes, scorer.control) if cell_eval else None
+        also = None if field is None else field.add
+        results = list(
+            score_groups(cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly, also=also)
+        )
+        if field is not None:
+            field.give(results)
+            notes += field.notes
         genes = scorer.output_names(len(results[0].means["observed"]))
 
     def seen(group: Group) -> str:
@@ -174,6 +191,8 @@ def evaluate(
         return "its cells were trained on" if record.seen_cells(group[2], ids) else ""
 
     settings = {"cells": max_cells or "all", "real": last_part(name_of(real))}
+    if cell_eval:
+        settings["cell-eval"] = cell_eval_version()
     return scores_of(
         sorted(results, key=lambda result: common.index(result.group[1:])),
         genes,

@@ -24,6 +24,8 @@ HIGHER_IS_BETTER = {
     "sinkhorn": False,
     "discrimination": True,
 }
+# What the names of the metrics of the package cell-eval begin with.
+CELL_EVAL = "cell_eval_"
 # What each is, for readers.
 ABOUT = {
     "pearson": "correlation over genes of the predicted with the observed mean change from the control cells; 1 is best",

@@ -124,7 +124,7 @@ def _check_matplotlib():
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'pertstate[eval]'") from error
+        raise ImportError("pictures need matplotlib: pip install 'pertstate[report]'") from error
 
 
 def _figure(width: float, height: float):

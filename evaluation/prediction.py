@@ -199,6 +199,7 @@ def predict(
             var = _var_of_output(processor, model.config, data, input)
             if cell_eval is not None:
                 cell_eval.check(target, log1p)
+                uns["processor"] = cell_eval.reader_of(processor).reading_settings()
                 if cell_eval.real is not None:
                     names_of = (processor.output_columns()["context"], processor.control)
                     of_real = real_rows(arms, labels, processor.control)

@@ -18,7 +18,8 @@ from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
-from pertstate.evaluation.metrics import ABOUT, MODEL
+from pertstate.evaluation.cell_eval_scores import CAVEAT
+from pertstate.evaluation.metrics import ABOUT, CELL_EVAL, MODEL
 from pertstate.evaluation.report_data import (
     COUNTS,
     KINDS,
@@ -31,7 +32,7 @@ from pertstate.evaluation.report_data import (
     metrics_of,
     read_log,
 )
-from pertstate.evaluation.scores import Scores
+from pertstate.evaluation.scores import Scores, cell_eval_averages
 
 
 _PAGE = Path(__file__).parent / "page"
@@ -87,6 +88,7 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
     from plotly.offline import get_plotlyjs
 
     packed = _Packed()
+    own = scores.averages[~scores.averages["metric"].str.startswith(CELL_EVAL)]
     data, missing = _data(scores, log, packed)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["shown"] = _shown
@@ -95,8 +97,10 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
         version=__version__,
         verdict=scores.verdict,
         notes=scores.notes,
-        averages=_averages(scores.averages),
-        metrics=list(dict.fromkeys(scores.averages["metric"])) if len(scores.averages) else [],
+        averages=_averages(own),
+        metrics=list(dict.fromkeys(own["metric"])),
+        cell_eval=_averages(cell_eval_averages(scores.averages)),
+        caveat=CAVEAT,
         about=ABOUT,
         has_seen=bool((scores.table["seen"] != "").any()),
         record=_entries(public(_in_short(scores.record))),
@@ -155,9 +159,10 @@ def _data(scores: Scores, log: list[dict[str, float]], packed: _Packed) -> tuple
     data: dict[str, Any] = {
         "genes": [printable(gene) for gene in scores.genes],
         "groups": {"context": _coded(contexts), "perturbation": _coded([p for _, _, p in scores.groups])},
-        "averages": _figures(scores.averages),
+        "averages": _figures(scores.averages[~scores.averages["metric"].str.startswith(CELL_EVAL)]),
         "table": _table(scores, several),
         "model": MODEL,
+        "cell_eval": CELL_EVAL,
     }
     changes = mean_changes(scores)
     if changes:

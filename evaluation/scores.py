@@ -16,7 +16,7 @@ from pertstate.base.files import whole_file
 from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.record import RunRecord
-from pertstate.evaluation.metrics import CEILING_MODEL, METRICS, MODEL
+from pertstate.evaluation.metrics import CEILING_MODEL, CELL_EVAL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
 from pertstate.evaluation.verdict import compare
 
@@ -249,8 +249,20 @@ def format_scores(scores: Scores, further: tuple[str, ...] = ()) -> str:
         shown[metric] = [_figure(value) for value in table[metric]]
     if (table["seen"] != "").any():
         shown["seen in training"] = table["seen"]
-    lines = [table_text(shown), "", format_averages(scores.averages, metrics), "", scores.verdict]
-    return "\n".join(lines)
+    lines = [table_text(shown), "", format_averages(scores.averages, metrics), ""]
+    of_cell_eval = cell_eval_averages(scores.averages)
+    if len(of_cell_eval):
+        of_cell_eval["average"] = [_with_interval(row) for _, row in of_cell_eval.iterrows()]
+        shown = of_cell_eval.rename(columns={"metric": "cell-eval, of the model"})
+        lines += [table_text(shown[["cell-eval, of the model", "average", "groups"]]), ""]
+    return "\n".join([*lines, scores.verdict])
+
+
+def cell_eval_averages(averages: pd.DataFrame) -> pd.DataFrame:
+    """The averages of the metrics of cell-eval, under its own names."""
+    found = averages[averages["metric"].str.startswith(CELL_EVAL)].copy()
+    found["metric"] = found["metric"].str.removeprefix(CELL_EVAL)
+    return found.reset_index(drop=True)
 
 
 def format_averages(averages: pd.DataFrame, metrics: list[str]) -> str:

@@ -128,8 +128,8 @@ class GroupResult:
         means (`dict[str, np.ndarray]`): `control`, `observed` and `predicted`, each `(features,)` float32.
         samples (`dict[str, np.ndarray]`): some `control`, `observed` and `predicted` cells.
         confidence (`float`, *optional*): the loss that the model expects.
-        further (`dict[str, dict[str, np.ndarray]]`): for each method those of the figures [`FURTHER`] that were found, each
-            `(1 + draws,)`, or `(1,)` if it is not found for resampled cells.
+        further (`dict[str, dict[str, np.ndarray]]`): for each method those of the figures [`FURTHER`] that were found, and the
+            metrics of cell-eval, each `(1 + draws,)`, or `(1,)` if it is not found for resampled cells.
         changes (`dict[str, np.ndarray]`): the mean change of each method from the control cells, `(features,)` float32, if the
             discrimination score is asked for.
     """
@@ -304,6 +304,7 @@ def score_groups(
     samples: int = 0,
     draws: int = DRAWS,
     metrics: tuple[str, ...] = (),
+    also: Callable[[Group, Predicted | None, np.ndarray, np.ndarray], None] | None = None,
 ) -> Iterator[GroupResult]:
     """
     Score groups one after another.
@@ -319,6 +320,7 @@ def score_groups(
         samples (`int`): how many cells of each kind are kept for pictures.
         draws (`int`): resamplings of the bootstrap.
         metrics (`tuple[str, ...]`): those of the figures [`COSTLY`] that are asked for.
+        also (`Callable`, *optional*): is given each group, its predicted and real cells, and the control cells of its context.
 
     Returns:
         Iterator of the [`GroupResult`] of each group, in the order of `groups`.
@@ -331,6 +333,8 @@ def score_groups(
             kept = {place: ControlCells(real.scored(rows), place, seed, draws)}
         cells = real.scored(real.rows(group, seed, max_cells))
         result = score_group(group, predicted, cells, kept[place], baselines, seed, metrics)
+        if also is not None:
+            also(group, predicted, cells, kept[place].cells)
         shown = {"control": kept[place].cells, "observed": cells}
         if predicted is not None:
             shown["predicted"] = predicted.cells
@@ -346,5 +350,9 @@ def methods_of(results: list[GroupResult]) -> list[str]:
 
 def metrics_of(results: list[GroupResult]) -> list[str]:
     """All figures that were found, in the order of tables."""
-    further = {name for result in results for of_method in result.further.values() for name in of_method}
-    return [*METRICS, *(name for name in FURTHER if name in further)]
+    further = dict.fromkeys(name for result in results for of_method in result.further.values() for name in of_method)
+    return [
+        *METRICS,
+        *(name for name in FURTHER if name in further),
+        *(name for name in further if name not in FURTHER),
+    ]

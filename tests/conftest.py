@@ -24,9 +24,10 @@ def _one_thread():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests whose reference data or browser is not there, and say so in one line."""
+    """Leave out tests whose reference data, browser or package is not there, and say so in one line."""
     absent = [] if SHARED.is_dir() else ["shared"]
     absent += [] if CHROMIUM else ["browser"]
+    absent += [] if HAS_CELL_EVAL else ["cell_eval"]
     absent += [] if HAS_ATHERIS else ["guided"]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     if left_out:
@@ -37,6 +38,8 @@ def pytest_collection_modifyitems(config, items):
 # The kernels for a GPU need the compiler that comes with torch for GPUs: `make test-kernels` installs it.
 HAS_TRITON = find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py", "losses/test_sinkhorn_kernels.py"]
+# It brings much along, so it is no part of the environment of developers: `make test-cell-eval` installs it.
+HAS_CELL_EVAL = find_spec("cell_eval") is not None
 # `make fuzz` installs the fuzzer that is guided by coverage.
 HAS_ATHERIS = find_spec("atheris") is not None
 
@@ -46,6 +49,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "the tests of the kernels for a GPU were left out: no triton; make test-kernels runs them"
         )
+    if not HAS_CELL_EVAL:
+        terminalreporter.write_line("the tests of cell-eval were left out: it is absent; make test-cell-eval runs them")
     if not HAS_ATHERIS:
         terminalreporter.write_line("the test of the guided fuzzer was left out: no atheris; make test-fuzzer runs it")
     # The number of tests is not said: with several workers, the process that reports does not collect the tests.

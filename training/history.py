@@ -42,6 +42,6 @@ def write_history(folder: Path, state: TrainerState):
     with whole_file(folder / TRAINER_STATE_NAME) as partial:
         partial.write_text(json.dumps(public(vars(state)), indent=1, default=str), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        logger.info(f"{CURVES} is not drawn: pictures need matplotlib, pip install 'pertstate[eval]'")
+        logger.info(f"{CURVES} is not drawn: pictures need matplotlib, pip install 'pertstate[report]'")
         return
     plot_history(table, folder / CURVES)

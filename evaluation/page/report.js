@@ -167,7 +167,7 @@
       { name: "context", value: (r) => text("context", r) },
       { name: "perturbation", value: (r) => text("perturbation", r), show: link },
       { name: "method", value: (r) => text("method", r) },
-      ...Object.keys(figures).filter((name) => figures[name].some((value) => value !== null))
+      ...Object.keys(figures).filter((name) => !name.startsWith(data.cell_eval) && figures[name].some((value) => value !== null))
         .map((name) => ({ name: name.replaceAll("_", " "), value: (r) => figures[name][r], number: true })),
       ...["seen", "reason"].filter((name) => texts[name].names.some((held) => held !== ""))
         .map((name) => ({ name: name === "seen" ? "seen in training" : name, value: (r) => text(name, r) })),

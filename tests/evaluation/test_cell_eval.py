@@ -6,7 +6,7 @@ import pytest
 from predictions import CONTROLS, GENES, SET_SIZE, model_of, run, screen
 
 from pertstate import StateProcessor
-from pertstate.evaluation import CellEval
+from pertstate.evaluation import CellEval, evaluate
 from pertstate.evaluation.cell_eval import read_cell_counts
 
 
@@ -72,6 +72,18 @@ def test_doses_are_part_of_the_name(tmp_path):
     files = pair((tmp_path, (model_of(processor), processor)), tmp_path)
     for adata in files:
         assert set(adata.obs["target_gene"]) == {"non-targeting", "pert_0@2", "pert_1@2", "pert_2@2"}
+
+
+def test_the_pair_is_scored_without_a_word_about_its_columns(made, tmp_path):
+    files = tmp_path / "predicted.h5ad", tmp_path / "real.h5ad"
+    pair(made, tmp_path)
+    scores = evaluate(*files, quiet=True)
+    assert scores.groups == [("", f"type_{c}", f"pert_{p}") for c in range(2) for p in range(3)]
+    folder, model = made
+    run(folder, model, tmp_path / "plain.h5ad")
+    plain = evaluate(tmp_path / "plain.h5ad", folder / "screen.h5ad", quiet=True)
+    figures = [of.table[of.table["method"] == "model"][["pearson", "mae", "energy"]] for of in (scores, plain)]
+    np.testing.assert_allclose(*figures, rtol=1e-4)
 
 
 def table(tmp_path, text: str):
