@@ -34,13 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
     parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
-    parser.add_argument("--overwrite", action="store_true", help="replace a table and scores that are there")
+    parser.add_argument("--plots", metavar="FOLDER", help="also write the pictures of the report, each as PNG and PDF")
+    parser.add_argument("--overwrite", action="store_true", help="replace a table, scores and pictures that are there")
     add_reading_arguments(parser)
     parser.add_argument("--context", nargs="+", help="score these contexts; if the files have no such column, one name")
     parser.add_argument("--perturbation", nargs="+", metavar="NAME", help="score these perturbations")
     parser.add_argument("--input", help="where real cells are read: X, layers/NAME or obsm/NAME")
     parser.add_argument(
         "--convert-scale", action="store_true", help="convert log1p values of another total than the model's"
+    )
+    parser.add_argument(
+        "--common-genes",
+        action="store_true",
+        help="score the genes that both files have, if the real cells lack some of the predicted ones",
     )
     parser.add_argument(
         "--cells",
@@ -71,10 +77,14 @@ def run(args: argparse.Namespace):
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
     from pertstate.evaluation.further_metrics import check_metrics
     from pertstate.evaluation.metrics import FURTHER
+    from pertstate.evaluation.pictures import FOLDER, save_pictures
+    from pertstate.evaluation.plots import check_matplotlib
     from pertstate.evaluation.scores import SCORES, format_scores
 
-    if args.overwrite and not (args.output or args.scores):
-        raise ValueError("--overwrite has no effect without --output or --scores")
+    if args.overwrite and not (args.output or args.scores or args.plots):
+        raise ValueError("--overwrite has no effect without --output, --scores or --plots")
+    if args.plots:
+        check_matplotlib()
     if args.predicted is None and args.model is None:
         raise ValueError("name the predicted cells with --predicted, or the model that is to predict them with --model")
     if args.cells != "all" and not (args.cells.isdigit() and int(args.cells) > 0):
@@ -88,6 +98,7 @@ def run(args: argparse.Namespace):
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
         claimed_folder(args.scores, SCORES, args.overwrite) if args.scores else nullcontext(),
+        claimed_folder(args.plots, FOLDER, args.overwrite) if args.plots else nullcontext(),
     ):
         model = processor = record = None
         if args.model is not None:
@@ -98,6 +109,7 @@ def run(args: argparse.Namespace):
             "max_cells": None if args.cells == "all" else int(args.cells),
             "seed": args.seed,
             "include_seen": args.include_seen,
+            "common_genes": args.common_genes,
             **reading_of(args),
             "input": args.input,
         }
@@ -121,6 +133,8 @@ def run(args: argparse.Namespace):
         if args.scores:
             with whole_folder(args.scores, SCORES) as folder:
                 scores.save(folder)
+        if args.plots:
+            save_pictures(scores, [], args.plots)
         if args.output:
             write_table(table_of(scores), args.output, args.overwrite)
 

@@ -74,6 +74,11 @@ class GroupMeans:
         perturbed, control = (expression[self._row[*place, name]] for name in (perturbation, self.control))
         return log_fold_change(perturbed.astype(np.float64), control.astype(np.float64))
 
+    def of_features(self, columns: np.ndarray) -> "GroupMeans":
+        """The means of these features alone, in this order."""
+        expression = None if self.expression is None else self.expression[:, columns]
+        return GroupMeans(self.control, self.groups, self.counts, self.means[:, columns], expression)
+
     def of(self, perturbations: Iterable[str]) -> "GroupMeans":
         """The means of these perturbations alone, and of all control cells."""
         kept = {*perturbations, self.control}

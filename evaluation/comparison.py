@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from pertstate.data.reading import AnnDataFile
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.assembly import samples_of, scores_of
 from pertstate.evaluation.cell_eval_scores import CellEvalMetrics, cell_eval_version, check_cell_eval
+from pertstate.evaluation.compared_genes import compared_genes
 from pertstate.evaluation.further_metrics import check_metrics
 from pertstate.evaluation.group_scores import baselines_of, is_log1p
 from pertstate.evaluation.metrics import COSTLY, FURTHER, AsPredicted
@@ -58,6 +59,7 @@ def evaluate(
     name: str = "the model",
     metrics: Sequence[str] = (),
     cell_eval: bool = False,
+    common_genes: bool = False,
     **keys,
 ) -> Scores:
     """
@@ -87,6 +89,8 @@ def evaluate(
         metrics (`Sequence[str]`): the figures to find besides those that cost little: any of `mmd`, `sinkhorn` and `discrimination`, see
             [`FurtherFigures`] and [`~pertstate.evaluation.further_metrics.discrimination`].
         cell_eval (`bool`): also find the metrics of the package cell-eval for the same cells, see [`CellEvalMetrics`].
+        common_genes (`bool`): score the genes that both the predictions and the real cells have, if the real cells lack some.
+            `model` then reads those that are missing as not expressed.
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, if
             they differ from what `predicted` or the processor says.
 
@@ -121,6 +125,8 @@ def evaluate(
                 scorer = scorer_of(own, model.config, {**keys, "context": contexts[0]})
         if cell_eval and not is_log1p(scorer, decoded=False):
             raise ValueError("cell-eval takes log1p expression, and something else was predicted; score without it")
+        compared = compared_genes(scorer, truth, name_of(real), common_genes, notes)
+        scorer = compared.scorer
         scorer.check_scale(truth, convert=convert_scale)
         real_labels = scorer.labels(truth)
         there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
@@ -159,17 +165,20 @@ def evaluate(
                 "what the model was trained on is not known, so only the baseline 'no change' can be scored: name its "
                 "checkpoint with --model, or the training cells with --train"
             )
+        if record is not None and means is not None:
+            means = compared.of_means(means, processor)
         baselines = baselines_of(means, scorer, clip=scorer.values != Values.EMBEDDING)
         if model is None:
             found = _predicted_of_file(reader, guess, labels, groups, cells, scorer.control, seed, max_cells)
         else:
             inputs = read_as(own, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches))
-            cells.inputs = lambda rows: inputs.features(truth, rows)
+            cells.inputs = lambda rows: inputs.features(truth, rows, "zero" if common_genes else "error")
             if inputs.batch_key is not None:
                 batches = inputs.labels(truth)["batch"].to_numpy()
                 cells.batches = lambda rows: batches[rows]
             found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
-        bar = tqdm(found, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
+        chosen = ((group, replace(of, cells=compared.of_predicted(of.cells))) for group, of in found)
+        bar = tqdm(chosen, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
         kept = samples_of(len(groups))
         field = CellEvalMetrics(scorer.vocabulary.genes, scorer.control) if cell_eval else None
         also = None if field is None else field.add

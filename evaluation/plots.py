@@ -35,7 +35,7 @@ def plot_mean_changes(
         ValueError: the files have no group in common, or the format is unknown.
         FileExistsError, InUseError: see [`claimed_file`].
     """
-    _check_matplotlib()
+    check_matplotlib()
     panels = []
     with AnnDataFile(predicted) as guess, AnnDataFile(real) as truth:
         reader, processor = readers_of(guess)
@@ -59,7 +59,7 @@ def plot_mean_changes(
 
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure = _figure(3.2 * columns, 3.2 * lines)
+    figure = new_figure(3.2 * columns, 3.2 * lines)
     for i, (title, x, y) in enumerate(panels):
         axis = figure.add_subplot(lines, columns, i + 1)
         limit = 1.05 * max(np.abs(x).max(), np.abs(y).max(), 1e-6)
@@ -98,9 +98,9 @@ def plot_history(history: pd.DataFrame, output: str | os.PathLike):
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _check_matplotlib()
+    check_matplotlib()
     panels = [name for name in _CURVES if name in history and history[name].notna().any()]
-    figure = _figure(4.2 * (1 + len(panels)), 3.2)
+    figure = new_figure(4.2 * (1 + len(panels)), 3.2)
     axis = figure.add_subplot(1, 1 + len(panels), 1)
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
         if name in history:
@@ -120,14 +120,16 @@ def plot_history(history: pd.DataFrame, output: str | os.PathLike):
         figure.savefig(partial, dpi=110, format="png")
 
 
-def _check_matplotlib():
+def check_matplotlib():
+    """ImportError that says what to install, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'pertstate[report]'") from error
 
 
-def _figure(width: float, height: float):
+def new_figure(width: float, height: float):
+    """An empty figure of matplotlib, in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
