@@ -72,3 +72,4 @@ docs: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/evaluate.py

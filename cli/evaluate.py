@@ -3,10 +3,12 @@
 import argparse
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pertstate.base.console import say, show
+from pertstate.base.messages import counted
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--against",
         nargs="+",
         metavar="OTHER",
-        help="compare with these, each a checkpoint or a file of predicted cells, on the groups that both predict",
+        help="compare with these, each a checkpoint or a file of predicted cells, on the groups that all of them predict: one table, "
+        "each beside the first by the paired bootstrap",
     )
     parser.add_argument("--output", metavar="TABLE.csv", help="also write the table, .csv or .json")
     parser.add_argument("--scores", metavar="FOLDER", help="also write the folder that `pertstate report` reads")
@@ -94,6 +97,8 @@ def run(args: argparse.Namespace):
     check_metrics(metrics, FURTHER)
     if args.cell_eval:
         check_cell_eval()
+    if args.against:
+        _names(args)
     # Before there is any work to lose.
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),
@@ -126,7 +131,8 @@ def run(args: argparse.Namespace):
             cell_eval=args.cell_eval,
             **options,
         )
-        scores.notes += [_compared(scores, other, args, options) for other in args.against or ()]
+        if args.against:
+            _compare(scores, args, options)
         for note in scores.notes:
             say(f"note: {note}", sys.stderr)
         show(format_scores(scores, tuple(name for name in metrics if name in scores.table)))
@@ -139,10 +145,40 @@ def run(args: argparse.Namespace):
             write_table(table_of(scores), args.output, args.overwrite)
 
 
-def _compared(scores, other: str, args: argparse.Namespace, options: dict[str, Any]) -> str:
-    """What the groups of these scores say of the scored model beside another one."""
+def _compare(scores, args: argparse.Namespace, options: dict[str, Any]):
+    """Compare the scored model with others, on the groups that all predict: a table, and a note for each other model."""
+    from pertstate.evaluation.scores import against, compare_models
+
+    first, *others = _names(args)
+    models = {first: scores} | {
+        name: _scored(scores, word, args, options) for name, word in zip(others, args.against, strict=True)
+    }
+    scores.models = compare_models(models, args.seed)
+    groups = [{result.group for result in of.results} for of in models.values()]
+    common = set.intersection(*groups)
+    if left := len(set.union(*groups) - common):
+        scores.notes.append(f"{counted(left, 'group')} left out of the comparison, as not all of the models have them")
+    shared = {
+        name: replace(of, results=[result for result in of.results if result.group in common])
+        for name, of in models.items()
+    }
+    scores.notes += [against(shared[first], shared[other], (first, other), args.seed) for other in others]
+
+
+def _names(args: argparse.Namespace) -> list[str]:
+    """What the models are called, the scored one first: the last part of a path, or all of it if two models share that."""
+    words = [args.model or args.predicted, *args.against]
+    short = [Path(word).name for word in words]
+    names = short if len(set(short)) == len(short) else words
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--against: {twice} is named twice; name each model once")
+    return names
+
+
+def _scored(scores, other: str, args: argparse.Namespace, options: dict[str, Any]):
+    """The scores of another model on the groups of these scores."""
     from pertstate.evaluation.comparison import evaluate
-    from pertstate.evaluation.scores import against
 
     groups = [result.group for result in scores.results]
     chosen: dict[str, Any] = {
@@ -150,11 +186,9 @@ def _compared(scores, other: str, args: argparse.Namespace, options: dict[str, A
         "perturbations": sorted({perturbation for *_, perturbation in groups}),
     }
     if Path(other).is_file():
-        second = evaluate(other, args.real, **chosen, **options)
-    else:
-        model, processor, record = _checkpoint(other, None, "--against")
-        second = evaluate(None, args.real, model=model, processor=processor, record=record, **chosen, **options)
-    return against(scores, second, (Path(args.model or args.predicted).name, Path(other).name), args.seed)
+        return evaluate(other, args.real, **chosen, **options)
+    model, processor, record = _checkpoint(other, None, "--against")
+    return evaluate(None, args.real, model=model, processor=processor, record=record, **chosen, **options)
 
 
 def _checkpoint(name: str, revision: str | None, flag: str):

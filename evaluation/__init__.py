@@ -6,7 +6,7 @@ from pertstate.evaluation.comparison import evaluate
 from pertstate.evaluation.metrics import energy_between, pearson_of_change
 from pertstate.evaluation.predicted_file import OutputLayout, controls_of
 from pertstate.evaluation.prediction import predict
-from pertstate.evaluation.scores import Scores
+from pertstate.evaluation.scores import Scores, compare_models
 
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CellEval",
     "OutputLayout",
     "Scores",
+    "compare_models",
     "controls_of",
     "energy_between",
     "evaluate",

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pertstate.data.record import RunRecord
+from pertstate.evaluation.confidence import confidence_worth
 from pertstate.evaluation.further_metrics import discrimination
 from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, MODEL
 from pertstate.evaluation.scores import Scores
@@ -77,11 +78,12 @@ def scores_of(
         notes.append(f"the figures of {CEILING_MODEL!r} do not score a prediction: it was given the real cells")
         for frame in (table, averages):
             frame["method"] = frame["method"].replace(MODEL, CEILING_MODEL)
+    worth = confidence_worth(table, seed)
     shown = [name for name in ("control", "observed", "predicted") if all(name in result.means for result in results)]
     return Scores(
         table=table,
         averages=averages,
-        verdict=verdict_of(averaged, name, seed),
+        verdict=" ".join([verdict_of(averaged, name, seed), *([] if worth is None else [str(worth)])]),
         notes=list(dict.fromkeys(notes)),
         genes=list(features),
         groups=[result.group for result in results],

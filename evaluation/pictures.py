@@ -8,9 +8,10 @@ import pandas as pd
 
 from pertstate.base.outputs import Kind, whole_folder
 from pertstate.base.printable import printable
+from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.metrics import CELL_EVAL, METRICS, MODEL, NAMES, pearson_of_change
 from pertstate.evaluation.plots import check_matplotlib, new_figure
-from pertstate.evaluation.report_data import KINDS, by_step, calibration, cell_map, gene_tests, mean_changes
+from pertstate.evaluation.report_data import KINDS, by_step, cell_map, gene_tests, mean_changes
 from pertstate.evaluation.scores import Scores
 
 
@@ -232,7 +233,7 @@ def _curves(history: pd.DataFrame):
 
 
 def _confidence(scores: Scores):
-    found = calibration(scores)
+    found = calibration(scores.table)
     if found is None:
         return None
     rows, correlation = found

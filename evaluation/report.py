@@ -19,12 +19,12 @@ from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
 from pertstate.evaluation.cell_eval_scores import CAVEAT
+from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.metrics import ABOUT, CELL_EVAL, MODEL
 from pertstate.evaluation.report_data import (
     COUNTS,
     KINDS,
     by_step,
-    calibration,
     cell_map,
     find_scores,
     gene_tests,
@@ -32,7 +32,7 @@ from pertstate.evaluation.report_data import (
     metrics_of,
     read_log,
 )
-from pertstate.evaluation.scores import Scores, cell_eval_averages
+from pertstate.evaluation.scores import Scores, cell_eval_averages, models_as_text
 
 
 _PAGE = Path(__file__).parent / "page"
@@ -101,6 +101,7 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
         metrics=list(dict.fromkeys(own["metric"])),
         cell_eval=_averages(cell_eval_averages(scores.averages)),
         caveat=CAVEAT,
+        models=models_as_text(scores.models).to_dict("records"),
         about=ABOUT,
         has_seen=bool((scores.table["seen"] != "").any()),
         record=_entries(public(_in_short(scores.record))),
@@ -191,7 +192,7 @@ def _data(scores: Scores, log: list[dict[str, float]], packed: _Packed) -> tuple
         missing["curves"] = (
             "No log of a training lies beside these scores. A model that is fitted in one pass has none."
         )
-    found = calibration(scores)
+    found = calibration(scores.table)
     if found is None:
         missing["calibration"] = "The model gives no confidence."
     else:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
-from pertstate.evaluation.metrics import METRICS, MODEL
+from pertstate.evaluation.metrics import METRICS
 from pertstate.evaluation.scores import SUMMARY, Scores
 
 
@@ -188,24 +188,3 @@ def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFr
             "group": np.concatenate([scores.cells[f"{kind}_group"][rows] for kind, rows in drawn.items()]),
         }
     )
-
-
-def calibration(scores: Scores) -> tuple[pd.DataFrame, float] | None:
-    """
-    The confidence of a model beside its error: the loss that it expects and the energy distance that was found.
-
-    Returns:
-        The rows of the model's groups that have both, and Spearman's rank correlation of the two, NaN if it is not defined. Groups
-        that were trained on are left out, unless there are no others. None if the model has no confidence.
-    """
-    table = scores.table
-    if "confidence" not in table:
-        return None
-    rows = table[(table["method"] == MODEL) & table["confidence"].notna() & table["energy"].notna()]
-    unseen = rows[rows["seen"] == ""]
-    rows = unseen if len(unseen) else rows
-    if not len(rows):
-        return None
-    ranks = [rows[name].rank() for name in ("confidence", "energy")]
-    defined = len(rows) > 1 and all(rank.std() > 0 for rank in ranks)
-    return rows, float(np.corrcoef(*ranks)[0, 1]) if defined else float("nan")

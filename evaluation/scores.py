@@ -13,19 +13,21 @@ from safetensors.numpy import load_file, save_file
 
 from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
+from pertstate.base.messages import counted
 from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.record import RunRecord
+from pertstate.evaluation.confidence import confidence_worth
 from pertstate.evaluation.metrics import CEILING_MODEL, CELL_EVAL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
-from pertstate.evaluation.verdict import compare
+from pertstate.evaluation.verdict import compare, side_by_side
 
 
-TABLE, SUMMARY, ARRAYS = "scores.csv", "scores.json", "scores.safetensors"
+TABLE, SUMMARY, ARRAYS, MODELS = "scores.csv", "scores.json", "scores.safetensors", "models.csv"
 # The figures of each resampling, which many scores are pooled by. They are large, and kept only where they are asked for.
 RESAMPLINGS = "resamplings.safetensors"
-SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS, RESAMPLINGS))
-_TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen")
+SCORES = Kind("scores", (SUMMARY,), lambda name: name in (TABLE, SUMMARY, ARRAYS, RESAMPLINGS, MODELS))
+_TEXTS = ("dataset", "context", "perturbation", "method", "reason", "seen", "model", "beside")
 _CHANGES = ("control", "observed", "predicted")
 _CELLS = ("control", "observed", "predicted")
 
@@ -44,7 +46,8 @@ class Scores:
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
             that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (only
             for the model: how far it goes from the best baseline, 0, to the ceiling, 1).
-        verdict (`str`): what follows from the averages, in words.
+        verdict (`str`): what follows from the averages, in words, and what the confidence is worth if the model has one.
+        models (`pandas.DataFrame`): this model beside others, see [`compare_models`]; empty if there are none.
         notes (`list[str]`): sentences that say what was left out and what else must be known.
         genes (`list[str]`): names of the features.
         groups (`list[tuple[str, str, str]]`): dataset, context and perturbation of each group, in the order of `changes`.
@@ -69,6 +72,7 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     results: list[GroupResult] = field(default_factory=list, repr=False)
+    models: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __repr__(self) -> str:
         return format_scores(self)
@@ -80,7 +84,8 @@ class Scores:
 
     def save(self, folder: str | os.PathLike, resamplings: bool = False):
         """
-        Write `scores.csv`, `scores.json` and `scores.safetensors`, each whole or not at all.
+        Write `scores.csv`, `scores.json` and `scores.safetensors`, and `models.csv` if models were compared, each whole or not at
+        all.
 
         Args:
             folder: where to.
@@ -98,10 +103,15 @@ class Scores:
         arrays |= {f"cells.{name}": np.ascontiguousarray(value) for name, value in self.cells.items()}
         with whole_file(folder / ARRAYS) as partial:
             save_file(arrays, partial)
+        worth = confidence_worth(self.table)
+        if len(self.models):
+            write_csv(self.models, folder / MODELS)
         summary = {
             "verdict": self.verdict,
             "notes": self.notes,
             "averages": _records(self.averages),
+            "confidence": None if worth is None else worth.to_dict(),
+            "models": _records(self.models),
             "table": _records(self.table),
             "genes": self.genes,
             "groups": [list(group) for group in self.groups],
@@ -155,6 +165,7 @@ class Scores:
                     if f"cells.{name}" in arrays
                 },
                 settings=dict(summary["settings"]),
+                models=_frame(summary.get("models", []), []),
                 record=RunRecord.from_dict(summary["record"]).to_dict() if summary["record"] else {},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
@@ -204,12 +215,7 @@ def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0
     Raises:
         ValueError: they have no group in common, or were scored in different ways.
     """
-    for name in ("real", "cells", "seed"):
-        one, other = first.settings.get(name), second.settings.get(name)
-        if one != other:
-            raise ValueError(
-                f"{names[0]} and {names[1]} were scored in different ways ({name}: {one} and {other}); score both alike"
-            )
+    _check_alike(first, second, names)
     common = {result.group for result in first.results} & {result.group for result in second.results}
     if not common:
         raise ValueError(
@@ -218,6 +224,53 @@ def against(first: Scores, second: Scores, names: tuple[str, str], seed: int = 0
     left = len({result.group for result in (*first.results, *second.results)}) - len(common)
     said = compare(first.results, second.results, names, seed)
     return said if not left else f"{said} {left} groups that only one of them has are left out."
+
+
+def _check_alike(first: Scores, second: Scores, names: tuple[str, str]):
+    """ValueError if two models were not scored in the same way, on the same genes."""
+    for name in ("real", "cells", "seed"):
+        one, other = first.settings.get(name), second.settings.get(name)
+        if one != other:
+            raise ValueError(
+                f"{names[0]} and {names[1]} were scored in different ways ({name}: {one} and {other}); score both alike"
+            )
+    if set(first.genes) != set(second.genes):
+        raise ValueError(
+            f"{names[0]} and {names[1]} were scored on different genes ({len(first.genes)} and {len(second.genes)}, "
+            f"{len(set(first.genes) & set(second.genes))} in common), so their figures cannot be compared; predict cells with both, "
+            "keep the common genes of both files, and compare the files"
+        )
+
+
+def compare_models(models: dict[str, Scores], seed: int = 0) -> pd.DataFrame:
+    """
+    Several models in one table, each beside the first by the paired bootstrap, on the groups that all of them predict.
+
+    Args:
+        models (`dict[str, Scores]`): the [`Scores`] of each model under its name, as [`evaluate`] gives them. Groups that any of
+            them was trained on are left out.
+        seed (`int`): of the resampling of groups.
+
+    Returns:
+        `pandas.DataFrame`: one row for each metric and model: `metric`, `model`, `value` with its 95 % interval `low` and `high`,
+        `groups` (how many are averaged), `difference` (its value minus that of the first model) with `difference_low` and
+        `difference_high`, NaN for the first, and `beside`: empty for the first, `better`, `worse` or `not distinguishable`.
+
+    Raises:
+        ValueError: there are fewer than two models, they have no group in common, or they were scored in different ways.
+    """
+    if len(models) < 2:
+        raise ValueError(f"compare_models: expected at least two models, found {list(models)}")
+    first, *others = models
+    for other in others:
+        _check_alike(models[first], models[other], (first, other))
+    found = {name: {of.group: of for of in scores.results if MODEL in of.figures} for name, scores in models.items()}
+    common = [group for group in found[first] if all(group in of for of in found.values())]
+    if not common:
+        raise ValueError(
+            f"{', '.join(models)} have no scored group in common that none was trained on; score them on the same groups"
+        )
+    return side_by_side({name: [of[group] for group in common] for name, of in found.items()}, seed)
 
 
 def averages_as_figures(scores: Scores, prefix: str) -> dict[str, float]:
@@ -255,6 +308,8 @@ def format_scores(scores: Scores, further: tuple[str, ...] = ()) -> str:
         of_cell_eval["average"] = [_with_interval(row) for _, row in of_cell_eval.iterrows()]
         shown = of_cell_eval.rename(columns={"metric": "cell-eval, of the model"})
         lines += [table_text(shown[["cell-eval, of the model", "average", "groups"]]), ""]
+    if len(scores.models):
+        lines += [format_models(scores.models), ""]
     return "\n".join([*lines, scores.verdict])
 
 
@@ -276,6 +331,26 @@ def format_averages(averages: pd.DataFrame, metrics: list[str]) -> str:
             row[metric] = _with_interval(found.iloc[0]) if len(found) else "-"
         rows.append(row)
     return table_text(pd.DataFrame(rows)) if rows else "no group to average"
+
+
+def format_models(models: pd.DataFrame) -> str:
+    """The table of [`compare_models`] as text."""
+    return table_text(models_as_text(models))
+
+
+def models_as_text(models: pd.DataFrame) -> pd.DataFrame:
+    """The table of [`compare_models`] as people read it: figures with their intervals."""
+    if not len(models):
+        return pd.DataFrame()
+    first, number = models["model"].iloc[0], counted(int(models["groups"].iloc[0]), "group")
+    differences = models[["difference", "difference_low", "difference_high"]].set_axis(["value", "low", "high"], axis=1)
+    return models[["metric", "model"]].assign(
+        **{
+            f"average of {number}": [_with_interval(row) for _, row in models.iterrows()],
+            f"difference from {first}": [_with_interval(row) for _, row in differences.iterrows()],
+            f"beside {first}": models["beside"],
+        }
+    )
 
 
 def _with_interval(row: pd.Series) -> str:

@@ -147,3 +147,41 @@ def compare(first: list[GroupResult], second: list[GroupResult], names: tuple[st
         word = "not distinguishable from" if not (low > 0 or high < 0) else "better than" if low > 0 else "worse than"
         said.append(f"In {NAMES[metric]}: {word} {_named((float(draws[0]), low, high, names[1]), sign)}.")
     return " ".join([f"Verdict on {names[0]}, from {counted(len(pairs), 'group')}.", *said])
+
+
+def side_by_side(models: dict[str, list[GroupResult]], seed: int = 0) -> pd.DataFrame:
+    """
+    Several models on the same groups in the same order, each beside the first by the paired bootstrap. See
+    [`~pertstate.evaluation.scores.compare_models`] for the columns.
+    """
+    first = next(iter(models))
+    chosen = _resampled_groups(models[first], _draws(models[first]), seed)
+    rows = []
+    for metric in METRICS:
+        own = _figures(models[first], MODEL, metric)
+        for name, results in models.items():
+            figures = _figures(results, MODEL, metric)
+            value, difference = (resampled_average(of, chosen) for of in (figures, figures - own))
+            ends = (np.nan, np.nan) if name == first else interval(difference)
+            rows.append(
+                {
+                    "metric": metric,
+                    "model": name,
+                    "value": value[0],
+                    **dict(zip(("low", "high"), interval(value))),
+                    "groups": int(np.isfinite(figures[:, 0]).sum()),
+                    "difference": np.nan if name == first else difference[0] + 0.0,
+                    **dict(zip(("difference_low", "difference_high"), ends)),
+                    "beside": "" if name == first else _beside(*ends, metric),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _beside(low: float, high: float, metric: str) -> str:
+    """What the interval of a difference allows to say."""
+    if low != low:
+        return "no interval"
+    if not (low > 0 or high < 0):
+        return "not distinguishable"
+    return "better" if (low > 0) == HIGHER_IS_BETTER[metric] else "worse"

@@ -8,7 +8,7 @@ import pytest
 from made_scores import LOG, made_scores
 
 from pertstate.cli import main as pertstate
-from pertstate.evaluation import pictures
+from pertstate.evaluation import pictures, report
 from pertstate.evaluation.pictures import PICTURES, save_pictures
 from pertstate.evaluation.report_data import KINDS
 from pertstate.evaluation.scores import Scores
@@ -34,6 +34,7 @@ def _quick_map():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "cell_map", two_genes)
+        patch.setattr(report, "cell_map", two_genes)
         yield
 
 

@@ -9,8 +9,9 @@ import pytest
 from made_scores import LOG, made_scores
 from scipy import stats
 
+from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.report import render_report
-from pertstate.evaluation.report_data import by_step, calibration, cell_map, gene_tests, mean_changes, read_log
+from pertstate.evaluation.report_data import by_step, cell_map, gene_tests, mean_changes, read_log
 from pertstate.evaluation.scores import Scores
 
 
@@ -66,11 +67,11 @@ def test_the_map_has_cells_of_each_kind_and_is_repeatable(scores):
 
 
 def test_confidence_is_ranked_on_groups_that_were_not_trained_on(scores):
-    rows, correlation = calibration(scores)
+    rows, correlation = calibration(scores.table)
     assert len(rows) == 5 and correlation == pytest.approx(1)
     table = scores.table.assign(energy=-scores.table["energy"])
-    assert calibration(Scores(table, scores.averages, ""))[1] == pytest.approx(-1)
-    assert calibration(Scores(scores.table.drop(columns="confidence"), scores.averages, "")) is None
+    assert calibration(table)[1] == pytest.approx(-1)
+    assert calibration(scores.table.drop(columns="confidence")) is None
 
 
 def test_a_log_has_one_row_for_each_step():

@@ -1,0 +1,106 @@
+"""What the confidence of a model is worth: does it expect larger losses where its predictions are worse?"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from pertstate.evaluation.bootstrap import LEVEL, correlation
+from pertstate.evaluation.metrics import MODEL
+
+
+# With fewer groups, an interval of a rank correlation says nothing.
+FEWEST_GROUPS = 5
+_RESAMPLINGS = 1000
+
+
+def calibration(table: pd.DataFrame) -> tuple[pd.DataFrame, float] | None:
+    """
+    The confidence of a model beside its error: the loss that it expects and the energy distance that was found.
+
+    Args:
+        table (`pandas.DataFrame`): that of [`~pertstate.evaluation.Scores`].
+
+    Returns:
+        The rows of the model's groups that have both, and Spearman's rank correlation of the two, NaN if it is not defined. Groups
+        that were trained on are left out, unless there are no others. None if the model has no confidence.
+    """
+    if "confidence" not in table:
+        return None
+    rows = table[(table["method"] == MODEL) & table["confidence"].notna() & table["energy"].notna()]
+    unseen = rows[rows["seen"] == ""]
+    rows = unseen if len(unseen) else rows
+    if not len(rows):
+        return None
+    return rows, float(_rank_correlations(rows, np.arange(len(rows))[None])[0])
+
+
+@dataclass
+class ConfidenceWorth:
+    """
+    Spearman's rank correlation of the loss that a model expects with the energy distance that was found, over held-out groups.
+
+    Args:
+        rank_correlation (`float`, *optional*): None if it is not defined.
+        low, high (`float`, *optional*): its 95 % interval by the bootstrap over groups; None with fewer than 5 groups.
+        groups (`int`): how many groups it is taken over.
+    """
+
+    rank_correlation: float | None
+    low: float | None
+    high: float | None
+    groups: int
+
+    def __str__(self) -> str:
+        start = "Confidence:"
+        if self.rank_correlation is None:
+            return f"{start} its rank correlation with the energy distance is not defined, as {self._number} do not differ in both."
+        figure = f"{start} its rank correlation with the energy distance is {self.rank_correlation:.2f}"
+        if self.low is None or self.high is None:
+            return f"{figure} over {self._number}, too few to say what it is worth."
+        figure += f" (95 % interval {self.low:.2f} to {self.high:.2f}, {self._number})"
+        if self.low > 0:
+            return f"{figure}: where the model expects a larger loss, its predictions are worse."
+        if self.high < 0:
+            return f"{figure}: it misleads, as predictions are better where the model expects a larger loss."
+        return f"{figure}: it does not tell good from bad predictions, as far as these groups show."
+
+    @property
+    def _number(self) -> str:
+        return f"{self.groups} group{'s' if self.groups != 1 else ''}"
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The fields, for JSON."""
+        return asdict(self)
+
+
+def confidence_worth(table: pd.DataFrame, seed: int = 0) -> ConfidenceWorth | None:
+    """
+    What the confidence of a model is worth on the groups that it was not trained on.
+
+    Args:
+        table (`pandas.DataFrame`): that of [`~pertstate.evaluation.Scores`].
+        seed (`int`): of the resampling of groups.
+
+    Returns:
+        [`ConfidenceWorth`]; None if the model has no confidence, or no group was held out.
+    """
+    found = calibration(table)
+    if found is None or (found[0]["seen"] != "").any():
+        return None
+    rows, figure = found
+    if not np.isfinite(figure):
+        return ConfidenceWorth(None, None, None, len(rows))
+    if len(rows) < FEWEST_GROUPS:
+        return ConfidenceWorth(figure, None, None, len(rows))
+    chosen = np.random.default_rng([seed, 2]).integers(0, len(rows), (_RESAMPLINGS, len(rows)))
+    drawn = _rank_correlations(rows, chosen)
+    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return ConfidenceWorth(figure, float(low), float(high), len(rows))
+
+
+def _rank_correlations(rows: pd.DataFrame, chosen: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation for each choice of groups; NaN if all of a choice have the same rank."""
+    ranks = [rankdata(rows[name].to_numpy()[chosen], axis=1) for name in ("confidence", "energy")]
+    return correlation(*ranks)
