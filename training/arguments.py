@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from pertstate.base.public import public
+from pertstate.training.reporting import check_reporting
 
 
 # By default an evaluation comes after each such share of all steps.
@@ -77,7 +78,8 @@ class StateTrainingArguments(TrainingArguments):
     - `freeze_backbone`: train all but the backbone
 
     Raises:
-        ValueError: a number is out of its range, an option has no effect or does not fit the optimiser, `license` is no
+        ImportError: `report_to` names a service whose package is missing.
+        ValueError: a number is out of its range, `report_to` names an unknown service, an option has no effect or does not fit the optimiser, `license` is no
             identifier, or `hub_strategy` would push states of the optimiser.
     """
 
@@ -110,7 +112,10 @@ class StateTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters that a step did not use."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Services to report to."})
+    report_to: str | list[str] | None = field(
+        default="none",
+        metadata={"help": "Services to report to: tensorboard, wandb, trackio, ..; their packages are checked first."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     lr_decay_epochs: float | None = field(
         default=None, metadata={"help": "Multiply the learning rate by lr_decay_factor every so many epochs."}
@@ -186,6 +191,7 @@ class StateTrainingArguments(TrainingArguments):
         super().__post_init__()
         if by_time:
             self.logging_steps = None
+        check_reporting(self.report_to)
         half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
         if half and self.device.type == "cpu":
             raise ValueError(

@@ -38,7 +38,8 @@ from pertstate.training.pretrained import (
     config_of,
     is_published,
 )
-from pertstate.training.run_config import RunConfig, load_run_config, parse_flags, read_sections, run_of
+from pertstate.training.reporting import check_reporting
+from pertstate.training.run_config import RunConfig, as_declared, load_run_config, parse_flags, read_sections, run_of
 from pertstate.training.validation import with_validation
 
 
@@ -81,6 +82,10 @@ def run_of_fields(cells: str | dict[str, CellData], fields: dict[str, Any]) -> R
 
 def _run_on(cells: str | dict[str, CellData], pairs: list[tuple[str, Any]]) -> RunConfig:
     """A run on cells, without a run file."""
+    for name, value in pairs:
+        if name.rpartition(".")[2] == "report_to":
+            asked = as_declared("training.report_to", str | list[str] | None, value)
+            check_reporting([asked] if isinstance(asked, str) else asked or [])
     content = first_run(cells, {name.rpartition(".")[2]: value for name, value in pairs})
     run = run_of(content, str(cells) if isinstance(cells, str) else "the run", pairs, model_fields, training_fields())
     if isinstance(cells, dict):
