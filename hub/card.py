@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import platform
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from pertstate.evaluation.baselines import BASELINES
 from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, METRICS, MODEL
 from pertstate.evaluation.scores import Scores
 from pertstate.families import FAMILIES
-from pertstate.hub.provenance import Provenance
+from pertstate.hub.provenance import Provenance, Source
 from pertstate.processing import StateProcessor
 
 
@@ -50,6 +51,29 @@ _METRICS = {
 _REPOSITORY_LINE = re.compile(r"^name, revision = .*$", re.MULTILINE)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """
+    What a merged checkpoint was made of.
+
+    Args:
+        adapter, base (`str`): folder or repository of the adapter, and of the model that it was trained on.
+        adapter_revision, base_revision (`str`, *optional*): their revisions.
+        output (`str`): the folder of the merged checkpoint.
+        license, data_license (`str`, *optional*): as the adapter's training arguments state them.
+        has_arguments (`bool`): whether the merged checkpoint has these arguments.
+    """
+
+    adapter: str
+    base: str
+    adapter_revision: str | None
+    base_revision: str | None
+    output: str
+    license: str | None = None
+    data_license: str | None = None
+    has_arguments: bool = False
+
+
 def render_card(
     run: "RunConfig | None",
     config: PerturbationConfig,
@@ -60,6 +84,7 @@ def render_card(
     provenance: Provenance | None = None,
     record: RunRecord | None = None,
     scores: Scores | None = None,
+    merged: Merged | None = None,
 ) -> str:
     """
     The text of a checkpoint's README.md. Names from the data appear as plain text, whatever characters they hold. Only the
@@ -76,6 +101,8 @@ def render_card(
         provenance ([`Provenance`], *optional*): where the run's data came from. By default it is read from `run` here.
         record ([`RunRecord`], *optional*): what the model and its ancestors were trained on.
         scores ([`Scores`], *optional*): the scores of the test split, with intervals and verdict.
+        merged ([`Merged`], *optional*): the adapter and the base model that a merged checkpoint was made of. `run` is not given then;
+            `record` and `scores` are those of the adapter.
 
     Returns:
         `str`: Markdown that begins with the metadata of the Hub as YAML.
@@ -86,12 +113,20 @@ def render_card(
     if run is not None and provenance is None:
         provenance = Provenance.of_run(run)
     folder = "checkpoint" if run is None else run.training.get("output_dir", "runs/pertstate")
+    if merged is not None:
+        folder = merged.output
+        if record is not None:
+            names = list(dict.fromkeys(group.dataset for group in record.groups))
+            provenance = Provenance(names, [Source(**source) for source in record.sources], None, record.notes)
     name = printable(last_part(folder))
     family = FAMILIES[type(config).model_type]
     # The weights that training started from: a folder or a repository.
     base_model = None if run is None else run.model.get("pretrained")
+    if merged is not None:
+        base_model = merged.base
     is_adapter = args is not None and args.lora_rank is not None
-    license = UNKNOWN_LICENSE if args is None or args.license is None else args.license
+    stated = merged if merged is not None else args
+    license = UNKNOWN_LICENSE if stated is None or stated.license is None else stated.license
     results = _results(metrics or {}) if scores is None else _scored(scores)
     data = ModelCardData(
         license=license,
@@ -117,13 +152,17 @@ def render_card(
         reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
         predicts=processor.predicted_values(config.gene_dim is not None),
         license=None if license == UNKNOWN_LICENSE else license,
-        data_license=None if args is None else args.data_license,
+        data_license=None if stated is None else stated.data_license,
         base_model=None if base_model is None else _public_name(base_model),
-        base_revision=None if run is None else run.model.get("pretrained_revision"),
+        base_revision=merged.base_revision if merged else None if run is None else run.model.get("pretrained_revision"),
+        merged=merged,
+        adapter=None if merged is None else _public_name(merged.adapter),
+        recorded=record is not None,
+        has_arguments=merged is not None and merged.has_arguments,
         is_adapter=is_adapter,
         run=run,
         provenance=provenance,
-        held_out=[] if run is None else _held_out(run, provenance),
+        held_out=_held_out_of_record(record) if run is None else _held_out(run, provenance),
         seen_before=[] if record is None else _seen_before(record),
         verdict=None if scores is None else scores.verdict,
         score_notes=[] if scores is None else scores.notes,
@@ -203,6 +242,18 @@ def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
             for split, names in held.items()
             if names
         ]
+    return lines
+
+
+def _held_out_of_record(record: RunRecord | None) -> list[str]:
+    """What a record holds out: lines of Markdown."""
+    if record is None:
+        return []
+    lines = []
+    for split in (Split.TEST, Split.VAL):
+        held = [f"{group.context} / {group.perturbation}" for group in record.of_split(split)]
+        if held:
+            lines.append(f"{split}: {counted(len(held), 'group')}: {as_names(held)}")
     return lines
 
 

@@ -317,6 +317,20 @@ def test_the_card_says_where_it_came_from(tmp_path):
     assert "The control has weights of its own" in text
 
 
+def test_the_lines_of_the_card_run(tmp_path, monkeypatch):
+    _, processor = converted(LegacyFolderWriter(), tmp_path)
+    cells = np.random.default_rng(0).gamma(1, 1, (9, processor.feature_dim)).astype(np.float32)
+    columns = {processor.perturbation_key: processor.control, processor.context_key: processor.vocabulary.contexts[0]}
+    obs = pd.DataFrame(columns | {processor.batch_key: processor.vocabulary.batches[0]}, index=list("abcdefghi"))
+    controls = ad.AnnData(cells, obs=obs, var=pd.DataFrame(index=processor.vocabulary.genes))
+    controls.obsm[processor.input.removeprefix("obsm/")] = cells
+    controls.write_h5ad(tmp_path / "out" / "controls.h5ad")
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    exec(Path("README.md").read_text().partition("```python\n")[2].partition("```")[0], names)
+    assert names["predicted"].shape == (9, len(processor.vocabulary.genes) or processor.feature_dim)
+
+
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     folder = LegacyFolderWriter().write(tmp_path / "legacy")
     before = sorted(folder.rglob("*"))

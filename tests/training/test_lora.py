@@ -292,7 +292,7 @@ def test_an_adapter_merges_from_the_hub(folder, adapter, merged, hub, tmp_path):
     saved = json.loads((local / "adapter_config.json").read_text())
     saved |= {"base_model_name_or_path": "ada/base", "revision": revision}
     (local / "adapter_config.json").write_text(json.dumps(saved))
-    api.upload_folder(repo_id="ada/adapter", folder_path=local)
+    commit = api.upload_folder(repo_id="ada/adapter", folder_path=local).oid
     content = {
         "data": {"datasets": {"screen": str(folder / "second.h5ad")}},
         "model": {"pretrained": "ada/base", "pretrained_revision": "main"},
@@ -310,6 +310,8 @@ assert AutoModel.from_pretrained("ada/adapter").config.num_perturbations == 4
 """
     done = launches.run(["-c", script, tmp_path / "out", tmp_path / "run.yaml"], {**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+    made = f"from the adapter `ada/adapter`, revision `{commit}`, and its base model `ada/base`, revision `{revision}`."
+    assert made in (tmp_path / "out" / "README.md").read_text()
     one, other = weights(tmp_path / "out"), weights(merged)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())

@@ -166,6 +166,22 @@ def test_a_merged_adapter_keeps_the_record(folder, tmp_path):
     record = RunRecord.load(tmp_path / "merged")
     assert record.to_dict() == RunRecord.load(tmp_path / "adapter").to_dict()
     assert [ancestor.name for ancestor in record.ancestors] == ["run"]
+    # Its card is its own: a plain checkpoint, with what the adapter learned from, and the scores of the adapter.
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "made it from the adapter `adapter`, and its base model `run`." in card
+    assert "load_adapter" not in card and "the adapter alone" not in card and "library_name: peft" not in card
+    assert "AutoModel.from_pretrained(name" in card and "library_name: transformers" in card
+    scores = Scores.load(tmp_path / "adapter" / "scores")
+    assert f"**{scores.verdict}**" in card and "These are the scores of the adapter on its base model." in card
+    assert f"SHA-256 `{record.sources[0]['sha256']}`" in card
+    held = record.of_split("test")
+    assert f"- test: {len(held)} groups: `{held[0].context} / {held[0].perturbation}`" in card
+    assert "holds the arguments of that training" in card and str(tmp_path) not in card
+    lines = card.partition("```python\n")[2].partition("```")[0].partition("# Or in one call")[0]
+    lines = lines.replace("'merged'", repr(str(tmp_path / "merged"))).replace("controls.h5ad", f"{folder}/screen.h5ad")
+    names: dict = {}
+    exec(lines, names)
+    assert names["predicted"].n_obs > 0
 
 
 def test_two_models_are_compared_group_by_group(folder, tmp_path, capsys):
