@@ -18,7 +18,7 @@ from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
-from pertstate.base.origin import RECORD_FILE, RECORD_FORMAT
+from pertstate.base.origin import FALSE_DISCOVERIES, RECORD_FILE, RECORD_FORMAT, read_change_tests
 from pertstate.base.public import public
 from pertstate.data.group_means import GroupMeans
 
@@ -73,6 +73,8 @@ class RunRecord:
         means ([`GroupMeans`], *optional*): of the training groups, in the units of predictions.
         hashes (`np.ndarray`, *optional*): hashes of training cells, sorted; None where cells have no barcodes.
         whole (`bool`): whether these are all training cells, and no sample.
+        change_tests (`dict[str, float]`): perturbation to the adjusted p-value of its change in training, see
+            [`~pertstate.training.change_test.change_tests`]; those of ancestors are among them. Empty if none was tested.
     """
 
     control: str
@@ -86,6 +88,7 @@ class RunRecord:
     means: GroupMeans | None = None
     hashes: np.ndarray | None = None
     whole: bool = True
+    change_tests: dict[str, float] = field(default_factory=dict)
 
     # Questions
 
@@ -130,6 +133,10 @@ class RunRecord:
         found = hashes_of(ids, perturbation)
         found = found if self.whole else found[found <= self.hashes[-1]]
         return bool(len(found)) and float(np.isin(found, self.hashes).mean()) >= SEEN_SHARE
+
+    def indistinguishable(self, perturbations: Iterable[str]) -> list[str]:
+        """Those of some perturbations whose change in training is not distinguishable from none, sorted."""
+        return sorted({name for name in perturbations if self.change_tests.get(name, 0) > FALSE_DISCOVERIES})
 
     def warnings(self, scored: Iterable[tuple[str | None, str]]) -> list[str]:
         """
@@ -196,6 +203,7 @@ class RunRecord:
             ],
             "means": None if self.means is None else [list(key) for key in self.means.groups],
             "all_hashes": self.whole,
+            "change_tests": self.change_tests,
         }
 
     def save(self, folder: str | os.PathLike):
@@ -274,6 +282,7 @@ class RunRecord:
             means=means,
             hashes=arrays.get("cells"),
             whole=bool(content["all_hashes"]),
+            change_tests=read_change_tests(content),
         )
 
 

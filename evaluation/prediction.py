@@ -19,7 +19,7 @@ from pertstate.base.constants import CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import whole_file
 from pertstate.base.finite import check_predicted
 from pertstate.base.gene_names import MAX_MISSING_GENES
-from pertstate.base.messages import some
+from pertstate.base.messages import counted, some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
@@ -271,10 +271,20 @@ def _check_summary(summary: str | os.PathLike, others: dict, model):
 
 
 def _warn(processor: StateProcessor, arms: list[Arm], cells_of: dict[str, int] | None):
-    """Say what is new to the model, and where there are fewer control cells than predicted cells are asked for."""
-    new_doses = processor.unseen_doses(dict.fromkeys(arm.perturbation for arm in arms))
+    """
+    Say what is new to the model, which perturbations had no clear change in training, and where there are fewer control cells
+    than predicted cells are asked for.
+    """
+    names = dict.fromkeys(arm.perturbation for arm in arms)
+    new_doses = processor.unseen_doses(names)
     if new_doses:
         logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
+    found = [] if processor.origin is None else processor.origin.indistinguishable(names, processor.split_combination)
+    if found:
+        logger.warning(
+            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so its "
+            f"predictions may be noise: {some(found)}"
+        )
     short = [arm for arm in arms if cells_of is not None and len(arm.cells) < cells_of[arm.perturbation]]
     if short:
         named = [f"{a.context} / {a.perturbation}: {len(a.cells)} of {(cells_of or {})[a.perturbation]}" for a in short]
