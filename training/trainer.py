@@ -227,7 +227,7 @@ class StateTrainer(Trainer):
     def _set_anchor(self):
         """Give the anchor of a new model what the training cells show; that of a checkpoint stays as it is."""
         anchor, processor = self.model.fitted_anchor, self.train_dataset.processor
-        processor.control_expression = anchor is not None and anchor.corrects and self.train_dataset.knows_controls
+        processor.control_expression = anchor is not None and anchor.corrects
         if anchor is None or any(table.any() for table in anchor.buffers()):
             return
         means = gather_means(self.train_dataset, False, self.accelerator) if self.decodes else self.learned_means()
