@@ -24,6 +24,7 @@ from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.printable import get_logger
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
@@ -74,6 +75,7 @@ def predict(
     layout: OutputLayout | None = None,
     summary: str | os.PathLike | None = None,
     cell_eval: CellEval | None = None,
+    intervals: ChangeIntervals | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
@@ -110,6 +112,7 @@ def predict(
         summary (*optional*): `.parquet` or `.csv` to write instead of cells: means and changes of each group and gene, see
             [`SummaryFile`].
         cell_eval ([`CellEval`], *optional*): write the output, and a file of real cells, as `cell-eval` takes them.
+        intervals ([`ChangeIntervals`], *optional*): those of the model's record, for the summary.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
@@ -179,7 +182,7 @@ def predict(
             names = processor.vocabulary.genes or processor.output_names(model.config.output_dim)
             partial = stack.enter_context(whole_file(target))
             sink: PredictedFile | SummaryFile = stack.enter_context(
-                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed)
+                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed, intervals)
             )
         else:
             _check_layout(layout, model, processor)

@@ -285,7 +285,7 @@ def _in_short(record: dict[str, Any]) -> dict[str, Any]:
     short: dict[str, Any] = {
         name.replace("_", " "): held
         for name, held in record.items()
-        if name not in ("format", "means", "all_hashes", "change_tests")
+        if name not in ("format", "means", "all_hashes", "change_tests", "intervals")
     }
     if record.get("change_tests"):
         told, other = told_from_none(record["change_tests"])

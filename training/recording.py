@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pertstate.base.checkpoint_files import hub_arguments
 from pertstate.base.hub_names import is_repository
 from pertstate.base.public import last_part, public
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.record import Ancestor, RunRecord, source_of
 from pertstate.data.training_sentences import TrainingSentences
@@ -94,6 +95,7 @@ def record_of(
     pretrained: Pretrained | None,
     means: GroupMeans | None,
     change_tests: dict[str, float],
+    intervals: ChangeIntervals | None,
 ) -> RunRecord:
     """
     What a run learns from.
@@ -107,6 +109,7 @@ def record_of(
         means ([`GroupMeans`], *optional*): of the training groups.
         change_tests (`dict[str, float]`): adjusted p-values of the perturbations, see
             [`~pertstate.training.change_test.change_tests`].
+        intervals ([`ChangeIntervals`], *optional*): of predicted mean changes.
     """
     before = None if pretrained is None else _record_before(pretrained)
     groups = data.recorded_groups()
@@ -126,6 +129,7 @@ def record_of(
         hashes=hashes,
         whole=whole,
         change_tests={**({} if before is None else before.change_tests), **change_tests},
+        intervals=intervals,
     )
 
 

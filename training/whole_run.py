@@ -86,8 +86,9 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
             logger.info(line)
         logger.info("dry run: nothing was written")
         return {}, None
+    intervals = None
     if args.inner_folds and not fitted:
-        set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
+        intervals = set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
     set_seed(args.seed)
     model = make_model()
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
@@ -105,7 +106,7 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
     if tests:
         logger.info(describe_tests(tests))
     means = None if fitted else trainer.learned_means()
-    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests)
+    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests, intervals)
     trainer.record = record
     if args.should_save:
         trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)
