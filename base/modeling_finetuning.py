@@ -66,6 +66,8 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
     # The revision of its repository that it was loaded from; whether it was resized since.
     _revision: str | None = None
     _resized = False
+    # Perturbations that were added to its vocabulary since.
+    _added: tuple[str, ...] = ()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -158,7 +160,13 @@ class FineTunablePreTrainedModel(CheckedPreTrainedModel):
                 [n for n in after if n not in known],
                 [n for n in before if n not in wanted],
             )
+        self._added = (*(name for name in self._added if name in lists[PERTURBATIONS][1]), *names[PERTURBATIONS].added)
         return VocabularyChange(names, shapes, grown)
+
+    @property
+    def added_perturbations(self) -> list[str]:
+        """Perturbations that [`resize_vocabulary`] added since the model was loaded: their rows are means of the others."""
+        return list(self._added)
 
     def _resized_sizes(self, lists: dict[str, tuple[list[str], list[str]]]) -> dict[str, int]:
         """The config's sizes for the new names."""

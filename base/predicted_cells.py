@@ -36,6 +36,7 @@ class PredictedCells:
     predicts: str | None
     origin: Origin | None
     unseen_doses: Callable[[list[str]], list[str]]
+    split_combination: Callable[[str], list[str]]
 
     def output_columns(self) -> dict[str, str]:
         """The columns of obs in an output that hold perturbation, context and batch: those of the data, where each is one."""
@@ -188,6 +189,9 @@ class PredictedCells:
         said = {} if origin is None else origin.describe(groups)
         if "groups" in said:
             said["groups"] = json.dumps(said["groups"])
+        if origin is not None and origin.change_tests:
+            names = origin.indistinguishable([name for _, name in groups], self.split_combination)
+            said["indistinguishable"] = json.dumps(names)
         return {
             "X": self.predicted_values(decoded),
             "checkpoint": public(checkpoint or "not recorded"),

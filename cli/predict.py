@@ -186,7 +186,9 @@ def _cells(text: str | None):
 
 
 def _predict(args: argparse.Namespace):
+    from pertstate.base.checkpoint_files import hub_arguments
     from pertstate.data.perturbation_features import read_perturbation_features
+    from pertstate.data.record import RunRecord
     from pertstate.evaluation.prediction import predict
 
     layout, cells = _layout(args), _cells(args.cells_per_perturbation)
@@ -194,6 +196,7 @@ def _predict(args: argparse.Namespace):
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
+    record = RunRecord.load(args.model, hub_arguments({"revision": args.revision})) if args.summary else None
     done = predict(
         model,
         processor,
@@ -219,6 +222,7 @@ def _predict(args: argparse.Namespace):
         layout=layout,
         summary=args.summary,
         cell_eval=_cell_eval(args),
+        intervals=None if record is None else record.intervals,
     )
     say(
         f"{args.output or args.summary}: {counted(done['cells'], 'cell')}, "

@@ -18,12 +18,14 @@ from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
-from pertstate.base.origin import RECORD_FILE, RECORD_FORMAT
+from pertstate.base.origin import FALSE_DISCOVERIES, RECORD_FILE, RECORD_FORMAT, read_change_tests
 from pertstate.base.public import public
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.group_means import GroupMeans
 
 
 RECORD_ARRAYS = "record.safetensors"
+_FLOOR = "interval_floor"
 # The hashes of at most so many training cells are kept, the lowest ones: a fair sample, 8 MB.
 MAX_HASHES = 1_000_000
 # Where at least this share of a group's cells were trained on under another name, the group counts as seen.
@@ -73,6 +75,9 @@ class RunRecord:
         means ([`GroupMeans`], *optional*): of the training groups, in the units of predictions.
         hashes (`np.ndarray`, *optional*): hashes of training cells, sorted; None where cells have no barcodes.
         whole (`bool`): whether these are all training cells, and no sample.
+        change_tests (`dict[str, float]`): perturbation to the adjusted p-value of its change in training, see
+            [`~pertstate.training.change_test.change_tests`]; those of ancestors are among them. Empty if none was tested.
+        intervals ([`ChangeIntervals`], *optional*): of predicted mean changes; None if no training groups were held out in turn.
     """
 
     control: str
@@ -86,6 +91,8 @@ class RunRecord:
     means: GroupMeans | None = None
     hashes: np.ndarray | None = None
     whole: bool = True
+    change_tests: dict[str, float] = field(default_factory=dict)
+    intervals: ChangeIntervals | None = None
 
     # Questions
 
@@ -130,6 +137,10 @@ class RunRecord:
         found = hashes_of(ids, perturbation)
         found = found if self.whole else found[found <= self.hashes[-1]]
         return bool(len(found)) and float(np.isin(found, self.hashes).mean()) >= SEEN_SHARE
+
+    def indistinguishable(self, perturbations: Iterable[str]) -> list[str]:
+        """Those of some perturbations whose change in training is not distinguishable from none, sorted."""
+        return sorted({name for name in perturbations if self.change_tests.get(name, 0) > FALSE_DISCOVERIES})
 
     def warnings(self, scored: Iterable[tuple[str | None, str]]) -> list[str]:
         """
@@ -196,6 +207,8 @@ class RunRecord:
             ],
             "means": None if self.means is None else [list(key) for key in self.means.groups],
             "all_hashes": self.whole,
+            "change_tests": self.change_tests,
+            "intervals": None if self.intervals is None else self.intervals.to_dict(),
         }
 
     def save(self, folder: str | os.PathLike):
@@ -207,6 +220,8 @@ class RunRecord:
             arrays |= {"counts": self.means.counts, "means": self.means.means}
             if self.means.expression is not None:
                 arrays["expression"] = self.means.expression
+        if self.intervals is not None:
+            arrays[_FLOOR] = self.intervals.floor
         with whole_file(Path(folder, RECORD_ARRAYS)) as partial:
             save_file(arrays, partial)
         with whole_file(Path(folder, RECORD_FILE)) as partial:
@@ -240,12 +255,12 @@ class RunRecord:
     @classmethod
     def from_dict(cls, content: dict) -> "RunRecord":
         """
-        What [`RunRecord.to_dict`] gave, without the means.
+        What [`RunRecord.to_dict`] gave, without the means and the intervals.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError: it is damaged.
         """
-        return cls._of({**content, "means": None}, {})
+        return cls._of({**content, "means": None, "intervals": None}, {})
 
     @classmethod
     def _of(cls, content: dict, arrays: dict[str, np.ndarray]) -> "RunRecord":
@@ -259,6 +274,7 @@ class RunRecord:
                 if of.ndim != 2 or len(of) != len(keys) or not np.isfinite(of).all():
                     raise ValueError(f"expected {len(keys)} finite rows of means, found shape {of.shape}")
             means = GroupMeans(str(content["control"]), keys, arrays["counts"], found, arrays.get("expression"))
+        intervals = content.get("intervals")
         return cls(
             control=str(content["control"]),
             groups=_flat(content["groups"]),
@@ -274,6 +290,8 @@ class RunRecord:
             means=means,
             hashes=arrays.get("cells"),
             whole=bool(content["all_hashes"]),
+            change_tests=read_change_tests(content),
+            intervals=None if intervals is None else ChangeIntervals.from_dict(intervals, arrays[_FLOOR]),
         )
 
 

@@ -122,8 +122,6 @@ class SentenceStream(TrainingSentences, IterableDataset):
             cells, or a label was not seen in the survey.
     """
 
-    knows_controls = False
-
     def __init__(
         self,
         source: CellStream,
@@ -164,6 +162,8 @@ class SentenceStream(TrainingSentences, IterableDataset):
         self._reader = FeatureReader(self.source, survey.processor)
         self._trained = survey.trained
         names = {key[2] for key in survey.counts if survey.split_of(*key) == Split.TRAIN}
+        # What the sampled control cells of each (dataset, context) express, where the model reads it.
+        self._expressed: dict[tuple[str, str], tuple[np.ndarray, int]] = {}
         # One width for all sentences, so that they stack.
         self._width = max([1, *(len(self.processor.split_combination(name)) for name in names)])
         self._control_batches = None
@@ -385,11 +385,21 @@ class SentenceStream(TrainingSentences, IterableDataset):
             **group.perturbation,
             CONTEXT_IDS: group.context_id,
         }
+        of_context = self.processor.control_values([group.key[:2]], self._controls, self._control_pool, self._expressed)
+        sentence |= {key: values[0] for key, values in of_context.items()}
         if self._control_batches is not None:
             sentence[BATCH_IDS] = self._control_batches[drawn]
         if genes is not None:
             sentence[GENE_LABELS] = genes
         return sentence
+
+    def _controls(self, rows: np.ndarray) -> np.ndarray:
+        """The features of some sampled control cells."""
+        return self.survey.controls.dense(rows)[0]
+
+    def _control_pool(self, place: tuple[str, str]) -> np.ndarray:
+        """The rows of all sampled control cells of a (dataset, context)."""
+        return np.concatenate(list(self.survey.control_rows[place].values()))
 
     # Groups
 

@@ -32,8 +32,6 @@ class TrainingSentences(Dataset, ABC):
 
     processor: StateProcessor
     notes: list[str] = []
-    # Its batches say what all control cells of a context express, where the processor asks for it.
-    knows_controls = True
 
     @property
     @abstractmethod

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from pertstate.base.messages import counted, some
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.confidence import confidence_worth
 from pertstate.evaluation.further_metrics import discrimination
@@ -69,6 +70,12 @@ def scores_of(
         )
     if record is not None:
         notes += record.warnings({group[:2] for group in how})
+        scored = {perturbation for *_, perturbation in how}
+        if found := record.indistinguishable(scored):
+            notes.append(
+                f"the training cells do not tell the change of {len(found)} of {counted(len(scored), 'scored perturbation')} from "
+                f"none: {some(found)}"
+            )
     _discriminate(results, features)
     averages = averages_of(averaged, seed)
     notes += _of_zeros(averages)

@@ -79,11 +79,15 @@ class GroupScores:
         dataset ([`SentenceDataset`]): the dataset of an evaluation, in which every perturbed cell stands in one sentence.
         baselines ([`Baselines`]): the baselines, which have learned from the training groups.
         decoded (`bool`): whether predictions are decoded genes.
+
+    Attributes:
+        results (`list[GroupResult]`): of the groups that were scored last.
     """
 
     def __init__(self, dataset: SentenceDataset, baselines: Baselines, decoded: bool):
         self.dataset, self.baselines = dataset, baselines
         self._cells = scored_cells(dataset.cells, dataset.processor, decoded)
+        self.results: list[GroupResult] = []
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         """[`METRICS`] of the model and of some baselines, averaged over (context, perturbation) groups."""
@@ -91,8 +95,8 @@ class GroupScores:
         of_group: dict[int, list[int]] = {}
         for i in range(len(self.dataset)):
             of_group.setdefault(self.dataset.rows(i)[0], []).append(i)
-        results = [self._score(index, sentences, predictions) for index, sentences in of_group.items()]
-        return logged_figures(results)
+        self.results = [self._score(index, sentences, predictions) for index, sentences in of_group.items()]
+        return logged_figures(self.results)
 
     def _score(self, index: int, sentences: list[int], predictions: np.ndarray) -> GroupResult:
         rows, group = [self.dataset.rows(i) for i in sentences], self.dataset.groups[index]

@@ -19,11 +19,12 @@ from pertstate.base.constants import CONTROL_CELLS, LABELS, Values
 from pertstate.base.files import whole_file
 from pertstate.base.finite import check_predicted
 from pertstate.base.gene_names import MAX_MISSING_GENES
-from pertstate.base.messages import some
+from pertstate.base.messages import counted, some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.printable import get_logger
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
@@ -74,6 +75,7 @@ def predict(
     layout: OutputLayout | None = None,
     summary: str | os.PathLike | None = None,
     cell_eval: CellEval | None = None,
+    intervals: ChangeIntervals | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
@@ -110,6 +112,7 @@ def predict(
         summary (*optional*): `.parquet` or `.csv` to write instead of cells: means and changes of each group and gene, see
             [`SummaryFile`].
         cell_eval ([`CellEval`], *optional*): write the output, and a file of real cells, as `cell-eval` takes them.
+        intervals ([`ChangeIntervals`], *optional*): those of the model's record, for the summary.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
@@ -179,7 +182,7 @@ def predict(
             names = processor.vocabulary.genes or processor.output_names(model.config.output_dim)
             partial = stack.enter_context(whole_file(target))
             sink: PredictedFile | SummaryFile = stack.enter_context(
-                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed)
+                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed, intervals)
             )
         else:
             _check_layout(layout, model, processor)
@@ -272,10 +275,20 @@ def _check_summary(summary: str | os.PathLike, others: dict, model):
 
 
 def _warn(processor: StateProcessor, arms: list[Arm], cells_of: dict[str, int] | None):
-    """Say what is new to the model, and where there are fewer control cells than predicted cells are asked for."""
-    new_doses = processor.unseen_doses(dict.fromkeys(arm.perturbation for arm in arms))
+    """
+    Say what is new to the model, which perturbations had no clear change in training, and where there are fewer control cells
+    than predicted cells are asked for.
+    """
+    names = dict.fromkeys(arm.perturbation for arm in arms)
+    new_doses = processor.unseen_doses(names)
     if new_doses:
         logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
+    found = [] if processor.origin is None else processor.origin.indistinguishable(names, processor.split_combination)
+    if found:
+        logger.warning(
+            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so its "
+            f"predictions may be noise: {some(found)}"
+        )
     short = [arm for arm in arms if cells_of is not None and len(arm.cells) < cells_of[arm.perturbation]]
     if short:
         named = [f"{a.context} / {a.perturbation}: {len(a.cells)} of {(cells_of or {})[a.perturbation]}" for a in short]

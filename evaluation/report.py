@@ -15,6 +15,7 @@ from markupsafe import Markup
 from pertstate._version import __version__
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
+from pertstate.base.origin import told_from_none
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
@@ -288,8 +289,13 @@ def _figure(value: float) -> str:
 def _in_short(record: dict[str, Any]) -> dict[str, Any]:
     """A record without its parts for programs, with counts in place of the groups of each context and split."""
     short: dict[str, Any] = {
-        name.replace("_", " "): held for name, held in record.items() if name not in ("format", "means", "all_hashes")
+        name.replace("_", " "): held
+        for name, held in record.items()
+        if name not in ("format", "means", "all_hashes", "change_tests", "intervals")
     }
+    if record.get("change_tests"):
+        told, other = told_from_none(record["change_tests"])
+        short["change in training"] = {"distinguishable from none": told, "not distinguishable from none": other}
     if isinstance(record.get("groups"), dict):
         short["groups"] = {
             dataset: {

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pertstate.base.tables import append_csv
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.group_sums import GroupSums, log_fold_change
 from pertstate.evaluation.bootstrap import bootstrap_weights, generator_of, intervals
 from pertstate.evaluation.experiment import Arm, Unit
@@ -69,9 +70,10 @@ class SummaryFile:
     | `gene`, `cells` | the gene, and how many cells were predicted |
     | `control_mean`, `mean` | mean of the control cells that went in, and of the predicted cells |
     | `change`, `change_low`, `change_high` | their difference, and its 95 % interval |
+    | `calibrated_low`, `calibrated_high` | the 90 % interval of the change that would be measured, see [`ChangeIntervals`]; where the model has some |
     | `log2_fold_change`, `_low`, `_high` | of mean expression, see [`log_fold_change`], in base 2; where log1p expression is predicted |
 
-    Intervals are those of the bootstrap over control cells, each with the cell that was predicted from it.
+    The other intervals are those of the bootstrap over control cells, each with the cell that was predicted from it.
 
     Args:
         output (`Path`): to write, `.parquet` or `.csv`.
@@ -81,6 +83,7 @@ class SummaryFile:
         log1p (`bool`): log1p expression is predicted.
         expression (`Callable`): gives cells of the input in the units and genes of predictions.
         seed (`int`): of the resamplings.
+        calibrated ([`ChangeIntervals`], *optional*): the intervals of predicted changes.
     """
 
     def __init__(
@@ -93,7 +96,14 @@ class SummaryFile:
         log1p: bool,
         expression: Callable[[np.ndarray], np.ndarray],
         seed: int,
+        calibrated: ChangeIntervals | None = None,
     ):
+        if calibrated is not None and len(calibrated.floor) != len(genes):
+            raise ValueError(
+                f"the record of the checkpoint has intervals of {len(calibrated.floor)} features, and the model predicts "
+                f"{len(genes)}; copy the checkpoint again"
+            )
+        self.calibrated = calibrated
         self.genes, self.log1p, self.seed, self._of_cells = genes, log1p, seed, expression
         columns = processor.output_columns()
         table = processor.output_obs(
@@ -147,6 +157,8 @@ class SummaryFile:
             "change_low": low,
             "change_high": high,
         }
+        if self.calibrated is not None:
+            columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(change[0])
         if self.log1p:
             with np.errstate(invalid="ignore"):  # a model may predict less than nothing; it has no logarithm
                 folds = log_fold_change(found.expression, controls.expression) / np.log(2)

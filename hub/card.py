@@ -20,6 +20,7 @@ from pertstate.base.constants import TASK, Split
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.messages import counted
+from pertstate.base.origin import told_from_none
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public, public_text
 from pertstate.data.record import RunRecord
@@ -164,6 +165,7 @@ def render_card(
         provenance=provenance,
         held_out=_held_out_of_record(record) if run is None else _held_out(run, provenance),
         seen_before=[] if record is None else _seen_before(record),
+        change_tests=None if record is None or not record.change_tests else told_from_none(record.change_tests),
         verdict=None if scores is None else scores.verdict,
         score_notes=[] if scores is None else scores.notes,
         heldout_controls_used=run is not None

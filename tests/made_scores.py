@@ -85,6 +85,7 @@ def made_scores(
                 RecordedGroup(name("screen"), name("type_0"), name("pert_0"), "test", 10),
             ],
             notes=[name("a note")],
+            change_tests={name("pert_0"): 0.001, name("pert_1"): 0.4},
         ).to_dict(),
     )
 

@@ -25,26 +25,55 @@ def fit_anchor(anchor: Anchor, means: GroupMeans, processor: StateProcessor):
         means ([`GroupMeans`]): of the training groups, in the units of the model's features.
         processor ([`StateProcessor`]): of the model.
     """
+    found, names = _shown(anchor, means)
+    if anchor.by_features:
+        vectors = processor.encode(names)[PERTURBATION_FEATURES].astype(np.float64)
+        tables: dict[str, np.ndarray] = {}
+        for name, rows in found.items():
+            weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), RIDGE)
+            tables |= {name: weight, f"shared_{name}": rows.mean(axis=0) - vectors.mean(axis=0) @ weight}
+    else:
+        design = _design(processor, names, len(anchor.change))
+        tables = {name: rows_of(design, changes) for name, changes in found.items()}
+    anchor.set(**tables)
+
+
+def fit_added(anchor: Anchor, means: GroupMeans, processor: StateProcessor, added: list[str]):
+    """
+    Give the perturbations that were added to the vocabulary of a checkpoint rows of their own in its anchor; those of the others
+    stay as they are.
+
+    Args:
+        anchor ([`Anchor`]): of a checkpoint, with perturbations by id.
+        means ([`GroupMeans`]), processor ([`StateProcessor`]): as in [`fit_anchor`].
+        added (`list[str]`): the perturbations.
+    """
+    found, names = _shown(anchor, means)
+    design = _design(processor, names, len(anchor.change))
+    new = np.zeros(len(anchor.change), dtype=bool)
+    new[processor.encode(added)[PERTURBATION_IDS][:, 0]] = True
+    rows = {name: getattr(anchor, name).detach().cpu().numpy().astype(np.float64) for name in found}
+    anchor.set(**{name: added_rows(design, changes, rows[name], new) for name, changes in found.items()})
+
+
+def _shown(anchor: Anchor, means: GroupMeans) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The changes of measured perturbations and combinations, `(entries, features)` by the name of a table, and their names."""
     found = {"change": means.changes()}
     if anchor.expression:
         found["log_fold"] = means.log_folds()
     names = list(found["change"])
+    return {table: np.stack([of[name] for name in names]) for table, of in found.items()}, names
+
+
+def _design(processor: StateProcessor, names: list[str], perturbations: int) -> np.ndarray:
+    """The dose of each perturbation in each of some measured entries, `(entries, perturbations)`."""
     encoded = processor.encode(names)
-    if anchor.by_features:
-        vectors = encoded[PERTURBATION_FEATURES].astype(np.float64)
-        tables: dict[str, np.ndarray] = {}
-        for name, changes in found.items():
-            rows = np.stack([changes[of] for of in names])
-            weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), RIDGE)
-            tables |= {name: weight, f"shared_{name}": rows.mean(axis=0) - vectors.mean(axis=0) @ weight}
-    else:
-        ids = encoded[PERTURBATION_IDS]
-        doses = encoded.get(PERTURBATION_DOSES, np.ones(ids.shape))
-        design = np.zeros((len(names), len(anchor.change)))
-        entries, places = np.nonzero(ids >= 0)
-        np.add.at(design, (entries, ids[entries, places]), doses[entries, places])
-        tables = {name: rows_of(design, np.stack([of[n] for n in names])) for name, of in found.items()}
-    anchor.set(**tables)
+    ids = encoded[PERTURBATION_IDS]
+    doses = encoded.get(PERTURBATION_DOSES, np.ones(ids.shape))
+    design = np.zeros((len(names), perturbations))
+    entries, places = np.nonzero(ids >= 0)
+    np.add.at(design, (entries, ids[entries, places]), doses[entries, places])
+    return design
 
 
 def control_tables(
@@ -122,4 +151,30 @@ def rows_of(design: np.ndarray, changes: np.ndarray) -> np.ndarray:
         rows[others] = np.linalg.lstsq(design[having][:, others], left, rcond=None)[0]
     known = measured if measured.any() else others
     rows[~(measured | others)] = rows[known].mean(axis=0)
+    return rows
+
+
+def added_rows(design: np.ndarray, changes: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """
+    The rows of an anchor with those of new perturbations as in [`rows_of`]: of one that was measured in combinations alone, what
+    the other parts leave, by their rows. A new one that was not measured keeps its row.
+
+    Args:
+        design (`np.ndarray` of shape `(entries, perturbations)`), changes (`np.ndarray` of shape `(entries, features)`): as in
+            [`rows_of`].
+        rows (`np.ndarray` of shape `(perturbations, features)`): of the anchor.
+        new (`np.ndarray` of shape `(perturbations,)`): whether a perturbation is new.
+
+    Returns:
+        `np.ndarray` of shape `(perturbations, features)`.
+    """
+    rows = rows.copy()
+    single = (design != 0).sum(axis=1) == 1
+    alone = new & (design[single] != 0).any(axis=0)
+    rows[alone] = rows_of(design, changes)[alone]
+    others = new & ~alone & (design != 0).any(axis=0)
+    if others.any():
+        having = design[:, others].any(axis=1)
+        left = changes[having] - design[having][:, ~others] @ rows[~others]
+        rows[others] = np.linalg.lstsq(design[having][:, others], left, rcond=None)[0]
     return rows

@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,9 @@ from pertstate.base.messages import some
 from pertstate.base.printable import get_logger
 from pertstate.base.stopped import StoppedError
 from pertstate.data.cells import Cells
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.sentences import SentenceDataset
+from pertstate.evaluation.group_scores import scored_cells
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.stopping import Stop
 
@@ -23,6 +26,8 @@ logger = get_logger("pertstate.train")
 
 Key = tuple[str, str, str]
 
+# Control cells of a batch of a context that tell how much cells differ.
+_CONTROLS = 1000
 # Groups of contexts that are trained on are held out in so many parts.
 _PARTS = 5
 # Shares of the steps at which the held-out groups are scored, beside the start.
@@ -110,7 +115,7 @@ def choose_steps(
     dataset: SentenceDataset,
     args: StateTrainingArguments,
     folds: int,
-) -> int | None:
+) -> tuple[int, ChangeIntervals] | None:
     """
     Train with each inner fold held out, and choose the number of steps with the lowest mean, over folds, of
 
@@ -126,14 +131,15 @@ def choose_steps(
         folds (`int`): at most so many.
 
     Returns:
-        `int`: 0 where no training betters the start; None where nothing can be held out.
+        The number of steps, 0 where no training betters the start, and the intervals that the held-out groups give at this number;
+        None where nothing can be held out.
     """
     processor = dataset.processor
     found = inner_folds(dataset.cells.groups, processor.control, processor.split_combination, folds)
     if not found:
         return None
     steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})
-    ratios = []
+    ratios, changes = [], []
     for number, fold in enumerate(found):
         logger.info(
             f"choosing the number of steps, {number + 1} of {len(found)}: {fold.name} of the training groups is held out"
@@ -149,11 +155,34 @@ def choose_steps(
                 stop=UnsavedStop("stopped while the number of steps was being chosen; start the run again"),
                 callbacks=[scores],
             )
+            scores.trainer = trainer
             trainer.train()
         ratios.append(scores.ratios())
+        changes.append(scores.changes)
         logger.info(f"with {fold.name} held out: {scores}")
     mean = np.mean(ratios, axis=0)
-    return [0, *steps][int(np.argmin(mean))]
+    best = int(np.argmin(mean))
+    predicted, observed = np.concatenate([of_fold[best] for of_fold in changes], axis=1)
+    spread = control_spread(dataset, trainer.decodes)
+    return [0, *steps][best], ChangeIntervals.of_held_out(predicted, observed, spread)
+
+
+def control_spread(dataset: SentenceDataset, decoded: bool) -> np.ndarray:
+    """
+    The standard deviation of each feature among control cells of the training contexts, within contexts `(features,)`, in the
+    units of predictions.
+
+    Args:
+        dataset ([`SentenceDataset`]): the training split.
+        decoded (`bool`): whether predictions are decoded genes.
+    """
+    cells, processor = dataset.training_cells(), dataset.processor
+    values, places = scored_cells(cells, processor, decoded), set(dataset.learned_controls())
+    variances: list[np.ndarray] = []
+    for *place, name, start, stop in cells.groups[["dataset", "context", "perturbation", "start", "stop"]].to_numpy():
+        if name == processor.control and tuple(place) in places and stop - start > 1:
+            variances.append(np.asarray(values[np.arange(start, min(stop, start + _CONTROLS))]).var(axis=0, ddof=1))
+    return np.sqrt(np.mean(variances, axis=0, dtype=np.float64))
 
 
 def inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
@@ -166,17 +195,26 @@ def inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingA
 
 
 class _Scores(TrainerCallback):
-    """Asks for an evaluation at some steps, and keeps the figures."""
+    """
+    Asks for an evaluation at some steps, and keeps the figures, and the mean changes of each group, `(2, groups, features)`: predicted
+    and observed.
+    """
 
     def __init__(self, steps: list[int]):
         self.steps = steps
         self.found: list[dict[str, float]] = []
+        self.changes: list[np.ndarray] = []
+        self.trainer: Any = None
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_evaluate = state.global_step in self.steps
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.found.append(metrics)
+        means = [result.means for result in self.trainer.compute_metrics.results]
+        self.changes.append(
+            np.array([[of[name] - of["control"] for of in means] for name in ("predicted", "observed")])
+        )
 
     def ratios(self) -> np.ndarray:
         """`(1 + steps,)`: the mean of the three figures, each beside that before the first step."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pertstate.base.checkpoint_files import hub_arguments
 from pertstate.base.hub_names import is_repository
 from pertstate.base.public import last_part, public
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.record import Ancestor, RunRecord, source_of
 from pertstate.data.training_sentences import TrainingSentences
@@ -93,6 +94,8 @@ def record_of(
     provenance: Provenance | None,
     pretrained: Pretrained | None,
     means: GroupMeans | None,
+    change_tests: dict[str, float],
+    intervals: ChangeIntervals | None,
 ) -> RunRecord:
     """
     What a run learns from.
@@ -104,7 +107,11 @@ def record_of(
         provenance ([`Provenance`], *optional*): the files, of the process that hashed them.
         pretrained ([`Pretrained`], *optional*): the checkpoint that it starts from.
         means ([`GroupMeans`], *optional*): of the training groups.
+        change_tests (`dict[str, float]`): adjusted p-values of the perturbations, see
+            [`~pertstate.training.change_test.change_tests`].
+        intervals ([`ChangeIntervals`], *optional*): of predicted mean changes.
     """
+    before = None if pretrained is None else _record_before(pretrained)
     groups = data.recorded_groups()
     trained = {(group.dataset, group.context) for group in groups if group.split == "train"}
     learned = sorted(trained) if fitted else data.learned_controls()
@@ -117,10 +124,12 @@ def record_of(
         settings=settings_of(run),
         notes=list(data.notes),
         chosen_on_all=run.data.hvg_on_all and isinstance(run.data.genes, int),
-        ancestors=ancestors_of(pretrained),
+        ancestors=[] if pretrained is None else ancestors_of(pretrained, before),
         means=means,
         hashes=hashes,
         whole=whole,
+        change_tests={**({} if before is None else before.change_tests), **change_tests},
+        intervals=intervals,
     )
 
 
@@ -137,10 +146,11 @@ def check_same_run(checkpoint: str, record: RunRecord):
         )
 
 
-def ancestors_of(pretrained: Pretrained | None) -> list[Ancestor]:
-    """The checkpoint that a run starts from, and those before it."""
-    if pretrained is None:
-        return []
+def ancestors_of(pretrained: Pretrained, record: RunRecord | None) -> list[Ancestor]:
+    """The checkpoint that a run starts from, which has this record, and those before it."""
     name = pretrained.name if is_repository(pretrained.name) else last_part(pretrained.name)
-    record = RunRecord.load(pretrained.name, hub_arguments({"revision": pretrained.revision}))
     return [Ancestor(name, None)] if record is None else record.as_ancestors(name)
+
+
+def _record_before(pretrained: Pretrained) -> RunRecord | None:
+    return RunRecord.load(pretrained.name, hub_arguments({"revision": pretrained.revision}))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pertstate.base.printable import get_logger
+from pertstate.data.change_intervals import ChangeIntervals
+from pertstate.data.record import RunRecord
 from pertstate.data.sentences import SentenceDataset
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.inner_folds import choose_steps
@@ -26,7 +28,7 @@ def set_steps(
     dataset: SentenceDataset,
     set_size: int,
     make_model: Callable,
-):
+) -> ChangeIntervals | None:
     """
     Choose the number of steps on held-out training groups, and put it into the arguments: `max_steps` becomes the chosen number
     and `schedule_steps` what `max_steps` was. A run that is continued has chosen it already.
@@ -38,6 +40,9 @@ def set_steps(
         set_size (`int`): cells of a sentence.
         make_model (`Callable`): makes a new model.
 
+    Returns:
+        The intervals of predicted changes that the held-out groups give; None where none could be held out.
+
     Raises:
         ValueError: the data are a stream, or the length is given in epochs.
     """
@@ -48,7 +53,8 @@ def set_steps(
     if resume is not None:
         before = json.loads(Path(resume, "training_args.json").read_text(encoding="utf-8"))
         args.max_steps, args.schedule_steps = before["max_steps"], before["schedule_steps"]
-        return
+        record = RunRecord.load(resume)
+        return None if record is None else record.intervals
     chosen = choose_steps(
         lambda inner, train, val, **kwargs: StateTrainer(make_model(), inner, train, val, **kwargs),
         lambda cells: sentences(cells, dataset.processor, run, args, set_size),
@@ -62,6 +68,7 @@ def set_steps(
         logger.info(
             f"inner_folds: no training groups can be held out as the test groups are, so {args.max_steps} of {most} steps are taken"
         )
-    else:
-        args.schedule_steps, args.max_steps = most, chosen
-        logger.info(f"inner_folds: {chosen} of {most} steps, chosen on held-out training groups")
+        return None
+    args.schedule_steps, (args.max_steps, found) = most, chosen
+    logger.info(f"inner_folds: {args.max_steps} of {most} steps, chosen on held-out training groups")
+    return found

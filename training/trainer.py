@@ -39,7 +39,7 @@ from pertstate.families import objective_for
 from pertstate.hub.publish import hide
 from pertstate.hub.training_push import TrainingPush
 from pertstate.losses.objective import Objective
-from pertstate.training.anchoring import control_tables, fit_anchor
+from pertstate.training.anchoring import control_tables, fit_added, fit_anchor
 from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.averaging import WeightAverage
 from pertstate.training.early_stopping import EarlyStopping
@@ -225,14 +225,24 @@ class StateTrainer(Trainer):
         return TrainOutput(0, float("nan"), metrics)
 
     def _set_anchor(self):
-        """Give the anchor of a new model what the training cells show; that of a checkpoint stays as it is."""
+        """
+        Give the anchor of a new model what the training cells show. That of a checkpoint stays as it is, but for perturbations
+        that were added to its vocabulary.
+        """
         anchor, processor = self.model.fitted_anchor, self.train_dataset.processor
-        processor.control_expression = anchor is not None and anchor.corrects and self.train_dataset.knows_controls
-        if anchor is None or any(table.any() for table in anchor.buffers()):
+        processor.control_expression = anchor is not None and anchor.corrects
+        if anchor is None:
+            return
+        is_new = not any(table.any() for table in anchor.buffers())
+        added = [] if is_new or anchor.by_features else self.model.added_perturbations
+        if not is_new and not added:
             return
         means = gather_means(self.train_dataset, False, self.accelerator) if self.decodes else self.learned_means()
         if means is None:
             means = GroupMeans.of_sums(gather_sums(self.train_dataset, self.accelerator, progress=False))
+        if added:
+            fit_added(anchor, means, processor, added)
+            return
         fit_anchor(anchor, means, processor)
         cells = self.train_dataset.training_cells()
         if processor.control_expression and cells is not None:

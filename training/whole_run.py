@@ -17,6 +17,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.card import hardware_of, render_card
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import whole_checkpoint_folder
+from pertstate.training.change_test import describe_tests, gather_tests
 from pertstate.training.dry_run import dry_run
 from pertstate.training.history import write_history
 from pertstate.training.pretrained import Pretrained
@@ -85,8 +86,9 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
             logger.info(line)
         logger.info("dry run: nothing was written")
         return {}, None
+    intervals = None
     if args.inner_folds and not fitted:
-        set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
+        intervals = set_steps(args, run, resume, datasets[Split.TRAIN], config.set_size, make_model)
     set_seed(args.seed)
     model = make_model()
     logger.info(f"{config.model_type}: {model.num_parameters():,} parameters")
@@ -100,9 +102,11 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
         datasets.get(Split.VAL),
         processing_class=processor,
     )
-    record = record_of(
-        run, datasets[Split.TRAIN], fitted, provenance, pretrained, None if fitted else trainer.learned_means()
-    )
+    tests = gather_tests(datasets[Split.TRAIN], trainer.decodes, trainer.accelerator)
+    if tests:
+        logger.info(describe_tests(tests))
+    means = None if fitted else trainer.learned_means()
+    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests, intervals)
     trainer.record = record
     if args.should_save:
         trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)

@@ -107,6 +107,7 @@ def test_one_file_without_addresses(scores):
     ours = re.sub(r"<script>/\*\*.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!#|data:)', ours)
     assert "better than every baseline in pearson" in text and "type_0" in text
+    assert "distinguishable from none</dt>" in text and "change_tests" not in text
 
 
 def test_what_is_missing_is_said(scores):

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 from trainers import make_trainer, simulated_cells
+from transformers import AutoModel
 
+from pertstate import train
 from pertstate.base.cell_sentences import SentenceLayout
+from pertstate.data import simulate_screen
 from pertstate.data.group_means import GroupMeans
-from pertstate.training.anchoring import rows_of
+from pertstate.training.anchoring import added_rows, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +79,59 @@ def test_the_anchor_of_a_checkpoint_stays_as_it_is(screen, tmp_path):
     trainer.train()
     assert (trainer.model.anchor.change == 0.5).all()
     assert torch.equal(trainer.model.anchor.log_fold, torch.zeros_like(trainer.model.anchor.log_fold))
+
+
+def test_an_added_perturbation_has_its_own_row_and_the_others_stay():
+    rows = np.array([[1.0, 1.0], [5.0, 5.0], [0.0, 0.0], [7.0, 7.0], [3.0, 3.0]])
+    new = np.array([False, False, True, True, True])
+    design = np.array([[1.0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0], [0, 0, 1, 1, 0]])
+    changes = np.array([[9.0, 9.0], [2.0, -1.0], [4.0, 0.0], [5.0, -2.0]])
+    found = added_rows(design, changes, rows, new)
+    np.testing.assert_array_equal(
+        found[:2], rows[:2]
+    )  # the data show 9 for the first, which has a row of the checkpoint
+    np.testing.assert_allclose(found[2], changes[1])
+    np.testing.assert_allclose(
+        found[3], [3, -1]
+    )  # (4, 0) less the row of the first, and (5, -2) less that of the third
+    np.testing.assert_array_equal(found[4], rows[4])  # not measured
+
+
+TRAINING = {
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "per_device_train_batch_size": 4,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def trained(folder, name: str, data: str, model: dict, **more):
+    """The anchor of a run whose steps change nothing."""
+    section = {"datasets": {"screen": str(folder / data)}}
+    content = {"data": section, "model": model, "training": {**TRAINING, "output_dir": str(folder / name), **more}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    train.main([str(folder / "run.yaml")])
+    return AutoModel.from_pretrained(folder / name).anchor
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    """A checkpoint that knows two perturbations of three, and the anchor of a run on all."""
+    folder = tmp_path_factory.mktemp("further")
+    made = simulate_screen(num_contexts=3, num_perturbations=3, num_genes=30, cells_per_group=20, seed=2)
+    made.write_h5ad(folder / "all.h5ad")
+    made[made.obs["perturbation"] != "pert_2"].copy().write_h5ad(folder / "first.h5ad")
+    fields = {"preset": "tiny", "set_size": 10, "residual": "anchor"}
+    return folder, trained(folder, "base", "first.h5ad", fields), trained(folder, "whole", "all.h5ad", fields)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}], ids=["whole", "adapter"])
+def test_a_checkpoint_that_is_trained_further_anchors_the_perturbations_that_are_new_to_it(anchors, options):
+    folder, base, whole = anchors
+    further = trained(folder, f"further{len(options)}", "all.h5ad", {"pretrained": str(folder / "base")}, **options)
+    for table in ("change", "log_fold"):
+        old, alone, found = (getattr(anchor, table) for anchor in (base, whole, further))
+        assert torch.equal(found[:2], old)
+        torch.testing.assert_close(found[2], alone[2], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found[2], old.mean(dim=0), atol=0.1)

@@ -5,12 +5,15 @@ import re
 
 import anndata as ad
 import launches
+import numpy as np
 import pandas as pd
 import pytest
 
 from pertstate.base.constants import Split
+from pertstate.cli import main as pertstate
 from pertstate.data import simulate_screen
 from pertstate.data.cells import Cells
+from pertstate.data.record import RunRecord
 from pertstate.training.inner_folds import inner_folds, with_fold
 
 
@@ -130,12 +133,23 @@ def test_a_run_takes_the_steps_that_are_best_on_held_out_training_groups(screen,
     assert sum(ratios[steps]) == pytest.approx(best, abs=2e-3)  # to the digits that are printed
     assert f"inner_folds: {steps} of 32 steps" in printed
 
+    # The groups that were held out also say how far predictions may be from what is measured.
+    intervals = RunRecord.load(tmp_path / "run").intervals
+    assert intervals.groups == 6 and len(intervals.floor) == 40 and intervals.factor > 0
+    words = ["--model", tmp_path / "run", "--adata", screen, "--context", "type_3", "--quiet"]
+    assert pertstate(["predict", *map(str, words), "--summary", str(tmp_path / "summary.parquet")]) == 0
+    table = pd.read_parquet(tmp_path / "summary.parquet")
+    half = intervals.factor * (table["change"].abs() + np.tile(intervals.floor, 3))
+    np.testing.assert_allclose(table["calibrated_low"], table["change"] - half, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table["calibrated_high"], table["change"] + half, rtol=1e-5, atol=1e-6)
+
     # A run that is continued keeps to what it chose.
     (tmp_path / "run" / "model.safetensors").unlink()
     if steps:
         again = train(tmp_path, screen, "--resume_from_checkpoint", "last")
         assert "held out" not in again
         assert chosen(tmp_path) == (steps, schedule)
+        assert RunRecord.load(tmp_path / "run").intervals.factor == intervals.factor
 
 
 def test_test_cells_choose_nothing(screen, tmp_path):

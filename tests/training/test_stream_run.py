@@ -8,13 +8,17 @@ import launches
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import pertstate.train
 from pertstate.data import prepare, simulate_screen
-from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.arguments import DataArguments, PrepareArguments, StreamArguments
 from pertstate.data.stores import write_parquet
 from pertstate.data.stream_state import read_stream_state
+from pertstate.data.stream_survey import survey_stream
+from pertstate.data.streaming import SentenceStream
+from pertstate.data.streams import open_stream
 
 
 RUN = """
@@ -240,3 +244,46 @@ def test_columns_without_names_are_asked_for(folder, tmp_path):
         run(folder, tmp_path / "run", *flags, "--stream.columns", columns)
     with pytest.raises(ValueError, match="stream.columns: unknown \\['perturbatoin'\\]"):
         run(folder, tmp_path / "run", *flags, "--stream.columns", "{perturbatoin: x}")
+
+
+def test_a_stream_corrects_the_controls_as_cells_in_memory_do(folder, tmp_path):
+    """The first look keeps all control cells here, so both anchors are the same, and so are both corrections."""
+    shared = {"preset": "tiny", "set_size": 8, "residual": "anchor"}
+    training = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.0,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    held = {"val_contexts": ["type_1"], "test_contexts": ["type_3"]}
+    sections = {
+        "memory": {"data": {"datasets": {"screen": f"{folder}/screen.h5ad"}, "batch_key": "batch", **held}},
+        "stream": {"data": held, "stream": {"path": f"{folder}/parquet", "eval_cells": 1000, "baseline_cells": 1000}},
+    }
+    figures, tables = {}, {}
+    for name, section in sections.items():
+        content = {**section, "model": shared, "training": {**training, "output_dir": str(tmp_path / name)}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        figures[name] = pertstate.train.main([str(tmp_path / f"{name}.yaml")])
+        assert json.loads((tmp_path / name / "processor_config.json").read_text())["control_expression"] is True
+        tables[name] = load_file(tmp_path / name / "model.safetensors")
+    for name in ("change", "log_fold", "control_expression", "control_counts", "control_variation"):
+        one, other = (tables[of][f"anchor.{name}"] for of in ("memory", "stream"))
+        assert one.abs().sum() > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for name in ("test_pearson", "test_mae", "test_energy"):
+        assert figures["stream"][name] == pytest.approx(figures["memory"][name], rel=1e-3)
+
+
+def test_sentences_of_a_stream_say_what_the_sampled_controls_express(folder):
+    source = open_stream(StreamArguments(path=str(folder / "parquet"), block_size=64))
+    survey = survey_stream(source, progress=False, reservoir_cells=1000)
+    survey.processor.control_expression = True
+    cells = survey.controls.dense(np.concatenate(list(survey.control_rows["screen", "type_2"].values())))[0]
+    number = survey.processor.vocabulary.contexts.index("type_2")
+    sentences = [of for of in SentenceStream(source, survey, 8) if of["context_ids"] == number]
+    assert sentences and len(cells) == 40
+    for sentence in sentences:
+        assert sentence["control_counts"] == 40
+        np.testing.assert_allclose(sentence["control_expression"], np.expm1(cells).mean(axis=0), rtol=1e-5)
