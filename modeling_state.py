@@ -7,7 +7,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .base.modeling_anchor import Anchor
 from .base.modeling_finetuning import BATCHES, CONTEXTS, FEATURES, PERTURBATIONS
-from .base.modeling_layers import ConfidenceHead, SetTransformer
+from .base.modeling_layers import ConfidenceHead, Packing, SetTransformer
 from .base.modeling_perturbation import PerturbationOutput, SetTransformerPreTrainedModel
 from .configuration_state import StateConfig
 
@@ -39,6 +39,8 @@ class StateForPerturbation(StatePreTrainedModel):
     (2, 32, 100)
     ```
     """
+
+    packs_cells = True
 
     def __init__(self, config: StateConfig):
         super().__init__(config)
@@ -123,6 +125,7 @@ class StateForPerturbation(StatePreTrainedModel):
         gene_labels: torch.Tensor | None = None,
         control_expression: torch.Tensor | None = None,
         control_counts: torch.Tensor | None = None,
+        cell_places: torch.Tensor | None = None,
         **kwargs,
     ) -> PerturbationOutput:
         r"""
@@ -130,13 +133,15 @@ class StateForPerturbation(StatePreTrainedModel):
         `control_expression` `(batch_size, input_dim)`, the mean of `expm1` of all control cells of the sentence's context, and
         `control_counts` `(batch_size,)`, their number, see [`Anchor`]. `batch_ids` is required with `batch_encoder`; the
         context is read from the control cells; `labels` are read where `detach_decoder` trains the gene decoder on true
-        latents.
+        latents. `cell_places` `(cells,)` are the places of the real cells among all `batch_size x set_size`, in order: with these a
+        GPU computes nothing of the padding.
         """
         self._check_inputs(
             control_cells, perturbation_ids, perturbation_doses, perturbation_features, batch_ids, cell_mask, kwargs
         )
         config = self.config
-        encoded_cells = self.cell_encoder(control_cells)
+        of_cells = None if cell_mask is None else self._packing(cell_mask, cell_places, kwargs)
+        encoded_cells = self._of_cells(self.cell_encoder, control_cells, of_cells)
         hidden = encoded_cells + self.perturbation_encoder(perturbation_ids, perturbation_doses, perturbation_features)
         if config.batch_encoder:
             hidden = hidden + self.batch_embedding(self._check_batches(batch_ids))
@@ -148,13 +153,14 @@ class StateForPerturbation(StatePreTrainedModel):
             tokens.append(self.confidence_token.expand(len(hidden), -1, -1))
         if mask is not None:
             mask = nn.functional.pad(mask.bool(), (int(config.batch_token), int(config.confidence_token)), value=True)
-        transformed = self.backbone(torch.cat(tokens, dim=1) if len(tokens) > 1 else hidden, mask, **kwargs)
+        packing = of_cells and of_cells.with_tokens(int(config.batch_token), int(config.confidence_token))
+        transformed = self.backbone(torch.cat(tokens, dim=1) if len(tokens) > 1 else hidden, mask, packing, **kwargs)
 
         first = int(config.batch_token)
         cells = transformed[:, first : first + control_cells.shape[1]]
         if config.residual == "hidden":
             cells = cells + encoded_cells
-        predictions = self.output_head(cells)
+        predictions = self._of_cells(self.output_head, cells, of_cells)
         if config.residual == "output":
             predictions = predictions + control_cells
         if config.residual == "anchor":
@@ -170,6 +176,18 @@ class StateForPerturbation(StatePreTrainedModel):
             confidence=self.confidence_head(transformed[:, -1]) if config.confidence_token else None,
             batch_logits=self.batch_head(transformed[:, 0]) if config.batch_token else None,
         )
+
+    def _packing(self, mask: torch.Tensor, places: torch.Tensor | None, options: dict) -> Packing | None:
+        """How the real cells of a padded batch are computed by themselves; None where the whole batch is."""
+        config = self.config
+        recorded = any(options.get(name, getattr(config, name)) for name in self._forward_options)
+        if recorded or config.positions != "none" or config.attention == "causal":
+            return None
+        return Packing.of(mask, places, wait=not self.training)
+
+    @staticmethod
+    def _of_cells(module: nn.Module, cells: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        return module(cells) if packing is None else packing.apply(module, cells)
 
 
 __all__ = ["StateForPerturbation", "StatePreTrainedModel"]

@@ -182,6 +182,66 @@ class PerturbationEncoder(nn.Module):
         return hidden
 
 
+class Packing:
+    """
+    Sentences without their padding: the real cells of all of them in one row, one sentence after another.
+
+    Args:
+        places (`torch.Tensor` of shape `(N,)`): of the real cells among the B x L of the padded batch, in order.
+        shape (`tuple[int, int]`): B and L.
+        sizes (`list[int]`, *optional*): cells of each sentence. With these each sentence attends by itself; without, attention
+            is computed on the padded batch.
+    """
+
+    def __init__(self, places: torch.Tensor, shape: tuple[int, int], sizes: list[int] | None = None):
+        self.places, self.shape, self.sizes = places, shape, sizes
+
+    @classmethod
+    def of(cls, mask: torch.Tensor, places: torch.Tensor | None, wait: bool) -> "Packing | None":
+        """
+        That of a batch, or None where it would not pay.
+
+        Args:
+            mask (`torch.Tensor` of shape `(B, L)`): False where padded.
+            places (`torch.Tensor` of shape `(N,)`, *optional*): of the real cells, where they are known.
+            wait (`bool`): find them out, where they are not, although a GPU is waited for.
+        """
+        shape = (mask.shape[0], mask.shape[1])
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            mask = mask.bool()
+            return cls(mask.flatten().nonzero().squeeze(1), shape, mask.sum(dim=1).tolist())
+        if places is None and wait and mask.device.type == "cuda":
+            places = mask.flatten().nonzero().squeeze(1)
+        return None if places is None else cls(places, shape)
+
+    def with_tokens(self, before: int, after: int) -> "Packing":
+        """That of sentences with so many tokens before and after their cells."""
+        if before + after == 0:
+            return self
+        sentences, cells = self.shape
+        length = before + cells + after
+        moved = self.places // cells * length + self.places % cells + before
+        tokens = [*range(before), *range(before + cells, length)]
+        firsts = torch.arange(sentences, device=moved.device) * length
+        places = torch.cat((moved, *(firsts + token for token in tokens))).sort().values
+        sizes = None if self.sizes is None else [size + before + after for size in self.sizes]
+        return Packing(places, (sentences, length), sizes)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """`(B, L, *)` to `(1, N, *)`."""
+        return padded.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """`(1, N, *)` to `(B, L, *)`, with zeros where padded."""
+        sentences, length = self.shape
+        rows = packed.new_zeros(sentences * length, *packed.shape[2:])
+        return rows.index_copy(0, self.places, packed[0]).view(sentences, length, *packed.shape[2:])
+
+    def apply(self, module: nn.Module, padded: torch.Tensor) -> torch.Tensor:
+        """What a module that takes each cell by itself gives of `(B, L, *)`; zeros where padded."""
+        return self.pad(module(self.pack(padded)))
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out, so that its weights can be returned. Shapes `(B, heads, length, head_dim)`."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -213,12 +273,26 @@ class SetAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, **kwargs):
-        query, key, value = self.qkv_proj(hidden_states).chunk(3, dim=-1)
+    def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, packing=None, **kwargs):
+        """`hidden_states` (B, L, H), or (1, N, H) of a `packing`. Returns as much, and the weights where they are known."""
+        projected = self.qkv_proj(hidden_states)
         if self.config.attention == "none":
             # A cell that sees only itself gives its own value the whole weight.
-            return self.o_proj(value), None
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+            return self.o_proj(projected.chunk(3, dim=-1)[2]), None
+        if packing is None:
+            output, weights = self._attend(projected, attention_mask, rotary, **kwargs)
+            return self.o_proj(output), weights
+        if packing.sizes is None:
+            output, _ = self._attend(packing.pad(projected), attention_mask, rotary, **kwargs)
+            return self.o_proj(packing.pack(output)), None
+        sentences = projected.split(packing.sizes, dim=1)
+        output = torch.cat([self._attend(sentence, None, rotary, **kwargs)[0] for sentence in sentences], dim=1)
+        return self.o_proj(output), None
+
+    def _attend(self, projected: torch.Tensor, attention_mask, rotary, **kwargs):
+        """Queries, keys and values (B, L, 3 x width) to what is attended to (B, L, width), and the weights."""
+        query, key, value = projected.chunk(3, dim=-1)
+        heads = (*projected.shape[:-1], -1, self.head_dim)
         query, key, value = (states.view(heads).transpose(1, 2) for states in (query, key, value))
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -235,7 +309,7 @@ class SetAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return output.reshape(*projected.shape[:-1], -1), weights
 
 
 class _GatedSiLU(torch.autograd.Function):
@@ -303,8 +377,10 @@ class SetTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = GatedFeedForward(config) if config.backbone == "llama" else FeedForward(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, **kwargs) -> torch.Tensor:
-        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, rotary, **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask=None, rotary=None, packing=None, **kwargs
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, rotary, packing, **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
 
@@ -325,12 +401,18 @@ class SetTransformer(nn.Module):
         self.layers = nn.ModuleList(SetTransformerLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
 
-    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """`hidden_states` (B, L, H), `mask` (B, L) bool, False where padded. Returns (B, L, H)."""
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, packing: Packing | None = None, **kwargs
+    ) -> torch.Tensor:
+        """
+        `hidden_states` (B, L, H), `mask` (B, L) bool, False where padded. Returns (B, L, H). With a `packing` of the mask, nothing
+        is computed of the padding, and it is 0.
+        """
         rotary = self._rotary(hidden_states, mask) if self.config.positions == "rope" else None
         length = hidden_states.shape[1]
         attention_mask: Any  # of the form that the kernel takes
-        if self.config.attention == "bidirectional" and mask is None:
+        by_sentence = packing is not None and packing.sizes is not None
+        if self.config.attention == "bidirectional" and (mask is None or by_sentence):
             attention_mask = None  # under torch.compile, even a mask that hides nothing would rule out the fast kernel
         elif mask is not None and self._attends_on_gpu(hidden_states):
             # The library's own mask waits for the device, to see whether it hides anything.
@@ -341,9 +423,12 @@ class SetTransformer(nn.Module):
             attention_mask = create_causal_mask(self.config, hidden_states, mask, past_key_values=None)
         else:
             attention_mask = None
+        if packing is not None:
+            hidden_states = packing.pack(hidden_states)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, rotary, **kwargs)
-        return self.norm(hidden_states)
+            hidden_states = layer(hidden_states, attention_mask, rotary, packing, **kwargs)
+        hidden_states = self.norm(hidden_states)
+        return hidden_states if packing is None else packing.pad(hidden_states)
 
     def _attends_on_gpu(self, hidden_states: torch.Tensor) -> bool:
         fused = self.config._attn_implementation == "sdpa" and self.config.attention == "bidirectional"
@@ -420,6 +505,7 @@ __all__ = [
     "GeneDecoder",
     "MLP",
     "MaskedBatchNorm",
+    "Packing",
     "PerturbationEmbedding",
     "PerturbationEncoder",
     "SetAttention",

@@ -125,6 +125,8 @@ class PerturbationPreTrainedModel(FineTunablePreTrainedModel):
     is_ceiling = False
     # `fit` computes the weights in one pass over the training cells; an optimiser takes no steps.
     fitted = False
+    # Its forward takes `cell_places`, with which it computes nothing of the padding of a batch.
+    packs_cells = False
     # A training can start from a folder of weights that others published in a form of their own.
     reads_published = False
     _forward_options = frozenset({"output_attentions", "output_hidden_states"})

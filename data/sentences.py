@@ -1,22 +1,40 @@
 """Cell sentences: sets of perturbed cells, each with a set of matching control cells."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.data_loader import DataLoaderShard
+from torch.utils.data import DataLoader
 
 from pertstate.base.cell_sentences import SentenceLayout
-from pertstate.base.constants import BATCH_IDS, CONTEXT_IDS, CONTROL_CELLS, GENE_LABELS, LABELS, Split, Values
+from pertstate.base.constants import (
+    BATCH_IDS,
+    CELL_MASK,
+    CELL_PLACES,
+    CONTEXT_IDS,
+    CONTROL_CELLS,
+    GENE_LABELS,
+    LABELS,
+    Split,
+    Values,
+)
 from pertstate.base.messages import closest, counted
 from pertstate.base.printable import get_logger
+from pertstate.data.cell_batches import CellBatches
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.record import RecordedGroup, hashes_of, lowest, recorded_groups
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.processing import StateProcessor
 
+
+if TYPE_CHECKING:
+    from pertstate.training.arguments import StateTrainingArguments
 
 logger = get_logger(__name__)
 
@@ -226,10 +244,52 @@ class SentenceDataset(TrainingSentences):
     def __len__(self) -> int:
         return len(self._group)
 
-    def rows(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Group number, perturbed rows and control rows of sentence `i` in this epoch."""
+    @property
+    def group_numbers(self) -> np.ndarray:
+        """The number of the group of each sentence of this epoch."""
+        self._catch_up()
+        return self._group
+
+    def sizes(self) -> np.ndarray:
+        """The cells of each sentence of this epoch."""
+        self._catch_up()
+        sizes = self._bounds[:, 1] - self._bounds[:, 0]
+        return np.maximum(sizes, self.set_size) if self.repeat else sizes
+
+    def _catch_up(self):
         if self._asked[0] != self.epoch:
             self._draw_epoch(int(self._asked[0]))
+
+    def steps_per_epoch(self, args: "StateTrainingArguments") -> int:
+        if args.cells_per_batch is None:
+            return super().steps_per_epoch(args)
+        of_step = args.world_size * args.gradient_accumulation_steps
+        return self._cell_batches(args).batches // of_step
+
+    def _cell_batches(self, args: "StateTrainingArguments") -> CellBatches:
+        of_step = args.world_size * args.gradient_accumulation_steps
+        cells = args.cells_of_batch(self.set_size)
+        return CellBatches(self, cells, args.process_index, args.world_size, of_step)
+
+    def loader(self, args: "StateTrainingArguments", collate: Callable) -> DataLoader | None:
+        if args.cells_per_batch is None:
+            return None
+        # Each process has its own batches already: accelerate is not to deal them out once more.
+        return DataLoaderShard(
+            self,
+            device=args.device,
+            _non_blocking=args.dataloader_pin_memory,
+            batch_sampler=self._cell_batches(args),
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def rows(self, i: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """Group number, perturbed rows and control rows of sentence `i` in this epoch."""
+        self._catch_up()
         index, (start, stop) = int(self._group[i]), self._bounds[i]
         targets, controls = self._rows[start:stop].astype(np.int64), self.groups[index].controls
         generator = np.random.default_rng([self.seed, self.epoch, i, 1])
@@ -290,6 +350,10 @@ class SentenceCollator:
     Makes one batch of sentences: cells are padded to the longest sentence, and `cell_mask` is there where any is shorter.
     A batch that is collated already ([`SentenceBatch`]) stays as it is.
 
+    Args:
+        places (`bool`): a batch with much padding also says where its cells are, `cell_places`, for a model that computes
+            nothing of the padding.
+
     Example:
     ```python
     >>> import numpy as np
@@ -306,8 +370,22 @@ class SentenceCollator:
     """
 
     per_cell = (CONTROL_CELLS, LABELS, GENE_LABELS, BATCH_IDS)
+    # The part of a batch that is padding, from which on the places of the cells are worth while.
+    much = 1 / 8
+
+    def __init__(self, places: bool = False):
+        self.places = places
 
     def __call__(self, sentences: "list[dict[str, np.ndarray]] | SentenceBatch") -> dict[str, torch.Tensor]:
+        batch = self._collated(sentences)
+        mask = batch.get(CELL_MASK)
+        if self.places and mask is not None:
+            places = mask.flatten().nonzero().squeeze(1)
+            if len(places) <= (1 - self.much) * mask.numel():
+                batch[CELL_PLACES] = places
+        return batch
+
+    def _collated(self, sentences) -> dict[str, torch.Tensor]:
         if isinstance(sentences, SentenceBatch):
             return dict(sentences)
         layout = SentenceLayout([len(sentence[CONTROL_CELLS]) for sentence in sentences])

@@ -22,6 +22,7 @@ from pertstate.base.constants import (
     Values,
 )
 from pertstate.base.printable import get_logger
+from pertstate.data.cell_batches import StreamedCellBatches
 from pertstate.data.cell_pool import CellPool, CellRows
 from pertstate.data.cells import Cells
 from pertstate.data.group_sums import GroupSums
@@ -34,7 +35,9 @@ from pertstate.data.training_sentences import TrainingSentences
 
 
 if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainerState
+
+    from pertstate.training.arguments import StateTrainingArguments
 
 logger = get_logger(__name__)
 
@@ -76,7 +79,7 @@ class _Pass:
 class StreamLoader(DataLoader):
     """A loader that tells its stream of the epoch, as the Trainer tells the loader."""
 
-    dataset: "SentenceStream"
+    dataset: "SentenceStream | StreamedCellBatches"
 
     def set_epoch(self, epoch: int):
         self.dataset.set_epoch(epoch)
@@ -207,11 +210,18 @@ class SentenceStream(TrainingSentences, IterableDataset):
             )
         return math.ceil(self.num_cells / self.set_size)
 
-    def epoch_of(self, args: "TrainingArguments", state: "TrainerState") -> float | None:
+    def epoch_of(self, args: "StateTrainingArguments", state: "TrainerState") -> float | None:
         # The Trainer takes the whole of a training on a stream for one epoch.
         return state.global_step / self.steps_per_epoch(args) if self.survey.complete else None
 
-    def loader(self, args: "TrainingArguments", collate: Callable) -> StreamLoader:
+    def steps_per_epoch(self, args: "StateTrainingArguments") -> int:
+        if args.cells_per_batch is None:
+            return super().steps_per_epoch(args)
+        _ = self.num_sentences  # raises where the length is not known
+        of_step = args.cells_of_batch(self.set_size) * args.world_size * args.gradient_accumulation_steps
+        return max(1, math.ceil(self.num_cells / of_step))
+
+    def loader(self, args: "StateTrainingArguments", collate: Callable) -> StreamLoader:
         if args.dataloader_num_workers > 0:
             raise ValueError(
                 f"dataloader_num_workers={args.dataloader_num_workers}: a stream is read by the process that trains, whose "
@@ -219,7 +229,11 @@ class SentenceStream(TrainingSentences, IterableDataset):
             )
         # Not a loader of accelerate, which reads a batch ahead of the state that is saved, and deals out to the
         # processes a stream that each of them reads its own part of.
-        return StreamLoader(self, args.train_batch_size, collate_fn=collate, pin_memory=args.dataloader_pin_memory)
+        pinned = args.dataloader_pin_memory
+        if args.cells_per_batch is None:
+            return StreamLoader(self, args.train_batch_size, collate_fn=collate, pin_memory=pinned)
+        batches = StreamedCellBatches(self, args.cells_of_batch(self.set_size))
+        return StreamLoader(batches, None, collate_fn=collate, pin_memory=pinned)
 
     @property
     def progress(self) -> dict[str, int]:

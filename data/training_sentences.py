@@ -16,7 +16,9 @@ from pertstate.processing import StateProcessor
 
 
 if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
+    from transformers import TrainerState
+
+    from pertstate.training.arguments import StateTrainingArguments
 
 
 class TrainingSentences(Dataset, ABC):
@@ -27,10 +29,12 @@ class TrainingSentences(Dataset, ABC):
 
     Attributes:
         processor ([`StateProcessor`]): encodes the labels.
+        set_size (`int`): the most cells of a sentence.
         notes (`list[str]`): what was left out of the data when they were read, in sentences.
     """
 
     processor: StateProcessor
+    set_size: int
     notes: list[str] = []
 
     @property
@@ -72,18 +76,18 @@ class TrainingSentences(Dataset, ABC):
             progress (`bool`): show a progress bar.
         """
 
-    def steps_per_epoch(self, args: "TrainingArguments") -> int:
+    def steps_per_epoch(self, args: "StateTrainingArguments") -> int:
         """Optimiser steps of one epoch; errors as in `num_sentences`."""
         of_batch = args.train_batch_size * args.world_size
         sentences = self.num_sentences
         batches = sentences // of_batch if args.dataloader_drop_last else math.ceil(sentences / of_batch)
         return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
-    def epoch_of(self, args: "TrainingArguments", state: "TrainerState") -> float | None:
+    def epoch_of(self, args: "StateTrainingArguments", state: "TrainerState") -> float | None:
         """Epochs that the training has done so far; None where the length of one is not known."""
         return state.epoch or 0.0
 
-    def loader(self, args: "TrainingArguments", collate: Callable) -> DataLoader | None:
+    def loader(self, args: "StateTrainingArguments", collate: Callable) -> DataLoader | None:
         """
         The loader that training reads from; None where the Trainer is to make one.
 

@@ -1,6 +1,7 @@
 """Figures of an evaluation in training: predicted sentences, put together group by group and scored beside the baselines."""
 
 import numpy as np
+import torch
 from transformers import EvalPrediction
 
 from pertstate.base.constants import PERTURBATION_FEATURES, Split, Values
@@ -73,7 +74,9 @@ def groups_of(cells: Cells, split: str = Split.TEST) -> list[Group]:
 
 class GroupScores:
     """
-    Scores the predictions of a whole dataset: the `compute_metrics` of a `Trainer`.
+    Scores the predictions of a dataset batch by batch: the `compute_metrics` of a `Trainer` with `batch_eval_metrics`. A group
+    is scored when its last sentence has come, and its cells are forgotten. Where the sentences of a group stand beside one another
+    (`shuffle=False`), the cells of one group and one batch are kept.
 
     Args:
         dataset ([`SentenceDataset`]): the dataset of an evaluation, in which every perturbed cell stands in one sentence.
@@ -87,25 +90,46 @@ class GroupScores:
     def __init__(self, dataset: SentenceDataset, baselines: Baselines, decoded: bool):
         self.dataset, self.baselines = dataset, baselines
         self._cells = scored_cells(dataset.cells, dataset.processor, decoded)
+        # How many sentences of each group are to come.
+        groups, self._sizes = dataset.group_numbers, dataset.sizes()
+        self._groups, self._missing = groups, np.bincount(groups)
+        _, first = np.unique(groups, return_index=True)
+        self._order = {int(groups[place]): rank for rank, place in enumerate(np.sort(first))}
+        self._seen = 0
+        self._waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+        self._results: dict[int, GroupResult] = {}
         self.results: list[GroupResult] = []
 
-    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        """[`METRICS`] of the model and of some baselines, averaged over (context, perturbation) groups."""
-        predictions = np.asarray(prediction.predictions)
-        of_group: dict[int, list[int]] = {}
-        for i in range(len(self.dataset)):
-            of_group.setdefault(self.dataset.rows(i)[0], []).append(i)
-        self.results = [self._score(index, sentences, predictions) for index, sentences in of_group.items()]
+    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """
+        Take in the predictions of the next sentences.
+
+        Args:
+            prediction (`EvalPrediction`): `predictions`, a tensor of shape `(sentences, set_size, features)`.
+            compute_result (`bool`): these are the last ones.
+
+        Returns:
+            With the last ones, [`METRICS`] of the model and of some baselines, averaged over (context, perturbation) groups.
+        """
+        for predicted in prediction.predictions:
+            number, size = int(self._groups[self._seen]), int(self._sizes[self._seen])
+            waiting = self._waiting.setdefault(number, [])
+            waiting.append((self._seen, torch.as_tensor(predicted[:size]).float().cpu().numpy()))
+            self._seen += 1
+            if len(waiting) == self._missing[number]:
+                self._results[number] = self._score(number, self._waiting.pop(number))
+        if not compute_result:
+            return {}
+        self.results = [self._results[number] for number in sorted(self._results, key=self._order.__getitem__)]
         return logged_figures(self.results)
 
-    def _score(self, index: int, sentences: list[int], predictions: np.ndarray) -> GroupResult:
-        rows, group = [self.dataset.rows(i) for i in sentences], self.dataset.groups[index]
+    def _score(self, number: int, sentences: list[tuple[int, np.ndarray]]) -> GroupResult:
+        rows, group = [self.dataset.rows(i) for i, _ in sentences], self.dataset.groups[number]
         # The baselines start from the same control cells as the model.
         controls = self._cells[np.concatenate([controls for _, _, controls in rows])]
-        cells = np.concatenate([predictions[i, : len(targets)] for i, (_, targets, _) in zip(sentences, rows)])
         return score_group(
             (group.dataset, group.context, group.perturbation),
-            Predicted(cells, of_controls=True),
+            Predicted(np.concatenate([cells for _, cells in sentences]), of_controls=True),
             self._cells[np.concatenate([targets for _, targets, _ in rows])],
             ControlCells(controls, (group.dataset, group.context), draws=0),
             self.baselines,

@@ -6,7 +6,9 @@ import re
 import pytest
 import torch
 
-from pertstate import PerturbationOutput, StateForPerturbation
+from pertstate import PerturbationOutput, StateForPerturbation, modeling_state
+from pertstate.base.messages import given
+from pertstate.base.modeling_layers import Packing
 from pertstate.configuration_state import StateConfig
 from pertstate.families import objective_for
 from pertstate.families.state.objective_state import StateObjective
@@ -149,6 +151,56 @@ def test_padding_changes_nothing_for_real_cells(backbone, implementation, tokens
             for name in alone:
                 found = padded[name][i : i + 1]
                 equal(found if name in OUTPUTS_OF_A_SENTENCE else found[:, :n], alone[name], 1e-5)
+
+
+class PaddedAttention(Packing):
+    """As on a GPU: attention alone is computed on the padded batch."""
+
+    @classmethod
+    def of(cls, mask, places, wait):
+        return Packing(given("cell_places", places), tuple(mask.shape))
+
+
+@everywhere
+@pytest.mark.parametrize("packing", [Packing, PaddedAttention])
+@pytest.mark.parametrize("options", [{}, {"residual": "output", "basal_encoder": "mlp"}])
+def test_packed_sentences_give_the_loss_and_the_gradient_of_each_alone(
+    backbone, implementation, tokens, packing, options, monkeypatch
+):
+    monkeypatch.setattr(modeling_state, "Packing", packing)
+    extra = {"batch_encoder": True, "hidden_dropout": 0.0, "l1_weight": 0.1, **options}
+    model = make_model(implementation, backbone=backbone, **extra, **tokens)
+    objective, batch, real = objective_for(model.config), make_batch(labels=True), [CELLS, 4, 1]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    packed = pad(batch, real, CELLS + 3)
+    packed["cell_places"] = packed["cell_mask"].flatten().nonzero().squeeze(1)
+    together = objective(model(**packed), packed)["loss"]
+    found = gradients(together)
+    alone = []
+    for i, n in enumerate(real):
+        sentence = one(batch, i, n)
+        alone.append(objective(model(**sentence), sentence)["loss"])
+    expected = gradients(torch.stack(alone).mean())
+    equal(together, torch.stack(alone).mean(), 1e-5)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name in expected:
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5 * max(1.0, scale.item()), rtol=0)
+
+
+def test_a_packed_batch_has_no_values_where_padded():
+    model, batch = make_model(), pad(make_batch(), [CELLS, 4, 1], CELLS + 3)
+    seen = []
+    for module in (model.cell_encoder, model.backbone.layers[0], model.output_head):
+        module.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
+    with torch.no_grad():
+        model(**batch)
+    assert seen == [(1, CELLS + 5)] * 3
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])

@@ -6,11 +6,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from pertstate.base.messages import given
 from pertstate.base.public import public
 from pertstate.training.reporting import check_reporting
 
@@ -59,6 +61,8 @@ class StateTrainingArguments(TrainingArguments):
     It has some fields of its own:
 
     - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
+    - `cells_per_batch`: take as many sentences into a batch as have at most so many cells, instead of
+      `per_device_train_batch_size`. `"auto"` is as many cells as so many full sentences have
     - `schedule_steps`: the learning rate schedule runs over so many steps, however many are taken
     - `inner_folds`: choose the number of steps, `max_steps` being the largest, on so many sets of training groups that are held
       out in turn before the training itself, see [`choose_steps`]
@@ -124,6 +128,12 @@ class StateTrainingArguments(TrainingArguments):
     schedule_steps: int | None = field(
         default=None, metadata={"help": "Steps over which the learning rate schedule runs, by default max_steps."}
     )
+    cells_per_batch: int | Literal["auto"] | None = field(
+        default=None,
+        metadata={
+            "help": "Cells of a batch on each device, of as many sentences as fit, instead of a number of sentences."
+        },
+    )
     inner_folds: int = field(
         default=0,
         metadata={"help": "Choose the number of steps, up to max_steps, on so many sets of held-out training groups."},
@@ -183,6 +193,9 @@ class StateTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._check_numbers()
+        cells = self.cells_per_batch
+        if cells is not None and cells != "auto" and not (isinstance(cells, int) and cells >= 1):
+            raise ValueError(f"cells_per_batch must be at least 1, or auto, found {cells!r}")
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = EVALUATED
         by_time = self.logging_steps is None
@@ -248,6 +261,12 @@ class StateTrainingArguments(TrainingArguments):
             if isinstance(content[name], str):
                 content[name] = os.path.basename(os.path.normpath(content[name]))
         return json.dumps(_as_json(content), indent=2)
+
+    def cells_of_batch(self, set_size: int) -> int:
+        """The most cells of a batch, for sentences of up to `set_size` cells; only with `cells_per_batch`."""
+        if self.cells_per_batch == "auto":
+            return set_size * self.train_batch_size
+        return int(given("cells_per_batch", self.cells_per_batch))
 
     def _check_numbers(self):
         for name, (holds, expected) in _NUMBERS.items():

@@ -113,7 +113,10 @@ def settled(run: RunConfig, cells: np.ndarray | None, has_validation: bool) -> t
             training["early_stopping_patience"] = PATIENCE
             said.append(f"early stopping after {PATIENCE} evaluations without a better one")
     if training.get("max_steps") == AUTO:
-        step = of_set * training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1)
+        of_batch = of_set * training.get("per_device_train_batch_size", 8)
+        if isinstance(training.get("cells_per_batch"), int):
+            of_batch = training["cells_per_batch"]
+        step = of_batch * training.get("gradient_accumulation_steps", 1)
         training["max_steps"] = math.ceil(min(_MOST_STEPS, max(_FEWEST_STEPS, _EPOCHS * total / step)))
         if model.get("residual") == "anchor" and not has_validation and cells is not None:
             training.setdefault("inner_folds", INNER_FOLDS)

@@ -100,8 +100,7 @@ class _Clock(TrainerCallback):
 def _steps(args: StateTrainingArguments, training) -> int:
     if args.max_steps > 0:
         return args.max_steps
-    of_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    return math.ceil(args.num_train_epochs * math.ceil(len(training) / of_step))
+    return math.ceil(args.num_train_epochs * training.steps_per_epoch(args))
 
 
 def _folds(args: StateTrainingArguments, training) -> int:

@@ -101,6 +101,11 @@ def _completed(run: RunConfig) -> RunConfig:
     run.training = {**kept, **run.training}
     if FAMILIES[config_class(run.model).model_type].model.fitted:
         # In one pass: it has no sizes and no steps.
+        if run.training.get("cells_per_batch") is not None:
+            raise ValueError(
+                f"cells_per_batch={run.training['cells_per_batch']}: expected a model that is trained in batches, found "
+                f"{config_class(run.model).model_type}, which is fitted in one pass over all cells; leave it out"
+            )
         run.model, run.training = without_autos(run.model), without_autos(run.training)
     return with_defaults(run)
 
@@ -265,6 +270,8 @@ def sentences(cells: Cells, processor: StateProcessor, run: RunConfig, args, set
     """Datasets of the splits that have cells: `train`, `val`, `test`."""
     seed = args.seed if args.data_seed is None else args.data_seed
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.cells_per_batch is not None:
+        step = 1  # no sentence is left out: batches are as even as their cells allow
     present = set(cells.groups["split"].unique()) | ({Split.TRAIN} if run.data.controls_only else set())
     datasets = {}
     for split in (Split.TRAIN, Split.VAL, Split.TEST):

@@ -2,7 +2,8 @@
 
 import copy
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from pertstate.base.checkpoint_files import check_finite_weights
 from pertstate.base.constants import GENE_LABELS, LABELS, Split
 from pertstate.base.files import whole_file
+from pertstate.base.messages import counted
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger
 from pertstate.data.group_means import GroupMeans
@@ -110,7 +112,7 @@ class StateTrainer(Trainer):
         self.push = TrainingPush(args)
         if args.push_to_hub:
             self.push.check(card)
-        kwargs.setdefault("data_collator", SentenceCollator())
+        kwargs.setdefault("data_collator", SentenceCollator(places=model.packs_cells and args.n_gpu <= 1))
         kwargs.setdefault("preprocess_logits_for_metrics", self._scored)
         if kwargs.get("optimizers", (None, None))[0] is None:
             kwargs.setdefault("optimizer_cls_and_kwargs", optimizer_of(model, args))
@@ -249,6 +251,9 @@ class StateTrainer(Trainer):
             anchor.set(**control_tables(means, cells, processor, self.accelerator))
 
     def get_train_dataloader(self) -> DataLoader:
+        if self.train_dataset is not None and self.args.cells_per_batch == "auto":
+            cells = self.args.cells_of_batch(self.train_dataset.set_size)
+            logger.info(f"cells_per_batch: batches of up to {counted(cells, 'cell')} on each device")
         loader = None if self.train_dataset is None else self.train_dataset.loader(self.args, self.data_collator)
         return super().get_train_dataloader() if loader is None else loader
 
@@ -288,12 +293,13 @@ class StateTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
         averaged = nullcontext() if self.average is None else self.average.applied()
-        with self.terms.paused(), counted_elsewhere(), averaged:
+        with self.terms.paused(), counted_elsewhere(), averaged, self._evaluating(dataset):
             self.compute_metrics = None
             if isinstance(dataset, SentenceDataset):
                 check_perturbations(self.model, dataset.perturbations, dataset.processor)
                 if not (self.args.prediction_loss_only or loss_only):
-                    self.compute_metrics = GroupScores(dataset, self.baselines(LOGGED), self.decodes)
+                    scores: Any = GroupScores(dataset, self.baselines(LOGGED), self.decodes)
+                    self.compute_metrics = scores
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self._unseen:
             logger.warning(
@@ -301,6 +307,19 @@ class StateTrainer(Trainer):
                 "training cells; the model card says how these are predicted"
             )
         return metrics
+
+    @contextmanager
+    def _evaluating(self, dataset) -> Iterator[None]:
+        """Evaluate batch by batch, and with `cells_per_batch` as many sentences at once as surely fit."""
+        asked, self.args = self.args, copy.copy(self.args)
+        self.args.batch_eval_metrics = True
+        if isinstance(dataset, SentenceDataset) and asked.cells_per_batch is not None:
+            cells = asked.cells_of_batch(dataset.set_size)
+            self.args.per_device_eval_batch_size = max(1, cells // int(dataset.sizes().max()))
+        try:
+            yield
+        finally:
+            self.args = asked
 
     @property
     def decodes(self) -> bool:

@@ -8,6 +8,7 @@ from pertstate.base.modeling_layers import (
     BatchNormMLP,
     GatedFeedForward,
     MaskedBatchNorm,
+    Packing,
     UnseenMeanEmbedding,
 )
 from pertstate.configuration_state import StateConfig
@@ -37,6 +38,21 @@ def test_gated_feed_forward_keeps_no_more_for_the_backward_pass_than_gate_up_and
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
         layer(torch.randn(2, 7, config.hidden_size))
     assert sum(t.numel() == 2 * 7 * config.intermediate_size for t in kept.values()) == 3
+
+
+@pytest.mark.parametrize("before, after", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_packing_is_the_real_cells_in_their_order_with_the_tokens_around_them(before, after):
+    lengths = torch.tensor([2, 4, 1])
+    mask = torch.arange(4) < lengths[:, None]
+    packing = Packing.of(mask, None, wait=False).with_tokens(before, after)
+    length = before + 4 + after
+    padded = torch.arange(1.0, 3 * length + 1).view(3, length, 1)
+    whole = nn.functional.pad(mask, (before, after), value=True)
+    packed = packing.pack(padded)
+    assert torch.equal(packed[0, :, 0], padded[whole][:, 0])
+    assert packing.sizes == (lengths + before + after).tolist()
+    assert torch.equal(packing.pad(packed), padded * whole.unsqueeze(-1))
+    assert torch.equal(packing.apply(lambda cells: cells + 1, padded), (padded + 1) * whole.unsqueeze(-1))
 
 
 def test_batch_norm_over_padded_sentences_is_batch_norm_over_their_real_cells():

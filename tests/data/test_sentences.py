@@ -61,6 +61,16 @@ def sentences(data: SentenceDataset) -> list[tuple[list[int], list[int]]]:
     return [(s["labels"][:, 0].astype(int).tolist(), s["control_cells"][:, 0].astype(int).tolist()) for s in data]
 
 
+def test_the_collator_says_where_the_cells_are_where_much_is_padding():
+    sizes = (4, 1, 3)
+    sentences = [{"control_cells": np.ones((n, 2)), "perturbation_ids": np.array([1])} for n in sizes]
+    batch = SentenceCollator(places=True)(sentences)
+    assert batch["cell_places"].tolist() == [0, 1, 2, 3, 4, 8, 9, 10]
+    assert batch["cell_mask"].flatten()[batch["cell_places"]].all()
+    assert "cell_places" not in SentenceCollator()(sentences)
+    assert "cell_places" not in SentenceCollator(places=True)(sentences[:1] * 7 + sentences[2:])
+
+
 @pytest.mark.parametrize("set_size", [1, 4, 5, 64])
 @pytest.mark.parametrize("control_matching", ["context", "batch"])
 def test_every_perturbed_cell_stands_once_in_an_epoch(set_size, control_matching):

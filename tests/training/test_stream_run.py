@@ -1,6 +1,7 @@
 """Runs that train on a stream, from a cell store or from named columns, and that are stopped and continued."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_killed_and_continued_it_ends_with_the_same_weights(folder, unbroken, tm
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming from" in done.stderr
     assert_same_weights(tmp_path, unbroken)
+
+
+def test_batches_by_cells_of_a_stream_are_continued_exactly(folder, tmp_path):
+    flags = ["--cells_per_batch", "28", "--save_total_limit", "3"]
+    run(folder, tmp_path / "whole", *flags)
+    state = read_stream_state(tmp_path / "whole" / "checkpoint-4")
+    # At least 21 cells each: another sentence might not have fitted.
+    assert 4 * 3 <= state["pass"]["sentences"] <= 4 * 28
+    (tmp_path / "part").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "part" / "checkpoint-8")
+    run(folder, tmp_path / "part", *flags, "--resume_from_checkpoint", "last")
+    assert_same_weights(tmp_path / "part", tmp_path / "whole")
 
 
 def test_two_processes_read_a_stream_once(folder, tmp_path):

@@ -82,6 +82,59 @@ def test_accumulation_4_times_2_is_a_batch_of_8(screen, tmp_path):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def seen_sentences(trainer):
+    """The cells of each sentence of each batch that is trained on, as their sums."""
+    seen, compute = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        if model.training:
+            mask = inputs.get("cell_mask", torch.ones(inputs["labels"].shape[:2], dtype=torch.bool))
+            cells = (inputs["labels"].double().sum(dim=-1) * mask).sum(dim=1)
+            seen.append([(round(float(of), 6), int(n)) for of, n in zip(cells, mask.sum(dim=1))])
+        return compute(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    return seen
+
+
+def test_batches_by_cells_hold_the_same_sentences_in_the_same_order(screen, tmp_path):
+    by_count = seen_sentences(make_trainer(screen, tmp_path / "count", max_steps=-1, num_train_epochs=2))
+    by_cells = seen_sentences(
+        make_trainer(screen, tmp_path / "cells", max_steps=-1, num_train_epochs=2, cells_per_batch=150)
+    )
+    assert [s for batch in by_cells for s in batch] == [s for batch in by_count for s in batch]
+    assert max(sum(n for _, n in batch) for batch in by_cells) <= 150
+    assert len(by_cells) < len(by_count)
+
+
+def test_automatic_batches_by_cells_have_as_many_as_full_sentences(screen, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("pertstate.training.trainer.logger.info", said.append)
+    trainer = make_trainer(screen, tmp_path, cells_per_batch="auto", per_device_train_batch_size=7)
+    assert trainer.args.cells_of_batch(12) == 84
+    assert max(sum(n for _, n in batch) for batch in seen_sentences(trainer)) in range(73, 85)
+    assert "cells_per_batch: batches of up to 84 cells on each device" in said
+
+
+def test_a_run_by_cells_is_continued_exactly(screen, tmp_path):
+    options = {"cells_per_batch": 100, "gradient_accumulation_steps": 2, "lr_decay_epochs": 1, "save_total_limit": 3}
+    whole = make_trainer(screen, tmp_path / "whole", max_steps=9, save_strategy="steps", save_steps=4, **options)
+    assert whole.steps_per_epoch < 8
+    whole.train()
+    parts = make_trainer(screen, tmp_path / "parts", max_steps=9, save_steps=4, **options)
+    parts.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert logged(parts, "loss") == logged(whole, "loss")
+    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("value", [0, -3, "many", 2.5])
+def test_cells_per_batch_is_a_whole_number_or_auto(screen, tmp_path, value):
+    with pytest.raises(ValueError, match="cells_per_batch must be at least 1, or auto, found"):
+        make_trainer(screen, tmp_path, cells_per_batch=value)
+
+
 def test_evaluation_scores_groups_beside_the_baselines(screen, tmp_path):
     trainer = make_trainer(screen, tmp_path)
     trainer.train()
