@@ -247,5 +247,5 @@ def _of_confidence(trained: TrainedModel, found: Answer) -> list[str]:
     return [
         f"{said} That is less than for {100 * higher:.0f} % of the {len(rows):,} scored {kind}.",
         f"What this figure is worth: on these {len(rows):,} groups its rank correlation with the energy distance that was found is "
-        f"{correlation:.2f} (1: it orders the groups as their errors do; 0: it says nothing).",
+        f"{correlation:.2f} (1: it orders the groups as their errors do; 0: it says nothing; below 0: the other way round).",
     ]

@@ -34,7 +34,7 @@ _TEMPLATES = {
 </dl>
 {%- endmacro -%}
 <p>{{ about }}</p>
-{% if verdict %}<p>On the groups that its run held out: {{ verdict }}.</p>
+{% if verdict %}<p>Its run scored what it held out. {{ verdict }}.</p>
 {% else %}<p>How good it is was not measured: no scores lie beside the checkpoint.</p>{% endif %}
 {% if entries %}{{ listed(entries) }}
 {% else %}<p>What it was trained on is not recorded.</p>{% endif %}

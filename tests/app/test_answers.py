@@ -97,6 +97,8 @@ def test_what_was_not_measured_is_said(trained, found):
     table = made_scores().table
     no_head = replace(trained, scores=replace(trained.scores, table=table.assign(confidence=np.nan)))
     assert how_sure(no_head, found)[-1].startswith("What this figure is worth was not measured")
+    the_same = replace(trained, scores=replace(trained.scores, table=table.assign(confidence=1.0)))
+    assert how_sure(the_same, found)[-1].startswith("What this figure is worth was not measured")
     assert how_sure(trained, replace(found, confidence=None))[-1] == "The model gives no confidence."
     told = how_sure(trained, replace(found, status="train", unseen=True))
     assert told[0].endswith("this answer recalls more than it predicts.") and "has no training cells" in told[1]
@@ -219,6 +221,7 @@ def test_pictures_show_the_answer(found):
     )
     places = cell_places(found, umap=False)
     assert places["kind"].value_counts().to_dict() == {"control": 20, "predicted": 20}
+    assert places["x"].std() > places["y"].std() > 0
     assert place_picture(places, umap=True).layout.xaxis.title.text == "UMAP 1"
     drawn = place_picture(places, umap=False).to_plotly_json()
     [arrow] = drawn["layout"]["annotations"]
