@@ -1,12 +1,15 @@
 """The page, built with gradio: what people see and press. What it says and shows is made elsewhere in this folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest import mock
 
 import gradio as gr
+from gradio import processing_utils
 
 from pertstate.app.answers import MOST_CELLS, Answer, Question, answer, cell_places, doses_of, perturbations_of
 from pertstate.app.cells import Reading, look_at
@@ -203,6 +206,23 @@ def page(trained: TrainedModel, cells: Path | None, folder: Path, most_uploaded:
         how_placed.change(place, [kept, how_placed], [places, no_places], **_ONE_BY_ONE)
     blocks.queue(max_size=32)
     return blocks
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """
+    In this block gradio fetches nothing from other servers. Otherwise a request could name an address in place of a file, and
+    what lies there would be fetched whole, whatever its size.
+    """
+
+    async def refuse(*args, **kwargs):
+        raise gr.Error("this page fetches no addresses; upload the file")
+
+    with (
+        mock.patch.object(processing_utils, "async_ssrf_protected_download", refuse),
+        mock.patch.object(processing_utils, "ssrf_protected_download", refuse),
+    ):
+        yield
 
 
 def forget(old: Answer | Path | None):

@@ -56,10 +56,10 @@ def served(
     cells = None if adata is None else Path(adata).resolve()
     if cells is not None:
         look_at(trained, cells, Reading())
-    from pertstate.app.page import CSS, page, theme
+    from pertstate.app.page import CSS, page, theme, without_downloads
 
     before = os.environ.get(_CACHE)
-    with TemporaryDirectory(prefix="pertstate-app-") as folder:
+    with TemporaryDirectory(prefix="pertstate-app-") as folder, without_downloads():
         os.environ[_CACHE] = str(Path(folder) / "cache")
         blocks = page(trained, cells, Path(folder), most_uploaded)
         try:

@@ -136,6 +136,11 @@ def test_code_travels_on_what_every_user_of_checkpoints_has(of_class, rows):
         assert set(get_imports(path)) <= may, path
 
 
+def test_gradio_is_asked_for_by_the_app_alone():
+    found = {name_of(path) for path in modules() if any(name.split(".")[0] == "gradio" for name in imports(path))}
+    assert found == {"app/page.py", "app/serving.py"}
+
+
 def test_travelling_files_have_names_of_their_own():
     """The files of all families and the processor have different names, so that any of them can lie in one folder."""
     files: dict[str, Path] = {}

@@ -1,6 +1,7 @@
 """The page of the app as people use it, in a headless Chromium."""
 
 import io
+import json
 import os
 import urllib.error
 import urllib.request
@@ -144,6 +145,25 @@ def test_the_server_takes_no_large_file_either(url):
     before = kept()
     assert posted((MOST << 20) + 1000) == 413
     assert kept() == before
+
+
+def test_a_request_names_no_file_that_was_not_uploaded(url, folder):
+    def answered(file: str) -> str:
+        """What the page's first function says of such a file."""
+        session = uuid.uuid4().hex
+        named = {"path": file, "meta": {"_type": "gradio.FileData"}}
+        data = ["my own file", named, "", "", "", "", False, False, False]
+        body = json.dumps({"data": data, "fn_index": 0, "session_hash": session}).encode()
+        kind = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}gradio_api/queue/join", body, kind))
+        lines = urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash={session}", timeout=20)
+        return next(line.decode() for line in lines if b"process_completed" in line)
+
+    for path in (folder / "screen.h5ad", Path("/etc/passwd"), Path("README.md")):
+        said = answered(str(path))
+        assert '"success":false' in said and "control cells" not in said
+    for address in ("http://203.0.113.1/x.h5ad", "https://203.0.113.1/x.h5ad"):
+        assert "this page fetches no addresses" in answered(address)
 
 
 def test_nothing_else_of_the_machine_is_served(url, folder):
