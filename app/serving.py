@@ -48,6 +48,8 @@ def served(
     """
     if most_uploaded < 1:
         raise ValueError(f"most_uploaded must be at least 1 MB, found {most_uploaded}")
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"port {port}: expected 1 to 65535")
     # Gradio reads this when it is imported: nothing is told to its makers.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     check_gradio()
@@ -63,24 +65,7 @@ def served(
         os.environ[_CACHE] = str(Path(folder) / "cache")
         blocks = page(trained, cells, Path(folder), most_uploaded)
         try:
-            _, url, _ = blocks.launch(
-                server_name=host,
-                server_port=port,
-                max_file_size=most_uploaded << 20,
-                # Nothing but what this app makes is served.
-                allowed_paths=[],
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                show_error=False,
-                ssr_mode=False,
-                pwa=False,
-                enable_monitoring=False,
-                footer_links=[],
-                theme=theme(),
-                css=CSS,
-            )
-            yield url
+            yield _launch(blocks, host, port, most_uploaded, theme(), CSS)
         finally:
             blocks.close(verbose=False)
             if before is None:
@@ -88,6 +73,34 @@ def served(
             else:
                 os.environ[_CACHE] = before
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _launch(blocks, host: str, port: int | None, most_uploaded: int, theme, css: str) -> str:
+    """Start the server of a page, and return its address."""
+    try:
+        _, url, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=most_uploaded << 20,
+            # Nothing but what this app makes is served.
+            allowed_paths=[],
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=False,
+            ssr_mode=False,
+            pwa=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=theme,
+            css=css,
+        )
+    except OSError as error:
+        where = "7860 to 7959 are" if port is None else f"{port} is"
+        raise OSError(
+            f"{host}: port {where} in use, or this machine has no such address; name another (--port)"
+        ) from error
+    return url
 
 
 def serve(

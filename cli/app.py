@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
+    import transformers
+
     from pertstate.app.serving import serve
 
+    transformers.utils.logging.disable_progress_bar()
     serve(args.model, args.adata, args.revision, args.host, args.port, args.max_upload, args.device)

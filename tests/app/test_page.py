@@ -208,6 +208,12 @@ def test_cells_that_the_app_brings(chromium, folder, tmp_path):
         visitor.leave()
 
 
+def test_a_port_in_use_is_one_line(url, folder):
+    port = int(url.rstrip("/").rpartition(":")[2])
+    with pytest.raises(OSError, match=f"127.0.0.1: port {port} is in use"), served(str(folder / "model"), port=port):
+        pass
+
+
 def test_what_was_written_is_gone_when_the_app_ends(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with served(str(folder / "model"), folder / "screen.h5ad", device="cpu"):

@@ -113,3 +113,5 @@ def test_the_flags_are_those_of_the_function(monkeypatch):
     assert HOST == "127.0.0.1"
     with pytest.raises(ValueError, match="at least 1 MB"):
         serve("x", most_uploaded=0)
+    with pytest.raises(ValueError, match="port 80000: expected 1 to 65535"):
+        serve("x", port=80000)
