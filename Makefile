@@ -5,7 +5,7 @@ BIN := .venv/bin
 # One thread for each worker of the tests: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-kernels test-cell-eval test-fuzzer test-slow torture fuzz lint types docs bench
+.PHONY: demo test test-app test-kernels test-cell-eval test-fuzzer test-slow torture fuzz lint types docs bench
 .DEFAULT_GOAL := demo
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -37,6 +37,16 @@ test-cell-eval: .venv/.installed
 # The fuzzer itself finds a fault that is planted.
 test-fuzzer: build/atheris
 	PYTHONPATH=build/atheris OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzzer.py -m guided
+
+# The page of the app in a browser, and the program of a Space. Gradio has an environment of its own, on top of .venv.
+build/gradio: .venv/.installed
+	$(PYTHON) -m venv build/gradio
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/gradio/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	build/gradio/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[app]' || { rm -r build/gradio; exit 1; }
+	touch build/gradio
+
+test-app: build/gradio
+	OMP_NUM_THREADS=1 build/gradio/bin/python -m pytest -q tests/app
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow

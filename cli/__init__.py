@@ -7,8 +7,23 @@ from collections.abc import Callable
 
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
+from pertstate.base.input_errors import ERRORS, line_of
 from pertstate.base.stopped import StoppedError, stopped_by_signals
-from pertstate.cli import configs, convert, crossval, evaluate, info, merge, predict, prepare, push, report, train
+from pertstate.cli import (
+    app,
+    configs,
+    convert,
+    crossval,
+    evaluate,
+    info,
+    merge,
+    predict,
+    prepare,
+    push,
+    report,
+    space,
+    train,
+)
 
 
 COMMANDS = {
@@ -19,6 +34,8 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "report": report,
+    "app": app,
+    "space": space,
     "push": push,
     "convert": convert,
     "merge": merge,
@@ -26,8 +43,6 @@ COMMANDS = {
 }
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare", "crossval")
-# These errors say that the input of a command is wrong. Any other error is a mistake of the program, and keeps its traceback.
-ERRORS = (ValueError, KeyError, OSError, ImportError, FloatingPointError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,20 +98,9 @@ def _reported(command: str, run: Callable[[], object]) -> int:
         say(f"pertstate {command}: {stop}", sys.stderr)
         return stop.exit_code
     except ERRORS as error:
-        say(f"pertstate {command}: error: {_line_of(error)}", sys.stderr)
+        say(f"pertstate {command}: error: {line_of(error)}", sys.stderr)
         return 1
     return 0
-
-
-def _line_of(error: BaseException) -> str:
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return (
-            f"{error.filename}: {error.strerror}; this user may not read it, or may not write to it: ls -ld shows its rights; change "
-            "them, or name another"
-        )
-    # KeyError shows the repr of its message.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(line.strip() for line in message.splitlines())
 
 
 if __name__ == "__main__":

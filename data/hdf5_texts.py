@@ -5,6 +5,9 @@ A text of no fixed width lies in a heap of the file; the dataset holds its lengt
 one place to all names: a megabyte of text that a million cells share is a terabyte in memory.
 """
 
+import mmap
+import os
+import struct
 import zlib
 from collections.abc import Iterator
 
@@ -16,8 +19,53 @@ _DEFLATE = 1  # the number of a filter
 _LENGTH = 4  # bytes of a length, which is the first part of a reference
 
 
+# A heap of texts begins so: its signature, its version, three zeros. Then comes its size.
+_HEAP = b"GCOL\1\0\0\0"
+# A larger file is not searched for damaged heaps.
+SEARCHED = 1 << 28
+
+
 class UnknownLayoutError(ValueError):
     """The references of a dataset cannot be read as they lie in the file."""
+
+
+def check_heaps(path: str | os.PathLike, length: int):
+    """
+    Check the heaps in which a file keeps its texts: HDF5 reads a heap for ever if a part of it has no size.
+
+    Args:
+        length (`int`): bytes of a size in this file.
+
+    Raises:
+        ValueError: a part of a heap has no size, or leaves the heap; its place is named.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if not 0 < size <= SEARCHED:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            heap = content.find(_HEAP)
+            while heap >= 0:
+                _check_heap(content, heap, length)
+                heap = content.find(_HEAP, heap + 1)
+
+
+def _check_heap(content: mmap.mmap, heap: int, length: int):
+    """Its parts follow one another: a number, which is 0 where the rest is free, a count, four zeros, a size, and the text."""
+    header = _aligned(8 + length)  # that of the heap, and that of each part
+    end = heap + int.from_bytes(content[heap + 8 : heap + 8 + length], "little")
+    place = heap + header
+    while place + header <= min(end, len(content)):
+        number = struct.unpack_from("<H", content, place)[0]
+        held = int.from_bytes(content[place + 8 : place + 8 + length], "little")
+        taken = header + _aligned(held) if number else held
+        if taken < header or place + taken > end:
+            raise ValueError(f"the texts at byte {heap:,} of the file are damaged; copy the file again")
+        place += taken
+
+
+def _aligned(size: int) -> int:
+    return (size + 7) // 8 * 8
 
 
 def text_bytes(dataset: h5py.h5d.DatasetID, at_most: int, size: int) -> int:

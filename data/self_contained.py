@@ -9,7 +9,7 @@ import h5py
 
 from pertstate.base.bounded_text import kind_of, load_json
 from pertstate.base.messages import some
-from pertstate.data.hdf5_texts import text_bytes
+from pertstate.data.hdf5_texts import check_heaps, text_bytes
 
 
 MOST_OBJECTS = 200_000
@@ -31,9 +31,11 @@ def check_hdf5(file: h5py.File):
     from them, wherever they lie.
 
     Raises:
-        ValueError: a link or a dataset leaves the file, or names take more memory than the file could fill; it is named.
+        ValueError: a link or a dataset leaves the file, names take more memory than the file could fill, or a heap of texts
+            is damaged; it is named.
     """
     size = os.path.getsize(file.filename)
+    check_heaps(file.filename, file.id.get_create_plist().get_sizes()[1])
     seen: set[int] = set()
     groups: list[tuple[str, h5py.h5g.GroupID]] = [("", h5py.h5g.open(file.id, b"/"))]
     while groups:

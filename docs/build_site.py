@@ -49,6 +49,14 @@ def prepare():
         written.write_text(with_links_of_the_site(text, path.relative_to(ROOT).as_posix(), page), encoding="utf-8")
 
 
+def copy_pictures():
+    """Copy the pictures of the pages beside them."""
+    for path in (ROOT / "docs").rglob("*.png"):
+        written = TARGET / "pages" / path.relative_to(ROOT / "docs")
+        written.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, written)
+
+
 def with_links_of_the_site(markdown: str, source: str, page: str) -> str:
     """Links of the repository as links of the site. What is not on the site is named and not linked."""
 
@@ -133,3 +141,4 @@ def _section(match: re.Match) -> str:
 
 if __name__ == "__main__":
     prepare()
+    copy_pictures()

@@ -76,6 +76,7 @@ def predict(
     summary: str | os.PathLike | None = None,
     cell_eval: CellEval | None = None,
     intervals: ChangeIntervals | None = None,
+    confidences: dict[tuple[str, str], float] | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
@@ -113,6 +114,8 @@ def predict(
             [`SummaryFile`].
         cell_eval ([`CellEval`], *optional*): write the output, and a file of real cells, as `cell-eval` takes them.
         intervals ([`ChangeIntervals`], *optional*): those of the model's record, for the summary.
+        confidences (`dict`, *optional*): is filled with the confidence of each (context, perturbation), see [`PerturbationOutput`], as a
+            mean over its sentences. It stays empty for a model that has none.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
@@ -233,10 +236,13 @@ def predict(
         total = sum(len(arm.cells) for arm in arms)
         bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
         unseen: dict[tuple[str, str], None] = {}
+        losses: dict[tuple[str, str], list[float]] = {}
         passes = packs(processor, arms, batch_size, alone=sample_counts is not None, in_order=in_order)
-        for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen):
+        for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen, losses):
             sink.write(packed, values, embedding, inputs)
             bar.update(len(values))
+    if confidences is not None:
+        confidences |= {group: float(np.mean(of)) for group, of in losses.items()}
     if unseen:
         logger.warning(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
@@ -332,10 +338,12 @@ def _predicted(
     passes: Iterator[list[Unit]],
     sample_counts: int | None,
     unseen: dict[tuple[str, str], None],
+    losses: dict[tuple[str, str], list[float]],
 ) -> Iterator[tuple[list[Unit], np.ndarray, np.ndarray | None, np.ndarray]]:
     """
     Of each pass the predicted cells `(cells, genes)`, where the model decodes them its embedding `(cells, output_dim)`, and the
-    features of the cells that went in. The groups that the model predicts in another way are added to `unseen`.
+    features of the cells that went in. The groups that the model predicts in another way are added to `unseen`, and what the
+    model says of its own loss in the sentences of a group to `losses`.
     """
     processor = reader.processor
     generator = None if sample_counts is None else torch.Generator(model.device).manual_seed(sample_counts)
@@ -356,8 +364,11 @@ def _predicted(
             else:
                 drawn = model.sample_counts(**batch, generator=generator).cpu().numpy()[mask]
                 values = processor.as_predicted(drawn)
+        of_sentences = [unit for unit in packed for _ in unit.sentences]
+        if generator is None and outputs.confidence is not None:
+            for loss, unit in zip(outputs.confidence.float().tolist(), of_sentences):
+                losses.setdefault((unit.arm.context, unit.arm.perturbation), []).append(loss)
         if generator is None and outputs.unseen is not None:
-            of_sentences = [unit for unit in packed for _ in unit.sentences]
             for flag, unit in zip(outputs.unseen.tolist(), of_sentences):
                 if flag:
                     unseen[unit.arm.context, unit.arm.perturbation] = None

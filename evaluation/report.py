@@ -13,15 +13,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pertstate._version import __version__
-from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
-from pertstate.base.origin import told_from_none
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
 from pertstate.evaluation.cell_eval_scores import CAVEAT
 from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.metrics import ABOUT, CELL_EVAL, MODEL
+from pertstate.evaluation.record_text import entries_of, in_short
 from pertstate.evaluation.report_data import (
     COUNTS,
     KINDS,
@@ -42,7 +41,6 @@ _FINE = 1_000_000
 # How many p-values are shown over all groups. Of each group, the smallest are shown.
 _TESTS = 600_000
 _LARGEST = 655.0  # the largest -log10(p), as it is kept in hundredths with 16 bits
-_LONG_LIST = 12
 
 
 def write_report(path: str | os.PathLike, output: str | os.PathLike, overwrite: bool = False, title: str | None = None):
@@ -105,8 +103,8 @@ def render_report(scores: Scores, log: list[dict[str, float]], title: str) -> st
         models=models_as_text(scores.models).to_dict("records"),
         about=ABOUT,
         has_seen=bool((scores.table["seen"] != "").any()),
-        record=_entries(public(_in_short(scores.record))),
-        settings=_entries(public(scores.settings)),
+        record=entries_of(public(in_short(scores.record))),
+        settings=entries_of(public(scores.settings)),
         missing=missing,
         groups=len(scores.groups),
         genes=len(scores.genes),
@@ -284,63 +282,3 @@ def _averages(averages: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _figure(value: float) -> str:
     return f"{value:.4f}" if np.isfinite(value) else "–"
-
-
-def _in_short(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without its parts for programs, with counts in place of the groups of each context and split."""
-    short: dict[str, Any] = {
-        name.replace("_", " "): held
-        for name, held in record.items()
-        if name not in ("format", "means", "all_hashes", "change_tests", "intervals")
-    }
-    if record.get("change_tests"):
-        told, other = told_from_none(record["change_tests"])
-        short["change in training"] = {"distinguishable from none": told, "not distinguishable from none": other}
-    if isinstance(record.get("groups"), dict):
-        short["groups"] = {
-            dataset: {
-                context: "; ".join(
-                    f"{split}: {sum(of.values()):,} cells"
-                    + (f" of {len(of):,} perturbations" if split != Split.CONTROL else "")
-                    for split, of in of_context.items()
-                )
-                for context, of_context in of_dataset.items()
-            }
-            for dataset, of_dataset in record["groups"].items()
-        }
-    if "sources" in record:
-        short["sources"] = [", ".join(f"{name} {value}" for name, value in of.items()) for of in record["sources"]]
-    if "ancestors" in record:
-        short["ancestors"] = [
-            f"{one['name']}: " + ("not recorded" if one["groups"] is None else f"trained on {_contexts(one['groups'])}")
-            for one in record["ancestors"]
-        ]
-    return short
-
-
-def _contexts(groups: dict[str, dict]) -> str:
-    return ", ".join(context for of_dataset in groups.values() for context in of_dataset)
-
-
-def _entries(value: Any) -> list[dict[str, Any]]:
-    """A record as a list of entries: a name with a text, with a list, or with entries of its own."""
-    found = []
-    for name, held in value.items():
-        entry: dict[str, Any] = {"name": str(name), "text": None, "items": None, "entries": None}
-        if isinstance(held, dict):
-            entry["entries"] = _entries(held)
-        elif isinstance(held, list | tuple):
-            entry["items"] = [_text(item) for item in held]
-            entry["long"] = len(held) > _LONG_LIST
-        else:
-            entry["text"] = _text(held)
-        found.append(entry)
-    return found
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, list | tuple):
-        return " / ".join(map(_text, value))
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)

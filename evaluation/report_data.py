@@ -1,6 +1,7 @@
 """What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well confidence ranks errors."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -164,27 +165,53 @@ def cell_map(scores: Scores, most: int = MAP_POINTS, seed: int = 0) -> pd.DataFr
     Returns:
         `pandas.DataFrame`: columns `x`, `y`, `kind` (one of `KINDS`) and `group`, a number; None if there are too few cells.
     """
-    kinds = [kind for kind in KINDS if len(scores.cells.get(kind, ()))]
-    if sum(len(scores.cells[kind]) for kind in kinds) < _FEWEST or not scores.genes:
+    if not scores.genes:
+        return None
+    places = places_of(scores.cells, most, seed)
+    if places is None:
+        return None
+    of_kind = [scores.cells[f"{kind}_group"][rows["row"]] for kind, rows in places.groupby("kind", sort=False)]
+    return places.drop(columns="row").assign(group=np.concatenate(of_kind))
+
+
+def places_of(
+    cells: Mapping[str, np.ndarray], most: int = MAP_POINTS, seed: int = 0, umap: bool = True
+) -> pd.DataFrame | None:
+    """
+    Cells of several kinds in two dimensions: PCA of all of them together, then UMAP (McInnes et al. 2018).
+
+    Args:
+        cells (`Mapping[str, np.ndarray]`): `(cells, features)` of each of the `KINDS`; a kind may be absent. Of each the same
+            number is drawn if there are enough.
+        most (`int`): the largest number of cells.
+        seed (`int`): seed of the draw and of UMAP.
+        umap (`bool`): without UMAP, the first two principal components. Distances between groups of cells then have a meaning.
+
+    Returns:
+        `pandas.DataFrame`: columns `x`, `y`, `kind` and `row`, which cell of its kind it is; None if there are too few cells.
+    """
+    kinds = [kind for kind in KINDS if len(cells.get(kind, ()))]
+    if sum(len(cells[kind]) for kind in kinds) < _FEWEST:
         return None
     from sklearn.decomposition import PCA
-    from umap import UMAP
 
     generator = np.random.default_rng(seed)
-    drawn = {
-        kind: np.sort(generator.permutation(len(scores.cells[kind]))[: max(1, most // len(kinds))]) for kind in kinds
-    }
-    values = np.concatenate([scores.cells[kind][rows] for kind, rows in drawn.items()]).astype(np.float32)
-    components = min(_COMPONENTS, *values.shape)
+    drawn = {kind: np.sort(generator.permutation(len(cells[kind]))[: max(1, most // len(kinds))]) for kind in kinds}
+    values = np.concatenate([cells[kind][rows] for kind, rows in drawn.items()]).astype(np.float32)
+    components = min(_COMPONENTS if umap else 2, *values.shape)
     reduced = PCA(components, svd_solver="randomized" if components < min(values.shape) else "full", random_state=seed)
-    neighbors = min(15, len(values) - 1)
-    # With a seed, the library uses one job whatever it is told, and warns if it is told another number.
-    places = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(reduced.fit_transform(values))
+    places = reduced.fit_transform(values)
+    if umap:
+        from umap import UMAP
+
+        neighbors = min(15, len(values) - 1)
+        # With a seed, the library uses one job whatever it is told, and warns if it is told another number.
+        places = UMAP(n_neighbors=neighbors, random_state=seed, n_jobs=1).fit_transform(places)
     return pd.DataFrame(
         {
             "x": places[:, 0],
-            "y": places[:, 1],
+            "y": places[:, 1] if places.shape[1] > 1 else np.zeros(len(places)),
             "kind": np.repeat(kinds, [len(rows) for rows in drawn.values()]),
-            "group": np.concatenate([scores.cells[f"{kind}_group"][rows] for kind, rows in drawn.items()]),
+            "row": np.concatenate([*drawn.values()]),
         }
     )

@@ -60,6 +60,33 @@ class Resampled:
         return drawn
 
 
+def changes(found: Resampled, controls: Resampled) -> dict[str, np.ndarray]:
+    """
+    What changes between control cells and the cells that were predicted from them, with 95 % intervals.
+
+    Args:
+        found, controls ([`Resampled`]): of the predicted and of the control cells, with the same weights.
+
+    Returns:
+        `dict[str, np.ndarray]`: the columns of [`SummaryFile`] from `control_mean` on, `(genes,)` each.
+    """
+    change = found.means - controls.means
+    low, high = intervals(change)
+    columns = {
+        "control_mean": controls.means[0],
+        "mean": found.means[0],
+        "change": change[0],
+        "change_low": low,
+        "change_high": high,
+    }
+    if found.sums.expression is not None:
+        with np.errstate(invalid="ignore"):  # a model may predict less than nothing; it has no logarithm
+            folds = log_fold_change(found.expression, controls.expression) / np.log(2)
+        low, high = intervals(folds)
+        columns |= {"log2_fold_change": folds[0], "log2_fold_change_low": low, "log2_fold_change_high": high}
+    return columns
+
+
 class SummaryFile:
     """
     A table that is written while predictions come, arm by arm: a row for each group and gene.
@@ -144,26 +171,9 @@ class SummaryFile:
         if self._open is None:
             return
         (arm, found), controls = self._open, self._controls
-        means = found.means
-        change = means - controls.means
-        low, high = intervals(change)
-        columns = {
-            **self._groups[id(arm)],
-            "gene": self.genes,
-            "cells": len(arm.cells),
-            "control_mean": controls.means[0],
-            "mean": means[0],
-            "change": change[0],
-            "change_low": low,
-            "change_high": high,
-        }
+        columns = {**self._groups[id(arm)], "gene": self.genes, "cells": len(arm.cells), **changes(found, controls)}
         if self.calibrated is not None:
-            columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(change[0])
-        if self.log1p:
-            with np.errstate(invalid="ignore"):  # a model may predict less than nothing; it has no logarithm
-                folds = log_fold_change(found.expression, controls.expression) / np.log(2)
-            low, high = intervals(folds)
-            columns |= {"log2_fold_change": folds[0], "log2_fold_change_low": low, "log2_fold_change_high": high}
+            columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(columns["change"])
         self._waiting.append(pd.DataFrame(columns))
         self._open = None
         if len(self._waiting) * len(self.genes) >= _ROWS:

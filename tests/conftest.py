@@ -40,6 +40,9 @@ HAS_TRITON = find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py", "losses/test_sinkhorn_kernels.py"]
 # It brings much along, so it is no part of the environment of developers: `make test-cell-eval` installs it.
 HAS_CELL_EVAL = find_spec("cell_eval") is not None
+# The page of the app is made with gradio: `make test-app` installs it.
+HAS_GRADIO = find_spec("gradio") is not None
+collect_ignore += [] if HAS_GRADIO else ["app/test_page.py", "app/test_served_space.py"]
 # `make fuzz` installs the fuzzer that is guided by coverage.
 HAS_ATHERIS = find_spec("atheris") is not None
 
@@ -53,6 +56,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("the tests of cell-eval were left out: it is absent; make test-cell-eval runs them")
     if not HAS_ATHERIS:
         terminalreporter.write_line("the test of the guided fuzzer was left out: no atheris; make test-fuzzer runs it")
+    if not HAS_GRADIO:
+        terminalreporter.write_line("the tests of the app's page were left out: no gradio; make test-app runs them")
     # The number of tests is not said: with several workers, the process that reports does not collect the tests.
     if not SHARED.is_dir():
         terminalreporter.write_line(f"the tests that read reference data were left out: no folder {SHARED}")

@@ -1,12 +1,15 @@
 """Changes of files that stay JSON or HDF5: values, types, shapes and names are damaged, and not the bytes that hold them."""
 
-import io
+
 import json
 import random
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import h5py
 import numpy as np
+from pertstate.data.self_contained import check_hdf5
 
 
 # What readers stumble over in the place of a value of JSON.
@@ -115,13 +118,20 @@ _LARGEST = 1 << 24
 
 
 def hdf5_changed(data: bytes, r: random.Random) -> bytes:
-    """An HDF5 file with one to three datasets, groups or attributes changed; as it is where it is no HDF5."""
-    with io.BytesIO(data) as disk:
+    """
+    An HDF5 file with one to three datasets, groups or attributes changed. It is as it was where it is no HDF5, and where the
+    reader refuses it: to change it, HDF5 would read what the reader does not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        disk = Path(folder, "changed.h5ad")
+        disk.write_bytes(data)
         try:
+            with h5py.File(disk, "r") as file:
+                check_hdf5(file)
             with h5py.File(disk, "r+") as file:
                 for _ in range(r.randint(1, 3)):
                     _change_hdf5(file, r)
-            return disk.getvalue()
+            return disk.read_bytes() if disk.stat().st_size <= len(data) + _LARGEST else data
         except Exception:  # noqa: BLE001 - what h5py cannot change stays as it is
             return data
 

@@ -282,8 +282,8 @@ def main(first: int, other: int):
 
     _import(FURTHER_IMPORTS)
     modules = pkgutil.walk_packages(pertstate.__path__, "pertstate.")
-    # These are left out: programs, which are not imported, and what only a GPU needs, whose compiler may not be here.
-    left_out = ("__main__", "_kernels")
+    # These are left out: programs, which are not imported, and what needs a compiler for GPUs or gradio, which may not be here.
+    left_out = ("__main__", "_kernels", "app.page")
     _import(module.name for module in modules if not module.name.endswith(left_out))
     _serve(other)
 

@@ -16,7 +16,7 @@ from pertstate.processing import StateProcessor
 
 
 ROOT = Path(pertstate.__file__).resolve().parent
-ROOMS = ("base", "cli", "data", "evaluation", "families", "hub", "legacy", "losses", "training")
+ROOMS = ("app", "base", "cli", "data", "evaluation", "families", "hub", "legacy", "losses", "training")
 AT_ROOT = {"__init__", "_version", "configuration_state", "modeling_state", "processing", "train"}
 
 # What the modules of each room, and those at the root, import of the package. A family's config and model travel with
@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "hub": {"base", "families", "data", "evaluation", "hub", *CARD},
     "legacy": {"base", "families", "losses", "data", "hub", "legacy", *CARD},
     "training": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", *CARD},
+    # The page of a model: it asks what evaluation and the Hub know, and no room but the commands needs it.
+    "app": {"base", "data", "evaluation", "hub", "app"},
     # Run as a program, it hands over to the command.
     "train": {"base", "families", "losses", "data", "evaluation", "hub", "legacy", "training", "cli", *CARD},
     "cli": {*ROOMS, *CARD, "train"},
@@ -132,6 +134,11 @@ def test_code_travels_on_what_every_user_of_checkpoints_has(of_class, rows):
         assert row_of(path) in rows, path
         # Before it loads the file, transformers asks for all its imports, except those that a `try` guards.
         assert set(get_imports(path)) <= may, path
+
+
+def test_gradio_is_asked_for_by_the_app_alone():
+    found = {name_of(path) for path in modules() if any(name.split(".")[0] == "gradio" for name in imports(path))}
+    assert found == {"app/page.py", "app/serving.py"}
 
 
 def test_travelling_files_have_names_of_their_own():
