@@ -52,6 +52,7 @@ def test_links_of_a_tutorial_lead_to_files(path):
 def test_a_page_has_outputs_and_pictures_and_no_hidden_cells():
     png = "iVBORw0KGgo="
     notebook = new_notebook(
+        metadata={"language_info": {"name": "python"}},
         cells=[
             new_markdown_cell("# Title"),
             new_code_cell(
@@ -62,7 +63,7 @@ def test_a_page_has_outputs_and_pictures_and_no_hidden_cells():
                 "table", outputs=[new_output("execute_result", {"text/html": "<style scoped>\na\n</style>\n<b>1</b>"})]
             ),
             new_code_cell("plot()", outputs=[new_output("display_data", {"image/png": png})]),
-        ]
+        ],
     )
     page, pictures = tutorial.page_of(notebook, "some")
     assert page.startswith("# Title") and "```python\nnoise()\n```" in page and "<b>1</b>" in page
