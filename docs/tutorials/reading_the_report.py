@@ -77,7 +77,8 @@ rows[["method", "pearson", "mae", "energy"]].round(3)
 # ## 4. Notes and marks
 #
 # Notes say what may mislead: control cells of the test contexts that were trained on, genes that were chosen on test cells, shares of
-# zeros. Groups that the model was trained on are marked, and left out of averages and verdict. There are none here:
+# zeros. Groups that the model was trained on are marked, and left out of averages and verdict.
+# Here no group is marked. The notes are:
 
 # %%
 trained.scores.notes
