@@ -75,7 +75,13 @@ types: .venv/.installed
 	mkdir -p build/typed && ln -sfn ../.. build/typed/pertstate
 	$(BIN)/mypy
 
-docs: .venv/.installed
+# Each tutorial is executed anew where it or the package has changed since.
+TUTORIALS := $(patsubst docs/tutorials/%.py,build/tutorials/%.md,$(wildcard docs/tutorials/*.py))
+
+build/tutorials/%.md: docs/tutorials/%.py docs/tutorial.py $(wildcard *.py */*.py families/*/*.py evaluation/page/*) .venv/.installed
+	$(BIN)/python docs/tutorial.py $< build/tutorials
+
+docs: .venv/.installed $(TUTORIALS)
 	$(BIN)/python docs/build_site.py
 	$(BIN)/zensical build --strict --clean
 

@@ -17,6 +17,8 @@ from pertstate.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "build" / "docs"
+# Executed tutorials, which docs/tutorial.py writes: the page of each, and what it shows.
+TUTORIALS = ROOT / "build" / "tutorials"
 # Files of the root that are pages.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FAMILIES = "<!-- The config, model and objective of each family come here: docs/build_site.py. -->"
@@ -47,6 +49,13 @@ def prepare():
         written = TARGET / "pages" / page
         written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(with_links_of_the_site(text, path.relative_to(ROOT).as_posix(), page), encoding="utf-8")
+    shutil.copytree(TUTORIALS, TARGET / "pages" / "tutorials")
+    for path in ROOT.glob("docs/tutorials/*.py"):
+        page = TARGET / "pages" / "tutorials" / f"{path.stem}.md"
+        text = page.read_text(encoding="utf-8")
+        page.write_text(
+            with_links_of_the_site(text, f"docs/tutorials/{path.name}", f"tutorials/{page.name}"), encoding="utf-8"
+        )
 
 
 def copy_pictures():
@@ -68,6 +77,8 @@ def with_links_of_the_site(markdown: str, source: str, page: str) -> str:
         inside = PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
         if inside is None:
             return text
+        if path.startswith("docs/tutorials/"):
+            inside = re.sub(r"\.py$", ".md", inside)
         return f"[{text}]({posixpath.relpath(inside, posixpath.dirname(page) or '.')}{anchor})"
 
     return _LINK.sub(link, markdown)

@@ -112,6 +112,7 @@ def test_every_page_is_on_the_site():
 
     nav = set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     written = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    written |= {f"tutorials/{path.stem}.md" for path in ROOT.glob("docs/tutorials/*.py")}
     assert nav == written | set(build_site.PAGES.values())
 
 
@@ -122,6 +123,11 @@ def test_links_become_those_of_the_site():
     assert (
         build_site.with_links_of_the_site("[a](../data.md)", "docs/reference/x.md", "reference/x.md")
         == "[a](../data.md)"
+    )
+    tutorial = "docs/tutorials/sharing.py", "tutorials/sharing.md"
+    assert (
+        build_site.with_links_of_the_site("[a](own_screen.py) [b](../data.md)", *tutorial)
+        == "[a](own_screen.md) [b](../data.md)"
     )
     assert build_site.with_links_of_the_site("[a](../README.md)", "docs/x.md", "x.md") == "[a](index.md)"
 
