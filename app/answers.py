@@ -12,11 +12,12 @@ from pertstate.base.doses import dose_text
 from pertstate.base.messages import closest, counted
 from pertstate.data.reading import naming, read_h5ad
 from pertstate.evaluation.bootstrap import bootstrap_weights, generator_of
+from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout
 from pertstate.evaluation.prediction import predict
-from pertstate.evaluation.report_data import calibration, places_of
+from pertstate.evaluation.report_data import places_of
 from pertstate.evaluation.summary import Resampled, changes
 from pertstate.hub.trained import TrainedModel
 
@@ -238,7 +239,7 @@ def _of_confidence(trained: TrainedModel, found: Answer) -> list[str]:
     if found.confidence is None:
         return ["The model gives no confidence."]
     said = f"The model expects a loss of {found.confidence:.4g} (in its own units; less is better)."
-    measured = None if trained.scores is None else calibration(trained.scores)
+    measured = None if trained.scores is None else calibration(trained.scores.table)
     if measured is None or np.isnan(measured[1]):
         return [said, "What this figure is worth was not measured: the checkpoint has no scores that say."]
     rows, correlation = measured

@@ -1,6 +1,5 @@
 """Changes of files that stay JSON or HDF5: values, types, shapes and names are damaged, and not the bytes that hold them."""
 
-
 import json
 import random
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+
 from pertstate.data.self_contained import check_hdf5
 
 

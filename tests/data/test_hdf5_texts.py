@@ -1,11 +1,16 @@
 """The bytes of texts, counted where they lie, are those that come out when they are read."""
 
+import struct
+
+import anndata as ad
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 
+from pertstate.cli import main
 from pertstate.data import hdf5_texts
-from pertstate.data.hdf5_texts import text_bytes
+from pertstate.data.hdf5_texts import check_heaps, text_bytes
 
 
 TEXTS = ["", "a", "bc", "ä" * 7, "d" * 300] * 101
@@ -88,3 +93,45 @@ def test_lists_of_texts_are_refused(tmp_path):
         h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple((3,)))
         with pytest.raises(ValueError, match="lists of texts are not read"):
             text_bytes(h5py.h5d.open(file.id, b"x"), 10, 10)
+
+
+def parts_of_heap(content: bytes) -> tuple[int, int]:
+    """Where the first text of the first heap begins with its header, and where the free rest of the heap does."""
+    heap = content.index(b"GCOL")
+    first = place = heap + 16
+    while struct.unpack_from("<H", content, place)[0]:
+        place += 16 + (struct.unpack_from("<Q", content, place + 8)[0] + 7) // 8 * 8
+    return first, place
+
+
+@pytest.mark.parametrize("part, size", [(0, 2**64 - 16), (0, 2**40), (1, 0), (1, 15), (1, 2**40)])
+def test_a_damaged_heap_is_refused(tmp_path, part, size):
+    """HDF5 reads it for ever where the free rest has no size."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=TEXTS[:3], dtype=TEXT)
+        length = file.id.get_create_plist().get_sizes()[1]
+    content = bytearray(path.read_bytes())
+    check_heaps(path, length)
+    struct.pack_into("<Q", content, parts_of_heap(content)[part] + 8, size)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the texts at byte [\d,]+ of the file are damaged; copy the file again"):
+        check_heaps(path, length)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_heaps_as_they_are_written_are_whole(tmp_path, name):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        WRITERS[name][0](file)
+        length = file.id.get_create_plist().get_sizes()[1]
+    check_heaps(tmp_path / "x.h5", length)
+
+
+def test_a_file_whose_heap_is_damaged_is_one_line(tmp_path, capsys):
+    path = tmp_path / "x.h5ad"
+    ad.AnnData(np.eye(3, dtype="float32"), obs=pd.DataFrame(index=["a", "b", "c"])).write_h5ad(path)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, parts_of_heap(content)[1] + 8, 0)
+    path.write_bytes(content)
+    assert main(["info", str(path)]) == 1
+    assert "are damaged; copy the file again" in capsys.readouterr().err
