@@ -1,7 +1,7 @@
 """
 Damages files and reads them: cells, checkpoints, adapters, vocabularies, pickles, features, run files and splits.
 
-    python tests/fuzz.py [--seconds 120] [--seed 0] [--kinds KIND ..]
+    python tests/fuzz.py [--seconds 120] [--seed 0] [--kinds KIND ..] [--write docs/reliability.md]
 
 A third of the time files are damaged blindly, each read in a process of its own. In the rest, where atheris is there (`make fuzz`
 brings it), a fuzzer that is guided by coverage takes each kind in turn, see `fuzz_guided.py`.
@@ -13,7 +13,6 @@ the bytes of the damaged file, and the exit status is 1.
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import resource
@@ -24,12 +23,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from fuzz_readers import REFUSALS, make_seeds
+from marked import write_between_marks
 
 
 # The processes that read are forked, which numba's other ways to share work among threads do not outlive.
@@ -89,18 +90,18 @@ def attempt(read: Callable[[Path], None], path: Path, output: Path) -> str | Non
     return output.read_text(errors="replace")[-2000:] if code else None
 
 
-def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[int, int]:
-    """Damage and read files for so many seconds. Returns the number of files and of findings."""
+def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[Counter[str], Counter[str]]:
+    """Damage and read files for so many seconds. Returns the number of files and of findings of each reader."""
     r = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as temporary:
         seeds = make_seeds(Path(temporary))
         for one in seeds:
             one.read(one.path)  # whole files are read, and all imports are made here
         contents = [one.path.read_bytes() for one in seeds]
-        tried = findings = 0
+        tried, findings = Counter[str](), Counter[str]()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            number = tried % len(seeds)
+            number = tried.total() % len(seeds)
             path, read, whole = seeds[number].path, seeds[number].read, contents[number]
             changed = damaged(whole, r)
             path.write_bytes(changed)
@@ -108,11 +109,11 @@ def fuzz(seconds: float, seed: int, found: Path = FOUND) -> tuple[int, int]:
             output.unlink(missing_ok=True)
             wrong = attempt(read, path, output)
             path.write_bytes(whole)
-            tried += 1
+            tried[seeds[number].kind] += 1
             if wrong is not None:
-                findings += 1
+                findings[seeds[number].kind] += 1
                 found.mkdir(parents=True, exist_ok=True)
-                name = f"{seed}-{tried}-{path.name}"
+                name = f"{seed}-{tried.total()}-{path.name}"
                 (found / name).write_bytes(changed)
                 (found / f"{name}.txt").write_text(wrong)
                 print(f"{name}: {wrong.strip().splitlines()[-1][:300]}", flush=True)
@@ -149,20 +150,32 @@ def main():
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", metavar="KIND", help="readers of the guided fuzzer; by default all")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="put the table between its marks in this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shutil.rmtree(FOUND, ignore_errors=True)
     is_guided = importlib.util.find_spec("atheris") is not None
-    tried, findings = fuzz(args.seconds * (BLIND if is_guided else 1), args.seed)
-    counts = {"files": tried, "findings": findings}
+    blind, findings = fuzz(args.seconds * (BLIND if is_guided else 1), args.seed)
+    guided = Counter[str]()
     if is_guided:
         names = args.kinds or kinds()
         seconds = max(1, round(args.seconds * (1 - BLIND) / len(names)))
-        of_kinds = {kind: fuzz_guided(kind, seconds, args.seed + 1) for kind in names}
-        counts["guided"] = {kind: tried for kind, (tried, _) in of_kinds.items()}
-        counts["findings"] += sum(wrong for _, wrong in of_kinds.values())
-    print(json.dumps(counts))
-    raise SystemExit(1 if counts["findings"] else 0)
+        for kind in names:
+            guided[kind], wrong = fuzz_guided(kind, seconds, args.seed + 1)
+            findings[kind] += wrong
+    print(table(blind, guided, findings))
+    if args.write:
+        write_between_marks(args.write, "files", table(blind, guided, findings))
+    raise SystemExit(1 if findings.total() else 0)
+
+
+def table(blind: Counter[str], guided: Counter[str], findings: Counter[str]) -> str:
+    """How many files each reader was given, and how many it read or refused wrongly, in Markdown."""
+    lines = ["| reader | damaged blindly | guided by coverage | findings |", "|---|---:|---:|---:|"]
+    rows = [(kind, blind[kind], guided[kind], findings[kind]) for kind in sorted(blind | guided)]
+    for name, *counts in [*rows, ("together", blind.total(), guided.total(), findings.total())]:
+        lines.append(f"| {name} | " + " | ".join(f"{count:,}" for count in counts) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

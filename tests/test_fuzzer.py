@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import fuzz
 import numpy as np
 import pytest
+from marked import write_between_marks
 
 
 def test_damage_changes_files_and_is_the_same_for_a_seed():
@@ -36,7 +38,24 @@ def test_wrong_behaviour_of_a_reader_is_found(tmp_path, monkeypatch, read, wrong
 @pytest.mark.slow
 def test_ten_seconds_of_it_find_nothing(tmp_path):
     tried, findings = fuzz.fuzz(10, 0, tmp_path / "found")
-    assert tried > 50 and findings == 0, [path.read_text() for path in (tmp_path / "found").glob("*.txt")]
+    assert tried.total() > 50 and findings.total() == 0, [
+        path.read_text() for path in (tmp_path / "found").glob("*.txt")
+    ]
+
+
+def test_the_table_of_a_run_is_put_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- files: start -->\nold\n<!-- files: end -->\nafter\n")
+    write_between_marks(page, "files", fuzz.table(Counter(h5ad=1200, csv=3), Counter(h5ad=7), Counter(h5ad=1)))
+    assert page.read_text().splitlines()[2:-2] == [
+        "| reader | damaged blindly | guided by coverage | findings |",
+        "|---|---:|---:|---:|",
+        "| csv | 3 | 0 | 0 |",
+        "| h5ad | 1,200 | 7 | 1 |",
+        "| together | 1,203 | 7 | 1 |",
+    ]
+    with pytest.raises(ValueError, match="kills: start"):
+        write_between_marks(page, "kills", "a table")
 
 
 # A reader that goes wrong where four bytes stand one after another: chance finds these once in 4 billion files.

@@ -27,6 +27,7 @@ import h5py
 import launches
 import yaml
 from hub_server import HubServer
+from marked import write_between_marks
 
 
 # `pertstate` that kills itself at its n-th change of a file below a folder. With n = 0, it says how many changes there were.
@@ -286,16 +287,6 @@ def table(counts: dict[str, Counter], cases: list[Case]) -> str:
     return "\n".join(lines)
 
 
-def written(text: str, found: str) -> str:
-    """A page with the table between its marks replaced."""
-    start, end = "<!-- kills: start -->\n", "<!-- kills: end -->\n"
-    head, marks, rest = text.partition(start)
-    _, more, tail = rest.partition(end)
-    if not (marks and more):
-        raise ValueError(f"expected a page with the lines {start!r} and {end!r}, found none to write between")
-    return f"{head}{start}{found}\n{end}{tail}"
-
-
 def torture(folder: Path, trials: int, seed: int, only: str = "") -> tuple[str, int]:
     """Make so many kills, spread over the commands whose names hold `only`. Returns the table and the number of faults."""
     rng = random.Random(seed)
@@ -341,7 +332,7 @@ def main() -> int:
         found, faults = torture(Path(folder), args.trials, args.seed, args.only)
     print(found)
     if args.write:
-        args.write.write_text(written(args.write.read_text(encoding="utf-8"), found), encoding="utf-8")
+        write_between_marks(args.write, "kills", found)
     return int(faults > 0)
 
 
