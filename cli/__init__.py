@@ -23,12 +23,14 @@ from pertstate.cli import (
     report,
     space,
     train,
+    tune,
 )
 
 
 COMMANDS = {
     "train": train,
     "crossval": crossval,
+    "tune": tune,
     "prepare": prepare,
     "info": info,
     "predict": predict,
@@ -42,7 +44,7 @@ COMMANDS = {
     "configs": configs,
 }
 # Fields of a run configuration may follow as flags.
-TAKE_FLAGS = ("prepare", "crossval")
+TAKE_FLAGS = ("prepare", "crossval", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -58,7 +58,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a fold: a family, a seed, its folder and the words after `pertstate train`."""
+    """One run of a fold: a family or setting, a seed, its folder and the words after `pertstate train`."""
 
     family: str
     fold: Fold
@@ -87,14 +87,14 @@ def folds_of(run: RunConfig, over: str, parts: int) -> list[Fold]:
     if has_values:
         folds = [Fold(value, (f"--{field}", value)) for value in values.split(",") if value]
     elif over == CONTEXTS:
-        groups, control = _groups(run)
+        groups, control = groups_of(run)
         names = sorted(groups.loc[groups["perturbation"] != control, "context"].unique())
-        folds = [Fold(name, ("--test_contexts", _quoted([name]))) for name in names]
+        folds = [Fold(name, ("--test_contexts", quoted([name]))) for name in names]
     elif over == PERTURBATIONS:
-        names = _predictable(run)
+        names = predictable(run)
         found = [names[i::parts] for i in range(min(parts, len(names)))]
         folds = [
-            Fold(f"part {i + 1} of {len(found)}", ("--test_perturbations", _quoted(of))) for i, of in enumerate(found)
+            Fold(f"part {i + 1} of {len(found)}", ("--test_perturbations", quoted(of))) for i, of in enumerate(found)
         ]
     else:
         raise ValueError(f"--over {over}: expected {CONTEXTS}, {PERTURBATIONS} or FIELD=a,b,c")
@@ -106,12 +106,12 @@ def folds_of(run: RunConfig, over: str, parts: int) -> list[Fold]:
     return folds
 
 
-def _quoted(names: list[str]) -> str:
+def quoted(names: list[str]) -> str:
     """A list as a flag reads it, whatever is in the names."""
     return json.dumps(names, ensure_ascii=False)
 
 
-def _groups(run: RunConfig) -> tuple[pd.DataFrame, str]:
+def groups_of(run: RunConfig) -> tuple[pd.DataFrame, str]:
     """The groups of the run's cells, and the name of the control."""
     if run.stream.path is not None:
         raise ValueError(
@@ -123,8 +123,8 @@ def _groups(run: RunConfig) -> tuple[pd.DataFrame, str]:
     return source.groups, source.reader.control
 
 
-def _predictable(run: RunConfig) -> list[str]:
-    groups, control = _groups(run)
+def predictable(run: RunConfig) -> list[str]:
+    groups, control = groups_of(run)
     names = sorted({name for name in groups["perturbation"] if name != control})
     reader = run.data.reader()
     if reader.perturbation_features is not None:
@@ -181,14 +181,14 @@ def crossval(
             "folds": {fold.name: list(fold.flags) for fold in folds},
             "sources": [source_of(source) for source in Provenance.of_run(run).sources],
         }
-        _begin(place, output, settings, overwrite)
+        begin(place, output, settings, overwrite, CROSSVAL)
         trials = [
             _trial(place, words, family, fold, seed)
             for family in families
             for fold in folds
             for seed in range(1 if FAMILIES[family].model.fitted else seeds)
         ]
-        _train(trials, jobs)
+        train_trials(trials, jobs)
         found = {}
         for family in families:
             of = [
@@ -201,27 +201,27 @@ def crossval(
     return found
 
 
-def _begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: bool):
-    """Check that the folder is new or of this cross-validation, and note what that is."""
-    about = place / SETTINGS
+def begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: bool, kind: Kind):
+    """Check that the folder is new or of these settings, and note them. `kind.keys` names the file that they stand in."""
+    about = place / kind.keys[0]
     if overwrite and about.is_file():
         for name in ("runs", SCORES_FOLDER):
             shutil.rmtree(place / name, ignore_errors=True)
-        for name in (RESULTS, TABLE, SETTINGS):
+        for name in (RESULTS, TABLE, about.name):
             (place / name).unlink(missing_ok=True)
     if about.is_file():
         before = json.loads(about.read_text(encoding="utf-8"))
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
-                    f"{output} holds another cross-validation: {name} was {_short(before.get(name))}, now {_short(value)}; name "
+                    f"{output} holds another {kind.name}: {name} was {_short(before.get(name))}, now {_short(value)}; name "
                     "another folder, or begin anew with --overwrite"
                 )
         return
     place.mkdir(exist_ok=True)
     others = [entry.name for entry in place.iterdir() if not entry.name.startswith(".")]
     if others:
-        raise FileExistsError(f"{output} is not empty and holds no cross-validation, found {some(sorted(others), 3)}")
+        raise FileExistsError(f"{output} is not empty and holds no {kind.name}, found {some(sorted(others), 3)}")
     with whole_file(about) as partial:
         partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -232,17 +232,22 @@ def _short(value) -> str:
 
 
 def _trial(place: Path, words: list[str], family: str, fold: Fold, seed: int) -> Trial:
-    safe = "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in fold.name)
-    folder = place / "runs" / family / f"{safe}-seed{seed}"
+    folder = place / "runs" / family / f"{safe_name(fold.name)}-seed{seed}"
     own = ["--model_type", family, "--seed", str(seed), "--output_dir", str(folder), "--keep_resamplings", "true"]
     return Trial(family, fold, seed, folder, (*words, *fold.flags, *own))
+
+
+def safe_name(name: str) -> str:
+    """A name as that of a file."""
+    return "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in name)
 
 
 def _is_done(trial: Trial) -> bool:
     return CHECKPOINT.is_in(trial.folder) and (trial.folder / SCORES_FOLDER / RESAMPLINGS).is_file()
 
 
-def _train(trials: list[Trial], jobs: int):
+def train_trials(trials: list[Trial], jobs: int):
+    """Train what is not there yet, so many runs at a time."""
     open_ones = [trial for trial in trials if not _is_done(trial)]
     if len(open_ones) < len(trials):
         say(f"{len(trials) - len(open_ones)} of {len(trials)} runs are there already", sys.stderr)
