@@ -230,6 +230,8 @@ def _bounded_table(path: Path) -> pa.Table:
         # Texts stay codes, so that one long text in many rows is in memory once.
         text = [field.name for field in file.schema_arrow if _is_text(field.type)]
     with pq.ParquetFile(path, read_dictionary=text) as file:
+        # Of a damaged file, pyarrow gives an error here, and ends the process below, in `column`. What is scanned is not kept.
+        file.scan_contents(batch_size=1 << 16)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
         check_room(8 * max(values, file.metadata.num_rows), size, "it")
