@@ -76,6 +76,17 @@ def predict(model, processor, adata: ad.AnnData, perturbations: list[str]) -> di
     return tensors | {f"outputs.{key}": value.clone() for key, value in outputs.items()}
 
 
+def of_real_cells(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of `predict` with zeros for padding, of which a model may return anything."""
+    mask = tensors.get("inputs.cell_mask")
+    if mask is None:
+        return tensors
+    return {
+        name: value * mask[..., None] if value.ndim == 3 and value.shape[:2] == mask.shape else value
+        for name, value in tensors.items()
+    }
+
+
 def make_processor(adata: ad.AnnData, options: dict) -> StateProcessor:
     options = dict(options)
     if options.pop("perturbation_features", False):

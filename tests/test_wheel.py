@@ -76,7 +76,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def test_it_holds_the_package_and_nothing_else(wheel):
-    assert {"base", "cli", "data", "evaluation", "families", "hub", "legacy", "losses", "training"} == set(ROOMS)
+    assert {"app", "base", "cli", "data", "evaluation", "families", "hub", "legacy", "losses", "training"} == set(ROOMS)
     modules = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
     data = [path for pattern in DATA for path in ROOT.glob(pattern)]
     assert {path.parent.name for path in data if path.name == "card.md"} == {

@@ -58,6 +58,8 @@ def change_tests(
         `dict[str, float]`: perturbation to its p-value. Perturbations without control cells are not in it.
     """
     strata = _strata(cells, control)
+    if not strata:
+        return {}  # control cells alone
 
     def drawn(spans: Rows) -> np.ndarray:
         rows = np.concatenate([np.arange(*span) for span in spans])

@@ -156,7 +156,10 @@ WRITERS = {
     "names that are one.csv": (lambda path: path.write_text("name,x\n" + "A,1\n" * 200_000), "names stand twice"),
     "not a number.csv": (lambda path: path.write_text("name,x\nA,nan\n"), "found nan in the vector of 'A'"),
     # pyarrow ends the process when it is asked for the columns of this file.
-    "levels.parquet": (lambda path: shutil.copy(Path(__file__).with_name("damaged_levels.parquet"), path), "histogram"),
+    "levels.parquet": (
+        lambda path: shutil.copy(Path(__file__).with_name("damaged_levels.parquet"), path),
+        "cannot be read as parquet",
+    ),
     "many rows.parquet": (many_rows, "would take"),
     "one long name.parquet": (one_long_name, "would take|expected a name for each|names stand twice"),
     "a list of a billion.parquet": (a_list_of_a_billion, "would take"),
