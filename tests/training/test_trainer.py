@@ -2,12 +2,13 @@
 
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from trainers import make_trainer, simulated_cells
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from pertstate import StateForPerturbation
 from pertstate.configuration_state import StateConfig
@@ -17,7 +18,7 @@ from pertstate.data import (
     load_cells,
     simulate_screen,
 )
-from pertstate.evaluation.group_scores import LOGGED, logged_figures
+from pertstate.evaluation.group_scores import LOGGED, GroupScores, logged_figures
 from pertstate.evaluation.scoring import ControlCells, Predicted, score_group
 from pertstate.training import StateTrainer, StateTrainingArguments
 
@@ -165,6 +166,27 @@ def test_evaluation_scores_groups_beside_the_baselines(screen, tmp_path):
     assert {"eval_pearson", "eval_no_change_energy", "eval_perturbation_mean_mae"} <= set(expected)
     assert "eval_no_change_pearson" not in expected
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_evaluation_keeps_no_more_than_a_group_and_gives_the_same_figures_to_the_digit(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    dataset, baselines = trainer.eval_dataset, trainer.baselines(LOGGED)
+    predictions = torch.randn(len(dataset), 12, dataset.cells.features.shape[1], generator=torch.manual_seed(0))
+
+    def figures(of_batch):
+        scores, alive, most = GroupScores(dataset, baselines, False), weakref.WeakSet(), 0
+        for start in range(0, len(dataset), of_batch):
+            batch = predictions[start : start + of_batch].numpy().copy()
+            alive.add(batch)
+            found = scores(EvalPrediction(batch, None), start + of_batch >= len(dataset))
+            del batch
+            most = max(most, len(alive))
+        return found, most
+
+    # Groups of 24 cells: two sentences each, the first of which waits for the other.
+    (one_by_one, most), (at_once, _) = figures(1), figures(len(dataset))
+    assert len(dataset) == 6 and most == 1
+    assert one_by_one == at_once and "pearson" in at_once
 
 
 def test_baselines_know_the_training_split_alone(screen, tmp_path):
