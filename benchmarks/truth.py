@@ -123,15 +123,7 @@ def trained(
     folder: Path, task: Task, fold: str, seed: int, data: Path, flags: list[str]
 ) -> tuple[list[GroupResult], dict]:
     """Train a run and score its test groups as the run itself does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "run.yaml"
-    section = {"datasets": {"screen": str(data / task.file)}, **task.folds[fold]}
-    config.write_text(yaml.safe_dump({"data": section}))
-    words = [str(config), "--output_dir", str(folder / "run"), "--seed", str(seed), "--overwrite", *flags]
-    start = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        pertstate.train.main([*words, "--disable_tqdm", "true"])
-    seconds = time.process_time() - start
+    words, seconds = run_of(folder, task, fold, seed, data, flags)
     model, processor = AutoModel.from_pretrained(folder / "run"), AutoProcessor.from_pretrained(folder / "run")
     cells, _, _ = load_data(read_run(words), None)
     record, clip = RunRecord.load(folder / "run"), model.config.nonnegative_output
@@ -141,6 +133,19 @@ def trained(
     settings = json.loads((folder / "run" / "training_args.json").read_text())
     steps = {name: settings[name] for name in ("max_steps", "schedule_steps")}
     return results, {"seconds": seconds, "parameters": model.num_parameters(), **steps}
+
+
+def run_of(folder: Path, task: Task, fold: str, seed: int, data: Path, flags: list[str]) -> tuple[list[str], float]:
+    """Train a run in a folder. Returns the words of its command, and the seconds of processor time that it took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "run.yaml"
+    section = {"datasets": {"screen": str(data / task.file)}, **task.folds[fold]}
+    config.write_text(yaml.safe_dump({"data": section}))
+    words = [str(config), "--output_dir", str(folder / "run"), "--seed", str(seed), "--overwrite", *flags]
+    start = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pertstate.train.main([*words, "--disable_tqdm", "true"])
+    return words, time.process_time() - start
 
 
 def section(task: Task, runs: dict[tuple[str, int], tuple[list[GroupResult], dict]]) -> str:
