@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torture
+from marked import write_between_marks
 
 
 @pytest.mark.slow
@@ -58,7 +59,7 @@ def test_faults_of_a_careless_command_are_found(tmp_path):
         seen.update(case.trial(tmp_path / "work", rng))
 
 
-def test_the_table_takes_its_place_in_the_page():
+def test_the_table_takes_its_place_in_the_page(tmp_path):
     counts = {"a": Counter(kills=2, lost=1), "b": Counter(kills=1)}
     cases = [torture.Case(name, [], [], state) for name in "ab"]
     found = torture.table(counts, cases)
@@ -67,9 +68,12 @@ def test_the_table_takes_its_place_in_the_page():
         "| b | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
         "| together | 3 | 0 | 0 | 0 | 1 | 0 | 0 | 0 |",
     ]
-    page = "# Page\n\n<!-- kills: start -->\nold\n<!-- kills: end -->\n\nmore\n"
-    assert torture.written(page, found) == page.replace("old", found)
-    assert torture.written(torture.written(page, found), "old") == page
-    assert torture.written(page.replace("old\n", ""), "old") == page
+    text = "# Page\n\n<!-- kills: start -->\nold\n<!-- kills: end -->\n\nmore\n"
+    page = tmp_path / "page.md"
+    for before in (text, text.replace("old\n", ""), text.replace("old", found)):
+        page.write_text(before)
+        write_between_marks(page, "kills", found)
+        assert page.read_text() == text.replace("old", found)
+    page.write_text("# Page\n<!-- kills: start -->\n")
     with pytest.raises(ValueError, match="expected a page with the lines"):
-        torture.written("# Page\n<!-- kills: start -->\n", found)
+        write_between_marks(page, "kills", found)
