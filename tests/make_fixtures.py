@@ -82,7 +82,9 @@ def of_real_cells(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if mask is None:
         return tensors
     return {
-        name: value * mask[..., None] if value.ndim == 3 and value.shape[:2] == mask.shape else value
+        name: value * mask[..., None]
+        if name.startswith("outputs.") and value.ndim == 3 and value.shape[:2] == mask.shape
+        else value
         for name, value in tensors.items()
     }
 
