@@ -41,7 +41,8 @@ from .modeling_layers import (
 @dataclass
 class PerturbationOutput(ModelOutput):
     r"""
-    What every perturbation model returns.
+    What every perturbation model returns. Where `cell_mask` is False there is no cell: what stands there in `predictions` and
+    `gene_predictions` means nothing, and no real cell depends on it.
 
     Args:
         predictions (`torch.Tensor` of shape `(batch_size, set_size, output_dim)`):
