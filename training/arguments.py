@@ -65,6 +65,7 @@ class StateTrainingArguments(TrainingArguments):
       `per_device_train_batch_size`. `"auto"` is as many cells as so many full sentences have
     - `cells_on_device`: keep the cells of the run on the device, where batches are made of them, see [`CellsOnDevice`]. `"auto"`
       keeps as many as fit on a GPU, and none on a CPU
+    - `bf16_weights`: with `bf16`, compute training steps with a bfloat16 copy of the weights, see [`HalfWeights`]
     - `schedule_steps`: the learning rate schedule runs over so many steps, however many are taken
     - `inner_folds`: choose the number of steps, `max_steps` being the largest, on so many sets of training groups that are held
       out in turn before the training itself, see [`choose_steps`]
@@ -139,6 +140,10 @@ class StateTrainingArguments(TrainingArguments):
     cells_on_device: bool | Literal["auto"] = field(
         default="auto",
         metadata={"help": "Keep the cells on the device: auto (as many as fit, on a GPU), true (all) or false."},
+    )
+    bf16_weights: bool = field(
+        default=False,
+        metadata={"help": "With bf16, compute training steps with a bfloat16 copy of the float32 weights."},
     )
     inner_folds: int = field(
         default=0,
@@ -262,6 +267,13 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"cells_on_device=true: batches are made on the one device of each process, without workers; found {found}; leave "
                 "dataloader_num_workers out, and start one process for each device (accelerate launch)"
+            )
+        if self.bf16_weights and (
+            not self.bf16 or self.world_size > 1 or self.n_gpu > 1 or self.fsdp or self.deepspeed
+        ):
+            raise ValueError(
+                f"bf16_weights: expected bf16: true and one process with one device, found bf16={self.bf16}, {self.world_size} "
+                f"processes and {self.n_gpu} devices of one; set bf16: true, or leave bf16_weights out"
             )
         self._check_lora()
 

@@ -46,6 +46,7 @@ from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.averaging import WeightAverage
 from pertstate.training.early_stopping import EarlyStopping
 from pertstate.training.fitting import fit_model, gather_means, gather_sums
+from pertstate.training.half_weights import HalfWeights
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
 from pertstate.training.placing import Placing
@@ -149,6 +150,7 @@ class StateTrainer(Trainer):
         self.record = record
         self._unseen = 0
         self.placing = Placing(args)
+        self.half_weights = HalfWeights(model) if args.bf16_weights and not model.fitted else None
 
     # Training
 
@@ -275,6 +277,10 @@ class StateTrainer(Trainer):
         self.lr_scheduler = schedule  # type: ignore[assignment]  # `Trainer` takes any schedule
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with nullcontext() if self.half_weights is None else self.half_weights.applied():
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
