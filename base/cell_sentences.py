@@ -1,6 +1,6 @@
 """Cells put together as the sentences of a batch: in training, in prediction, in evaluation and by a processor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -68,16 +68,19 @@ class SentenceLayout:
             sentence[len(of_sentence) :] = 0
         return cells
 
-    def batch(self, values: dict[str, np.ndarray], masked: bool = False) -> dict[str, torch.Tensor]:
+    def batch(self, values: "Mapping[str, np.ndarray | torch.Tensor]", masked: bool = False) -> dict[str, torch.Tensor]:
         """
         The tensors of the batch, with `cell_mask` where a sentence is padded.
 
         Args:
-            values (`dict[str, np.ndarray]`): by the keys of a batch.
+            values (`dict[str, np.ndarray]`): by the keys of a batch. Tensors stay as they are.
             masked (`bool`): with `cell_mask` in any case.
         """
         masks = {CELL_MASK: self.mask} if masked or not self.full else {}
-        return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in {**values, **masks}.items()}
+        return {
+            key: value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+            for key, value in {**values, **masks}.items()
+        }
 
 
 __all__ = ["CellSentences"]

@@ -230,10 +230,20 @@ def normalize_counts(
     Returns:
         `np.ndarray` of the shape of `counts`, float32: log1p expression.
     """
+    scale = count_scales(totals, target_sum)
+    return scaled_log1p(counts, scale[:, None] if stored is None else np.repeat(scale, stored))
+
+
+def count_scales(totals: np.ndarray, target_sum: float) -> np.ndarray:
+    """What the counts of each cell are multiplied by, so that they sum to `target_sum`, `(cells,)` float32; see [`normalize_counts`]."""
     totals = np.asarray(totals, dtype=np.float64)
-    scale = (target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
+    return (target_sum / np.where(totals == 0, 1, totals)).astype(np.float32)
+
+
+def scaled_log1p(counts: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """`log1p(counts * scale)` float32; `scale` float32, of a shape that goes with that of the counts."""
     values = counts.astype(np.float32)
-    values *= scale[:, None] if stored is None else np.repeat(scale, stored)
+    values *= scale
     return np.log1p(values, out=values)
 
 

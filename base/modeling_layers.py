@@ -354,10 +354,45 @@ class FeedForward(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states), approximate="tanh"))
 
 
+class _RootMeanSquareNorm(torch.autograd.Function):
+    """
+    `weight * x / r` with `r = sqrt(mean(x^2) + eps)`, in few passes over memory. With y = x / r, g the gradient and n the width,
+
+        d x = (g * weight - y * sum(g * weight * y) / n) / r,          d weight = sum over rows of g * y.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        x, weight, inverse = ctx.saved_tensors
+        y = x * inverse
+        product = grad * y
+        of_weight = product.reshape(-1, x.shape[-1]).sum(dim=0) if ctx.needs_input_grad[1] else None
+        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        of_x = torch.mul(grad, weight, out=product).addcmul_(y, mean, value=-1).mul_(inverse)
+        return of_x, of_weight, None
+
+
 class RMSNorm(nn.RMSNorm):
-    """Root mean square normalisation (Zhang & Sennrich 2019) in the precision of its input, which is what one kernel computes."""
+    """
+    Root mean square normalisation (Zhang & Sennrich 2019) in the precision of its input, which is what one kernel computes on a GPU. A
+    CPU has no such kernel.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (
+            x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+        ):
+            return _RootMeanSquareNorm.apply(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

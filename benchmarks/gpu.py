@@ -1,33 +1,50 @@
 """
-What one GPU does with the models: training steps as shares of the ceiling of its matrix products, and the losses.
+What one GPU does with the models: training steps as shares of the ceiling of its matrix products, the losses, and trainings from
+cells in memory and in a store.
 
 All ceilings are measured in the same run. A step is forward, backward, loss, clip and AdamW; its share counts the matrix
-products of the network alone, over the whole step's time.
+products of the network alone, over the whole step's time. The part "runs" trains with the Trainer, once with cells on the device and
+once with cells on the host, beside the bare step of the same model and batch; the first steps are not timed.
 
-    python benchmarks/gpu.py [--parts precision losses steps profile]
+    python benchmarks/gpu.py [--parts precision losses steps runs profile]
     python benchmarks/gpu.py --device cpu --small    # only shows that it runs
 """
 
 import argparse
 import contextlib
+import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from pertstate import StateConfig, StateForPerturbation, objective_for
+from pertstate.data import SentenceDataset, Splits, load_cells, load_store, prepare
+from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.losses.energy import energy_distance
 from pertstate.losses.sinkhorn import SinkhornLoss
+from pertstate.training import StateTrainer, StateTrainingArguments
 
 
-PARTS = ("precision", "losses", "steps", "profile")
+PARTS = ("precision", "losses", "steps", "runs", "profile")
 LOSSES = ((8, 64, 2000), (16, 128, 2000), (16, 512, 2000), (1, 2048, 512), (2, 4096, 2000), (8, 64, 18000))
 # Each size is a preset, the sentences of a batch, and the cells of a sentence.
 STEPS = (("small", 16, 128), ("small", 64, 128), ("base", 16, 512), ("large", 16, 512))
 MODES = ("float32", "tf32", "bf16", "bf16 padded", "bf16 compiled", "bf16 graphs")
 GENES = 2000
+# Trainings: the size of the model, sentences of a batch, cells of a sentence; cells and genes of the data, and of wide data.
+RUNS = (("base", 16, 512), (100_000, 2000), (20_000, 18_000))
+SMALL_RUNS = (("tiny", 4, 16), (1000, 50), (400, 300))
+STEPS_OF_A_RUN, WARM = 60, 20
 
 
 def synchronize(device: str):
@@ -166,6 +183,92 @@ def steps(device: str, sizes, modes, genes: int, ceiling: dict[str, float]):
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def screen(cells: int, genes: int) -> ad.AnnData:
+    """Random counts in two contexts, a tenth of them not 0."""
+    rng = np.random.default_rng(0)
+    blocks = [
+        sp.csr_matrix((rng.random((n, genes), dtype=np.float32) < 0.1) * rng.integers(1, 9, (n, genes), dtype=np.uint8))
+        for n in np.diff([*range(0, cells, 5000), cells])
+    ]
+    names = ["control", *(f"pert_{i}" for i in range(max(3, cells // 2000)))]
+    obs = pd.DataFrame(
+        {
+            "perturbation": np.resize(np.repeat(names, 2), cells),
+            "cell_type": np.resize(["one", "other"], cells),
+        },
+        index=[f"cell_{i}" for i in range(cells)],
+    )
+    return ad.AnnData(
+        sp.vstack(blocks, format="csr"), obs=obs, var=pd.DataFrame(index=[f"gene_{i}" for i in range(genes)])
+    )
+
+
+class Clock(TrainerCallback):
+    """The time of the steps after the first ones."""
+
+    def __init__(self, device: str, warm: int):
+        self.device, self.warm = device, warm
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (self.warm, args.max_steps):
+            synchronize(self.device)
+            self.start, self.taken = time.perf_counter(), time.perf_counter() - getattr(self, "start", 0.0)
+
+
+def of_a_training(cells, processor, size, device: str, there: bool) -> tuple[float, float]:
+    """Milliseconds of a step of a training, and cells per second."""
+    preset, sentences, length = size
+    torch.manual_seed(0)
+    sizes = {"num_perturbations": len(processor.vocabulary.perturbations)}
+    config = StateConfig.from_preset(preset, input_dim=processor.feature_dim, **sizes)
+    dataset = SentenceDataset(cells, processor, "train", length, multiple_of=sentences)
+    clock = Clock(device, WARM)
+    with tempfile.TemporaryDirectory() as folder:
+        args = StateTrainingArguments(
+            output_dir=folder,
+            use_cpu=device == "cpu",
+            bf16=True,
+            optim="adamw_torch_fused",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=STEPS_OF_A_RUN,
+            max_steps=STEPS_OF_A_RUN,
+            per_device_train_batch_size=sentences,
+            cells_on_device=there,
+        )
+        trainer = StateTrainer(
+            StateForPerturbation(config), args, dataset, processing_class=processor, callbacks=[clock]
+        )
+        trainer.train()
+    took = clock.taken / (STEPS_OF_A_RUN - WARM)
+    return 1000 * took, sentences * float(dataset.sizes().mean()) / took
+
+
+def runs(device: str, size, of_data: tuple[int, int], of_wide: tuple[int, int]):
+    """Trainings from memory, from a store, and of many genes, beside the bare step."""
+    print(
+        "\ntraining, bf16: ms of a step with cells on the device, on the host; of the bare step; cells/s; beyond the bare step"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder, held = Path(name), Splits({"screen": [Path(name) / "screen.h5ad"]}, {"screen"})
+        for kind, (cells, genes) in (("memory", of_data), ("store", of_data), ("memory", of_wide)):
+            if kind == "memory":
+                screen(cells, genes).write_h5ad(folder / "screen.h5ad")
+                loaded = load_cells(held)
+            else:
+                data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")})
+                loaded = load_store(prepare(data, folder / "store", PrepareArguments(), quiet=True), held)
+            bare = milliseconds(training_step(*size, "bf16", device, genes)[0], device)
+            there, rate = of_a_training(*loaded, size, device, there=True)
+            gc.collect()  # the cells of that training
+            torch.cuda.empty_cache()
+            host, _ = of_a_training(*loaded, size, device, there=False)
+            print(
+                f"{kind:<7}{cells:>8,} x {genes:<7,}{there:8.2f} {host:8.2f} {bare:8.2f} {rate:10,.0f} {there / bare - 1:+6.0%}",
+                flush=True,
+            )
+
+
 def profile(device: str, size, genes: int, rows: int = 20):
     """The kernels of a step, sorted by their time."""
     from torch.profiler import ProfilerActivity
@@ -208,6 +311,8 @@ def main():
         losses(args.device, shapes)
     if "steps" in args.parts:
         steps(args.device, sizes, modes, genes, ceiling)
+    if "runs" in args.parts:
+        runs(args.device, *(SMALL_RUNS if args.small else RUNS))
     if "profile" in args.parts:
         profile(args.device, sizes[-1] if args.small else STEPS[2], genes)
 

@@ -27,6 +27,7 @@ from pertstate.base.messages import closest, counted
 from pertstate.base.printable import get_logger
 from pertstate.data.cell_batches import CellBatches
 from pertstate.data.cells import Cells
+from pertstate.data.cells_on_device import CellsOnDevice, RowsOnDevice
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.record import RecordedGroup, hashes_of, lowest, recorded_groups
 from pertstate.data.training_sentences import TrainingSentences
@@ -136,6 +137,7 @@ class SentenceDataset(TrainingSentences):
             )
         self.cells, self.processor, self.notes = cells, processor, cells.notes
         self.set_size, self.seed, self.shuffle = set_size, seed, shuffle
+        self._there: CellsOnDevice | None = None
         # What the control cells of each (dataset, context) express, where the model reads it.
         self._expressed: dict[tuple[str, str], tuple[np.ndarray, int]] = {}
         self.repeat = small_groups == "repeat" and split == Split.TRAIN
@@ -232,6 +234,10 @@ class SentenceDataset(TrainingSentences):
             for first in range(start, stop, _HASHED)
         )
 
+    def place_cells(self, there: CellsOnDevice | None):
+        """Read cells from a device from now on, where batches are then made; None: from memory or the store again."""
+        self._there = there
+
     def training_cells(self) -> Cells:
         groups = self.cells.groups
         training = groups["split"].isin([Split.TRAIN, Split.CONTROL])
@@ -301,7 +307,7 @@ class SentenceDataset(TrainingSentences):
         return index, targets, controls.start + generator.choice(len(controls), len(targets), replace=False)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return {key: value[0].numpy() for key, value in self.__getitems__([i]).items()}
+        return {key: value[0].cpu().numpy() for key, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, indices: list[int]) -> "SentenceBatch":
         """The batch of these sentences, collated."""
@@ -309,9 +315,10 @@ class SentenceDataset(TrainingSentences):
         groups = np.array([index for index, _, _ in drawn])
         targets, controls = [rows for _, rows, _ in drawn], [rows for _, _, rows in drawn]
         layout = SentenceLayout([len(rows) for rows in targets])
+        place = self.cells if self._there is None else self._there
         batch = {
-            CONTROL_CELLS: self._read(layout, self.cells.features, controls),
-            LABELS: self._read(layout, self.cells.features, targets),
+            CONTROL_CELLS: self._read(layout, place.features, controls),
+            LABELS: self._read(layout, place.features, targets),
             **{key: values[self._perturbation[groups]] for key, values in self.perturbations.items()},
             CONTEXT_IDS: self.context_ids[groups],
         }
@@ -319,8 +326,8 @@ class SentenceDataset(TrainingSentences):
         batch |= self.processor.control_values(places, self.cells.features.__getitem__, self._pool, self._expressed)
         if self.has_batches:
             batch[BATCH_IDS] = layout.spread(self.batch_ids(np.concatenate(controls)))
-        if self.cells.genes is not None:
-            batch[GENE_LABELS] = self._read(layout, self.cells.genes, targets)
+        if place.genes is not None:
+            batch[GENE_LABELS] = self._read(layout, place.genes, targets)
         return SentenceBatch(layout.batch(batch))
 
     def _pool(self, place: tuple[str, str]) -> np.ndarray:
@@ -336,13 +343,27 @@ class SentenceDataset(TrainingSentences):
         return self._batch_of_group[np.searchsorted(self._first_of_group, rows, side="right") - 1]
 
     @staticmethod
-    def _read(layout: SentenceLayout, matrix, rows: list[np.ndarray]) -> np.ndarray:
+    def _read(layout: SentenceLayout, matrix, rows: list[np.ndarray]) -> "np.ndarray | torch.Tensor":
+        if isinstance(matrix, RowsOnDevice):
+            return matrix.read(layout, rows)
         take = partial(np.take, matrix, axis=0, mode="clip") if isinstance(matrix, np.ndarray) else matrix.take
         return layout.read(rows, matrix.shape[1], lambda taken, out: take(taken, out=out))
 
 
 class SentenceBatch(dict):
-    """The tensors of several sentences, as [`SentenceCollator`] gives them."""
+    """
+    The tensors of several sentences, as [`SentenceCollator`] gives them. Those that lie in pinned memory go to a device without
+    being waited for.
+    """
+
+    def pin_memory(self) -> "SentenceBatch":
+        """With the tensors of the host in pinned memory."""
+        return SentenceBatch({key: of.pin_memory() if of.device.type == "cpu" else of for key, of in self.items()})
+
+    def to(self, device, non_blocking: bool = False) -> "SentenceBatch":
+        """On a device."""
+        pinned = {key: of.device.type == "cpu" and of.is_pinned() for key, of in self.items()}
+        return SentenceBatch({key: of.to(device, non_blocking=non_blocking or pinned[key]) for key, of in self.items()})
 
 
 class SentenceCollator:
@@ -376,7 +397,7 @@ class SentenceCollator:
     def __init__(self, places: bool = False):
         self.places = places
 
-    def __call__(self, sentences: "list[dict[str, np.ndarray]] | SentenceBatch") -> dict[str, torch.Tensor]:
+    def __call__(self, sentences: "list[dict[str, np.ndarray]] | SentenceBatch") -> SentenceBatch:
         batch = self._collated(sentences)
         mask = batch.get(CELL_MASK)
         if self.places and mask is not None:
@@ -385,15 +406,15 @@ class SentenceCollator:
                 batch[CELL_PLACES] = places
         return batch
 
-    def _collated(self, sentences) -> dict[str, torch.Tensor]:
+    def _collated(self, sentences) -> SentenceBatch:
         if isinstance(sentences, SentenceBatch):
-            return dict(sentences)
+            return SentenceBatch(sentences)
         layout = SentenceLayout([len(sentence[CONTROL_CELLS]) for sentence in sentences])
         batch = {}
         for key in sentences[0]:
             values = [sentence[key] for sentence in sentences]
             batch[key] = layout.spread(np.concatenate(values)) if key in self.per_cell else np.stack(values)
-        return layout.batch(batch)
+        return SentenceBatch(layout.batch(batch))
 
 
 def _make_groups(

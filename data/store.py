@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from pertstate.base.cell_ids import cell_ids
 from pertstate.base.cell_source import Block, LazyBlock, check_contexts
-from pertstate.base.cell_values import normalize_counts
+from pertstate.base.cell_values import count_scales, scaled_log1p
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite, check_totals, wrong
 from pertstate.base.messages import counted, given, some
@@ -388,18 +388,27 @@ class StoredRows:
             np.take(piece.embedding, rows, axis=0, out=out, mode="clip")
             piece.finite(out, rows)
             return
-        if self.embedded:
-            out[:] = piece.embedding_of(rows)
+        part, scale = self._part(piece, rows)
+        if not sp.issparse(part):
+            out[:] = part if scale is None else scaled_log1p(part, scale[:, None])
             return
+        if scale is not None:
+            part.data = scaled_log1p(part.data, np.repeat(scale, np.diff(part.indptr)))
+        part.astype(np.float32, copy=False).toarray(out=out)
+
+    def _part(self, piece: _Piece, rows: np.ndarray) -> tuple[Any, np.ndarray | None]:
+        """Features of some rows as they are stored, dense or CSR, and what counts of each cell are multiplied by before log1p."""
+        if self.embedded:
+            return piece.embedding_of(rows), None
         part: Any = piece.expression_of(rows)
         if self._columns is not None:
             part = part[:, self._columns]
-        if not sp.issparse(part):
-            out[:] = part if self._scale_to is None else normalize_counts(part, piece.totals_of(rows), self._scale_to)
-            return
-        if self._scale_to is not None:
-            part.data = normalize_counts(part.data, piece.totals_of(rows), self._scale_to, np.diff(part.indptr))
-        part.astype(np.float32, copy=False).toarray(out=out)
+        return part, None if self._scale_to is None else count_scales(piece.totals_of(rows), self._scale_to)
+
+    def parts(self, rows: np.ndarray) -> Iterator[tuple[Any, Any, np.ndarray | None]]:
+        """Some cells as they are stored, in parts; see [`~pertstate.data.cells_on_device.CellRows.parts`]."""
+        for piece, local, place in self.store.locate(rows) if len(rows) else ():
+            yield place, *self._part(piece, local)
 
 
 class StoreSource(NamedSource):

@@ -94,10 +94,11 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
 
 
 def test_processes_share_out_a_store_as_they_do_files(folder):
-    """Two processes with two workers each learn the same bits from a store as from files."""
+    """Two processes with two workers each learn the same bits from a store as from files whose cells are on their device."""
     assert pertstate.cli.main(["prepare", "--config", str(folder / "run.yaml"), "--output", str(folder / "store")]) == 0
     flags = ["--max_steps", "10", "--save_steps", "10"]
-    train(folder, "--output_dir", str(folder / "from_files"), *flags, processes=2)
+    there = ["--cells_on_device", "true"]
+    train(folder, "--output_dir", str(folder / "from_files"), *flags, *there, processes=2)
     store = ["--store", str(folder / "store"), "--dataloader_num_workers", "2"]
     train(folder, "--output_dir", str(folder / "from_store"), *flags, *store, processes=2)
     files, stored = (load_file(folder / name / "model.safetensors") for name in ("from_files", "from_store"))

@@ -63,6 +63,9 @@ class StateTrainingArguments(TrainingArguments):
     - `lr_decay_epochs`, `lr_decay_factor`: multiply the learning rate by the factor every so many epochs
     - `cells_per_batch`: take as many sentences into a batch as have at most so many cells, instead of
       `per_device_train_batch_size`. `"auto"` is as many cells as so many full sentences have
+    - `cells_on_device`: keep the cells of the run on the device, where batches are made of them, see [`CellsOnDevice`]. `"auto"`
+      keeps as many as fit on a GPU, and none on a CPU
+    - `bf16_weights`: with `bf16`, compute training steps with a bfloat16 copy of the weights, see [`HalfWeights`]
     - `schedule_steps`: the learning rate schedule runs over so many steps, however many are taken
     - `inner_folds`: choose the number of steps, `max_steps` being the largest, on so many sets of training groups that are held
       out in turn before the training itself, see [`choose_steps`]
@@ -134,6 +137,14 @@ class StateTrainingArguments(TrainingArguments):
             "help": "Cells of a batch on each device, of as many sentences as fit, instead of a number of sentences."
         },
     )
+    cells_on_device: bool | Literal["auto"] = field(
+        default="auto",
+        metadata={"help": "Keep the cells on the device: auto (as many as fit, on a GPU), true (all) or false."},
+    )
+    bf16_weights: bool = field(
+        default=False,
+        metadata={"help": "With bf16, compute training steps with a bfloat16 copy of the float32 weights."},
+    )
     inner_folds: int = field(
         default=0,
         metadata={"help": "Choose the number of steps, up to max_steps, on so many sets of held-out training groups."},
@@ -196,6 +207,8 @@ class StateTrainingArguments(TrainingArguments):
         cells = self.cells_per_batch
         if cells is not None and cells != "auto" and not (isinstance(cells, int) and cells >= 1):
             raise ValueError(f"cells_per_batch must be at least 1, or auto, found {cells!r}")
+        if self.cells_on_device not in (True, False, "auto"):
+            raise ValueError(f"cells_on_device must be true, false or auto, found {self.cells_on_device!r}")
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = EVALUATED
         by_time = self.logging_steps is None
@@ -249,6 +262,19 @@ class StateTrainingArguments(TrainingArguments):
                 f"average_decay={self.average_decay}: each process holds a part of the weights with fsdp or deepspeed, which are "
                 "not averaged; leave average_decay out"
             )
+        if self.cells_on_device is True and (self.dataloader_num_workers or self.n_gpu > 1):
+            found = f"{self.dataloader_num_workers} dataloader workers and {self.n_gpu} devices of one process"
+            raise ValueError(
+                f"cells_on_device=true: batches are made on the one device of each process, without workers; found {found}; leave "
+                "dataloader_num_workers out, and start one process for each device (accelerate launch)"
+            )
+        if self.bf16_weights and (
+            not self.bf16 or self.world_size > 1 or self.n_gpu > 1 or self.fsdp or self.deepspeed
+        ):
+            raise ValueError(
+                f"bf16_weights: expected bf16: true and one process with one device, found bf16={self.bf16}, {self.world_size} "
+                f"processes and {self.n_gpu} devices of one; set bf16: true, or leave bf16_weights out"
+            )
         self._check_lora()
 
     def to_json_string(self) -> str:
@@ -267,6 +293,13 @@ class StateTrainingArguments(TrainingArguments):
         if self.cells_per_batch == "auto":
             return set_size * self.train_batch_size
         return int(given("cells_per_batch", self.cells_per_batch))
+
+    @property
+    def keeps_cells_on_device(self) -> bool:
+        """Whether batches are made on the device."""
+        if self.cells_on_device == "auto":
+            return self.device.type == "cuda" and self.n_gpu <= 1 and not self.dataloader_num_workers
+        return self.cells_on_device
 
     def _check_numbers(self):
         for name, (holds, expected) in _NUMBERS.items():

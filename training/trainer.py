@@ -46,8 +46,10 @@ from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.averaging import WeightAverage
 from pertstate.training.early_stopping import EarlyStopping
 from pertstate.training.fitting import fit_model, gather_means, gather_sums
+from pertstate.training.half_weights import HalfWeights
 from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
+from pertstate.training.placing import Placing
 from pertstate.training.progress import Progress, TimedLog
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
 from pertstate.training.stopping import Stop
@@ -147,6 +149,8 @@ class StateTrainer(Trainer):
         self._means: GroupMeans | None = None
         self.record = record
         self._unseen = 0
+        self.placing = Placing(args)
+        self.half_weights = HalfWeights(model) if args.bf16_weights and not model.fitted else None
 
     # Training
 
@@ -251,6 +255,7 @@ class StateTrainer(Trainer):
             anchor.set(**control_tables(means, cells, processor, self.accelerator))
 
     def get_train_dataloader(self) -> DataLoader:
+        self.placing.place(self.train_dataset)
         if self.train_dataset is not None and self.args.cells_per_batch == "auto":
             cells = self.args.cells_of_batch(self.train_dataset.set_size)
             logger.info(f"cells_per_batch: batches of up to {counted(cells, 'cell')} on each device")
@@ -273,6 +278,10 @@ class StateTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with nullcontext() if self.half_weights is None else self.half_weights.applied():
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         self.objective.train(model.training)
@@ -292,6 +301,7 @@ class StateTrainer(Trainer):
     ) -> dict[str, float]:
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._unseen = 0
+        self.placing.share(dataset)
         averaged = nullcontext() if self.average is None else self.average.applied()
         with self.terms.paused(), counted_elsewhere(), averaged, self._evaluating(dataset):
             self.compute_metrics = None

@@ -9,6 +9,7 @@ from pertstate.base.modeling_layers import (
     GatedFeedForward,
     MaskedBatchNorm,
     Packing,
+    RMSNorm,
     UnseenMeanEmbedding,
 )
 from pertstate.configuration_state import StateConfig
@@ -53,6 +54,34 @@ def test_packing_is_the_real_cells_in_their_order_with_the_tokens_around_them(be
     assert packing.sizes == (lengths + before + after).tolist()
     assert torch.equal(packing.pad(packed), padded * whole.unsqueeze(-1))
     assert torch.equal(packing.apply(lambda cells: cells + 1, padded), (padded + 1) * whole.unsqueeze(-1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 16), (7, 16), (16,)])
+def test_the_norm_of_a_cpu_is_that_of_torch(shape, frozen):
+    torch.manual_seed(0)
+    norm = RMSNorm(16, eps=1e-3)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    norm.weight.requires_grad_(not frozen)
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    exact = x.detach().double().requires_grad_()
+    weight = norm.weight.detach().double().requires_grad_()
+    found, expected = norm(x), nn.functional.rms_norm(exact, (16,), weight, 1e-3)
+    found.backward(grad)
+    expected.backward(grad.double())
+    assert type(found.grad_fn).__name__ == "_RootMeanSquareNormBackward"
+    pairs = [(found, expected), (x.grad, exact.grad)] + ([] if frozen else [(norm.weight.grad, weight.grad)])
+    for one, other in pairs:
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+    assert (norm.weight.grad is None) == frozen
+
+
+def test_a_compiled_norm_and_one_in_half_precision_are_of_torch():
+    norm, x = RMSNorm(16, eps=1e-6), torch.randn(4, 16)
+    torch.testing.assert_close(torch.compile(norm, backend="eager")(x), norm(x))
+    half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), norm(x), rtol=2e-2, atol=2e-2)
 
 
 def test_batch_norm_over_padded_sentences_is_batch_norm_over_their_real_cells():

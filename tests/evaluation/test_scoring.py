@@ -1,10 +1,13 @@
 """Groups scored in one way: figures, baselines, ceiling, intervals and verdict; exact values, and those known of real data."""
 
+from functools import partial
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from scipy.spatial.distance import cdist
 from scipy.stats import pearsonr
 
@@ -24,7 +27,7 @@ from pertstate.evaluation.baselines import (
     PERTURBATION_MEAN,
     Baselines,
 )
-from pertstate.evaluation.bootstrap import bootstrap_weights, interval, weighted_distances
+from pertstate.evaluation.bootstrap import bootstrap_weights, distances_on, interval, weighted_distances
 from pertstate.evaluation.group_scores import logged_figures
 from pertstate.evaluation.metrics import CEILING, MODEL
 from pertstate.evaluation.scoring import ControlCells, GroupResult, Predicted, RealCells, score_group, score_groups
@@ -156,7 +159,12 @@ def test_a_perfect_prediction():
     assert (pearson, mae, energy) == (pytest.approx(1), pytest.approx(0, abs=1e-7), pytest.approx(0, abs=1e-6))
 
 
-def test_distances_are_those_of_float64():
+# As on a host, and as on a GPU.
+DISTANCES = pytest.mark.parametrize("distances", [weighted_distances, partial(distances_on, torch.device("cpu"))])
+
+
+@DISTANCES
+def test_distances_are_those_of_float64(distances):
     x, y = (rng(n).gamma(1, 2, (300, 2000)).astype(np.float32) for n in (0, 1))
     for a, b in ((x, y), (x, x)):
         weights = [bootstrap_weights(rng(2), len(v), 3) for v in (a, b)]
@@ -165,17 +173,18 @@ def test_distances_are_those_of_float64():
             "ri,ij,rj->r", *(w.astype(np.float64) for w in weights[:1]), exact, weights[1].astype(np.float64)
         )
         for block in (128, 1024):
-            np.testing.assert_allclose(weighted_distances(a, b, *weights, block=block), expected, rtol=1e-6)
+            np.testing.assert_allclose(distances(a, b, *weights, block=block), expected, rtol=1e-6)
 
 
-def test_near_and_equal_cells_keep_their_digits():
+@DISTANCES
+def test_near_and_equal_cells_keep_their_digits(distances):
     x = rng(0).gamma(1, 2, (40, 500)).astype(np.float32)
     near = x + rng(1).normal(0, 1e-3, x.shape).astype(np.float32)
     uniform = np.full((1, 40), 1 / 40, dtype=np.float32)
     exact = double_sum(x, near)
-    between, within, own = (weighted_distances(a, b, uniform, uniform)[0] for a, b in ((x, near), (x, x), (near, near)))
+    between, within, own = (distances(a, b, uniform, uniform)[0] for a, b in ((x, near), (x, x), (near, near)))
     assert between - within / 2 - own / 2 == pytest.approx(exact, abs=1e-5)
-    assert weighted_distances(x, x.copy(), uniform, uniform)[0] == pytest.approx(cdist(x, x).mean(), rel=1e-6)
+    assert distances(x, x.copy(), uniform, uniform)[0] == pytest.approx(cdist(x, x).mean(), rel=1e-6)
 
 
 def test_too_few_or_broken_cells_are_said():

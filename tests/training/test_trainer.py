@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from trainers import make_trainer, simulated_cells
-from transformers import Trainer
+from transformers import EvalPrediction, Trainer
 
 from pertstate import StateForPerturbation
 from pertstate.configuration_state import StateConfig
@@ -17,7 +17,7 @@ from pertstate.data import (
     load_cells,
     simulate_screen,
 )
-from pertstate.evaluation.group_scores import LOGGED, logged_figures
+from pertstate.evaluation.group_scores import LOGGED, GroupScores, logged_figures
 from pertstate.evaluation.scoring import ControlCells, Predicted, score_group
 from pertstate.training import StateTrainer, StateTrainingArguments
 
@@ -34,7 +34,7 @@ def logged(trainer, key):
 def test_the_trainer_overrides_the_minimum():
     overridden = {name for name in vars(StateTrainer) if hasattr(Trainer, name) and not name.startswith("__")}
     public = {"train", "get_train_dataloader", "create_scheduler", "compute_loss", "evaluate", "push_to_hub"}
-    public |= {"set_initial_training_values"}
+    public |= {"set_initial_training_values", "training_step"}
     assert overridden == {*public, "_save", "_save_checkpoint"}
 
 
@@ -165,6 +165,37 @@ def test_evaluation_scores_groups_beside_the_baselines(screen, tmp_path):
     assert {"eval_pearson", "eval_no_change_energy", "eval_perturbation_mean_mae"} <= set(expected)
     assert "eval_no_change_pearson" not in expected
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_streamed_evaluation_keeps_a_group_at_most_and_gives_the_figures_of_one_that_keeps_all(screen, tmp_path):
+    trainer = make_trainer(screen, tmp_path)
+    dataset, baselines = trainer.eval_dataset, trainer.baselines(LOGGED)
+    predictions = torch.randn(len(dataset), 12, dataset.cells.features.shape[1], generator=torch.manual_seed(0))
+
+    def streamed(of_batch):
+        scores, kept, found = GroupScores(dataset, baselines, False), 0, {}
+        for start in range(0, len(dataset), of_batch):
+            last = start + of_batch >= len(dataset)
+            found = scores(EvalPrediction(predictions[start : start + of_batch], None), last)
+            kept = max(kept, sum(len(waiting) for waiting in scores._waiting.values()))
+        assert [result.group[2] for result in scores.results] == ["pert_0", "pert_1", "pert_2"]
+        return found, kept
+
+    # Groups of 24 cells: two sentences each, of which the first waits for the second.
+    assert len(dataset) == 6
+    whole, _ = streamed(6)
+    assert "pearson" in whole
+    for of_batch, waiting in ((1, 1), (2, 0), (4, 0), (5, 1)):
+        assert streamed(of_batch) == (whole, waiting)
+
+
+def test_the_size_of_an_evaluation_batch_changes_no_figure(screen, tmp_path):
+    figures = []
+    for size in (1, 8):
+        trainer = make_trainer(screen, tmp_path, per_device_eval_batch_size=size)
+        found = trainer.evaluate()
+        figures.append({name: of for name, of in found.items() if "time" not in name and "per_second" not in name})
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
 def test_baselines_know_the_training_split_alone(screen, tmp_path):
