@@ -1,5 +1,6 @@
 """Counts and sums of the cells of groups, in float64. Every mean over training cells is computed from these."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,12 +127,22 @@ class GroupSums:
         Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean
         control cell), `(features,)` float64. Contexts without control cells are left out.
         """
-        found: dict[str, list[np.ndarray]] = {}
-        for dataset, context, name in sorted(_paired(self.counts, self.control)):
-            if name != self.control:
-                base = self._mean([(dataset, context, self.control)])
-                found.setdefault(name, []).append(self._mean([(dataset, context, name)]) - base)
-        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
+        return self._over_contexts(lambda key, control: self._mean([key]) - self._mean([control]))
+
+    def log_folds(self) -> dict[str, np.ndarray]:
+        """
+        Perturbation to the unweighted mean, over the datasets' contexts that have it, of the log fold change of the mean
+        expression, see [`log_fold_change`], `(features,)` float64. The means are rounded to float32 first, as
+        [`~pertstate.data.group_means.GroupMeans`] holds them, so that both give the same digits. Empty where there is no expression.
+        """
+        expression = self.expression
+        if expression is None:
+            return {}
+
+        def mean(key: GroupKey) -> np.ndarray:
+            return (expression[key] / self.counts[key]).astype(np.float32).astype(np.float64)
+
+        return self._over_contexts(lambda key, control: log_fold_change(mean(key), mean(control)))
 
     def context_means(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """
@@ -167,7 +178,16 @@ class GroupSums:
             context_ids=processor.encode_contexts(contexts),
             context_means=np.stack([perturbed for perturbed, _ in contexts.values()]),
             control_means=np.stack([control for _, control in contexts.values()]),
+            log_folds=None if self.expression is None else np.stack(list(self.log_folds().values())),
         )
+
+    def _over_contexts(self, change: Callable[[GroupKey, GroupKey], np.ndarray]) -> dict[str, np.ndarray]:
+        """Perturbation to the mean, over the contexts that have it, of what `change` gives of its group and of its controls."""
+        found: dict[str, list[np.ndarray]] = {}
+        for dataset, context, name in sorted(_paired(self.counts, self.control)):
+            if name != self.control:
+                found.setdefault(name, []).append(change((dataset, context, name), (dataset, context, self.control)))
+        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
 
     def _mean(self, keys: list[GroupKey]) -> np.ndarray:
         return sum((self.sums[key] for key in keys), np.zeros(1)) / sum(self.counts[key] for key in keys)
