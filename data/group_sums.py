@@ -1,6 +1,6 @@
 """Counts and sums of the cells of groups, in float64. Every mean over training cells is computed from these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,13 +67,19 @@ class GroupSums:
             spans.setdefault((dataset, context, perturbation), []).append((start, stop))
         mine = sorted(_paired(spans, control))[part::parts]
         total = sum(stop - start for key in mine for start, stop in spans[key])
+        pieces = [
+            (key, first, min(first + block, stop))
+            for key in mine
+            for start, stop in spans[key]
+            for first in range(start, stop, block)
+        ]
         with tqdm(total=total, desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
-            for key in mine:
-                for start, stop in spans[key]:
-                    for first in range(start, stop, block):
-                        cells = features[first : min(first + block, stop)]
-                        summed.add(key, cells)
-                        bar.update(len(cells))
+            for together in _neighbours(pieces, block):
+                first, last = together[0][1], together[-1][2]
+                cells = features[first:last]
+                for key, start, stop in together:
+                    summed.add(key, cells[start - first : stop - first])
+                bar.update(last - first)
         return summed
 
     @classmethod
@@ -202,6 +208,18 @@ def log_fold_change(perturbed: np.ndarray, control: np.ndarray, pseudocount: flo
         pseudocount (`float`): c, in the same units.
     """
     return np.log(perturbed + pseudocount) - np.log(control + pseudocount)
+
+
+def _neighbours(pieces: list[tuple[GroupKey, int, int]], block: int) -> Iterator[list[tuple[GroupKey, int, int]]]:
+    """Pieces whose rows follow one another and are no more than `block` together, so that small groups are read at once."""
+    together: list[tuple[GroupKey, int, int]] = []
+    for piece in pieces:
+        if together and (piece[1] != together[-1][2] or piece[2] - together[0][1] > block):
+            yield together
+            together = []
+        together.append(piece)
+    if together:
+        yield together
 
 
 def _paired(keys, control: str) -> list[GroupKey]:
