@@ -55,6 +55,12 @@ if TYPE_CHECKING:
     from pertstate.families.embed_sum.modeling_embed_sum import EmbedSumForPerturbation as EmbedSumForPerturbation
     from pertstate.families.linear.configuration_linear import LinearConfig as LinearConfig
     from pertstate.families.linear.modeling_linear import LinearForPerturbation as LinearForPerturbation
+    from pertstate.families.log_fold_change.configuration_log_fold_change import (
+        LogFoldChangeConfig as LogFoldChangeConfig,
+    )
+    from pertstate.families.log_fold_change.modeling_log_fold_change import (
+        LogFoldChangeForPerturbation as LogFoldChangeForPerturbation,
+    )
     from pertstate.families.neural_ot.configuration_neural_ot import NeuralOTConfig as NeuralOTConfig
     from pertstate.families.neural_ot.modeling_neural_ot import NeuralOTForPerturbation as NeuralOTForPerturbation
     from pertstate.families.perturbation_mean.configuration_perturbation_mean import (

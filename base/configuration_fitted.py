@@ -27,4 +27,24 @@ class FittedConfig(PerturbationConfig):
             )
 
 
-__all__ = ["FittedConfig"]
+@strict_config
+class MeasuredConfig(FittedConfig):
+    r"""
+    The config of fitted families with a row for each perturbation and each combination that was measured. The fields of
+    [`FittedConfig`], and two that fitting sets:
+
+    Args:
+        num_entries (`int`, *optional*, defaults to 1):
+            Perturbations and combinations with a row of their own, the control counted.
+        entry_width (`int`, *optional*, defaults to 1):
+            Perturbations in the largest of these combinations, where perturbations are given by id.
+    """
+
+    num_entries: int = 1
+    entry_width: int = 1
+
+    def validate_measured(self):
+        self._check_at_least(1, "num_entries", "entry_width")
+
+
+__all__ = ["FittedConfig", "MeasuredConfig"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .configuration_fitted import FittedConfig
+from .configuration_fitted import FittedConfig, MeasuredConfig
 from .messages import given
 from .modeling_layers import UnseenWarning
 from .modeling_perturbation import PerturbationOutput, PerturbationPreTrainedModel
@@ -35,6 +35,9 @@ class TrainingMeans:
             Mean perturbed cell of each, over all perturbations: every cell weighs the same.
         control_means (`np.ndarray` of shape `(num_seen, output_dim)`):
             Mean control cell of each.
+        log_folds (`np.ndarray` of shape `(num_entries, output_dim)`, *optional*):
+            Natural log of the geometric mean fold change of each entry, over the same pairs; None where the cells are no
+            log1p expression.
     """
 
     changes: np.ndarray
@@ -43,6 +46,7 @@ class TrainingMeans:
     context_ids: np.ndarray
     context_means: np.ndarray
     control_means: np.ndarray
+    log_folds: np.ndarray | None = None
 
 
 class FittedPreTrainedModel(PerturbationPreTrainedModel):
@@ -155,6 +159,66 @@ class FittedPreTrainedModel(PerturbationPreTrainedModel):
         return PerturbationOutput(predictions=predictions, unseen=unseen)
 
 
+class MeasuredPreTrainedModel(FittedPreTrainedModel):
+    r"""
+    A fitted family with a row for each perturbation and each combination that was measured. Perturbations given by features are
+    recognised by their vector: those with equal vectors share the mean of their rows.
+
+    Attributes:
+        entries (`torch.Tensor` of shape `(num_entries, entry_width)` or `(num_entries, perturbation_width)`): the key of each
+            entry: ids that descend and are padded with -1, or features. Entry 0 is the control: no ids, or features of 0.
+    """
+
+    config: MeasuredConfig
+    entries: torch.Tensor
+
+    def _add_entries(self, table: str):
+        """The keys of the entries and the table with a row for each."""
+        config = self.config
+        if config.num_perturbations is not None:
+            self.register_buffer("entries", torch.full((config.num_entries, config.entry_width), -1))
+        else:
+            self.register_buffer("entries", torch.zeros(config.num_entries, config.perturbation_width))
+        self._add_table(table, config.num_entries, config.output_dim)
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self and self.config.num_perturbations is not None:
+            init.constant_(self.entries, -1)
+
+    def _fit_entries(self, means: TrainingMeans, table: str, values: np.ndarray):
+        """Take the keys of all entries and their rows, 0 for the control, and the config their number."""
+        if means.perturbation_ids is None:
+            keys, nothing = given("perturbation_features", means.perturbation_features), 0
+        else:
+            keys, nothing = -np.sort(-means.perturbation_ids, axis=1), -1
+        keys, entry_of = np.unique(keys, axis=0, return_inverse=True)
+        rows = np.zeros((len(keys), values.shape[1]))
+        np.add.at(rows, entry_of, values)
+        rows /= np.bincount(entry_of)[:, None]
+        control = np.full((1, keys.shape[1]), nothing, dtype=keys.dtype)
+        self._set(entries=np.concatenate([control, keys]), **{table: np.pad(rows, ((1, 0), (0, 0)))})
+        self.config.num_entries = len(self.entries)
+        if means.perturbation_ids is not None:
+            self.config.entry_width = self.entries.shape[1]
+
+    def _entries_of_ids(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(.., K) ids that descend, padded with -1, to (..) numbers of entries, 0 where there is none, and whether there is one."""
+        width = self.entries.shape[1]
+        wider = (ids[..., width:] >= 0).any(dim=-1)
+        padded = nn.functional.pad(ids[..., :width], (0, max(0, width - ids.shape[-1])), value=-1)
+        equal = (padded.unsqueeze(-2) == self.entries).all(dim=-1) & ~wider.unsqueeze(-1)
+        return equal.to(torch.uint8).argmax(dim=-1), equal.any(dim=-1)
+
+    def _entries_of_features(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, P) or (B, S, P) features to (B, 1) or (B, S) numbers of entries, 0 where there is none, and whether there is one."""
+        features = per_cell(features).to(self.entries.dtype)
+        rows, row_of = torch.unique(features.flatten(0, 1), dim=0, return_inverse=True)
+        equal = torch.stack([(self.entries == row).all(dim=-1) for row in rows])
+        entry, known = equal.to(torch.uint8).argmax(dim=-1), equal.any(dim=-1)
+        return entry[row_of].view(features.shape[:2]), known[row_of].view(features.shape[:2])
+
+
 def is_control(perturbation_ids: torch.Tensor | None, perturbation_features: torch.Tensor | None) -> torch.Tensor:
     """(B, K) ids, or (B, P) or (B, S, P) features, to (B, 1) or (B, S) bool: where nothing is perturbed."""
     if perturbation_ids is not None:
@@ -198,4 +262,4 @@ def ridge_weights(features: np.ndarray, targets: np.ndarray, ridge: float) -> np
     return np.linalg.solve(features.T @ features + ridge * np.eye(columns), features.T @ targets)
 
 
-__all__ = ["FittedPreTrainedModel", "TrainingMeans"]
+__all__ = ["FittedPreTrainedModel", "MeasuredPreTrainedModel", "TrainingMeans"]

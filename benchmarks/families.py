@@ -98,6 +98,7 @@ FAMILIES = {
     ),
     "state-decoder-only": Family({}, {"learning_rate": 1e-3}, {"input": "obsm/X_pca", "gene_input": "X"}),
     "state-perturbation-mean": Family(),
+    "state-log-fold-change": Family(),
     "state-context-mean": Family(),
     "state-linear": Family(),
     "state-additive": Family(),

@@ -1,5 +1,6 @@
 """Counts and sums of the cells of groups, in float64. Every mean over training cells is computed from these."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,13 +67,19 @@ class GroupSums:
             spans.setdefault((dataset, context, perturbation), []).append((start, stop))
         mine = sorted(_paired(spans, control))[part::parts]
         total = sum(stop - start for key in mine for start, stop in spans[key])
+        pieces = [
+            (key, first, min(first + block, stop))
+            for key in mine
+            for start, stop in spans[key]
+            for first in range(start, stop, block)
+        ]
         with tqdm(total=total, desc="fit", unit=" cells", unit_scale=True, disable=not progress) as bar:
-            for key in mine:
-                for start, stop in spans[key]:
-                    for first in range(start, stop, block):
-                        cells = features[first : min(first + block, stop)]
-                        summed.add(key, cells)
-                        bar.update(len(cells))
+            for together in _neighbours(pieces, block):
+                first, last = together[0][1], together[-1][2]
+                cells = features[first:last]
+                for key, start, stop in together:
+                    summed.add(key, cells[start - first : stop - first])
+                bar.update(last - first)
         return summed
 
     @classmethod
@@ -126,12 +133,22 @@ class GroupSums:
         Perturbation to the unweighted mean, over the datasets' contexts that have it, of (mean perturbed cell - mean
         control cell), `(features,)` float64. Contexts without control cells are left out.
         """
-        found: dict[str, list[np.ndarray]] = {}
-        for dataset, context, name in sorted(_paired(self.counts, self.control)):
-            if name != self.control:
-                base = self._mean([(dataset, context, self.control)])
-                found.setdefault(name, []).append(self._mean([(dataset, context, name)]) - base)
-        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
+        return self._over_contexts(lambda key, control: self._mean([key]) - self._mean([control]))
+
+    def log_folds(self) -> dict[str, np.ndarray]:
+        """
+        Perturbation to the unweighted mean, over the datasets' contexts that have it, of the log fold change of the mean
+        expression, see [`log_fold_change`], `(features,)` float64. The means are rounded to float32 first, as
+        [`~pertstate.data.group_means.GroupMeans`] holds them, so that both give the same digits. Empty where there is no expression.
+        """
+        expression = self.expression
+        if expression is None:
+            return {}
+
+        def mean(key: GroupKey) -> np.ndarray:
+            return (expression[key] / self.counts[key]).astype(np.float32).astype(np.float64)
+
+        return self._over_contexts(lambda key, control: log_fold_change(mean(key), mean(control)))
 
     def context_means(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """
@@ -167,7 +184,16 @@ class GroupSums:
             context_ids=processor.encode_contexts(contexts),
             context_means=np.stack([perturbed for perturbed, _ in contexts.values()]),
             control_means=np.stack([control for _, control in contexts.values()]),
+            log_folds=None if self.expression is None else np.stack(list(self.log_folds().values())),
         )
+
+    def _over_contexts(self, change: Callable[[GroupKey, GroupKey], np.ndarray]) -> dict[str, np.ndarray]:
+        """Perturbation to the mean, over the contexts that have it, of what `change` gives of its group and of its controls."""
+        found: dict[str, list[np.ndarray]] = {}
+        for dataset, context, name in sorted(_paired(self.counts, self.control)):
+            if name != self.control:
+                found.setdefault(name, []).append(change((dataset, context, name), (dataset, context, self.control)))
+        return {name: np.mean(changes, axis=0) for name, changes in sorted(found.items())}
 
     def _mean(self, keys: list[GroupKey]) -> np.ndarray:
         return sum((self.sums[key] for key in keys), np.zeros(1)) / sum(self.counts[key] for key in keys)
@@ -182,6 +208,18 @@ def log_fold_change(perturbed: np.ndarray, control: np.ndarray, pseudocount: flo
         pseudocount (`float`): c, in the same units.
     """
     return np.log(perturbed + pseudocount) - np.log(control + pseudocount)
+
+
+def _neighbours(pieces: list[tuple[GroupKey, int, int]], block: int) -> Iterator[list[tuple[GroupKey, int, int]]]:
+    """Pieces whose rows follow one another and are no more than `block` together, so that small groups are read at once."""
+    together: list[tuple[GroupKey, int, int]] = []
+    for piece in pieces:
+        if together and (piece[1] != together[-1][2] or piece[2] - together[0][1] > block):
+            yield together
+            together = []
+        together.append(piece)
+    if together:
+        yield together
 
 
 def _paired(keys, control: str) -> list[GroupKey]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -48,12 +49,38 @@ class Change:
 
     def apply(self, cells: np.ndarray, clip: bool) -> np.ndarray:
         """Changed cells, `(cells, features)` float32; with `clip`, none is below 0."""
+        return ChangedCells(cells, lambda: np.expm1(cells), clip).of(self)
+
+
+class ChangedCells:
+    """
+    Control cells with several changes. What changes have in common is computed once: *half and half* is the mean of two others.
+
+    Args:
+        cells (`np.ndarray` of shape `(cells, features)`): control cells, float32.
+        expression (`Callable`): gives `expm1` of them.
+        clip (`bool`): none is below 0.
+    """
+
+    def __init__(self, cells: np.ndarray, expression: Callable[[], np.ndarray], clip: bool):
+        self.cells, self.expression, self.clip = cells, expression, clip
+        # Of the change that was found last, so that memory stays bounded.
+        self._moved: tuple[np.ndarray, np.ndarray] | None = None
+        self._folded: tuple[np.ndarray, np.ndarray] | None = None
+
+    def of(self, change: Change) -> np.ndarray:
+        """The changed cells, `(cells, features)` float32."""
         found = []
-        if self.added is not None:
-            moved = cells + self.added.astype(np.float32)
-            found.append(np.maximum(moved, 0) if clip else moved)
-        if self.log_fold is not None:
-            found.append(np.log1p(np.expm1(cells) * np.exp(self.log_fold).astype(np.float32)))
+        if change.added is not None:
+            if self._moved is None or self._moved[0] is not change.added:
+                moved = self.cells + change.added.astype(np.float32)
+                self._moved = change.added, np.maximum(moved, 0, out=moved) if self.clip else moved
+            found.append(self._moved[1])
+        if change.log_fold is not None:
+            if self._folded is None or self._folded[0] is not change.log_fold:
+                folded = self.expression() * np.exp(change.log_fold).astype(np.float32)
+                self._folded = change.log_fold, np.log1p(folded, out=folded)
+            found.append(self._folded[1])
         return found[0] if len(found) == 1 else (found[0] + found[1]) / np.float32(2)
 
 
@@ -95,6 +122,8 @@ class Baselines:
         self._changes = {} if means is None else means.changes()
         self._log_folds = {} if means is None else means.log_folds()
         self._mean_of_all = np.mean(list(self._changes.values()), axis=0) if len(self._changes) > 1 else None
+        # Groups are scored in several threads.
+        self._lock = Lock()
         self._linear: tuple[dict[str, int], np.ndarray, np.ndarray] | None = None
 
     def of(self, perturbation: str, control_mean: np.ndarray) -> dict[str, Change | str]:
@@ -105,7 +134,8 @@ class Baselines:
             perturbation (`str`): its canonical name.
             control_mean (`np.ndarray` of shape `(features,)`): mean of the control cells that are changed.
         """
-        found = self._known(perturbation, control_mean)
+        with self._lock:
+            found = self._known(perturbation, control_mean)
         return {name: of for name, of in found.items() if self.methods is None or name in self.methods}
 
     def _known(self, perturbation: str, control_mean: np.ndarray) -> dict[str, Change | str]:

@@ -28,50 +28,70 @@ def bootstrap_weights(generator: np.random.Generator, cells: int, draws: int = D
 
 
 def weighted_distances(
-    x: np.ndarray, y: np.ndarray, weights_x: np.ndarray, weights_y: np.ndarray, block: int = 2048
+    x: np.ndarray, y: np.ndarray, weights_x: np.ndarray, weights_y: np.ndarray, block: int = 256
 ) -> np.ndarray:
     """
     `sum_ij u_i v_j |x_i - y_j|` for each pair of rows u of `weights_x` and v of `weights_y`; Euclidean, in float32, added up
-    in float64, in blocks of bounded memory. In a process that has a GPU at work they are computed there, in float64.
+    in float64, in blocks of bounded memory. Distances within a set are found once for both orders. In a process that has a GPU at
+    work they are computed there, in float64.
 
     Args:
-        x, y (`np.ndarray` of shape `(cells, features)`): two sets of cells. If `y` is `x`, a cell's distance to itself is 0.
+        x, y (`np.ndarray` of shape `(.., cells, features)`): two sets of cells, or several of them side by side. If `y` is `x`, a cell's
+            distance to itself is 0.
         weights_x, weights_y (`np.ndarray` of shape `(rows, cells)`): float32.
 
     Returns:
-        `np.ndarray` of shape `(rows,)`: float64.
+        `np.ndarray` of shape `(.., rows)`: float64.
     """
     if torch.cuda.is_initialized():
         return distances_on(torch.device("cuda"), x, y, weights_x, weights_y, block)
-    same = x is y
+    same, alike = x is y, x is y and weights_x is weights_y
     # The matrix products behind the distances round less near the origin.
-    center = y.mean(axis=0, dtype=np.float64)
-    a = np.asarray(x - center, dtype=np.float32)
-    b = a if same else np.asarray(y - center, dtype=np.float32)
-    squares_a, squares_b = (np.einsum("ij,ij->i", v, v) for v in (a, b))
-    total = np.zeros(len(weights_x))
-    for i in range(0, len(a), block):
-        for j in range(0, len(b), block):
-            distances = a[i : i + block] @ b[j : j + block].T
+    center = y.mean(axis=-2, dtype=np.float64, keepdims=True).astype(np.float32)
+    a = np.subtract(x, center, dtype=np.float32)
+    b = a if same else np.subtract(y, center, dtype=np.float32)
+    if b.ndim < a.ndim:
+        b = np.broadcast_to(b, (*a.shape[:-2], *b.shape))
+    squares_a = np.einsum("...ij,...ij->...i", a, a)
+    squares_b = squares_a if same else np.einsum("...ij,...ij->...i", b, b)
+    total = np.zeros((*a.shape[:-2], len(weights_x)))
+    for i in range(0, a.shape[-2], block):
+        for j in range(i if same else 0, b.shape[-2], block):
+            distances = a[..., i : i + block, :] @ b[..., j : j + block, :].swapaxes(-1, -2)
+            squares = squares_a[..., i : i + block, None] + squares_b[..., None, j : j + block]
             distances *= -2
-            distances += squares_a[i : i + block, None]
-            distances += squares_b[j : j + block]
-            near = distances < _NEAR * (squares_a[i : i + block, None] + squares_b[j : j + block])
+            distances += squares
+            squares *= np.float32(_NEAR)
+            near = distances < squares
             np.sqrt(np.maximum(distances, 0, out=distances), out=distances)
             if same and i == j:
-                np.fill_diagonal(distances, 0)
-                np.fill_diagonal(near, False)
+                own = np.arange(distances.shape[-1])
+                distances[..., own, own] = 0
+                near[..., own, own] = False
             if near.any():
-                _measure_again(distances, near, a[i : i + block], b[j : j + block])
-            rows = weights_x[:, i : i + block] @ distances
-            total += np.einsum("ri,ri->r", rows, weights_y[:, j : j + block], dtype=np.float64)
+                _measure_again(distances, near, a[..., i : i + block, :], b[..., j : j + block, :])
+            found = _weighted(weights_x[:, i : i + block], distances, weights_y[:, j : j + block])
+            if same and j > i:
+                # Block (j, i) has the same distances.
+                turned = distances.swapaxes(-1, -2)
+                found += found if alike else _weighted(weights_x[:, j : j + block], turned, weights_y[:, i : i + block])
+            total += found
     return total
+
+
+def _weighted(weights_x: np.ndarray, distances: np.ndarray, weights_y: np.ndarray) -> np.ndarray:
+    """The sum of distances for each pair of rows of weights, added up in float64, `(.., rows)`."""
+    rows = (weights_x @ distances).astype(np.float64)
+    return np.einsum("...ri,ri->...r", rows, weights_y.astype(np.float64))
 
 
 def distances_on(
     device: torch.device, x: np.ndarray, y: np.ndarray, weights_x: np.ndarray, weights_y: np.ndarray, block: int = 2048
 ) -> np.ndarray:
     """[`weighted_distances`] on a device that has float64."""
+    if x.ndim > 2:
+        ys = [x_of if y is x else y if y.ndim == 2 else y[i] for i, x_of in enumerate(x)]
+        return np.stack([distances_on(device, *pair, weights_x, weights_y, block) for pair in zip(x, ys)])
     a, of_a = (torch.from_numpy(np.ascontiguousarray(v)).to(device).double() for v in (x, weights_x))
     b, of_b = (torch.from_numpy(np.ascontiguousarray(v)).to(device).double() for v in (y, weights_y))
     center = b.mean(dim=0)
@@ -90,19 +110,20 @@ def distances_on(
 
 def _measure_again(distances: np.ndarray, near: np.ndarray, a: np.ndarray, b: np.ndarray):
     """Compute the distances of near cells from their differences, because the matrix product has lost their digits."""
-    rows, columns = np.nonzero(near)
-    step = max(1, (1 << 22) // a.shape[1])
+    *sets, rows, columns = np.nonzero(near)
+    step = max(1, (1 << 22) // a.shape[-1])
     for start in range(0, len(rows), step):
-        i, j = rows[start : start + step], columns[start : start + step]
-        distances[i, j] = np.sqrt(np.square(a[i] - b[j]).sum(axis=1))
+        of, i, j = (tuple(s[start : start + step] for s in sets), *(at[start : start + step] for at in (rows, columns)))
+        distances[(*of, i, j)] = np.sqrt(np.square(a[(*of, i)] - b[(*of, j)]).sum(axis=-1))
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson correlation of the rows of two arrays `(rows, features)`. NaN if a row is the same for all features."""
-    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    """Pearson correlation of the rows of two arrays `(.., rows, features)`. NaN if a row is the same for all features."""
+    x, y = x - x.mean(axis=-1, keepdims=True), y - y.mean(axis=-1, keepdims=True)
+    squares_x, squares_y, products = (np.einsum("...i,...i->...", a, b) for a, b in ((x, x), (y, y), (x, y)))
+    scale = np.sqrt(squares_x * squares_y)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(scale > 0, (x * y).sum(axis=1) / scale, np.nan)
+        return np.where(scale > 0, products / scale, np.nan)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -150,11 +171,13 @@ def resampled_average(figures: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(1 + draws,)`.
     """
-    whole = _mean(figures[:, 0])
-    drawn = [_mean(figures[groups, 1 + i]) for i, groups in enumerate(chosen)]
-    return np.array([whole, *drawn])
+    drawn = np.take_along_axis(figures[:, 1:].T, chosen, axis=1)
+    return np.concatenate([_means(figures[None, :, 0]), _means(drawn)])
 
 
-def _mean(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else float("nan")
+def _means(values: np.ndarray) -> np.ndarray:
+    """The mean of the finite values of each row, `(rows,)`; NaN where there are none."""
+    finite = np.isfinite(values)
+    counts = finite.sum(axis=1)
+    sums = np.where(finite, values, 0).sum(axis=1)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

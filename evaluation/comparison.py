@@ -36,6 +36,7 @@ from pertstate.evaluation.metrics import COSTLY, FURTHER, AsPredicted
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import CEILING
+from pertstate.evaluation.read_ahead import read_ahead
 from pertstate.evaluation.scores import Scores
 from pertstate.evaluation.scoring import MAX_CELLS, Group, Predicted, RealCells, score_groups
 from pertstate.processing import StateProcessor, Vocabulary
@@ -183,7 +184,9 @@ def evaluate(
         field = CellEvalMetrics(scorer.vocabulary.genes, scorer.control) if cell_eval else None
         also = None if field is None else field.add
         results = list(
-            score_groups(cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly, also=also)
+            score_groups(
+                cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly, also=also, order=groups
+            )
         )
         if field is not None:
             field.give(results)
@@ -287,17 +290,17 @@ def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control,
     )
     ids = cell_ids(labels.index if barcodes is None else barcodes)
     of_context: dict[str, np.ndarray] = {}
-    for group in groups:
-        rows = np.asarray(grouped[group[1], group[2]])
-        rows = rows[order_of(ids[rows], len(rows), seed)][:max_cells]
+    rows_of = [np.asarray(grouped[context, name]) for _, context, name in groups]
+    rows_of = [rows[order_of(ids[rows], len(rows), seed)][:max_cells] for rows in rows_of]
+    read = read_ahead(
+        rows_of, lambda rows: _in_order(rows, lambda taken: reader.as_predicted(reader.features(guess, taken)))
+    )
+    for group, rows, found in zip(groups, rows_of, read, strict=True):
         if group[1] not in of_context:
             of_context = {group[1]: given("ids", cells.ids)(cells.rows(("", group[1], control), seed, max_cells))}
         # True if each cell was predicted from the control cell that is drawn at its place.
         paired = barcodes is not None and np.array_equal(ids[rows], of_context[group[1]][: len(rows)])
-        yield (
-            group,
-            Predicted(_in_order(rows, lambda taken: reader.as_predicted(reader.features(guess, taken))), paired),
-        )
+        yield group, Predicted(found, paired)
 
 
 def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> GroupMeans | None:

@@ -1,6 +1,7 @@
 """Further figures of merit: squared error, variance, zeros, two more distances of distributions, and discrimination."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from pertstate.base.messages import closest
+from pertstate.evaluation.bootstrap import weighted_distances
 from pertstate.losses import sinkhorn
 
 
@@ -83,10 +85,53 @@ def sinkhorn_divergence(x: np.ndarray, y: np.ndarray, blur: float = BLUR) -> flo
 
 
 def total_variance(cells: np.ndarray, weights: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """The sum over features of the variance of weighted cells, for each row of weights, `(rows,)`."""
-    center = means[0].astype(np.float32)
-    squares = np.square(cells - center).sum(axis=1, dtype=np.float64)
-    return weights.astype(np.float64) @ squares - np.square(means - center).sum(axis=1)
+    """
+    The sum over features of the variance of weighted cells, for each row of weights, `(.., rows)`.
+
+    Args:
+        cells (`np.ndarray` of shape `(.., cells, features)`), weights (`np.ndarray` of shape `(rows, cells)`), means (`np.ndarray` of
+            shape `(.., rows, features)`): the cells, how much each counts, and their means.
+    """
+    away = cells - means[..., :1, :].astype(np.float32)
+    squares = np.square(away, out=away).sum(axis=-1, dtype=np.float64)
+    moved = means - means[..., :1, :].astype(np.float32)
+    return squares @ weights.T.astype(np.float64) - np.einsum("...i,...i->...", moved, moved)
+
+
+@dataclass
+class WeightedCells:
+    """
+    Cells with how much each counts in each resampling, and what follows from them alone; or several sets of cells side by side.
+
+    Args:
+        cells (`np.ndarray` of shape `(.., cells, features)`), weights (`np.ndarray` of shape `(1 + draws, cells)`): float32.
+    """
+
+    cells: np.ndarray
+    weights: np.ndarray
+
+    @cached_property
+    def means(self) -> np.ndarray:
+        """The means of the cells, `(.., 1 + draws, features)` float64. The first row, the plain mean, is summed in float64."""
+        means = (self.weights @ self.cells).astype(np.float64)
+        means[..., 0, :] = self.cells.mean(axis=-2, dtype=np.float64)
+        return means
+
+    @cached_property
+    def within(self) -> np.ndarray:
+        """The mean distance of all pairs, `(.., 1 + draws)`."""
+        return weighted_distances(self.cells, self.cells, self.weights, self.weights)
+
+    @cached_property
+    def variance(self) -> np.ndarray:
+        """See [`total_variance`], `(.., 1 + draws)`."""
+        return total_variance(self.cells, self.weights, self.means)
+
+    @cached_property
+    def zeros(self) -> np.ndarray:
+        """The share of values that are 0, `(.., 1 + draws)`."""
+        shares = 1 - np.count_nonzero(self.cells, axis=-1) / self.cells.shape[-1]
+        return shares @ self.weights.T.astype(np.float64)
 
 
 class FurtherFigures:
@@ -100,9 +145,7 @@ class FurtherFigures:
     - sinkhorn: see [`sinkhorn_divergence`]. It is not found for resampled cells.
 
     Args:
-        real (`np.ndarray` of shape `(cells, features)`): the real cells of the group.
-        weights (`np.ndarray` of shape `(1 + draws, cells)`), means (`np.ndarray` of shape `(1 + draws, features)`): of the real cells
-            and of each resampling.
+        real ([`WeightedCells`]): the real cells of the group.
         bandwidth (`Callable`): gives the bandwidth of the kernel.
         expression (`bool`): the values are expression or counts, which may be 0.
         metrics (`tuple[str, ...]`): those of the figures [`COSTLY`] that are asked for.
@@ -110,45 +153,41 @@ class FurtherFigures:
 
     def __init__(
         self,
-        real: np.ndarray,
-        weights: np.ndarray,
-        means: np.ndarray,
+        real: WeightedCells,
         bandwidth: Callable[[], float],
         expression: bool,
         metrics: tuple[str, ...],
     ):
-        self.real, self.weights, self.means = real, weights, means
-        self.bandwidth, self.expression, self.metrics = bandwidth, expression, metrics
-
-    @cached_property
-    def _variance(self) -> np.ndarray:
-        return total_variance(self.real, self.weights, self.means)
+        self.real, self.bandwidth, self.expression, self.metrics = real, bandwidth, expression, metrics
 
     @cached_property
     def _within(self) -> np.ndarray:
-        return weighted_kernel(self.real, self.real, self.weights, self.weights, self.bandwidth())
+        real = self.real
+        return weighted_kernel(real.cells, real.cells, real.weights, real.weights, self.bandwidth())
 
-    def of(self, cells: np.ndarray, weights: np.ndarray, means: np.ndarray) -> dict[str, np.ndarray]:
+    def of(self, predicted: WeightedCells, errors: np.ndarray) -> list[dict[str, np.ndarray]]:
         """
-        The figures of predicted cells, each `(1 + draws,)` or `(1,)`.
+        The figures of several sets of predicted cells, each `(1 + draws,)` or `(1,)`.
 
         Args:
-            cells (`np.ndarray` of shape `(cells, features)`), weights (`np.ndarray` of shape `(1 + draws, cells)`), means (`np.ndarray`
-                of shape `(1 + draws, features)`): the predicted cells, and how much each counts in each resampling.
+            predicted ([`WeightedCells`]): the predicted cells, of shape `(sets, cells, features)`.
+            errors (`np.ndarray` of shape `(sets, 1 + draws, features)`): their means minus those of the real cells.
         """
-        found = {"mse": np.square(means - self.means).mean(axis=1)}
-        variance = total_variance(cells, weights, means)
+        real, weights = self.real, predicted.weights
+        several = {"mse": np.einsum("...i,...i->...", errors, errors) / errors.shape[-1]}
         with np.errstate(invalid="ignore", divide="ignore"):
-            found["variance_ratio"] = np.where(self._variance > 0, variance / self._variance, np.nan)
+            several["variance_ratio"] = np.where(real.variance > 0, predicted.variance / real.variance, np.nan)
         if self.expression:
-            found["zeros"] = weights.astype(np.float64) @ (cells == 0).mean(axis=1)
-        if "mmd" in self.metrics:
-            width = self.bandwidth()
-            own = weighted_kernel(cells, cells, weights, weights, width)
-            found["mmd"] = own + self._within - 2 * weighted_kernel(cells, self.real, weights, self.weights, width)
-        if "sinkhorn" in self.metrics:
-            found["sinkhorn"] = np.array([sinkhorn_divergence(cells, self.real)])
-        return found
+            several["zeros"] = predicted.zeros
+        figures = [{name: values[i] for name, values in several.items()} for i in range(len(errors))]
+        for found, cells in zip(figures, predicted.cells):
+            if "mmd" in self.metrics:
+                width = self.bandwidth()
+                own = weighted_kernel(cells, cells, weights, weights, width)
+                found["mmd"] = own + self._within - 2 * weighted_kernel(cells, real.cells, weights, real.weights, width)
+            if "sinkhorn" in self.metrics:
+                found["sinkhorn"] = np.array([sinkhorn_divergence(cells, real.cells)])
+        return figures
 
     def ceiling(self, first: np.ndarray, second: np.ndarray, cells: int) -> dict[str, np.ndarray]:
         """
@@ -158,18 +197,19 @@ class FurtherFigures:
             first, second (`np.ndarray` of shape `(splits, cells)`): how much each real cell counts in both halves of each split.
             cells (`int`): how many cells the perfect model predicts.
         """
-        means = [(part @ self.real).astype(np.float64) for part in (first, second)]
+        real = self.real.cells
+        means = [(part @ real).astype(np.float64) for part in (first, second)]
         found = {"mse": np.square(means[0] - means[1]).mean() / 4, "variance_ratio": 1.0}
         if self.expression:
-            found["zeros"] = (self.real == 0).mean()
+            found["zeros"] = (real == 0).mean()
         if "mmd" in self.metrics:
             between, a, b = (
-                weighted_kernel(self.real, self.real, u, v, self.bandwidth()).mean()
+                weighted_kernel(real, real, u, v, self.bandwidth()).mean()
                 for u, v in ((first, second), (first, first), (second, second))
             )
-            found["mmd"] = (a + b - 2 * between) * (1 + len(self.real) / cells) / 4
+            found["mmd"] = (a + b - 2 * between) * (1 + len(real) / cells) / 4
         # The ceiling is an estimate itself, so it gets no interval.
-        undefined = np.full(len(self.weights) - 1, np.nan)
+        undefined = np.full(len(self.real.weights) - 1, np.nan)
         return {name: np.r_[figure, undefined] for name, figure in found.items()}
 
 

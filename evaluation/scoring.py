@@ -1,16 +1,24 @@
 """Scores groups. Runs, the command and Python all use this code, so they score the same cells and give the same figures."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
+from threading import RLock
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
 
 from pertstate.base.cell_ids import order_of
-from pertstate.evaluation.baselines import BASELINES, NO_CHANGE, Baselines
+from pertstate.base.messages import given
+from pertstate.evaluation.baselines import BASELINES, MEAN_OF_ALL, NO_CHANGE, Baselines, ChangedCells
 from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation, generator_of, weighted_distances
-from pertstate.evaluation.further_metrics import FurtherFigures, bandwidth_of
+from pertstate.evaluation.further_metrics import FurtherFigures, WeightedCells, bandwidth_of
 from pertstate.evaluation.metrics import CEILING, FURTHER, METRICS, MODEL
+from pertstate.evaluation.read_ahead import read_ahead
 
 
 # The largest number of control, of predicted and of real cells of a group that are scored.
@@ -20,6 +28,8 @@ MAX_CELLS = 1000
 CELLS_FOR_EACH, FEWEST = 10, 100
 # Random halves of the real cells of a group, from which the ceiling is estimated.
 HALVES = 10
+# Values of cells that several baselines predict at once.
+_VALUES_TOGETHER = 1 << 18
 
 Group = tuple[str, str, str]
 
@@ -83,16 +93,21 @@ class ControlCells:
         self.cells, self.names, self.seed, self.draws = cells, names, seed, draws
         self.bandwidth_cells = cells
         self._smaller: dict[int, ControlCells] = {}
+        self._changed: tuple[np.ndarray, WeightedCells] | None = None
+        # Groups are scored in several threads.
+        self._lock = RLock()
 
     def first(self, number: int) -> "ControlCells":
         """The first `number` cells, or all if there are no more."""
         if number >= len(self.cells):
             return self
-        if number not in self._smaller:
-            smaller = ControlCells(self.cells[:number], self.names, self.seed, self.draws)
-            smaller.bandwidth_cells = self.bandwidth_cells
-            self._smaller = {number: smaller}
-        return self._smaller[number]
+        with self._lock:
+            smaller = self._smaller.get(number)
+            if smaller is None:
+                smaller = ControlCells(self.cells[:number], self.names, self.seed, self.draws)
+                smaller.bandwidth_cells = self.bandwidth_cells
+                self._smaller = {number: smaller}
+            return smaller
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -100,14 +115,29 @@ class ControlCells:
         return bootstrap_weights(generator_of(self.seed, self.names[1]), len(self.cells), self.draws)
 
     @cached_property
-    def means(self) -> np.ndarray:
-        """The mean of the cells, and of each resampling, `(1 + draws, features)` float64."""
-        return means_of(self.cells, self.weights)
+    def weighted(self) -> WeightedCells:
+        """The cells as one set, with their weights."""
+        return WeightedCells(self.cells[None], self.weights)
 
     @cached_property
-    def within(self) -> np.ndarray:
-        """The mean distance of all pairs of the cells, and of each resampling, `(1 + draws,)`."""
-        return weighted_distances(self.cells, self.cells, self.weights, self.weights)
+    def expression(self) -> np.ndarray:
+        """`expm1` of the cells."""
+        return np.expm1(self.cells)
+
+    def prepare(self) -> "ControlCells":
+        """Compute what all groups need, once, whatever thread asks first."""
+        with self._lock:
+            _ = self.weighted.within, self.weighted.variance, self.weighted.zeros
+        return self
+
+    def changed(self, change: np.ndarray, cells: Callable[[], np.ndarray]) -> WeightedCells:
+        """The cells with a change that several groups share, `cells()`, kept until another one is asked for."""
+        with self._lock:
+            if self._changed is None or self._changed[0] is not change:
+                found = WeightedCells(cells()[None], self.weights)
+                _ = found.within, found.variance, found.zeros
+                self._changed = change, found
+            return self._changed[1]
 
     @cached_property
     def bandwidth(self) -> float:
@@ -151,13 +181,6 @@ class GroupResult:
         return self.further.get(method, {}).get(metric)
 
 
-def means_of(cells: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted means of cells, `(rows, features)` float64. The first row, the plain mean, is summed in float64."""
-    means = (weights @ cells).astype(np.float64)
-    means[0] = cells.mean(axis=0, dtype=np.float64)
-    return means
-
-
 def score_group(
     group: Group,
     predicted: Predicted | None,
@@ -199,35 +222,36 @@ def score_group(
     Raises:
         FloatingPointError: a figure is infinite, or is NaN and not an undefined correlation; the error names it.
     """
-    controls = controls.first(max(FEWEST, CELLS_FOR_EACH * len(real)))
+    controls = controls.first(max(FEWEST, CELLS_FOR_EACH * len(real))).prepare()
+    control_means = controls.weighted.means[0]
     generator = generator_of(seed, *group[1:])
     weights = bootstrap_weights(generator, len(real), controls.draws)
-    observed = means_of(real, weights)
-    within = weighted_distances(real, real, weights, weights)
+    truth = WeightedCells(real, weights)
+    observed = truth.means - control_means
     result = GroupResult(
         group,
         figures={},
         reasons={},
         numbers={"real_cells": len(real), "control_cells": len(controls.cells)},
-        means={"control": controls.means[0].astype(np.float32), "observed": observed[0].astype(np.float32)},
+        means={"control": control_means[0].astype(np.float32), "observed": truth.means[0].astype(np.float32)},
     )
 
-    more = FurtherFigures(real, weights, observed, lambda: controls.bandwidth, baselines.clip, metrics)
+    more = FurtherFigures(truth, lambda: controls.bandwidth, baselines.clip, metrics)
 
-    def score(method: str, cells: np.ndarray, drawn: np.ndarray, means: np.ndarray, own: np.ndarray | None = None):
-        own = weighted_distances(cells, cells, drawn, drawn) if own is None else own
-        between = weighted_distances(cells, real, drawn, weights)
-        result.further[method] = more.of(cells, drawn, means)
-        if "discrimination" in metrics:
-            result.changes[method] = (means[0] - controls.means[0]).astype(np.float32)
-        result.figures[method] = np.stack(
-            [
-                correlation(means - controls.means, observed - controls.means),
-                np.abs(means - observed).mean(axis=1),
-                between - own / 2 - within / 2,
-            ],
-            axis=1,
-        )
+    def score(methods: list[str], found: WeightedCells):
+        between = weighted_distances(found.cells, real, found.weights, weights)
+        errors = found.means - truth.means
+        further = more.of(found, errors)
+        changes = found.means - control_means
+        figures = [
+            correlation(changes, observed),
+            np.abs(errors, out=errors).mean(axis=-1),
+            between - found.within / 2 - truth.within / 2,
+        ]
+        for i, method in enumerate(methods):
+            result.figures[method], result.further[method] = np.stack([of[i] for of in figures], axis=1), further[i]
+            if "discrimination" in metrics:
+                result.changes[method] = changes[i, 0].astype(np.float32)
 
     if predicted is not None:
         cells = predicted.cells[: len(controls.cells)] if predicted.of_controls else predicted.cells
@@ -237,18 +261,31 @@ def score_group(
             if alike
             else bootstrap_weights(generator_of(seed, *group[1:], MODEL), len(cells), controls.draws)
         )
-        means = means_of(cells, drawn)
-        score(MODEL, cells, drawn, means)
+        found = WeightedCells(cells[None], drawn)
+        score([MODEL], found)
         result.numbers["predicted_cells"], result.confidence = len(cells), predicted.confidence
-        result.means["predicted"] = means[0].astype(np.float32)
-    for method, change in baselines.of(group[2], controls.means[0]).items():
+        result.means["predicted"] = found.means[0, 0].astype(np.float32)
+    known = baselines.of(group[2], control_means[0])
+    result.reasons = {method: change for method, change in known.items() if isinstance(change, str)}
+    own = {}
+    for method, change in known.items():
         if isinstance(change, str):
-            result.reasons[method] = change
-        elif method == NO_CHANGE:
-            score(method, controls.cells, controls.weights, controls.means, controls.within)
+            continue
+        if method == NO_CHANGE:
+            score([method], controls.weighted)
+        elif method == MEAN_OF_ALL:
+            # The same for all groups of the context.
+            added = given("the mean change", change.added)
+            score([method], controls.changed(added, partial(change.apply, controls.cells, baselines.clip)))
         else:
-            changed = change.apply(controls.cells, baselines.clip)
-            score(method, changed, controls.weights, means_of(changed, controls.weights))
+            own[method] = change
+    changed = ChangedCells(controls.cells, lambda: controls.expression, baselines.clip)
+    # Few cells are changed in all ways at once, many in one after another.
+    together = max(1, _VALUES_TOGETHER // controls.cells.size)
+    for start in range(0, len(own), together):
+        some = dict(islice(own.items(), start, start + together))
+        cells = np.stack([changed.of(change) for change in some.values()])
+        score(list(some), WeightedCells(cells, controls.weights))
     if len(real) < 4:
         result.reasons[CEILING] = "fewer than four real cells"
     else:
@@ -271,7 +308,7 @@ def _halves(cells: int, generator: np.random.Generator) -> tuple[np.ndarray, np.
 
 def _ceiling(real: np.ndarray, controls: ControlCells, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     means = [(part @ real).astype(np.float64) for part in (first, second)]
-    of_halves = correlation(*(mean - controls.means[0] for mean in means))
+    of_halves = correlation(*(mean - controls.weighted.means[0, 0] for mean in means))
     r = float(of_halves[np.isfinite(of_halves)].mean()) if np.isfinite(of_halves).any() else np.nan
     between, a, b = (
         weighted_distances(real, real, u, v).mean() for u, v in ((first, second), (first, first), (second, second))
@@ -305,9 +342,11 @@ def score_groups(
     draws: int = DRAWS,
     metrics: tuple[str, ...] = (),
     also: Callable[[Group, Predicted | None, np.ndarray, np.ndarray], None] | None = None,
+    order: Sequence[Group] | None = None,
 ) -> Iterator[GroupResult]:
     """
-    Score groups one after another.
+    Score groups, as many at a time as torch has threads (`OMP_NUM_THREADS` sets how many). Each is scored by one thread alone, so the
+    figures do not depend on their number. So many groups, and one that is read, are in memory.
 
     Args:
         real ([`RealCells`]): real cells and their controls.
@@ -321,25 +360,38 @@ def score_groups(
         draws (`int`): resamplings of the bootstrap.
         metrics (`tuple[str, ...]`): those of the figures [`COSTLY`] that are asked for.
         also (`Callable`, *optional*): is given each group, its predicted and real cells, and the control cells of its context.
+        order (`Sequence[Group]`, *optional*): the groups that `groups` will give. Real cells of small ones are then read together.
 
     Returns:
         Iterator of the [`GroupResult`] of each group, in the order of `groups`.
     """
     kept: dict[tuple[str, str], ControlCells] = {}
-    for group, predicted in groups:
-        place = group[:2]
-        if place not in kept:
-            rows = real.rows((*place, control), seed, max_cells)
-            kept = {place: ControlCells(real.scored(rows), place, seed, draws)}
-        cells = real.scored(real.rows(group, seed, max_cells))
-        result = score_group(group, predicted, cells, kept[place], baselines, seed, metrics)
-        if also is not None:
-            also(group, predicted, cells, kept[place].cells)
-        shown = {"control": kept[place].cells, "observed": cells}
+    waiting: deque[Future[GroupResult]] = deque()
+    workers = torch.get_num_threads()
+
+    def score(group: Group, predicted: Predicted | None, cells: np.ndarray, controls: ControlCells) -> GroupResult:
+        result = score_group(group, predicted, cells, controls, baselines, seed, metrics)
+        shown = {"control": controls.cells, "observed": cells}
         if predicted is not None:
             shown["predicted"] = predicted.cells
         result.samples = {name: of[:samples].astype(np.float32) for name, of in shown.items()}
-        yield result
+        return result
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        ahead = None if order is None else read_ahead((real.rows(of, seed, max_cells) for of in order), real.scored)
+        for group, predicted in groups:
+            cells = real.scored(real.rows(group, seed, max_cells)) if ahead is None else next(ahead)
+            place = group[:2]
+            if place not in kept:
+                rows = real.rows((*place, control), seed, max_cells)
+                kept = {place: ControlCells(real.scored(rows), place, seed, draws)}
+            if also is not None:
+                also(group, predicted, cells, kept[place].cells)
+            waiting.append(pool.submit(score, group, predicted, cells, kept[place]))
+            if len(waiting) == workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def methods_of(results: list[GroupResult]) -> list[str]:

@@ -79,6 +79,7 @@ _FAMILIES = (
     Family("cpa", "CPA"),
     Family("scvi", "SCVI"),
     Family("perturbation_mean", "PerturbationMean"),
+    Family("log_fold_change", "LogFoldChange"),
     Family("context_mean", "ContextMean"),
     Family("linear", "Linear"),
     Family("additive", "Additive"),

@@ -128,6 +128,7 @@ def means(processor: StateProcessor) -> TrainingMeans:
         context_ids=np.array([0, 1]),
         context_means=rng.random((2, processor.feature_dim)),
         control_means=rng.random((2, processor.feature_dim)),
+        log_folds=rng.normal(size=(2, processor.feature_dim)),
     )
 
 

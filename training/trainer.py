@@ -365,8 +365,9 @@ class StateTrainer(Trainer):
         real, baselines = real_cells_of(cells, processor, self.decodes), self.baselines()
         model = self.accelerator.unwrap_model(self.model)
         rank, processes = self.args.process_index, self.args.world_size
-        own = predicted_groups(model, processor, real, groups[rank::processes], seed)
-        results = list(score_groups(real, own, processor.control, baselines, seed, samples=samples_of(len(groups))))
+        own = groups[rank::processes]
+        found, kept = predicted_groups(model, processor, real, own, seed), samples_of(len(groups))
+        results = list(score_groups(real, found, processor.control, baselines, seed, samples=kept, order=own))
         gathered = sorted(gather_object(results), key=lambda result: result.group)
         features = processor.vocabulary.genes or processor.output_names(len(gathered[0].means["observed"]))
         scores = scores_of(gathered, features, self.record, "the model", seed=seed, is_ceiling=self.model.is_ceiling)

@@ -11,6 +11,7 @@ from pertstate.evaluation.assembly import scores_of
 from pertstate.evaluation.baselines import NO_CHANGE, Baselines
 from pertstate.evaluation.bootstrap import bootstrap_weights
 from pertstate.evaluation.further_metrics import (
+    WeightedCells,
     bandwidth_of,
     discrimination,
     sinkhorn_divergence,
@@ -20,7 +21,7 @@ from pertstate.evaluation.further_metrics import (
 from pertstate.evaluation.group_scores import logged_figures
 from pertstate.evaluation.metrics import CEILING, CHEAP, COSTLY, FURTHER, MODEL
 from pertstate.evaluation.scores import format_scores
-from pertstate.evaluation.scoring import ControlCells, GroupResult, Predicted, means_of, score_group
+from pertstate.evaluation.scoring import ControlCells, GroupResult, Predicted, score_group
 from pertstate.losses.sinkhorn import SinkhornLoss
 
 
@@ -93,7 +94,7 @@ def test_resampled_figures_are_those_of_the_drawn_cells():
     kernel = weighted_kernel(x, y, *weights, bandwidth=2.0, block=4)
     expected = [np.exp(-cdist(a, b, "sqeuclidean") / 8).mean() for a, b in zip(*drawn)]
     np.testing.assert_allclose(kernel, expected, rtol=1e-5)
-    variances = total_variance(x, weights[0], means_of(x, weights[0]))
+    variances = total_variance(x, weights[0], WeightedCells(x, weights[0]).means)
     np.testing.assert_allclose(variances, [of.var(axis=0).sum() for of in drawn[0]], rtol=1e-5)
 
 

@@ -15,6 +15,8 @@ from pertstate import (
     ContextMeanForPerturbation,
     LinearConfig,
     LinearForPerturbation,
+    LogFoldChangeConfig,
+    LogFoldChangeForPerturbation,
     PerturbationMeanConfig,
     PerturbationMeanForPerturbation,
 )
@@ -40,6 +42,7 @@ def toy_means(by_features: int | None = None, dim: int = D) -> TrainingMeans:
         context_ids=np.array([0, 2]),
         context_means=rng(3).random((2, dim)),
         control_means=rng(4).random((2, dim)),
+        log_folds=rng(6).normal(size=(3, dim)),
     )
 
 
@@ -111,6 +114,13 @@ class TestPerturbationMean(FittedTests):
     fields = {"num_entries": 4, "entry_width": 2}
     golden = [2.20218, 2.513657, 2.012275, 0.0]
     golden_mean = 1.137104
+
+
+class TestLogFoldChange(FittedTests):
+    model_type = "state-log-fold-change"
+    fields = {"num_entries": 4, "entry_width": 2}
+    golden = [2.802447, 3.302498, 0.293056, 0.726282]
+    golden_mean = 1.13312
 
 
 class TestContextMean(FittedTests):
@@ -232,6 +242,61 @@ def test_perturbations_of_one_vector_share_the_mean_of_their_changes():
     x = cells(1)
     found = model(x, perturbation_features=torch.from_numpy(means.perturbation_features[:1])).predictions
     torch.testing.assert_close(found, x + torch.from_numpy((means.changes[0] + means.changes[2]) / 2).float())
+
+
+# Log fold change
+
+
+def fold_change(**sizes) -> LogFoldChangeForPerturbation:
+    return fitted(LogFoldChangeConfig(input_dim=D, **(sizes or {"num_perturbations": 4})))
+
+
+def times(x: torch.Tensor, log_fold) -> torch.Tensor:
+    return torch.from_numpy(np.log1p(np.expm1(x.numpy().astype(np.float64)) * np.exp(log_fold))).float()
+
+
+def test_expression_is_multiplied_and_combinations_multiply_unless_they_were_measured():
+    model, folds, x = fold_change(), toy_means().log_folds, cells(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        outputs = model(x, perturbation_ids=ids([0, -1], [1, 2], [0, 1], [1, 0], [-1, -1]))
+    expected = [folds[0], folds[2], folds[0] + folds[1], folds[0] + folds[1], np.zeros(D)]
+    torch.testing.assert_close(outputs.predictions, times(x, np.stack(expected)[:, None]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(outputs.predictions[4], x[4]) and outputs.unseen.tolist() == [False] * 5
+    assert (model.config.num_entries, model.config.entry_width) == (4, 2)
+    # No cell expresses a gene that it lacked.
+    assert torch.equal(model(0 * x, perturbation_ids=ids([0], [1], [0], [1], [0])).predictions, 0 * x)
+
+
+def test_a_dose_is_a_power_of_the_fold_change():
+    model, folds, x = fold_change(), toy_means().log_folds, cells(3)
+    doses = torch.tensor([[0.5, 7.0], [2.0, -1.0], [0.5, 1.0]])
+    # The pair 1 and 2 was measured at doses of 1 alone, and 2 not without 1.
+    with pytest.warns(UnseenWarning, match="^1 of 3 sentences: neither their perturbation nor all of its parts have"):
+        outputs = model(x, ids([0, -1], [1, 0], [2, 1]), doses)
+    assert outputs.unseen.tolist() == [False, False, True]
+    expected = np.stack([0.5 * folds[0], 2 * folds[1] - folds[0]])[:, None]
+    torch.testing.assert_close(outputs.predictions[:2], times(x[:2], expected), atol=1e-6, rtol=1e-6)
+    assert not torch.equal(outputs.predictions[2], times(x[2], folds[2]))
+
+
+def test_fold_changes_of_perturbations_by_features_are_known_by_their_vector():
+    model, means, x = fold_change(perturbation_dim=6), toy_means(6), cells(2)
+    vectors = torch.from_numpy(means.perturbation_features[[2, 2]])
+    vectors[1] += 1e-6
+    with pytest.warns(UnseenWarning, match="1 of 2 sentences"):
+        outputs = model(x, perturbation_features=vectors)
+    torch.testing.assert_close(outputs.predictions[0], times(x[0], means.log_folds[2]), atol=1e-6, rtol=1e-6)
+    assert torch.equal(outputs.predictions[1], x[1])
+
+
+def test_only_expression_is_multiplied():
+    with pytest.raises(ValueError, match="multiplies expression, .* expected nonnegative_output=True, found False"):
+        LogFoldChangeConfig(input_dim=D, num_perturbations=4, nonnegative_output=False)
+    means = toy_means()
+    means.log_folds = None
+    with pytest.raises(ValueError, match="state-log-fold-change: expected log1p expression, .* found other values"):
+        fitted(LogFoldChangeConfig(input_dim=D, num_perturbations=4), means)
 
 
 # Context mean

@@ -31,7 +31,7 @@ from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.stores import write_parquet
 from pertstate.evaluation import Baselines, controls_of, predict
-from pertstate.evaluation.baselines import ADDITIVE, PERTURBATION_MEAN
+from pertstate.evaluation.baselines import ADDITIVE, LOG_FOLD_CHANGE, PERTURBATION_MEAN
 from pertstate.families import FAMILIES
 from pertstate.training import StateTrainer, StateTrainingArguments
 
@@ -180,6 +180,7 @@ def test_closed_forms_are_exact_on_real_cells(shared, tmp_path):
 FIGURES = {
     "perturbation_mean": {"same as": PERTURBATION_MEAN},
     "additive": {"same as": ADDITIVE},
+    "log_fold_change": {"same as": LOG_FOLD_CHANGE},
     # Pearson, MAE and energy distance of the five held-out doubles.
     "linear": {"test_pearson": 0.8693, "test_mae": 0.0050, "test_energy": 0.0410},
     "context_mean": {"test_pearson": 0.1675, "test_mae": 0.0086, "test_energy": 1.1016},
@@ -199,7 +200,7 @@ def test_the_documented_runs(shared, tmp_path, monkeypatch, name):
     expected = dict(FIGURES[name])
     if same := expected.pop("same as", None):
         expected = {f"test_{m}": metrics[f"test_{same.replace(' ', '_')}_{m}"] for m in ("pearson", "mae", "energy")}
-    assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=6e-5)
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=1e-6 if same else 6e-5)
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Fitted in one pass over the training cells, without gradient steps" in card
     assert "Control cells of contexts that are held out whole were not used in training." in card
@@ -295,6 +296,8 @@ def test_memory_store_and_stream_give_the_same_weights(folder, tmp_path, model_t
         places = [found["entries"].tolist().index(ids + [-1] * (2 - len(ids))) for ids in entries]
         expected = np.stack([changes["+".join(parts)] if parts else np.zeros(40) for parts in names])
         np.testing.assert_allclose(found["changes"][places].numpy(), expected, atol=1e-6)
+    elif model_type == "state-log-fold-change":
+        assert found["log_folds"].shape == (5, 40) and (found["log_folds"][1:] != 0).any(dim=1).all()
     elif model_type == "state-context-mean":
         np.testing.assert_allclose(found["perturbed_means"].numpy(), np.stack(list(perturbed.values())), atol=1e-6)
     elif model_type == "state-additive":

@@ -1,0 +1,1 @@
+"""The control cell times the geometric mean fold change of its perturbation."""
