@@ -9,7 +9,7 @@ import h5py
 
 from pertstate.base.bounded_text import kind_of, load_json
 from pertstate.base.messages import some
-from pertstate.data.hdf5_texts import check_heaps, text_bytes
+from pertstate.data.hdf5_texts import CheckedBytes, text_bytes
 
 
 MOST_OBJECTS = 200_000
@@ -34,12 +34,33 @@ def check_hdf5(file: h5py.File):
         ValueError: a link or a dataset leaves the file, names take more memory than the file could fill, or a heap of texts
             is damaged; it is named.
     """
-    size = os.path.getsize(file.filename)
-    check_heaps(file.filename, file.id.get_create_plist().get_sizes()[1])
+    path = file.filename
+    status = os.stat(path)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if _CHECKED.get(path) == state:
+        return
+    with CheckedBytes(path) as content:
+        try:
+            with h5py.File(content, "r") as checked:
+                content.opened(checked)
+                _check_objects(checked, content, status.st_size)
+        except OSError:
+            if content.fault is not None:
+                raise content.fault from None
+            raise
+    _CHECKED[path] = state
+
+
+# Files that were found whole, with what tells that they have not changed since.
+_CHECKED: dict[str, tuple[int, ...]] = {}
+
+
+def _check_objects(file: h5py.File, content: CheckedBytes, size: int):
     seen: set[int] = set()
     groups: list[tuple[str, h5py.h5g.GroupID]] = [("", h5py.h5g.open(file.id, b"/"))]
     while groups:
         place, group = groups.pop()
+        content.check_attributes(h5py.Group(group), place or "the file")
         for name in group:
             if place.count("/") >= DEEPEST:
                 raise ValueError(f"{place[:100]}.. is nested more than {DEEPEST} deep; write the file again")
@@ -65,7 +86,9 @@ def check_hdf5(file: h5py.File):
             if found.type == h5py.h5o.TYPE_GROUP:
                 groups.append((where, h5py.h5g.open(group, name)))
             elif found.type == h5py.h5o.TYPE_DATASET:
-                _check_dataset(h5py.h5d.open(group, name), where, size)
+                dataset = h5py.h5d.open(group, name)
+                content.check_attributes(h5py.Dataset(dataset), where)
+                _check_dataset(dataset, content, where, size)
 
 
 _ADVICE = "only what lies in the file itself is read: write the data into one file, with adata.write_h5ad"
@@ -73,7 +96,7 @@ _ADVICE = "only what lies in the file itself is read: write the data into one fi
 _TABLES = ("obs/", "var/", "raw/var/", "uns/", "raw.var/")
 
 
-def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
+def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: str, size: int):
     created = dataset.get_create_plist()
     layout = created.get_layout()
     if layout == h5py.h5d.CONTIGUOUS and created.get_external_count():  # no other layout can be in another file
@@ -106,7 +129,7 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, where: str, size: int):
             f"{where} has {elements:,} values, in parts of {chunk:,}, which would take {chunk * kind.get_size():,} bytes; write "
             "the file again"
         )
-    shared = text_bytes(dataset, 2 * size + SMALL, size)
+    shared = text_bytes(dataset, content, 2 * size + SMALL, size)
     if shared > 2 * size + SMALL:
         raise ValueError(
             f"{where} has texts of {shared:,} bytes together, in a file of {size:,} bytes; write the file again"

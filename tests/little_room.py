@@ -1,4 +1,4 @@
-"""Reading in a process of its own that may take little more memory than this one, and some seconds."""
+"""Reading in a process of its own that may take little more memory than this one, or as much as it likes, and some seconds."""
 
 import os
 import resource
@@ -6,15 +6,16 @@ import signal
 import traceback
 
 
-def in_little_room(read, *arguments, memory: int = 1 << 30, seconds: int = 20) -> str:
+def in_little_room(read, *arguments, memory: int | None = 1 << 30, seconds: int = 20) -> str:
     """What `read(*arguments)` gives, as text; or the message of its ValueError, or the traceback of any other error."""
     said, say = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            with open("/proc/self/statm") as statm:
-                room = int(statm.read().split()[0]) * resource.getpagesize() + memory
-            resource.setrlimit(resource.RLIMIT_AS, (room, room))
+            if memory is not None:
+                with open("/proc/self/statm") as statm:
+                    room = int(statm.read().split()[0]) * resource.getpagesize() + memory
+                resource.setrlimit(resource.RLIMIT_AS, (room, room))
             signal.alarm(seconds)
             try:
                 text = f"read: {read(*arguments)}"

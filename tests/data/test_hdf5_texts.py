@@ -1,6 +1,10 @@
 """The bytes of texts, counted where they lie, are those that come out when they are read."""
 
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import anndata as ad
 import h5py
@@ -10,7 +14,8 @@ import pytest
 
 from pertstate.cli import main
 from pertstate.data import hdf5_texts
-from pertstate.data.hdf5_texts import check_heaps, text_bytes
+from pertstate.data.hdf5_texts import CheckedBytes, text_bytes
+from pertstate.data.self_contained import check_hdf5
 
 
 TEXTS = ["", "a", "bc", "ä" * 7, "d" * 300] * 101
@@ -51,12 +56,20 @@ WRITERS = {
     ),
     "lists": (lambda file: file.create_dataset("x", data=RAGGED, dtype=h5py.vlen_dtype(np.int32)), 4 * 1005),
     "in a header": (compact, LENGTH),
-    "one text": (lambda file: file.create_dataset("x", data="abc", dtype=TEXT), 0),
+    "one text": (lambda file: file.create_dataset("x", data="abc", dtype=TEXT), 3),
     "no text": (lambda file: file.create_dataset("x", shape=(0,), dtype=TEXT), 0),
     "never written": (lambda file: file.create_dataset("x", shape=(1000,), dtype=TEXT), 0),
     "numbers": (lambda file: file.create_dataset("x", data=np.arange(1000)), 0),
     "of one width": (lambda file: file.create_dataset("x", data=np.array(TEXTS[:3], dtype="S9")), 0),
 }
+
+
+@contextmanager
+def checked(path: Path) -> Iterator[tuple[h5py.File, CheckedBytes]]:
+    """A file whose heaps are checked while it is read."""
+    with CheckedBytes(path) as content, h5py.File(content, "r") as file:
+        content.opened(file)
+        yield file, content
 
 
 @pytest.mark.parametrize("block", [0, 512])
@@ -65,8 +78,8 @@ def test_texts_are_counted(tmp_path, name, block):
     write, expected = WRITERS[name]
     with h5py.File(tmp_path / "x.h5", "w", userblock_size=block) as file:
         write(file)
-    with h5py.File(tmp_path / "x.h5") as file:
-        assert text_bytes(file["x"].id, 10**12, 10**6) == expected
+    with checked(tmp_path / "x.h5") as (file, content):
+        assert text_bytes(file["x"].id, content, 10**12, 10**6) == expected
 
 
 @pytest.mark.parametrize("name", ["in one piece", "gzip", "records in parts"])
@@ -75,15 +88,15 @@ def test_they_are_counted_without_being_read(tmp_path, name, monkeypatch):
         WRITERS[name][0](file)
     monkeypatch.setattr(hdf5_texts, "_counted", None)
     monkeypatch.setattr(h5py.Dataset, "__getitem__", None)
-    with h5py.File(tmp_path / "x.h5") as file:
-        assert text_bytes(h5py.h5d.open(file.id, b"x"), 10**12, 10**6) == WRITERS[name][1]
+    with checked(tmp_path / "x.h5") as (file, content):
+        assert text_bytes(h5py.h5d.open(file.id, b"x"), content, 10**12, 10**6) == WRITERS[name][1]
 
 
 def test_counting_ends_where_it_is_enough(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         compact(file)
-    with h5py.File(tmp_path / "x.h5") as file:
-        found = text_bytes(file["x"].id, 1000, 1 << 29)  # two texts at once
+    with checked(tmp_path / "x.h5") as (file, content):
+        found = text_bytes(file["x"].id, content, 1000, 1 << 29)  # two texts at once
         assert 1000 < found < 2000
 
 
@@ -91,8 +104,8 @@ def test_lists_of_texts_are_refused(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         kind = h5py.h5t.array_create(h5py.h5t.py_create(TEXT, logical=True), (2,))
         h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple((3,)))
-        with pytest.raises(ValueError, match="lists of texts are not read"):
-            text_bytes(h5py.h5d.open(file.id, b"x"), 10, 10)
+    with checked(tmp_path / "x.h5") as (file, content), pytest.raises(ValueError, match="lists of texts are not read"):
+        text_bytes(h5py.h5d.open(file.id, b"x"), content, 10, 10)
 
 
 def parts_of_heap(content: bytes) -> tuple[int, int]:
@@ -104,27 +117,62 @@ def parts_of_heap(content: bytes) -> tuple[int, int]:
     return first, place
 
 
-@pytest.mark.parametrize("part, size", [(0, 2**64 - 16), (0, 2**40), (1, 0), (1, 15), (1, 2**40)])
-def test_a_damaged_heap_is_refused(tmp_path, part, size):
+def an_attribute(file: h5py.File):
+    file.create_group("x").attrs.create("names", TEXTS[:3], dtype=TEXT)
+
+
+def a_fill_value(file: h5py.File):
+    file.create_dataset("x", shape=(10,), chunks=(5,), dtype=TEXT, fillvalue="abc")
+
+
+HELD = {name: write for name, (write, expected) in WRITERS.items() if expected and name != "of one width"}
+HELD |= {"an attribute": an_attribute, "a fill value": a_fill_value}
+REFUSED = r"the texts at byte [\d,]+ of the file are damaged; copy the file again"
+
+
+@pytest.mark.parametrize("end", [0, 1 << 33], ids=["small", "large"])
+@pytest.mark.parametrize("block", [0, 512])
+@pytest.mark.parametrize("name", HELD)
+def test_a_damaged_heap_is_refused_whatever_has_its_texts(tmp_path, name, block, end):
     """HDF5 reads it for ever where the free rest has no size."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w", userblock_size=block) as file:
+        HELD[name](file)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, parts_of_heap(content)[1] + 8, 0)
+    path.write_bytes(content)
+    if end:
+        os.truncate(path, end)  # it takes no room on the disk
+    with h5py.File(path) as file, pytest.raises(ValueError, match=REFUSED):
+        check_hdf5(file)
+
+
+@pytest.mark.parametrize("part, size", [(0, 2**64 - 16), (0, 2**40), (1, 0), (1, 15), (1, 2**40)])
+def test_a_heap_is_damaged_in_many_ways(tmp_path, part, size):
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=TEXTS[:3], dtype=TEXT)
-        length = file.id.get_create_plist().get_sizes()[1]
     content = bytearray(path.read_bytes())
-    check_heaps(path, length)
     struct.pack_into("<Q", content, parts_of_heap(content)[part] + 8, size)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"the texts at byte [\d,]+ of the file are damaged; copy the file again"):
-        check_heaps(path, length)
+    with h5py.File(path) as file, pytest.raises(ValueError, match=REFUSED):
+        check_hdf5(file)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", HELD)
 def test_heaps_as_they_are_written_are_whole(tmp_path, name):
     with h5py.File(tmp_path / "x.h5", "w") as file:
-        WRITERS[name][0](file)
-        length = file.id.get_create_plist().get_sizes()[1]
-    check_heaps(tmp_path / "x.h5", length)
+        HELD[name](file)
+    with h5py.File(tmp_path / "x.h5") as file:
+        check_hdf5(file)
+
+
+def test_an_attribute_of_one_text_many_times_is_refused(tmp_path):
+    """All could be the one of 10 MB."""
+    with h5py.File(tmp_path / "x.h5", "w", libver="latest") as file:
+        file.create_group("x").attrs.create("names", ["d" * 10_000_019, *TEXTS[:2000]], dtype=TEXT)
+    with h5py.File(tmp_path / "x.h5") as file, pytest.raises(ValueError, match=r"506 texts of up to 10,000,056 bytes"):
+        check_hdf5(file)
 
 
 def test_a_file_whose_heap_is_damaged_is_one_line(tmp_path, capsys):

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -155,11 +154,6 @@ WRITERS = {
     "a number of a megabyte.csv": (lambda path: path.write_text("name,x\nA," + "9" * 130_000 + "\n"), "found inf"),
     "names that are one.csv": (lambda path: path.write_text("name,x\n" + "A,1\n" * 200_000), "names stand twice"),
     "not a number.csv": (lambda path: path.write_text("name,x\nA,nan\n"), "found nan in the vector of 'A'"),
-    # pyarrow ends the process when it is asked for the columns of this file.
-    "levels.parquet": (
-        lambda path: shutil.copy(Path(__file__).with_name("damaged_levels.parquet"), path),
-        "cannot be read as parquet",
-    ),
     "many rows.parquet": (many_rows, "would take"),
     "one long name.parquet": (one_long_name, "would take|expected a name for each|names stand twice"),
     "a list of a billion.parquet": (a_list_of_a_billion, "would take"),
@@ -213,3 +207,10 @@ def test_hostile_features_are_one_error(tmp_path, name):
     assert time.perf_counter() - start < SECONDS
     assert "Traceback" not in said and re.search(message, said) and len(said) < 2000, said[:3000]
     assert said.startswith((str(path), "read: ")), said[:300]
+
+
+def test_a_file_on_which_pyarrow_ends_the_process_is_one_error():
+    """It ends when it is asked for the columns. With little memory it would fail before."""
+    path = Path(__file__).with_name("damaged_levels.parquet")
+    said = in_little_room(read_perturbation_features, path, memory=None)
+    assert said.startswith(f"{path}: cannot be read as parquet") and "histogram" in said
