@@ -4,7 +4,8 @@ cells in memory and in a store.
 
 All ceilings are measured in the same run. A step is forward, backward, loss, clip and AdamW; its share counts the matrix
 products of the network alone, over the whole step's time. The part "runs" trains with the Trainer, once with cells on the device and
-once with cells on the host, beside the bare step of the same model and batch; the first steps are not timed.
+once with cells on the host, beside the bare step of the same model and batch; the first steps are not timed. It also times the making of a batch
+alone, in both places, without the sending of one that is made on the host.
 
     python benchmarks/gpu.py [--parts precision losses steps runs profile]
     python benchmarks/gpu.py --device cpu --small    # only shows that it runs
@@ -30,6 +31,7 @@ from transformers import TrainerCallback
 from pertstate import StateConfig, StateForPerturbation, objective_for
 from pertstate.data import SentenceDataset, Splits, load_cells, load_store, prepare
 from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.cells_on_device import CellsOnDevice
 from pertstate.losses.energy import energy_distance
 from pertstate.losses.sinkhorn import SinkhornLoss
 from pertstate.training import StateTrainer, StateTrainingArguments
@@ -244,6 +246,14 @@ def of_a_training(cells, processor, size, device: str, there: bool) -> tuple[flo
     return 1000 * took, sentences * float(dataset.sizes().mean()) / took
 
 
+def making_a_batch(cells, processor, size, device: str, there: bool) -> float:
+    """Milliseconds of making a batch."""
+    dataset = SentenceDataset(cells, processor, "train", size[2], multiple_of=size[1])
+    if there:
+        dataset.place_cells(CellsOnDevice(cells, torch.device(device), whole=True))
+    return milliseconds(lambda: dataset.__getitems__(list(range(size[1]))), device)
+
+
 def runs(device: str, size, of_data: tuple[int, int], of_wide: tuple[int, int]):
     """Trainings from memory, from a store, and of many genes, beside the bare step."""
     print(
@@ -258,13 +268,14 @@ def runs(device: str, size, of_data: tuple[int, int], of_wide: tuple[int, int]):
             else:
                 data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")})
                 loaded = load_store(prepare(data, folder / "store", PrepareArguments(), quiet=True), held)
+            made = [making_a_batch(*loaded, size, device, place) for place in (True, False)]
             bare = milliseconds(training_step(*size, "bf16", device, genes)[0], device)
             there, rate = of_a_training(*loaded, size, device, there=True)
             gc.collect()  # the cells of that training
             torch.cuda.empty_cache()
             host, _ = of_a_training(*loaded, size, device, there=False)
             print(
-                f"{kind:<7}{cells:>8,} x {genes:<7,}{there:8.2f} {host:8.2f} {bare:8.2f} {rate:10,.0f} {there / bare - 1:+6.0%}",
+                f"{kind:<7}{cells:>8,} x {genes:<7,}{made[0]:8.2f} {made[1]:8.2f} {there:8.2f} {host:8.2f} {bare:8.2f} {rate:10,.0f} {there / bare - 1:+6.0%}",
                 flush=True,
             )
 
