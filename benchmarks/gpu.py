@@ -4,10 +4,10 @@ cells in memory and in a store.
 
 All ceilings are measured in the same run. A step is forward, backward, loss, clip and AdamW; its share counts the matrix
 products of the network alone, over the whole step's time. The part "runs" trains with the Trainer, once with cells on the device and
-once with cells on the host, beside the bare step of the same model and batch; the first steps are not timed. It also times the making of a batch
+once with cells on the host, beside the bare step of the same model and batch; the first steps are not timed. The part "batches" times the making of a batch
 alone, in both places, without the sending of one that is made on the host.
 
-    python benchmarks/gpu.py [--parts precision losses steps runs profile]
+    python benchmarks/gpu.py [--parts precision losses steps runs batches profile]
     python benchmarks/gpu.py --device cpu --small    # only shows that it runs
 """
 
@@ -17,7 +17,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata as ad
@@ -37,7 +37,7 @@ from pertstate.losses.sinkhorn import SinkhornLoss
 from pertstate.training import StateTrainer, StateTrainingArguments
 
 
-PARTS = ("precision", "losses", "steps", "runs", "profile")
+PARTS = ("precision", "losses", "steps", "runs", "batches", "profile")
 LOSSES = ((8, 64, 2000), (16, 128, 2000), (16, 512, 2000), (1, 2048, 512), (2, 4096, 2000), (8, 64, 18000))
 # Each size is a preset, the sentences of a batch, and the cells of a sentence.
 STEPS = (("small", 16, 128), ("small", 64, 128), ("base", 16, 512), ("large", 16, 512))
@@ -46,6 +46,9 @@ GENES = 2000
 # Trainings: the size of the model, sentences of a batch, cells of a sentence; cells and genes of the data, and of wide data.
 RUNS = (("base", 16, 512), (100_000, 2000), (20_000, 18_000))
 SMALL_RUNS = (("tiny", 4, 16), (1000, 50), (400, 300))
+# Batches: cells and genes of the data, sentences of a batch, cells of a sentence.
+BATCHES = ((10_000, 2000, 8, 64), (10_000, 2000, 16, 512), (3000, 18_000, 8, 64))
+SMALL_BATCHES = ((1000, 50, 4, 16),)
 STEPS_OF_A_RUN, WARM = 60, 20
 
 
@@ -246,38 +249,54 @@ def of_a_training(cells, processor, size, device: str, there: bool) -> tuple[flo
     return 1000 * took, sentences * float(dataset.sizes().mean()) / took
 
 
-def making_a_batch(cells, processor, size, device: str, there: bool) -> float:
-    """Milliseconds of making a batch."""
-    dataset = SentenceDataset(cells, processor, "train", size[2], multiple_of=size[1])
-    if there:
-        dataset.place_cells(CellsOnDevice(cells, torch.device(device), whole=True))
-    return milliseconds(lambda: dataset.__getitems__(list(range(size[1]))), device)
+def screens(sizes) -> Iterator[tuple[str, tuple[int, int], tuple]]:
+    """Cells and their processor, in memory and in a store, of each number of cells and genes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        held = Splits({"screen": [folder / "screen.h5ad"]}, {"screen"})
+        for number, size in enumerate(sizes):
+            screen(*size).write_h5ad(folder / "screen.h5ad")
+            yield "memory", size, load_cells(held)
+            data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")})
+            yield (
+                "store",
+                size,
+                load_store(prepare(data, folder / f"store-{number}", PrepareArguments(), quiet=True), held),
+            )
 
 
-def runs(device: str, size, of_data: tuple[int, int], of_wide: tuple[int, int]):
-    """Trainings from memory, from a store, and of many genes, beside the bare step."""
+def batches(device: str, shapes):
+    """The making of batches, on the device and on the host."""
+    print("\nmaking a batch: ms on the device, on the host, ratio")
+    for shape in shapes:
+        cells, genes, sentences, length = shape
+        for kind, _, (of, processor) in screens([(cells, genes)]):
+            dataset, taken = SentenceDataset(of, processor, "train", length), list(range(sentences))
+            host = milliseconds(lambda dataset=dataset, taken=taken: dataset.__getitems__(taken), device)
+            dataset.place_cells(CellsOnDevice(of, torch.device(device), whole=True))
+            there = milliseconds(lambda dataset=dataset, taken=taken: dataset.__getitems__(taken), device)
+            of_batch = f"{sentences} x {length}"
+            print(
+                f"{kind:<7}{cells:>8,} x {genes:<7,}{of_batch:>9} {there:8.2f} {host:8.2f} {there / host:6.2f}",
+                flush=True,
+            )
+
+
+def runs(device: str, size, of_data):
+    """Trainings from memory and from a store, beside the bare step."""
     print(
         "\ntraining, bf16: ms of a step with cells on the device, on the host; of the bare step; cells/s; beyond the bare step"
     )
-    with tempfile.TemporaryDirectory() as name:
-        folder, held = Path(name), Splits({"screen": [Path(name) / "screen.h5ad"]}, {"screen"})
-        for kind, (cells, genes) in (("memory", of_data), ("store", of_data), ("memory", of_wide)):
-            if kind == "memory":
-                screen(cells, genes).write_h5ad(folder / "screen.h5ad")
-                loaded = load_cells(held)
-            else:
-                data = DataArguments(datasets={"screen": str(folder / "screen.h5ad")})
-                loaded = load_store(prepare(data, folder / "store", PrepareArguments(), quiet=True), held)
-            made = [making_a_batch(*loaded, size, device, place) for place in (True, False)]
-            bare = milliseconds(training_step(*size, "bf16", device, genes)[0], device)
-            there, rate = of_a_training(*loaded, size, device, there=True)
-            gc.collect()  # the cells of that training
-            torch.cuda.empty_cache()
-            host, _ = of_a_training(*loaded, size, device, there=False)
-            print(
-                f"{kind:<7}{cells:>8,} x {genes:<7,}{made[0]:8.2f} {made[1]:8.2f} {there:8.2f} {host:8.2f} {bare:8.2f} {rate:10,.0f} {there / bare - 1:+6.0%}",
-                flush=True,
-            )
+    for kind, (cells, genes), loaded in screens(of_data):
+        bare = milliseconds(training_step(*size, "bf16", device, genes)[0], device)
+        there, rate = of_a_training(*loaded, size, device, there=True)
+        gc.collect()  # the cells of that training
+        torch.cuda.empty_cache()
+        host, _ = of_a_training(*loaded, size, device, there=False)
+        print(
+            f"{kind:<7}{cells:>8,} x {genes:<7,}{there:8.2f} {host:8.2f} {bare:8.2f} {rate:10,.0f} {there / bare - 1:+6.0%}",
+            flush=True,
+        )
 
 
 def profile(device: str, size, genes: int, rows: int = 20):
@@ -311,7 +330,6 @@ def main():
     args = parser.parse_args()
     name = torch.cuda.get_device_name(0) if args.device == "cuda" else args.device
     print(f"torch {torch.__version__}, {name}")
-    ceiling = ceilings(args.device, 256 if args.small else 8192)
     genes = 50 if args.small else GENES
     sizes = (("tiny", 2, 16),) if args.small else STEPS
     modes = MODES[:4] if args.small else MODES
@@ -321,9 +339,13 @@ def main():
     if "losses" in args.parts:
         losses(args.device, shapes)
     if "steps" in args.parts:
+        ceiling = ceilings(args.device, 256 if args.small else 8192)
         steps(args.device, sizes, modes, genes, ceiling)
     if "runs" in args.parts:
-        runs(args.device, *(SMALL_RUNS if args.small else RUNS))
+        size, *of_data = SMALL_RUNS if args.small else RUNS
+        runs(args.device, size, of_data)
+    if "batches" in args.parts:
+        batches(args.device, SMALL_BATCHES if args.small else BATCHES)
     if "profile" in args.parts:
         profile(args.device, sizes[-1] if args.small else STEPS[2], genes)
 

@@ -20,6 +20,7 @@ status is 1 unless this package is both faster and leaner. The fastest step of e
 other work on the machine only adds time, and can move a median by more than the two sides differ.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --profile    # what a step of this package takes, operation by operation
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --steps 50
 """
 
@@ -262,6 +263,20 @@ def time_steps(steps: dict[str, Callable], count: int, device: str) -> dict[str,
     return seconds
 
 
+def profile(step: Step, count: int, rows: int = 20):
+    """Print the operations of steps, sorted by their own time."""
+    for _ in range(WARMUP_STEPS):
+        step()
+    with torch.profiler.profile() as recorded:
+        for _ in range(count):
+            step()
+    events = recorded.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"{total / count / 1000:.1f} ms in a step")
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:rows]:
+        print(f"{event.self_cpu_time_total / total:6.1%} {event.count // count:5d} x {event.key[:90]}")
+
+
 def peak_memory(side: str, device: str, dtype: torch.dtype) -> int:
     """Bytes that building and training the model adds at the peak. This is right only in a process that did nothing else."""
     before = psutil.Process().memory_info().rss
@@ -289,6 +304,7 @@ def main():
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="other than float32: autocast"
     )
+    parser.add_argument("--profile", action="store_true", help="operations of a step, on a CPU")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -297,6 +313,9 @@ def main():
         print(json.dumps(peak_memory(arguments.memory_of, device, dtype)))
         return
 
+    if arguments.profile:
+        profile(make_step("ours", device, dtype), arguments.steps)
+        return
     memory = {side: peak_memory_of_fresh_process(side, arguments) for side in SIDES}
     steps = {side: make_step(side, device, dtype) for side in SIDES}
     print(
