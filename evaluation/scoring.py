@@ -292,8 +292,8 @@ def score_group(
         first, second = _halves(len(real), generator)
         result.figures[CEILING] = _ceiling(real, controls, first, second)
         result.further[CEILING] = more.ceiling(first, second, len(controls.cells))
-    for method, found in result.figures.items():
-        _check_finite(found[0], method, group[2])
+    for method, figures in result.figures.items():
+        _check_finite(figures[0], method, group[2])
     return result
 
 
