@@ -183,6 +183,17 @@ def predicted(path: Path) -> str | None:
         return "a part"
 
 
+def whole(folder: Path, names: tuple[str, ...]) -> str | None:
+    """The digest of outputs that belong together, files or folders, all of their files in."""
+    if not any((folder / name).exists() for name in names):
+        return None
+    if not all((folder / name).exists() for name in names):
+        return "a part"
+    files = [folder / name for name in names if (folder / name).is_file()]
+    files += [path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file()]
+    return sha256(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
+
+
 # The cases
 
 
@@ -199,6 +210,8 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
 
     finetuning_runs.make_folder(folder)
     finetuning_runs.run(folder, "adapter", "second", lora_rank=2)
+    scored = ["evaluate", "--quiet", "--model", folder / "base", "--real", folder / "first.h5ad", "--include-seen"]
+    quietly(*scored, "--scores", folder / "scores")
     legacy = LegacyFolderWriter().write(folder / "legacy")
     content = {
         "data": {"datasets": {"screen": str(folder / "second.h5ad")}, "test_contexts": ["type_4"]},
@@ -224,12 +237,23 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
         + ["--perturbation", "pert_1", "pert_2", "--output", "{work}/out.h5ad"],
         "merge": ["merge", folder / "adapter", "{work}/out"],
         "convert": ["convert", legacy, "{work}/out"],
+        "predict to zarr": ["predict", "--quiet", "--model", folder / "base", "--adata", folder / "first.h5ad"]
+        + ["--perturbation", "pert_1", "--output", "{work}/out.zarr"],
+        "predict a summary": ["predict", "--quiet", "--model", folder / "base", "--adata", folder / "first.h5ad"]
+        + ["--perturbation", "pert_1", "--summary", "{work}/out.csv"],
+        "evaluate": [*scored, "--scores", "{work}/out"],
+        "report": ["report", folder / "scores", "-o", "{work}/out.html"],
+        "space": ["space", "{work}/out", "--model", "ada/base"],
     }
     states = {
         "train": lambda work: run(work / "out"),
         "prepare": lambda work: store(work / "out"),
         "predict": lambda work: predicted(work / "out.h5ad"),
         **dict.fromkeys(("merge", "convert"), lambda work: checkpoint(work / "out")),
+        "predict to zarr": lambda work: whole(work, ("out.zarr",)),
+        "predict a summary": lambda work: whole(work, ("out.csv",)),
+        "report": lambda work: whole(work, ("out.html",)),
+        **dict.fromkeys(("evaluate", "space"), lambda work: whole(work, ("out",))),
     }
     other = [word if word != folder / "run.yaml" else folder / "other.yaml" for word in of["prepare"]]
     older = {
@@ -238,6 +262,11 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
         "predict": before("predict", *of["predict"], "--context", "type_0"),
         "merge": before("merge", *of["convert"]),
         "convert": before("convert", *of["merge"]),
+        "predict to zarr": before("zarr", *of["predict to zarr"], "--context", "type_0"),
+        "predict a summary": before("summary", *of["predict a summary"], "--context", "type_0"),
+        "evaluate": before("evaluate", *of["evaluate"], "--context", "type_0"),
+        "report": before("report", *of["report"], "--title", "older"),
+        "space": before("space", *of["space"], "--title", "older"),
     }
     found = []
     for name, words in of.items():
