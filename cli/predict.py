@@ -196,7 +196,8 @@ def _predict(args: argparse.Namespace):
     model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
-    record = RunRecord.load(args.model, hub_arguments({"revision": args.revision})) if args.summary else None
+    needs_record = args.summary or getattr(model.config, "confidence_token", False)
+    record = RunRecord.load(args.model, hub_arguments({"revision": args.revision})) if needs_record else None
     done = predict(
         model,
         processor,
@@ -223,6 +224,7 @@ def _predict(args: argparse.Namespace):
         summary=args.summary,
         cell_eval=_cell_eval(args),
         intervals=None if record is None else record.intervals,
+        calibration=None if record is None else record.calibration,
     )
     say(
         f"{args.output or args.summary}: {counted(done['cells'], 'cell')}, "

@@ -21,6 +21,7 @@ from pertstate.base.files import whole_file
 from pertstate.base.origin import FALSE_DISCOVERIES, RECORD_FILE, RECORD_FORMAT, read_change_tests
 from pertstate.base.public import public
 from pertstate.data.change_intervals import ChangeIntervals
+from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.group_means import GroupMeans
 
 
@@ -78,6 +79,8 @@ class RunRecord:
         change_tests (`dict[str, float]`): perturbation to the adjusted p-value of its change in training, see
             [`~pertstate.training.change_test.change_tests`]; those of ancestors are among them. Empty if none was tested.
         intervals ([`ChangeIntervals`], *optional*): of predicted mean changes; None if no training groups were held out in turn.
+        calibration ([`ConfidenceCalibration`], *optional*): of the model's confidence; None if it has none, or the run had too few
+            validation groups.
     """
 
     control: str
@@ -93,6 +96,7 @@ class RunRecord:
     whole: bool = True
     change_tests: dict[str, float] = field(default_factory=dict)
     intervals: ChangeIntervals | None = None
+    calibration: ConfidenceCalibration | None = None
 
     # Questions
 
@@ -209,6 +213,7 @@ class RunRecord:
             "all_hashes": self.whole,
             "change_tests": self.change_tests,
             "intervals": None if self.intervals is None else self.intervals.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
         }
 
     def save(self, folder: str | os.PathLike):
@@ -274,7 +279,7 @@ class RunRecord:
                 if of.ndim != 2 or len(of) != len(keys) or not np.isfinite(of).all():
                     raise ValueError(f"expected {len(keys)} finite rows of means, found shape {of.shape}")
             means = GroupMeans(str(content["control"]), keys, arrays["counts"], found, arrays.get("expression"))
-        intervals = content.get("intervals")
+        intervals, calibration = content.get("intervals"), content.get("calibration")
         return cls(
             control=str(content["control"]),
             groups=_flat(content["groups"]),
@@ -292,6 +297,7 @@ class RunRecord:
             whole=bool(content["all_hashes"]),
             change_tests=read_change_tests(content),
             intervals=None if intervals is None else ChangeIntervals.from_dict(intervals, arrays[_FLOOR]),
+            calibration=None if calibration is None else ConfidenceCalibration.from_dict(calibration),
         )
 
 

@@ -85,6 +85,8 @@ def scores_of(
         notes.append(f"the figures of {CEILING_MODEL!r} do not score a prediction: it was given the real cells")
         for frame in (table, averages):
             frame["method"] = frame["method"].replace(MODEL, CEILING_MODEL)
+    if record is not None and record.calibration is not None and table["confidence"].notna().any():
+        table["expected_energy"] = record.calibration.expected(table["confidence"].to_numpy(dtype=np.float64))
     worth = confidence_worth(table, seed)
     shown = [name for name in ("control", "observed", "predicted") if all(name in result.means for result in results)]
     return Scores(

@@ -1,11 +1,13 @@
 """What the confidence of a model is worth: does it expect larger losses where its predictions are worse?"""
 
+import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.evaluation.bootstrap import LEVEL, correlation
 from pertstate.evaluation.metrics import MODEL
 
@@ -45,14 +47,32 @@ class ConfidenceWorth:
         rank_correlation (`float`, *optional*): None if it is not defined.
         low, high (`float`, *optional*): its 95 % interval by the bootstrap over groups; None with fewer than 5 groups.
         groups (`int`): how many groups it is taken over.
+        error (`float`, *optional*): the mean absolute difference between the energy distance that is expected, by the calibration on
+            validation groups, and the one that was found; None if the confidence is not calibrated.
+        energy (`float`, *optional*): the mean energy distance that was found, in the same units.
     """
 
     rank_correlation: float | None
     low: float | None
     high: float | None
     groups: int
+    error: float | None = None
+    energy: float | None = None
 
     def __str__(self) -> str:
+        return f"{self._of_ranks} {self._of_calibration}"
+
+    @property
+    def _of_calibration(self) -> str:
+        if self.error is None:
+            return "It is not calibrated: there were no validation groups to expect energy distances from, or fewer than 5."
+        return (
+            f"Calibrated on validation groups, the energy distance that it expects is off by {self.error:.4g} on average, where "
+            f"{self.energy:.4g} was found."
+        )
+
+    @property
+    def _of_ranks(self) -> str:
         start = "Confidence:"
         if self.rank_correlation is None:
             return f"{start} its rank correlation with the energy distance is not defined, as {self._number} do not differ in both."
@@ -90,14 +110,38 @@ def confidence_worth(table: pd.DataFrame, seed: int = 0) -> ConfidenceWorth | No
     if found is None or (found[0]["seen"] != "").any():
         return None
     rows, figure = found
+    energy, error = rows["energy"].to_numpy(dtype=np.float64), None
+    # Of pooled runs, all have to be calibrated.
+    if "expected_energy" in rows and rows["expected_energy"].notna().all():
+        error = float(np.abs(rows["expected_energy"].to_numpy(dtype=np.float64) - energy).mean())
+    calibrated = {"error": error, "energy": float(energy.mean())}
     if not np.isfinite(figure):
-        return ConfidenceWorth(None, None, None, len(rows))
+        return ConfidenceWorth(None, None, None, len(rows), **calibrated)
     if len(rows) < FEWEST_GROUPS:
-        return ConfidenceWorth(figure, None, None, len(rows))
+        return ConfidenceWorth(figure, None, None, len(rows), **calibrated)
     chosen = np.random.default_rng([seed, 2]).integers(0, len(rows), (_RESAMPLINGS, len(rows)))
     drawn = _rank_correlations(rows, chosen)
     low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return ConfidenceWorth(figure, float(low), float(high), len(rows))
+    return ConfidenceWorth(figure, float(low), float(high), len(rows), **calibrated)
+
+
+def confidence_text(expected: dict[tuple[str, str], float], calibration: ConfidenceCalibration | None) -> str:
+    """
+    What an output says of the confidence of its groups, JSON: `calibration`, and for each context and perturbation `expected_loss`,
+    in the units of the training loss, and `expected_energy`, where that was calibrated.
+
+    Args:
+        expected (`dict[tuple[str, str], float]`): the loss that the model expects for each (context, perturbation).
+        calibration ([`ConfidenceCalibration`], *optional*): that of the model's record.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for (context, perturbation), loss in expected.items():
+        figures = {"expected_loss": loss}
+        if calibration is not None:
+            figures["expected_energy"] = float(calibration.expected(loss))
+        found.setdefault(context, {})[perturbation] = figures
+    how = "not calibrated" if calibration is None else f"energy distance from {calibration.groups} validation groups"
+    return json.dumps({"calibration": how, "groups": found})
 
 
 def _rank_correlations(rows: pd.DataFrame, chosen: np.ndarray) -> np.ndarray:

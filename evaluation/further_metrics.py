@@ -110,6 +110,14 @@ class WeightedCells:
     cells: np.ndarray
     weights: np.ndarray
 
+    @classmethod
+    def beside(cls, several: "list[WeightedCells]") -> "WeightedCells":
+        """Several sets of cells of shape `(sets, cells, features)` and equal weights as one, with what was found of them."""
+        joined = cls(np.concatenate([of.cells for of in several]), several[0].weights)
+        for name in ("means", "within", "variance", "zeros"):
+            joined.__dict__[name] = np.concatenate([getattr(of, name) for of in several])
+        return joined
+
     @cached_property
     def means(self) -> np.ndarray:
         """The means of the cells, `(.., 1 + draws, features)` float64. The first row, the plain mean, is summed in float64."""

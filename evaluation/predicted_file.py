@@ -284,6 +284,11 @@ class PredictedFile:
                 self.beside.write(rows, self.processor.as_predicted(inputs[part]))
         self.check()
 
+    def describe(self, name: str, text: str):
+        """One more text of what the output says of itself."""
+        ad.io.write_elem(self.group["uns/pertstate"], name, text)
+        self.check()
+
     def __enter__(self) -> "PredictedFile":
         return self
 

@@ -25,10 +25,12 @@ from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
 from pertstate.base.printable import get_logger
 from pertstate.data.change_intervals import ChangeIntervals
+from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
 from pertstate.evaluation.cells_file import whole_cells
+from pertstate.evaluation.confidence import confidence_text
 from pertstate.evaluation.experiment import (
     Arm,
     BatchReader,
@@ -77,6 +79,7 @@ def predict(
     cell_eval: CellEval | None = None,
     intervals: ChangeIntervals | None = None,
     confidences: dict[tuple[str, str], float] | None = None,
+    calibration: ConfidenceCalibration | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
@@ -116,6 +119,7 @@ def predict(
         intervals ([`ChangeIntervals`], *optional*): those of the model's record, for the summary.
         confidences (`dict`, *optional*): is filled with the confidence of each (context, perturbation), see [`PerturbationOutput`], as a
             mean over its sentences. It stays empty for a model that has none.
+        calibration ([`ConfidenceCalibration`], *optional*): that of the model's record; the output says what energy distance to expect.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
@@ -241,8 +245,11 @@ def predict(
         for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen, losses):
             sink.write(packed, values, embedding, inputs)
             bar.update(len(values))
+        expected = {group: float(np.mean(of)) for group, of in losses.items()}
+        if expected and isinstance(sink, PredictedFile):
+            sink.describe("confidence", confidence_text(expected, calibration))
     if confidences is not None:
-        confidences |= {group: float(np.mean(of)) for group, of in losses.items()}
+        confidences |= expected
     if unseen:
         logger.warning(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "

@@ -209,7 +209,7 @@ def _table(scores: Scores, several: bool) -> dict[str, Any]:
     table = scores.table
     contexts = table["context"] if not several else table["dataset"] + " / " + table["context"]
     texts = {"context": contexts, **{name: table[name] for name in ("perturbation", "method", "seen", "reason")}}
-    numbers = [*metrics_of(table), *(name for name in ("confidence", *COUNTS) if name in table)]
+    numbers = [*metrics_of(table), *(name for name in ("confidence", "expected_energy", *COUNTS) if name in table)]
     return {
         "texts": {name: _coded(values.tolist()) for name, values in texts.items()},
         "numbers": {printable(name): _numbers(table[name]) for name in numbers},

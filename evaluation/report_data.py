@@ -18,7 +18,17 @@ SCORES_FOLDER, STATE_FILE = "scores", "trainer_state.json"
 KINDS = ("control", "observed", "predicted")
 # Columns of the table of scores that are not figures of merit.
 COUNTS = ("predicted_cells", "real_cells", "control_cells")
-_NO_FIGURES = {"dataset", "context", "perturbation", "method", "reason", "seen", "confidence", *COUNTS}
+_NO_FIGURES = {
+    "dataset",
+    "context",
+    "perturbation",
+    "method",
+    "reason",
+    "seen",
+    "confidence",
+    "expected_energy",
+    *COUNTS,
+}
 # More points than these are slow to draw, and hide one another.
 MAP_POINTS = 3000
 _COMPONENTS, _FEWEST = 50, 15

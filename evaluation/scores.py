@@ -42,7 +42,8 @@ class Scores:
             and method: `dataset`, `context`, `perturbation`, `method`, the [`METRICS`] and those of the [`FURTHER`] figures
             that were found (NaN if one is not defined),
             `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
-            `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the model.
+            `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the
+            model, with `expected_energy`, the energy distance to expect at this confidence, if that was calibrated on validation groups.
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
             that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (only
             for the model: how far it goes from the best baseline, 0, to the ceiling, 1).

@@ -267,25 +267,33 @@ def score_group(
         result.means["predicted"] = found.means[0, 0].astype(np.float32)
     known = baselines.of(group[2], control_means[0])
     result.reasons = {method: change for method, change in known.items() if isinstance(change, str)}
-    own = {}
+    shared, own = {}, {}
     for method, change in known.items():
         if isinstance(change, str):
             continue
         if method == NO_CHANGE:
-            score([method], controls.weighted)
+            shared[method] = controls.weighted
         elif method == MEAN_OF_ALL:
             # The same for all groups of the context.
             added = given("the mean change", change.added)
-            score([method], controls.changed(added, partial(change.apply, controls.cells, baselines.clip)))
+            shared[method] = controls.changed(added, partial(change.apply, controls.cells, baselines.clip))
         else:
             own[method] = change
     changed = ChangedCells(controls.cells, lambda: controls.expression, baselines.clip)
-    # Few cells are changed in all ways at once, many in one after another.
+    # Few cells are scored for all baselines at once, many for one after another.
     together = max(1, _VALUES_TOGETHER // controls.cells.size)
+    of_shared = WeightedCells.beside(list(shared.values())) if shared and len(known) <= together else None
+    if of_shared is None:
+        for method, found in shared.items():
+            score([method], found)
     for start in range(0, len(own), together):
         some = dict(islice(own.items(), start, start + together))
-        cells = np.stack([changed.of(change) for change in some.values()])
-        score(list(some), WeightedCells(cells, controls.weights))
+        found = WeightedCells(np.stack([changed.of(change) for change in some.values()]), controls.weights)
+        if of_shared is not None:
+            some, found, of_shared = shared | some, WeightedCells.beside([of_shared, found]), None
+        score(list(some), found)
+    if of_shared is not None:
+        score(list(shared), of_shared)
     if len(real) < 4:
         result.reasons[CEILING] = "fewer than four real cells"
     else:

@@ -20,12 +20,13 @@ from pertstate.base.files import whole_file
 from pertstate.base.messages import counted
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger
+from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.record import RunRecord
 from pertstate.data.sentences import SentenceCollator, SentenceDataset
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.evaluation.assembly import samples_of, scores_of
-from pertstate.evaluation.baselines import Baselines
+from pertstate.evaluation.baselines import NO_CHANGE, Baselines
 from pertstate.evaluation.group_scores import (
     LOGGED,
     GroupScores,
@@ -33,6 +34,7 @@ from pertstate.evaluation.group_scores import (
     groups_of,
     real_cells_of,
 )
+from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import check_perturbations, counted_elsewhere
 from pertstate.evaluation.scores import Scores, averages_as_figures
@@ -373,6 +375,29 @@ class StateTrainer(Trainer):
         scores = scores_of(gathered, features, self.record, "the model", seed=seed, is_ceiling=self.model.is_ceiling)
         self.log(averages_as_figures(scores, prefix))
         return scores
+
+    def calibrate(self, dataset: SentenceDataset) -> ConfidenceCalibration | None:
+        """
+        The calibration of the model's confidence on the validation groups, see [`ConfidenceCalibration`]; None if the model has no
+        confidence, or there are too few groups. Every process calls it; each scores some of the groups.
+
+        Args:
+            dataset ([`SentenceDataset`]): of the validation split.
+        """
+        model, processor = self.accelerator.unwrap_model(self.model), dataset.processor
+        groups = groups_of(dataset.cells, Split.VAL)
+        own = groups[self.args.process_index :: self.args.world_size]
+        real, baselines = real_cells_of(dataset.cells, processor, self.decodes), self.baselines((NO_CHANGE,))
+        predicted = predicted_groups(model, processor, real, own)
+        results = score_groups(real, predicted, processor.control, baselines, draws=0, order=own)
+        found = gather_object(
+            [
+                (result.group, result.confidence, float(result.figures[MODEL][0, METRICS.index("energy")]))
+                for result in results
+                if result.confidence is not None
+            ]
+        )
+        return ConfidenceCalibration.of_groups(*([of[i] for of in sorted(found)] for i in (1, 2)))
 
     # Saving
 

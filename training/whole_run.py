@@ -126,6 +126,8 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
             write_history(Path(str(args.output_dir)), trainer.state)
         raise
     record.means = trainer.learned_means()
+    if Split.VAL in datasets and getattr(config, "confidence_token", False):
+        record.calibration = trainer.calibrate(datasets[Split.VAL])
     metrics: dict[str, float] = {}
     scores = None
     if Split.TEST in datasets:

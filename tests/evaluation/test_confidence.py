@@ -1,5 +1,7 @@
 """What the confidence of a model is worth."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,8 @@ from made_scores import made_scores
 from scipy.stats import spearmanr
 
 from pertstate.base.bounded_text import load_json
-from pertstate.evaluation.confidence import confidence_worth
+from pertstate.data.confidence_calibration import ConfidenceCalibration
+from pertstate.evaluation.confidence import confidence_text, confidence_worth
 from pertstate.evaluation.scores import SUMMARY
 
 
@@ -26,8 +29,10 @@ def test_the_rank_correlation_and_its_interval():
     error = np.sqrt((1 + rho**2 / 2) / 37)
     ends = np.tanh(np.arctanh(rho) + 1.96 * error * np.array([-1, 1]))
     np.testing.assert_allclose([worth.low, worth.high], ends, atol=0.07)
-    assert str(worth).endswith(f"interval {worth.low:.2f} to {worth.high:.2f}, 40 groups): where the model expects a "
-                               "larger loss, its predictions are worse.")  # fmt: skip
+    assert (
+        f"interval {worth.low:.2f} to {worth.high:.2f}, 40 groups): where the model expects a larger loss, its predictions are "
+        "worse. It is not calibrated: there were no validation groups"
+    ) in str(worth)
     assert "it misleads" in str(confidence_worth(table(-expected, energy)))
     assert "does not tell good from bad" in str(confidence_worth(table(generator.normal(size=40), energy)))
 
@@ -47,6 +52,29 @@ def test_too_few_groups_and_equal_figures_are_said():
     assert "is 1.00 over 3 groups, too few" in str(few)
     same = confidence_worth(table(np.ones(6), np.arange(6.0)))
     assert same.rank_correlation is None and "is not defined, as 6 groups do not differ" in str(same)
+
+
+def test_what_the_calibration_is_worth_is_said_where_every_group_has_it():
+    rows = table(np.arange(6.0), np.full(6, 0.5)).assign(expected_energy=[0.4, 0.6, 0.5, 0.5, 0.7, 0.5])
+    worth = confidence_worth(rows)
+    assert (worth.error, worth.energy) == (pytest.approx(0.4 / 6), pytest.approx(0.5))
+    assert str(worth).endswith("the energy distance that it expects is off by 0.06667 on average, where 0.5 was found.")
+    rows.loc[0, "expected_energy"] = np.nan
+    assert confidence_worth(rows).error is None and "It is not calibrated" in str(confidence_worth(rows))
+
+
+def test_an_output_says_what_to_expect_of_each_group():
+    expected = {("c", "P"): 1.0, ("c", "Q"): 3.0, ("d", "P"): 9.0}
+    line = ConfidenceCalibration(0.5, 1.0, 0.0, 4.0, 7)
+    found = json.loads(confidence_text(expected, line))
+    assert found["calibration"] == "energy distance from 7 validation groups"
+    assert found["groups"]["c"] == {
+        "P": {"expected_loss": 1.0, "expected_energy": 1.5},
+        "Q": {"expected_loss": 3.0, "expected_energy": 3.5},
+    }
+    assert found["groups"]["d"]["P"] == {"expected_loss": 9.0, "expected_energy": 4.0}
+    none = json.loads(confidence_text(expected, None))
+    assert none["calibration"] == "not calibrated" and none["groups"]["d"] == {"P": {"expected_loss": 9.0}}
 
 
 def test_saved_scores_hold_it(tmp_path):

@@ -240,6 +240,33 @@ def test_groups_do_not_depend_on_one_another_nor_on_where_cells_stand():
     assert both[1].numbers["control_cells"] == 20
 
 
+def test_threads_and_reading_ahead_change_no_figure():
+    """More than one thread, many groups in one read, and many baselines at once give the bits of one after another."""
+    labels = np.repeat(["control", *(f"p{i}" for i in range(12))], 15)
+    cells = rng().gamma(1, 1, (len(labels), 20)).astype(np.float32)
+    obs = pd.DataFrame({"context": "c", "perturbation": labels})
+    baselines = Baselines(means_of_cells(cells, obs), parts_of, True)
+    rows = {("", "c", name): np.flatnonzero(labels == name) for name in dict.fromkeys(labels)}
+    groups = [group for group in rows if group[2] != "control"]
+    before, found = torch.get_num_threads(), []
+    for threads, order in ((1, None), (3, groups)):
+        torch.set_num_threads(threads)
+        real = RealCells(rows, None, lambda at: cells[at])
+        chosen = ((group, Predicted(cells[rows[group]] + 1)) for group in groups)
+        found.append(list(score_groups(real, chosen, "control", baselines, order=order, metrics=("discrimination",))))
+    torch.set_num_threads(before)
+    assert [result.group for result in found[1]] == groups
+    for one, other in zip(*found):
+        assert list(one.figures) == list(other.figures) and one.reasons == other.reasons
+        for method in one.figures:
+            np.testing.assert_array_equal(one.figures[method], other.figures[method])
+    # Alone, a baseline has the figures that it has beside others.
+    alone = Baselines(means_of_cells(cells, obs), parts_of, True, methods=(LINEAR,))
+    own, controls = (cells[real.rows(group, 0, None)] for group in (groups[3], ("", "c", "control")))
+    result = score_group(groups[3], None, own, ControlCells(controls, ("", "c")), alone)
+    np.testing.assert_allclose(result.figures[LINEAR], found[0][3].figures[LINEAR], rtol=1e-6, atol=1e-7)
+
+
 # Intervals and verdict
 
 
