@@ -1,8 +1,10 @@
 """Checkpoints on the Hub: checked before they are pushed, pushed in one commit, fetched as one commit."""
 
 import os
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
 from transformers.dynamic_module_utils import get_relative_imports
@@ -16,6 +18,8 @@ from pertstate.base.messages import closest
 from pertstate.base.public import public_text
 from pertstate.base.vocabulary import PERTURBATION_FEATURES_FILE, VOCABULARY_FILE
 from pertstate.data.record import RECORD_ARRAYS, RECORD_FILE
+from pertstate.evaluation.report_data import SCORES_FOLDER
+from pertstate.evaluation.scores import ARRAYS, SUMMARY, TABLE, Scores
 from pertstate.families import FAMILIES
 from pertstate.hub.card import render_card, with_repository
 from pertstate.hub.public_files import public_bytes
@@ -45,6 +49,8 @@ _OWN = (
     _WEIGHTS_INDEX,
     "*.py",
 )
+# Scores of the run lie in a folder of their own.
+_SCORES = tuple(f"{SCORES_FOLDER}/{name}" for name in (TABLE, SUMMARY, ARRAYS))
 # These files describe the checkpoint to people and to other programs. Their paths are removed before they are sent.
 _RECORDS = (MODEL_KEY, _ARGUMENTS)
 _MAY_LACK = "model or revision"
@@ -59,8 +65,8 @@ def push_checkpoint(
     message: str | None = None,
 ) -> CommitInfo:
     """
-    Push a checkpoint folder to the Hub in one commit: config, weights, code, processor, vocabulary and card. Other files of
-    the folder, such as checkpoints of steps and optimiser states, are not pushed.
+    Push a checkpoint folder to the Hub in one commit: config, weights, code, processor, vocabulary, card, and the scores of its
+    run, without the single cells that these keep for pictures. Other files of the folder, such as checkpoints of steps and optimiser states, are not pushed.
 
     Args:
         folder: what [`StateTrainer`] or `save_pretrained` wrote, a whole model or an adapter. For a whole model without a
@@ -84,6 +90,7 @@ def push_checkpoint(
     folder = Path(folder)
     before = state_of(folder)
     files, text = _read_to_push(folder)
+    scores = _scores_to_send(folder)
     branch = constants.DEFAULT_REVISION if revision is None else revision
     if constants.REGEX_COMMIT_OID.fullmatch(branch):
         raise ValueError(f"revision={branch!r} is a commit, which does not change; name a branch to push to")
@@ -98,10 +105,13 @@ def push_checkpoint(
         head = api.model_info(repository, revision=branch)
         there = [sibling.rfilename for sibling in head.siblings or ()]
         gone = [path for path in there if path not in {*files, CARD} and any(fnmatch(path, own) for own in _OWN)]
+        gone = [path for path in gone if "/" not in path]
+        gone += [path for path in there if path in _SCORES and path not in scores]
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(CARD, public_text(with_repository(text, repository)).encode()),
             *(CommitOperationAdd(file, _to_send(folder / file)) for file in files),
-            *(CommitOperationDelete(path) for path in gone if "/" not in path),
+            *(CommitOperationAdd(path, content) for path, content in scores.items()),
+            *(CommitOperationDelete(path) for path in gone),
         ]
         check_unchanged(folder, before)
         # This push is refused if somebody else has pushed meanwhile: unchanged files are not sent, so the two could mix.
@@ -116,6 +126,27 @@ def push_checkpoint(
 
 def _to_send(path: Path) -> Path | bytes:
     return public_bytes(path) if path.name in _RECORDS else path
+
+
+def _scores_to_send(folder: Path) -> dict[str, bytes]:
+    """
+    The scores of a checkpoint's run by their paths on the Hub, empty where there are none. Real and predicted cells stay here, their
+    means go along.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    if not (folder / SCORES_FOLDER / SUMMARY).is_file():
+        return {}
+    scores = Scores.load(folder / SCORES_FOLDER)
+    with TemporaryDirectory(prefix="pertstate-scores-") as place:
+        replace(scores, cells={}).save(place)
+        return {
+            path: public_bytes(Path(place, Path(path).name))
+            if path.endswith(".json")
+            else Path(place, Path(path).name).read_bytes()
+            for path in _SCORES
+        }
 
 
 def ensure_repository(api: HfApi, name: str, private: bool | None) -> str:
@@ -148,7 +179,7 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
         FileNotFoundError, PermissionError, OSError: see [`on_the_hub`].
     """
     with on_the_hub(name if revision is None else f"{name}@{revision}", _MAY_LACK):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_OWN)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_OWN, *_SCORES]))
 
 
 def _read_to_push(folder: Path) -> tuple[list[str], str]:

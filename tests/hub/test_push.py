@@ -12,10 +12,12 @@ import anndata as ad
 import huggingface_hub
 import launches
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from made_scores import made_scores
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,8 @@ from pertstate import (
 from pertstate.base.vocabulary import PerturbationFeatures
 from pertstate.configuration_state import StateConfig
 from pertstate.data import simulate_screen
+from pertstate.evaluation.confidence import confidence_worth
+from pertstate.evaluation.scores import Scores
 from pertstate.hub.card import TAGS, render_card
 from pertstate.hub.publish import ADAPTER_KEY
 from pertstate.hub.push import (
@@ -132,6 +136,27 @@ def test_a_second_push_replaces_what_the_first_left_and_nothing_of_others(hub, s
     assert hub.repository("ada/model").at().title == "Second" and len(hub.repository("ada/model").history()) == 5
     # Once more, unchanged: no commit.
     assert push_checkpoint(folder, "ada/model").oid == commit.oid == hub.repository("ada/model").at().id
+
+
+def test_the_scores_of_its_run_travel_without_cells_and_go_with_it(hub, folder):
+    """So a model by its name on the Hub says what it reached, and what its confidence is worth."""
+    scores = made_scores()
+    scores.save(folder / "scores")
+    assert "cells.observed" in load_file(folder / "scores" / "scores.safetensors")
+    commit = push_checkpoint(folder, "ada/model")
+    loaded = pertstate.load("ada/model", revision=commit.oid)
+    assert loaded.scores.verdict == scores.verdict and not loaded.scores.cells
+    pd.testing.assert_frame_equal(loaded.scores.table, Scores.load(folder / "scores").table)
+    np.testing.assert_array_equal(loaded.scores.changes["predicted"], scores.changes["predicted"])
+    assert confidence_worth(loaded.scores.table) == confidence_worth(scores.table)
+    assert set(hub.read("ada/model")) == whole(folder) | {
+        f"scores/scores.{end}" for end in ("csv", "json", "safetensors")
+    }
+    # Once more, unchanged: no commit. Without scores: they go.
+    assert push_checkpoint(folder, "ada/model").oid == commit.oid
+    shutil.rmtree(folder / "scores")
+    push_checkpoint(folder, "ada/model")
+    assert set(hub.read("ada/model")) == whole(folder)
 
 
 def test_what_is_pushed_names_no_place(hub, folder):
