@@ -65,8 +65,8 @@ class ConfidenceCalibration:
         Raises:
             KeyError, TypeError, ValueError: it is damaged.
         """
-        figures = [float(content[name]) for name in ("intercept", "slope", "low", "high")]
-        found = cls(*figures, int(content["groups"]))
-        if not np.isfinite(figures).all() or found.slope < 0 or found.low > found.high:
+        intercept, slope, low, high = (float(content[name]) for name in ("intercept", "slope", "low", "high"))
+        found = cls(intercept, slope, low, high, int(content["groups"]))
+        if not np.isfinite([intercept, slope, low, high]).all() or found.slope < 0 or found.low > found.high:
             raise ValueError("expected a calibration of finite numbers, with a slope of at least 0 and low below high")
         return found

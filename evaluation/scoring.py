@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from pertstate.base.cell_ids import order_of
 from pertstate.base.messages import given
-from pertstate.evaluation.baselines import BASELINES, MEAN_OF_ALL, NO_CHANGE, Baselines, ChangedCells
+from pertstate.evaluation.baselines import BASELINES, MEAN_OF_ALL, NO_CHANGE, Baselines, Change, ChangedCells
 from pertstate.evaluation.bootstrap import DRAWS, bootstrap_weights, correlation, generator_of, weighted_distances
 from pertstate.evaluation.further_metrics import FurtherFigures, WeightedCells, bandwidth_of
 from pertstate.evaluation.metrics import CEILING, FURTHER, METRICS, MODEL
@@ -267,7 +267,8 @@ def score_group(
         result.means["predicted"] = found.means[0, 0].astype(np.float32)
     known = baselines.of(group[2], control_means[0])
     result.reasons = {method: change for method, change in known.items() if isinstance(change, str)}
-    shared, own = {}, {}
+    shared: dict[str, WeightedCells] = {}
+    own: dict[str, Change] = {}
     for method, change in known.items():
         if isinstance(change, str):
             continue
@@ -288,10 +289,11 @@ def score_group(
             score([method], found)
     for start in range(0, len(own), together):
         some = dict(islice(own.items(), start, start + together))
+        names = list(some)
         found = WeightedCells(np.stack([changed.of(change) for change in some.values()]), controls.weights)
         if of_shared is not None:
-            some, found, of_shared = shared | some, WeightedCells.beside([of_shared, found]), None
-        score(list(some), found)
+            names, found, of_shared = [*shared, *names], WeightedCells.beside([of_shared, found]), None
+        score(names, found)
     if of_shared is not None:
         score(list(shared), of_shared)
     if len(real) < 4:
