@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.evaluation.bootstrap import LEVEL, correlation
@@ -146,5 +145,7 @@ def confidence_text(expected: dict[tuple[str, str], float], calibration: Confide
 
 def _rank_correlations(rows: pd.DataFrame, chosen: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation for each choice of groups; NaN if all of a choice have the same rank."""
+    from scipy.stats import rankdata
+
     ranks = [rankdata(rows[name].to_numpy()[chosen], axis=1) for name in ("confidence", "energy")]
     return correlation(*ranks)

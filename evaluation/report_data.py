@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
@@ -151,6 +150,8 @@ def _rows_of(groups: np.ndarray, number: int) -> list[np.ndarray]:
 
 def _welch(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Adjusted p-values of each column."""
+    from scipy import stats
+
     x, y = x.astype(np.float64), y.astype(np.float64)
     parts = [values.var(axis=0, ddof=1) / len(values) for values in (x, y)]
     error = parts[0] + parts[1]

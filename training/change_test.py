@@ -5,7 +5,6 @@ from functools import lru_cache
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from scipy import stats
 
 from pertstate.base.cell_ids import order_of
 from pertstate.base.constants import Split
@@ -111,6 +110,8 @@ def adjusted(p_values: dict[str, float]) -> dict[str, float]:
     """
     if not p_values:
         return {}
+    from scipy import stats
+
     found = stats.false_discovery_control(list(p_values.values()))
     return {name: float(f"{value:.3g}") for name, value in zip(p_values, found)}
 
@@ -176,5 +177,7 @@ def _p_value(strata: list[tuple[np.ndarray, np.ndarray]], spread: _Spread, gener
     mean, deviation = permuted.mean(), permuted.std()
     if deviation == 0:
         return 1.0
+    from scipy import stats  # slow to import, and nothing needs it before the first step
+
     skewness = max(float(stats.skew(permuted)), 2 * deviation / mean)
     return float(stats.pearson3.sf(statistic, skewness, mean, deviation))

@@ -62,6 +62,8 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
         run, args, processor, make_datasets, about = from_stream(run, training_arguments, resume, pretrained)
     check_processes(args.world_size)
     log_to_console(logging.INFO if args.should_log and not quiet else logging.ERROR)
+    if quiet:
+        args.disable_tqdm = True  # the table of a notebook, too
     config = build_config(run, processor, pretrained)
     processor.set_size = config.set_size
     if config.reads_counts:

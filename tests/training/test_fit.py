@@ -5,7 +5,9 @@ import gc
 import anndata as ad
 import numpy as np
 import pytest
+import transformers
 from safetensors.torch import load_file
+from transformers.utils.notebook import NotebookProgressCallback
 
 import pertstate
 from pertstate.data import simulate_screen
@@ -45,6 +47,15 @@ def test_from_an_object_to_scores_and_predictions(screen, trained, tmp_path):
     assert repr(trained).startswith("TrainedModel(state, ") and trained.scores.verdict in repr(trained)
     assert (before.X != screen.X).nnz == 0 if hasattr(before.X, "nnz") else np.array_equal(before.X, screen.X)
     assert before.obs.equals(screen.obs) and list(screen.uns) == list(before.uns)
+
+
+def test_a_quiet_run_shows_nothing_in_a_notebook_either(screen, monkeypatch, capfd):
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
+    options = OPTIONS | {"max_steps": 2, "validation": "auto"}
+    pertstate.fit(screen, **options)
+    assert capfd.readouterr() == ("", "")
+    pertstate.fit(screen, **{**options, "quiet": False})
+    assert "<IPython.core.display.HTML object>" in capfd.readouterr().out
 
 
 def test_an_object_and_its_file_give_the_same_run(screen, trained, tmp_path):
