@@ -11,14 +11,13 @@ process, from its start. Imports of the same packages alone are measured in turn
 - `Trainer`: from transformers import Trainer, which every training with it needs
 - `pertstate.train`: the modules of the command
 
-A ratio is to `torch + transformers` of the same round; the figures are medians over rounds. Processor seconds are those of all
-threads, and depend less on what else the machine does.
+The best of `--repeat` rounds is shown, and its ratio to that of `torch + transformers`. Processor seconds are those of all threads,
+and depend less on what else the machine does.
 """
 
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -89,9 +88,8 @@ def main():
     for name, rounds in found.items():
         figures = []
         for i in range(2):
-            own = [of[i] for of in rounds]
-            ratios = [of / unit[i] for of, unit in zip(own, found[UNIT])]
-            figures += [f"{statistics.median(own):.1f}", f"{statistics.median(ratios):.2f}"]
+            best, unit = (min(of[i] for of in several) for several in (rounds, found[UNIT]))
+            figures += [f"{best:.1f}", f"{best / unit:.2f}"]
         print(f"| {name} | {' | '.join(figures)} |")
 
 

@@ -6,7 +6,7 @@ import shlex
 from pertstate.base.console import say, show
 
 
-HELP = "Choose settings of a run on its training groups: every combination is trained and scored on inner folds."
+HELP = "Choose settings of a run on its training groups: every combination, or what optuna suggests, is trained and scored on inner folds."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         action="append",
         required=True,
         metavar="FIELD=a,b,c",
-        help="values to try; may be given several times",
+        help="values to try; may be given several times; with --trials also FIELD=LOW..HIGH or FIELD=LOW..HIGH:log",
+    )
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="try N settings that optuna suggests, and not every combination"
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs and results")
     parser.add_argument(
@@ -36,7 +39,9 @@ def run(args: argparse.Namespace):
     from pertstate.training.tuning import tune
 
     words = [args.run, *args.flags]
-    found = tune(words, args.grid, args.output, args.metric, args.seeds, args.jobs, args.parts, args.overwrite)
+    found = tune(
+        words, args.grid, args.output, args.metric, args.seeds, args.jobs, args.parts, args.overwrite, args.trials
+    )
     fields = [one.partition("=")[0] for one in args.grid]
     shown = found.table[fields].copy()
     for metric in ("pearson", "mae", "energy"):

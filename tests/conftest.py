@@ -28,6 +28,7 @@ def pytest_collection_modifyitems(config, items):
     absent = [] if SHARED.is_dir() else ["shared"]
     absent += [] if CHROMIUM else ["browser"]
     absent += [] if HAS_CELL_EVAL else ["cell_eval"]
+    absent += [] if HAS_OPTUNA else ["optuna"]
     absent += [] if HAS_ATHERIS else ["guided"]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     if left_out:
@@ -40,6 +41,7 @@ HAS_TRITON = find_spec("triton") is not None
 collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py", "losses/test_sinkhorn_kernels.py"]
 # It brings much along, so it is no part of the environment of developers: `make test-cell-eval` installs it.
 HAS_CELL_EVAL = find_spec("cell_eval") is not None
+HAS_OPTUNA = find_spec("optuna") is not None
 # The page of the app is made with gradio: `make test-app` installs it.
 HAS_GRADIO = find_spec("gradio") is not None
 collect_ignore += [] if HAS_GRADIO else ["app/test_page.py", "app/test_served_space.py"]
@@ -54,6 +56,10 @@ def pytest_terminal_summary(terminalreporter, config):
         )
     if not HAS_CELL_EVAL:
         terminalreporter.write_line("the tests of cell-eval were left out: it is absent; make test-cell-eval runs them")
+    if not HAS_OPTUNA:
+        terminalreporter.write_line(
+            "the tests of searches with optuna were left out: it is absent; the extra tune has it"
+        )
     if not HAS_ATHERIS:
         terminalreporter.write_line("the test of the guided fuzzer was left out: no atheris; make test-fuzzer runs it")
     if not HAS_GRADIO:

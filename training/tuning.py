@@ -33,6 +33,7 @@ from pertstate.training.crossval import (
 )
 from pertstate.training.run import read_run
 from pertstate.training.run_config import RunConfig
+from pertstate.training.suggesting import Range, check_optuna, range_of, search
 
 
 SETTINGS = "tune.json"
@@ -99,30 +100,56 @@ def inner_folds_of(run: RunConfig, parts: int) -> list[Fold]:
     return folds
 
 
-def settings_of(grid: list[str]) -> list[dict[str, str]]:
+def space_of(grid: list[str]) -> dict[str, list[str] | Range]:
     """
-    Every combination of the values of `FIELD=a,b,c`.
+    The values of each `FIELD=a,b,c`, and the range of each `FIELD=LOW..HIGH` or `FIELD=LOW..HIGH:log`.
 
     Raises:
         ValueError: a part of the grid is none, or names no setting.
     """
-    values: dict[str, list[str]] = {}
+    space: dict[str, list[str] | Range] = {}
     for one in grid:
         field, _, listed = one.partition("=")
         found = [value for value in listed.split(",") if value]
         if not field or not found:
             raise ValueError(f"--grid {one}: expected FIELD=a,b,c")
-        if field in values:
+        if field in space:
             raise ValueError(f"--grid {one}: {field} has values already")
         if field.startswith(_NO_SETTINGS):
             raise ValueError(
                 f"--grid {one}: {field} says what is trained on or where it goes, and is not chosen by scores"
             )
-        values[field] = found
+        try:
+            space[field] = range_of(listed) or found
+        except ValueError as error:
+            raise ValueError(f"--grid {field}={error}") from None
+    return space
+
+
+def settings_of(space: dict[str, list[str] | Range]) -> list[dict[str, str]]:
+    """
+    Every combination of the values.
+
+    Raises:
+        ValueError: there is a range, or one combination alone.
+    """
+    values = {field: of for field, of in space.items() if not isinstance(of, Range)}
+    if len(values) < len(space):
+        open_ones = [field for field in space if field not in values]
+        raise ValueError(
+            f"--grid: {', '.join(open_ones)} is a range, of which --trials N tries values; or list the values"
+        )
     settings = [dict(zip(values, of)) for of in itertools.product(*values.values())]
     if len(settings) < 2:
         raise ValueError(f"--grid: expected two settings or more, found {len(settings)}")
     return settings
+
+
+def _ends(space: dict[str, list[str] | Range]) -> list[dict[str, str]]:
+    """Settings that have every listed value and both ends of every range."""
+    values = {field: [str(of.low), str(of.high)] if isinstance(of, Range) else of for field, of in space.items()}
+    most = max(map(len, values.values()))
+    return [{field: of[i % len(of)] for field, of in values.items()} for i in range(most)]
 
 
 def tune(
@@ -134,6 +161,7 @@ def tune(
     jobs: int = 1,
     parts: int = 5,
     overwrite: bool = False,
+    trials: int | None = None,
 ) -> Tuned:
     """
     Train a run with every setting on each fold of its training groups, and choose the setting whose held-out training groups
@@ -142,26 +170,33 @@ def tune(
 
     Args:
         words (`list[str]`): what `pertstate train` takes: cells or a run file, and flags.
-        grid (`list[str]`): `FIELD=a,b,c` for each field; every combination is tried.
+        grid (`list[str]`): `FIELD=a,b,c` for each field; every combination is tried. With `trials` also ranges,
+            `FIELD=LOW..HIGH` or `FIELD=LOW..HIGH:log`.
         output: the folder: `results.csv`, `results.json` and `runs/SETTING/FOLD-seedN`.
         metric (`str`): what is best: the highest `pearson`, or the lowest `mae` or `energy`.
         seeds (`int`): runs of each fold.
         jobs (`int`): runs at a time.
         parts (`int`): folds over perturbations.
         overwrite (`bool`): remove what the folder holds, and begin anew.
+        trials (`int`, *optional*): settings that optuna suggests, one after the other from the scores of those before. A search
+            that is there already goes on to this number.
 
     Raises:
+        ImportError: `trials`, and optuna is not installed.
         ValueError: the folder is of another search, or a run cannot be; the run's own error is in the message.
         InUseError: another process writes the folder.
     """
-    for name, number in (("seeds", seeds), ("jobs", jobs), ("parts", parts)):
-        if number < 1:
+    for name, number in (("seeds", seeds), ("jobs", jobs), ("parts", parts), ("trials", trials)):
+        if number is not None and number < 1:
             raise ValueError(f"{name}={number}: expected at least 1")
     if metric not in METRICS:
         raise ValueError(f"metric={metric}: expected one of {', '.join(METRICS)}")
-    settings = settings_of(grid)
+    space = space_of(grid)
+    settings = settings_of(space) if trials is None else []
+    if trials is not None:
+        check_optuna()
     run = read_run(words)
-    for setting in settings:
+    for setting in settings or _ends(space):
         read_run([*words, *_flags(setting)])  # an unknown field or value is said before anything is trained
     folds = inner_folds_of(run, parts)
     reader = run.data.reader()
@@ -175,28 +210,24 @@ def tune(
             "sources": [source_of(source) for source in Provenance.of_run(run).sources],
         }
         begin(place, output, about, overwrite, TUNING)
-        trials = {
-            (i, fold.name, seed): _trial(place, words, setting, fold, seed)
-            for i, setting in enumerate(settings)
-            for fold in folds
-            for seed in range(seeds)
-        }
-        train_trials([*trials.values()], jobs)
-        rows = []
-        for i, setting in enumerate(settings):
-            results = []
-            for fold in folds:
-                several = [
-                    Scores.load(trials[i, fold.name, seed].folder / SCORES_FOLDER).results for seed in range(seeds)
-                ]
-                results += [result for result in over_seeds(several) if result.group[2] not in held]
-            averages = averages_of(results)
-            of_model = averages[averages["method"] == MODEL].set_index("metric")
-            row: dict[str, object] = dict(setting)
-            for name in METRICS:
-                for column, key in (("value", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
-                    row[key] = of_model[column].get(name, float("nan"))
-            rows.append(row)
+
+        def trained(some: list[dict[str, str]]) -> list[dict[str, object]]:
+            """The rows of settings, whose runs are trained where they are not there yet."""
+            runs = [[[_trial(place, words, of, fold, seed) for seed in range(seeds)] for fold in folds] for of in some]
+            train_trials([trial for of in runs for fold in of for trial in fold], jobs)
+            return [_row(setting, of, held) for setting, of in zip(some, runs)]
+
+        if trials is None:
+            rows = trained(settings)
+        else:
+            row_of: dict[tuple[str, ...], dict[str, object]] = {}
+
+            def value_of(setting: dict[str, str]) -> float:
+                row = row_of[tuple(setting.values())] = trained([setting])[0]
+                return float(str(row[metric]))
+
+            settings = search(space, trials, value_of, maximize=metric == "pearson")
+            rows = [row_of[tuple(setting.values())] for setting in settings]
         table = pd.DataFrame(rows).sort_values(metric, ascending=metric != "pearson", kind="stable", na_position="last")
         best = settings[table.index[0]]
         table = table.reset_index(drop=True)
@@ -205,6 +236,21 @@ def tune(
             found = {**about, "seeds": seeds, "best": best, "settings": json.loads(table.to_json(orient="records"))}
             partial.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     return Tuned(table, _flags(best))
+
+
+def _row(setting: dict[str, str], runs: list[list[Trial]], held: set[str]) -> dict[str, object]:
+    """The row of a setting: the mean over the held-out training groups of its runs, by fold and seed."""
+    results = []
+    for of_fold in runs:
+        several = [Scores.load(trial.folder / SCORES_FOLDER).results for trial in of_fold]
+        results += [result for result in over_seeds(several) if result.group[2] not in held]
+    averages = averages_of(results)
+    of_model = averages[averages["method"] == MODEL].set_index("metric")
+    row: dict[str, object] = dict(setting)
+    for name in METRICS:
+        for column, key in (("value", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
+            row[key] = of_model[column].get(name, float("nan"))
+    return row
 
 
 def _flags(setting: dict[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Settings are chosen on held-out training groups, and test cells have no part in it."""
 
 import json
+import sys
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,7 @@ from pertstate.data import simulate_screen
 from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.scores import Scores
 from pertstate.training.run import read_run
-from pertstate.training.tuning import inner_folds_of, settings_of
+from pertstate.training.tuning import inner_folds_of, settings_of, space_of
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +31,15 @@ def tune(*words) -> int:
 SMALL = ["--max_steps", "2", "--set_size", "8", "--preset", "tiny", "--use_cpu", "true", "--validation", "none"]
 
 
+def search(screen, output, *words, grid="learning_rate=1e-9,0.01") -> int:
+    """A search on the training groups of a screen, whose last cell type is held out."""
+    return tune(screen, "--test_contexts", "type_2", "--grid", grid, "-o", output, "--jobs", "2", *SMALL, *words)
+
+
 @pytest.fixture(scope="module")
 def done(screen, tmp_path_factory):
     output = tmp_path_factory.mktemp("tune") / "search"
-    words = [
-        screen,
-        "--test_contexts",
-        "type_2",
-        "--grid",
-        "learning_rate=1e-9,0.01",
-        "-o",
-        output,
-        "--jobs",
-        "2",
-        *SMALL,
-    ]
-    assert tune(*words) == 0
+    assert search(screen, output) == 0
     return output
 
 
@@ -76,32 +70,19 @@ def test_test_contexts_are_not_read(screen, done, tmp_path):
     changed.X = values
     (tmp_path / "other").mkdir()
     changed.write_h5ad(tmp_path / "other" / "screen.h5ad")
-    words = [tmp_path / "other" / "screen.h5ad", "--test_contexts", "type_2", "--grid", "learning_rate=1e-9,0.01"]
-    assert tune(*words, "-o", tmp_path / "search", "--jobs", "2", *SMALL) == 0
+    assert search(tmp_path / "other" / "screen.h5ad", tmp_path / "search") == 0
     assert (tmp_path / "search" / "results.csv").read_bytes() == (done / "results.csv").read_bytes()
 
 
 def test_it_ends_with_the_command_that_trains_and_goes_on_where_it_was(screen, done, capsys):
-    words = [
-        screen,
-        "--test_contexts",
-        "type_2",
-        "--grid",
-        "learning_rate=1e-9,0.01",
-        "-o",
-        done,
-        "--jobs",
-        "2",
-        *SMALL,
-    ]
-    assert tune(*words) == 0
+    assert search(screen, done) == 0
     found = capsys.readouterr()
     assert "4 of 4 runs are there already" in found.err
     best = json.loads((done / "results.json").read_text())["best"]["learning_rate"]
     assert found.out.splitlines()[-1] == (
         f"pertstate train {screen} --test_contexts type_2 {' '.join(SMALL)} --learning_rate {best}"
     )
-    assert tune(*words, "--learning_rate", "1") == 1
+    assert search(screen, done, "--learning_rate", "1") == 1
     assert "holds another search for settings: words was " in capsys.readouterr().err
 
 
@@ -120,8 +101,37 @@ def test_perturbations_are_held_out_in_parts_of_the_others(tmp_path):
     assert [fold.flags[1] for fold in folds] == [json.dumps([both[1], both[0]]), json.dumps([both[2], both[0]])]
 
 
+@pytest.mark.optuna
+def test_trials_are_suggested_and_a_search_goes_on_to_more(screen, tmp_path, capsys):
+    """A search of two trials that goes on to three has tried what a search of three tries, and trains one setting more."""
+    grid = "learning_rate=1e-5..1e-1:log"
+    assert search(screen, tmp_path / "a", "--trials", "2", grid=grid) == 0
+    first = pd.read_csv(tmp_path / "a" / "results.csv", dtype={"learning_rate": str})
+    rates = first["learning_rate"].astype(float)
+    assert (
+        len(first) == rates.nunique() == 2
+        and rates.between(1e-5, 1e-1).all()
+        and first["energy"].is_monotonic_increasing
+    )
+    capsys.readouterr()
+    assert search(screen, tmp_path / "a", "--trials", "3", grid=grid) == 0
+    said = capsys.readouterr()
+    assert said.err.count("2 of 2 runs are there already") == 2 and said.err.count("2 of 2 runs: ") == 1
+    both = pd.read_csv(tmp_path / "a" / "results.csv", dtype={"learning_rate": str})
+    assert set(first["learning_rate"]) < set(both["learning_rate"]) and len(both) == 3
+    assert said.out.splitlines()[-1].endswith(f"--learning_rate {both['learning_rate'][0]}")
+    for record in (tmp_path / "a" / "runs").rglob("record.json"):
+        assert sorted(json.loads(record.read_text())["groups"]["screen"]) == ["type_0", "type_1"]
+
+
+def test_trials_without_optuna_are_refused_before_data_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert tune(tmp_path / "gone.h5ad", "--grid", "preset=tiny,mini", "--trials", "2", "-o", tmp_path / "search") == 1
+    assert capsys.readouterr().err == ("pertstate tune: error: --trials needs optuna: pip install 'pertstate[tune]'\n")
+
+
 def test_every_combination_of_the_grid():
-    assert settings_of(["a=1,2", "b=x,y"]) == [
+    assert settings_of(space_of(["a=1,2", "b=x,y"])) == [
         {"a": "1", "b": "x"},
         {"a": "1", "b": "y"},
         {"a": "2", "b": "x"},
@@ -137,6 +147,10 @@ def test_every_combination_of_the_grid():
         (["--grid", "seed=1,2"], "seed says what is trained on or where it goes, and is not chosen by scores"),
         (["--grid", "larning_rate=1,2"], "unknown flag --larning_rate"),
         (["--grid", "preset=tiny,mini", "--grid", "preset=a,b"], "preset has values already"),
+        (["--grid", "learning_rate=1e-5..1e-3:log"], "learning_rate is a range, of which --trials N tries values"),
+        (["--grid", "learning_rate=1e-3..1e-5"], "learning_rate=1e-3..1e-5: expected LOW..HIGH or LOW..HIGH:log"),
+        (["--grid", "learning_rate=0..1:log"], "two numbers of which the first is smaller (and positive with :log)"),
+        (["--grid", "preset=tiny,mini", "--trials", "0"], "trials=0: expected at least 1"),
         (["--grid", "preset=tiny,mini", "--val_contexts", "type_0"], "found val_contexts or val_perturbations"),
         (["--grid", "preset=tiny,mini", "--test_contexts", "[type_0, type_1]"], "found ['type_2']; hold out less"),
     ],
