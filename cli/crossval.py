@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each fold (default: 3)")
-    parser.add_argument("--families", metavar="A,B,..", help="values of model_type; by default that of the run")
+    parser.add_argument(
+        "--families",
+        metavar="A,B,..|FILE.yaml",
+        help="values of model_type, or a file with what each sets; by default that of the run",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--parts", type=int, default=5, metavar="N", help="folds over perturbations (default: 5)")
     parser.add_argument(
@@ -40,10 +44,11 @@ def run(args: argparse.Namespace):
     from pertstate.evaluation.report_data import SCORES_FOLDER
     from pertstate.evaluation.scores import format_averages
     from pertstate.training.crossval import crossval
+    from pertstate.training.family_settings import read_families
 
     if args.report:
         check_plotly()
-    families = None if args.families is None else [name for name in args.families.split(",") if name]
+    families = None if args.families is None else read_families(args.families)
     words = [args.run, *args.flags]
     found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
     for family, scores in found.items():

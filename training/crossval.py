@@ -20,7 +20,7 @@ import torch
 
 from pertstate.base.console import say
 from pertstate.base.files import whole_file
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import some
 from pertstate.base.outputs import Kind, claimed_run
 from pertstate.base.processes import end_with_parent, with_imports
 from pertstate.base.public import public
@@ -37,6 +37,7 @@ from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import CHECKPOINT
 from pertstate.hub.unfinished import checkpoints_of
+from pertstate.training.family_settings import check_families, words_of_family
 from pertstate.training.run import check_further, config_class, read_run
 from pertstate.training.run_config import RunConfig
 from pertstate.training.run_folder import run_folder
@@ -138,7 +139,7 @@ def crossval(
     words: list[str],
     over: str,
     output: str | os.PathLike,
-    families: list[str] | None = None,
+    families: list[str] | dict[str, dict[str, dict[str, Any]]] | None = None,
     seeds: int = 3,
     jobs: int = 1,
     parts: int = 5,
@@ -152,7 +153,8 @@ def crossval(
         words (`list[str]`): what `pertstate train` takes: cells or a run file, and flags.
         over (`str`): see [`folds_of`].
         output: the folder: `results.csv`, `results.json`, and `runs/FAMILY/FOLD-seedN`, with `scores/FAMILY` for a report.
-        families (`list[str]`, *optional*): values of `model_type`; by default that of the run.
+        families (`list[str]` or `dict`, *optional*): values of `model_type`; by default that of the run. A dictionary has the fields
+            that each family sets otherwise, by section, see [`~pertstate.training.family_settings.read_families`].
         seeds (`int`): runs of each fold; a family that is fitted in one pass has one.
         jobs (`int`): runs at a time.
         parts (`int`): folds over perturbations.
@@ -169,10 +171,9 @@ def crossval(
         if number < 1:
             raise ValueError(f"{name}={number}: expected at least 1")
     run = read_run(words)
-    families = families or [config_class(run.model).model_type]
-    for family in families:
-        if family not in FAMILIES:
-            raise ValueError(f"--families {family}: no family of models; {closest(family, FAMILIES)}")
+    own = config_class(run.model).model_type
+    changes = families if isinstance(families, dict) else {name: {} for name in families or [own]}
+    check_families(changes)
     folds = folds_of(run, over, parts)
     with claimed_run(output, CROSSVAL) as place:
         settings = {
@@ -182,15 +183,18 @@ def crossval(
             "sources": [source_of(source) for source in Provenance.of_run(run).sources],
         }
         begin(place, output, settings, overwrite, CROSSVAL)
+        words_of = {family: words_of_family(words, own, family, of, place / "runs") for family, of in changes.items()}
+        for family_words in words_of.values():
+            read_run(family_words)  # an unknown field or value is said before anything is trained
         trials = [
-            _trial(place, words, family, fold, seed)
-            for family in families
+            _trial(place, words_of[family], family, fold, seed)
+            for family in changes
             for fold in folds
             for seed in range(1 if FAMILIES[family].model.fitted else seeds)
         ]
         train_trials(trials, jobs)
         found = {}
-        for family in families:
+        for family in changes:
             of = [
                 [Scores.load(t.folder / SCORES_FOLDER) for t in trials if t.family == family and t.fold == fold]
                 for fold in folds
@@ -233,7 +237,7 @@ def _short(value) -> str:
 
 def _trial(place: Path, words: list[str], family: str, fold: Fold, seed: int) -> Trial:
     folder = place / "runs" / family / f"{safe_name(fold.name)}-seed{seed}"
-    own = ["--model_type", family, "--seed", str(seed), "--output_dir", str(folder), "--keep_resamplings", "true"]
+    own = ["--seed", str(seed), "--output_dir", str(folder), "--keep_resamplings", "true"]
     return Trial(family, fold, seed, folder, (*words, *fold.flags, *own))
 
 

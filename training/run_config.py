@@ -152,7 +152,7 @@ def read_sections(path: str) -> dict[str, dict]:
     """The sections of a file; those that are absent are empty."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such run configuration (looked from {Path.cwd()})")
-    content = load_yaml(path, _Loader) or {}
+    content = load_yaml(path, RunLoader) or {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected the sections {list(_SECTIONS)}, found {type(looks_like(content)).__name__}")
     sections: dict[str, dict] = {section: {} for section in _SECTIONS}
@@ -238,13 +238,13 @@ def _parse_word(word: str):
     """A word of the command line: as YAML where it starts like a list, a mapping or a text in quotes."""
     if word.startswith(("[", "{", '"', "'")):
         try:
-            return yaml.load(word, _Loader)
+            return yaml.load(word, RunLoader)
         except yaml.YAMLError:
             return Word(word)
     return Word(word)
 
 
-class _Loader(BoundedLoader):
+class RunLoader(BoundedLoader):
     """YAML whose plain words stay words, for the types of the fields to decide; quoted text is text. It has no tags."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
@@ -253,11 +253,11 @@ class _Loader(BoundedLoader):
     }
 
 
-def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+def _construct_text(loader: RunLoader, node: yaml.ScalarNode) -> str:
     return Word(node.value) if node.style is None else node.value
 
 
-_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
+RunLoader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -279,6 +279,18 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_word(dumper: _Dumper, word: Word) -> yaml.ScalarNode:
+    """Plain, as it was read: the type of its field decides what it is."""
+    return dumper.represent_scalar(dumper.resolve(yaml.ScalarNode, str(word), (True, False)), str(word))
+
+
+def as_yaml(value: Any, flow: bool = False) -> str:
+    """What was read from a run file as text that is read as the same: plain words are plain, and text is in quotes where it must be."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow)
+    return text.removesuffix("...\n").strip() if flow else text
+
+
 _Dumper.add_representer(str, _Dumper.represent_text)
+_Dumper.add_representer(Word, _represent_word)
 for _kind, _pattern in LOOKS.items():
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern.pattern})$"), None)
