@@ -6,7 +6,9 @@ from pathlib import Path
 from pertstate.base.console import say, show
 
 
-HELP = "List the run configurations that come with the package, print one, or write it to a file."
+HELP = (
+    "List the configurations of runs and of many devices that come with the package, print one, or write it to a file."
+)
 _FOLDER = Path(__file__).parents[1] / "configs"
 
 
@@ -21,7 +23,8 @@ def run(args: argparse.Namespace):
     from pertstate.base.messages import closest
     from pertstate.base.outputs import claimed_file
 
-    paths = {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+    found = [*sorted(_FOLDER.glob("*.yaml")), *sorted(_FOLDER.glob("*/*.yaml"))]
+    paths = {path.relative_to(_FOLDER).with_suffix("").as_posix(): path for path in found}
     if args.overwrite and args.output is None:
         raise ValueError("--overwrite has no effect without --output")
     if args.name is None:
@@ -41,4 +44,9 @@ def run(args: argparse.Namespace):
         return
     with claimed_file(args.output, args.overwrite) as place, whole_file(place) as partial:
         partial.write_text(text, encoding="utf-8")
-    say(f"{args.output}: train with pertstate train {args.output}")
+    if "/" in args.name:
+        say(
+            f"{args.output}: train with accelerate launch --config_file {args.output} -m pertstate.train CELLS|CONFIG.yaml"
+        )
+    else:
+        say(f"{args.output}: train with pertstate train {args.output}")

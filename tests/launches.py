@@ -117,10 +117,10 @@ def run(words: list, env: dict[str, str] | None = None, cwd: str | Path | None =
     return start(words, env, cwd).communicate()
 
 
-def run_together(words: list, count: int = 2) -> subprocess.CompletedProcess:
+def run_together(words: list, count: int = 2, **extra: str) -> subprocess.CompletedProcess:
     """
     Run `count` processes that find one another over gloo, as `accelerate launch --multi_gpu --num_processes COUNT` starts
-    them. When one fails, the others are killed.
+    them. When one fails, the others are killed. `extra` are further variables of their environment.
 
     Returns:
         What the processes printed, joined in the order of their ranks, and the first exit code that was not 0.
@@ -137,6 +137,7 @@ def run_together(words: list, count: int = 2) -> subprocess.CompletedProcess:
         "LOCAL_WORLD_SIZE": str(count),
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_DYNAMO_BACKEND": "NO",
+        **extra,
     }
     ranks = [start(words, environment(RANK=str(i), LOCAL_RANK=str(i), **common)) for i in range(count)]
     first = 0

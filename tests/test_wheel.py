@@ -18,7 +18,7 @@ from pertstate import __version__
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # Beside modules. `py.typed` tells type checkers that the package has types.
-DATA = ("py.typed", "configs/*.yaml", "model_cards/*.md", "families/*/card.md", "evaluation/page/*")
+DATA = ("py.typed", "configs/**/*.yaml", "model_cards/*.md", "families/*/card.md", "evaluation/page/*")
 
 pytestmark = pytest.mark.slow
 

@@ -53,6 +53,7 @@ from pertstate.training.loss_terms import LossTerms
 from pertstate.training.optimizer import optimizer_of
 from pertstate.training.placing import Placing
 from pertstate.training.progress import Progress, TimedLog
+from pertstate.training.sharding import check_fsdp, check_shardable, make_shardable, whole_copy
 from pertstate.training.staging import Continued, is_staged, last_whole_checkpoint, whole_checkpoint
 from pertstate.training.stopping import Stop
 
@@ -153,6 +154,12 @@ class StateTrainer(Trainer):
         self._unseen = 0
         self.placing = Placing(args)
         self.half_weights = HalfWeights(model) if args.bf16_weights and not model.fitted else None
+        # With FSDP, the trained model with whole weights.
+        self._whole: PerturbationPreTrainedModel | None = None
+        check_fsdp(self.is_fsdp_enabled)
+        if self.is_fsdp_enabled:
+            check_shardable(model, self.average is not None, args.max_steps)
+            make_shardable(model)
 
     # Training
 
@@ -169,6 +176,7 @@ class StateTrainer(Trainer):
             folder = last_whole_checkpoint(str(self.args.output_dir))
             if folder is None:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no checkpoint; leave it out")
+        self._whole = None
         self.continued.start(folder, bool(self.args.load_best_model_at_end))
         if self.average is not None:
             self.average.continue_from(folder)
@@ -191,6 +199,8 @@ class StateTrainer(Trainer):
             if self.average is not None:
                 loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
                 self.average.finish(keep=not loaded)
+        if self.is_fsdp_enabled:
+            self._whole = whole_copy(self.accelerator.unwrap_model(self.model))
         if self.continued.step == self.state.global_step:
             # The time and the loss of no step.
             self.state.log_history.pop()
@@ -365,7 +375,7 @@ class StateTrainer(Trainer):
         processor, cells, seed = dataset.processor, dataset.cells, 0
         groups = groups_of(cells, split)
         real, baselines = real_cells_of(cells, processor, self.decodes), self.baselines()
-        model = self.accelerator.unwrap_model(self.model)
+        model = self._unsharded()
         rank, processes = self.args.process_index, self.args.world_size
         own = groups[rank::processes]
         found, kept = predicted_groups(model, processor, real, own, seed), samples_of(len(groups))
@@ -401,14 +411,32 @@ class StateTrainer(Trainer):
 
     # Saving
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _unsharded(self) -> PerturbationPreTrainedModel:
+        """The model with whole weights. With FSDP, all processes call it together until the training has ended."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model
+        return whole_copy(model) if self._whole is None else self._whole.to(self.args.device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        # The library writes parts alone, from which the training continues; this is what others load.
+        self._save(output_dir, whole=self._unsharded())
+
+    def _save(
+        self,
+        output_dir: str | None = None,
+        state_dict: dict | None = None,
+        whole: PerturbationPreTrainedModel | None = None,
+    ) -> None:
         """Weights, config and code, or an adapter; processor, card and arguments; no pickle. ValueError for weights of NaN."""
         # Private, as `save_model`, which gathers the weights of all kinds of training, writes a pickle by itself.
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model) if whole is None else whole
         if state_dict is None:
             check_finite_weights(model, folder)
         # At no moment may the folder load while something is missing: weights last, or (with more to come) hidden.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 import pertstate
 from pertstate.cli import main
@@ -17,8 +18,9 @@ CONFIGS = sorted((Path(pertstate.__file__).parent / "configs").glob("*.yaml"))
 def test_every_configuration_is_listed_with_one_line(capsys):
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [path.stem for path in CONFIGS] and len(lines) > 10
-    assert "demo                 The built-in demonstration: a simulated screen, one cell type held out whole" in lines
+    of_devices = ["accelerate/ddp", "accelerate/deepspeed", "accelerate/fsdp2"]
+    assert [line.split()[0] for line in lines] == [*(path.stem for path in CONFIGS), *of_devices] and len(lines) > 10
+    assert "demo                  The built-in demonstration: a simulated screen, one cell type held out whole" in lines
     # The comment goes on in the next line, so that the first is a sentence of its own.
     for path in CONFIGS:
         assert path.read_text().splitlines()[0].endswith("."), path.name
@@ -33,6 +35,16 @@ def test_a_configuration_is_printed_and_written(tmp_path, capsys):
     assert main(["configs", "demo", "--output", str(target)]) == 0
     assert capsys.readouterr().out == f"{target}: train with pertstate train {target}\n"
     assert set(yaml.safe_load(target.read_text())) == {"data", "model", "training"}
+
+
+@pytest.mark.parametrize("name, kind", [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
+def test_a_configuration_of_devices_is_what_accelerate_reads(name, kind, tmp_path, capsys):
+    target = tmp_path / "mine.yaml"
+    assert main(["configs", f"accelerate/{name}", "--output", str(target)]) == 0
+    launch = f"accelerate launch --config_file {target} -m pertstate.train CELLS|CONFIG.yaml"
+    assert capsys.readouterr().out == f"{target}: train with {launch}\n"
+    read = load_config_from_file(str(target))
+    assert read.distributed_type == kind and read.num_processes == 2 and not read.use_cpu
 
 
 @pytest.mark.parametrize(
