@@ -146,12 +146,19 @@ def _load(name: str, revision: str, device: str | None, quiet: bool):
 
 
 def run(args: argparse.Namespace):
+    from contextlib import nullcontext
+
     from pertstate.evaluation.predicted_file import claimed_output
+    from pertstate.evaluation.shared_passes import SharedPasses
 
     _cell_eval(args)
+    shared = SharedPasses(args.device)
     # Before there is any work to lose.
-    with claimed_output(args.output or args.summary, args.adata, args.overwrite):
-        _predict(args)
+    claimed = (
+        claimed_output(args.output or args.summary, args.adata, args.overwrite) if shared.writes else nullcontext()
+    )
+    with claimed:
+        _predict(args, shared)
 
 
 def _cell_eval(args: argparse.Namespace):
@@ -185,7 +192,7 @@ def _cells(text: str | None):
     return int(text) if text.lstrip("-").isdigit() else read_cell_counts(text)
 
 
-def _predict(args: argparse.Namespace):
+def _predict(args: argparse.Namespace, shared):
     from pertstate.base.checkpoint_files import hub_arguments
     from pertstate.data.perturbation_features import read_perturbation_features
     from pertstate.data.record import RunRecord
@@ -193,7 +200,7 @@ def _predict(args: argparse.Namespace):
 
     layout, cells = _layout(args), _cells(args.cells_per_perturbation)
     further = read_perturbation_features(args.perturbation_features) if args.perturbation_features else None
-    model, processor, loaded = _load(args.model, args.revision, args.device, args.quiet)
+    model, processor, loaded = _load(args.model, args.revision, shared.device, args.quiet)
     if further is not None:
         processor.add_perturbation_features(further.names, further.vectors)
     needs_record = args.summary or getattr(model.config, "confidence_token", False)
@@ -225,7 +232,10 @@ def _predict(args: argparse.Namespace):
         cell_eval=_cell_eval(args),
         intervals=None if record is None else record.intervals,
         calibration=None if record is None else record.calibration,
+        shared=shared,
     )
+    if not shared.writes:
+        return
     say(
         f"{args.output or args.summary}: {counted(done['cells'], 'cell')}, "
         f"{counted(done['perturbations'], 'perturbation')} in {counted(done['contexts'], 'context')}"

@@ -43,6 +43,7 @@ from pertstate.evaluation.experiment import (
 from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout, PredictedFile, claimed_output
+from pertstate.evaluation.shared_passes import SharedPasses
 from pertstate.evaluation.summary import SUFFIXES, SummaryFile
 from pertstate.processing import StateProcessor
 
@@ -80,6 +81,7 @@ def predict(
     intervals: ChangeIntervals | None = None,
     confidences: dict[tuple[str, str], float] | None = None,
     calibration: ConfidenceCalibration | None = None,
+    shared: SharedPasses | None = None,
 ) -> dict[str, int]:
     r"""
     Predict every chosen perturbation from the control cells of every chosen context, and write one `.h5ad` or `.zarr`;
@@ -120,6 +122,8 @@ def predict(
         confidences (`dict`, *optional*): is filled with the confidence of each (context, perturbation), see [`PerturbationOutput`], as a
             mean over its sentences. It stays empty for a model that has none.
         calibration ([`ConfidenceCalibration`], *optional*): that of the model's record; the output says what energy distance to expect.
+        shared ([`SharedPasses`], *optional*): the processes that predict together. The first one writes the output, which is that of
+            one process.
 
     Returns:
         `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
@@ -140,6 +144,11 @@ def predict(
         raise ValueError("predict writes cells (output) or their summary, one of the two")
     if summary is not None:
         _check_summary(summary, {"layout": layout, "cell_eval": cell_eval, "obs_columns": obs_columns}, model)
+    if shared is not None and shared.processes > 1 and sample_counts is not None:
+        raise ValueError(
+            f"several processes ({shared.processes}) predict expectations; counts are drawn (sample_counts) by one process alone"
+        )
+    writes = shared is None or shared.writes
     layout = OutputLayout() if layout is None else layout
     if cell_eval is not None:
         layout = replace(layout, controls=ROWS)
@@ -148,7 +157,7 @@ def predict(
     files += [] if cell_eval is None or cell_eval.real is None else [Path(cell_eval.real)]
     model.eval()
     with ExitStack() as stack:
-        for path in files:
+        for path in files if writes else ():
             stack.enter_context(claimed_output(path, adata, overwrite))
         data = stack.enter_context(open_cells(adata))
         decoded, uses_batches = model.config.gene_dim is not None, bool(model.config.embeds_batches)
@@ -156,7 +165,7 @@ def predict(
         perturbations, cells_of = _asked(processor, perturbations, doses, cells_per_perturbation)
         processor.check_scale(data, input, convert_scale)
         lacking = processor.check_genes(data, input, max_missing_genes) if missing_genes == "zero" else None
-        if lacking is not None:
+        if lacking is not None and writes:
             logger.warning(lacking)
         labels = read_labels(data, processor)
         groups = processor.control_groups(labels, contexts)
@@ -173,7 +182,8 @@ def predict(
         )
         if model.is_ceiling:
             arms = observed_arms(arms, labels, cells_per_perturbation if cells_of is None else cells_of, seed)
-        _warn(processor, arms, cells_of)
+        if writes:
+            _warn(processor, arms, cells_of)
         in_order = layout.in_order or summary is not None or sample_counts is not None
         reader = BatchReader(processor, data, labels, groups, missing_genes, input, model.device, held=in_order)
 
@@ -185,10 +195,13 @@ def predict(
             return processor.gene_features(data, wanted)[np.searchsorted(wanted, rows)]
 
         log1p = is_log1p(processor, decoded)
-        if summary is not None:
+        sink: PredictedFile | SummaryFile | None = None
+        if not writes:
+            _check_layout(layout, model, processor)
+        elif summary is not None:
             names = processor.vocabulary.genes or processor.output_names(model.config.output_dim)
             partial = stack.enter_context(whole_file(target))
-            sink: PredictedFile | SummaryFile = stack.enter_context(
+            sink = stack.enter_context(
                 SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed, intervals)
             )
         else:
@@ -238,11 +251,25 @@ def predict(
             )
             sink.write_controls(reader.features, expression)
         total = sum(len(arm.cells) for arm in arms)
-        bar = stack.enter_context(tqdm(total=total, unit="cells", unit_scale=True, disable=quiet, desc="predict"))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="cells", unit_scale=True, disable=quiet or not writes, desc="predict")
+        )
         unseen: dict[tuple[str, str], None] = {}
         losses: dict[tuple[str, str], list[float]] = {}
         passes = packs(processor, arms, batch_size, alone=sample_counts is not None, in_order=in_order)
-        for packed, values, embedding, inputs in _predicted(model, reader, passes, sample_counts, unseen, losses):
+
+        def compute(own: Iterator[list[Unit]]):
+            """Each result with what the model says of its loss in this pass."""
+            of_pass: dict[tuple[str, str], list[float]] = {}
+            for result in _predicted(model, reader, own, sample_counts, unseen, of_pass):
+                yield *result, {**of_pass}
+                of_pass.clear()
+
+        results = compute(passes) if shared is None else shared.results(passes, compute)
+        for packed, values, embedding, inputs, said in results:
+            for group, of in said.items():
+                losses.setdefault(group, []).extend(of)
+            assert sink is not None, "results are the writer's alone"
             sink.write(packed, values, embedding, inputs)
             bar.update(len(values))
         expected = {group: float(np.mean(of)) for group, of in losses.items()}
@@ -250,7 +277,9 @@ def predict(
             sink.describe("confidence", confidence_text(expected, calibration))
     if confidences is not None:
         confidences |= expected
-    if unseen:
+    if shared is not None:
+        unseen = dict.fromkeys(shared.merged([*unseen]))
+    if unseen and writes:
         logger.warning(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
             f"cells: {[' / '.join(group) for group in unseen][:10]}; the model card says how these are predicted"
