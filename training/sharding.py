@@ -2,6 +2,7 @@
 
 import copy
 import os
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -65,7 +66,7 @@ def whole_copy(model: PerturbationPreTrainedModel) -> PerturbationPreTrainedMode
         for name, value in model.state_dict().items()
     }
     # FSDP2 puts a class of its own before that of the model.
-    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    plain: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     # What its weights are drawn from at first is given back, so that a checkpoint changes no step after it.
     with torch.random.fork_rng(devices=[]):
         made = plain(copy.deepcopy(model.config))

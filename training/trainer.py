@@ -416,7 +416,8 @@ class StateTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if not self.is_fsdp_enabled:
             return model
-        return whole_copy(model) if self._whole is None else self._whole.to(self.args.device)
+        whole: Any = whole_copy(model) if self._whole is None else self._whole
+        return whole.to(self.args.device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         if not self.is_fsdp_enabled:

@@ -1,6 +1,11 @@
 """Several processes over gloo, with whole weights (DDP) and with parts of them (FSDP2): what they learn, save and continue."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import launches
@@ -140,3 +145,35 @@ def test_what_cannot_be_in_parts_is_refused(folder):
     program = ROOT / "tests" / "fsdp_on_cpus.py"
     done = launches.run_together([program, *words, "--average_decay", "0.9"], 2, **fsdp_environment())
     assert done.returncode == 1 and "found average_decay; use DDP instead" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_fails_the_job_and_the_run_goes_on(folder):
+    run, of_ddp = folder / "killed", ROOT / "configs" / "accelerate" / "ddp.yaml"
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launch = [
+        accelerate,
+        "launch",
+        "--config_file",
+        of_ddp,
+        "--main_process_port",
+        "0",
+        launches.TRAIN,
+        folder / "run.yaml",
+    ]
+    flags = ["--output_dir", run, "--eval_strategy", "no"]
+    words = [str(word) for word in [*launch, *flags, "--max_steps", "100000"]]
+    with subprocess.Popen(words, env=launches.environment(), stderr=subprocess.PIPE, text=True) as job:
+        until = time.monotonic() + 120
+        while not [*run.glob("checkpoint-*/files.json")] and job.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        killed, start = int(children[-1]), time.monotonic()
+        os.kill(killed, signal.SIGKILL)
+        said = job.communicate(timeout=60)[1]
+    assert job.returncode == 1 and time.monotonic() - start < 60
+    assert f"failed (exitcode: -9) local_rank: 1 (pid: {killed})" in said
+    last = max(int(path.name[11:]) for path in run.glob("checkpoint-*"))
+    more = ["--eval_strategy", "no", "--resume_from_checkpoint", "last", "--max_steps", str(last + 4)]
+    train(folder, "killed", *more, processes=2)
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == last + 4
