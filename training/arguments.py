@@ -217,6 +217,9 @@ class StateTrainingArguments(TrainingArguments):
         super().__post_init__()
         if by_time:
             self.logging_steps = None
+        if self.cells_on_device == "auto" and not self.keeps_cells_on_device:
+            # What it became is what a checkpoint says.
+            self.cells_on_device = False
         check_reporting(self.report_to)
         half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
         if half and self.device.type == "cpu":
