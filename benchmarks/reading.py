@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 JOB = r"""
-import contextlib, io, json, logging, resource, sys, time, warnings
+import contextlib, inspect, io, json, logging, resource, sys, time, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -52,9 +52,10 @@ def predicted():
     processor = StateProcessor(Vocabulary(genes, names, ["line"], []), values="log1p", normalize="counts_to_log1p", set_size=64)
     torch.manual_seed(0)
     model = StateForPerturbation(StateConfig.from_preset("tiny", input_dim=len(genes), num_perturbations=3000, num_contexts=1))
+    anew = {"overwrite": True} if "overwrite" in inspect.signature(predict).parameters else {}
     def run():
         start = used()
-        done = predict(model, processor, path, folder / "p.h5ad", quiet=True, overwrite=True, **options)
+        done = predict(model, processor, path, folder / "p.h5ad", quiet=True, **anew, **options)
         return used() - start, done["cells"]
     return run
 

@@ -5,6 +5,7 @@ import gzip
 import os
 import shutil
 import tempfile
+from collections import OrderedDict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,7 +21,7 @@ import scipy.sparse as sp
 from pertstate.base.bounded_text import check_regular
 from pertstate.base.printable import get_logger
 from pertstate.data.matrices import RowReader, check_chunks
-from pertstate.data.self_contained import SMALL, check_hdf5, check_zarr, check_zarr_array
+from pertstate.data.self_contained import SMALL, check_hdf5, check_zarr, check_zarr_array, state_of
 from pertstate.processing import StateProcessor
 
 
@@ -163,7 +164,11 @@ class AnnDataFile:
     def var(self) -> pd.DataFrame:
         """The table of the genes."""
         with self._reading():
-            return self._tables_of_old()[1] if self._whole_obs else _table(self._file["var"])
+            if self._whole_obs:
+                return self._tables_of_old()[1]
+            if isinstance(self._file, h5py.File):
+                return _genes_of(self._file)
+            return _table(self._file["var"])
 
     @cached_property
     def raw(self) -> "_Raw | None":
@@ -376,6 +381,22 @@ def _table(node) -> pd.DataFrame:
     """A table of cells or genes, with names that are text, as anndata reads them."""
     table = _native(ad.io.read_elem(node))
     return table.set_axis(table.index.astype(str))
+
+
+# The genes of the files that were opened last. A run opens each file several times, and the names take the most of it.
+_GENES: OrderedDict[str, tuple[tuple[int, ...], pd.DataFrame]] = OrderedDict()
+_FILES_KEPT = 8
+
+
+def _genes_of(file: h5py.File) -> pd.DataFrame:
+    state = state_of(file.filename)
+    known, table = _GENES.pop(file.filename, (None, None))
+    if known != state or table is None:
+        table = _table(file["var"])
+    _GENES[file.filename] = state, table
+    while len(_GENES) > _FILES_KEPT:
+        _GENES.popitem(last=False)
+    return table.copy(deep=False)
 
 
 def _native(table: pd.DataFrame) -> pd.DataFrame:

@@ -35,20 +35,25 @@ def check_hdf5(file: h5py.File):
             is damaged; it is named.
     """
     path = file.filename
-    status = os.stat(path)
-    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    state = state_of(path)
     if _CHECKED.get(path) == state:
         return
     with CheckedBytes(path) as content:
         try:
             with h5py.File(content, "r") as checked:
                 content.opened(checked)
-                _check_objects(checked, content, status.st_size)
+                _check_objects(checked, content, os.path.getsize(path))
         except OSError:
             if content.fault is not None:
                 raise content.fault from None
             raise
     _CHECKED[path] = state
+
+
+def state_of(path: str | os.PathLike) -> tuple[int, ...]:
+    """What tells that a file is another one, or was written since."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # Files that were found whole, with what tells that they have not changed since.

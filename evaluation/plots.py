@@ -100,7 +100,11 @@ def plot_history(history: pd.DataFrame, output: str | os.PathLike):
     """
     check_matplotlib()
     panels = [name for name in _CURVES if name in history and history[name].notna().any()]
-    figure = new_figure(4.2 * (1 + len(panels)), 3.2)
+    width = 4.2 * (1 + len(panels))
+    figure = new_figure(
+        width, 3.2, layout=None
+    )  # every run draws it: a layout that is computed takes as long as the rest
+    figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.16, top=0.9, wspace=0.28)
     axis = figure.add_subplot(1, 1 + len(panels), 1)
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
         if name in history:
@@ -128,11 +132,11 @@ def check_matplotlib():
         raise ImportError("pictures need matplotlib: pip install 'pertstate[report]'") from error
 
 
-def new_figure(width: float, height: float):
-    """An empty figure of matplotlib, in inches, which needs no display."""
+def new_figure(width: float, height: float, layout: str | None = "constrained"):
+    """An empty figure of matplotlib, in inches, which needs no display. Its layout is computed when it is drawn, unless None."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure

@@ -5,6 +5,7 @@ import math
 import platform
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,6 +211,7 @@ def as_names(names: list[str], shown: int = SHOWN_NAMES) -> str:
     return listed + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
+@cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(CARDS),

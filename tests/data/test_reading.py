@@ -89,6 +89,19 @@ def test_rows_equal_those_in_memory(path, rows):
             np.testing.assert_array_equal(dense(found), dense(matrix)[rows], err_msg=name)
 
 
+def test_a_file_that_is_written_anew_has_its_new_genes(tmp_path):
+    path, adata = tmp_path / "screen.h5ad", screen()
+    for names in ([f"gene{i}" for i in range(GENES)], [f"gene{i}" for i in range(GENES, 2 * GENES)]):
+        adata.var_names = names
+        adata.write_h5ad(path)
+        for _ in range(2):
+            with AnnDataFile(path) as data:
+                assert data.var_names.tolist() == names
+                data.var["mine"] = 1  # a table belongs to who opened the file
+    with AnnDataFile(path) as data:
+        assert data.var.columns.tolist() == []
+
+
 def test_a_processor_reads_the_same_from_disk(path):
     whole = screen()
     rows = np.array([0, 1, 90, 91, 300, CELLS - 1])
