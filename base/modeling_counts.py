@@ -1,7 +1,7 @@
 """What the families share that model raw counts, and predict log1p expression like the others."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import nn
@@ -40,6 +40,8 @@ class CountsOutput(PerturbationOutput):
     mean: torch.Tensor | None = None
     inverse_dispersion: torch.Tensor | None = None
     dropout_logits: torch.Tensor | None = None
+
+    of_all_sentences: ClassVar[tuple[str, ...]] = ("inverse_dispersion",)
 
 
 class CountsFields(TypedDict, total=False):

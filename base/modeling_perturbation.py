@@ -1,7 +1,7 @@
 """The contract that every perturbation model keeps."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -68,6 +68,21 @@ class PerturbationOutput(ModelOutput):
     unseen: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    # Fields that do not begin with the sentences of the batch.
+    of_all_sentences: ClassVar[tuple[str, ...]] = ()
+
+    def first(self, number: int) -> Self:
+        """The outputs of the first sentences of the batch, without hidden states and attentions."""
+        fields: dict[str, Any] = {}
+        for name, value in self.items():
+            if name in self.of_all_sentences:
+                fields[name] = value
+            elif isinstance(value, dict):
+                fields[name] = {key: tensor[:number] for key, tensor in value.items()}
+            elif isinstance(value, torch.Tensor):
+                fields[name] = value[:number]
+        return type(self)(**fields)
 
 
 class UnseenPerturbationError(ValueError):

@@ -132,11 +132,11 @@ def check_matplotlib():
         raise ImportError("pictures need matplotlib: pip install 'pertstate[report]'") from error
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained"):
-    """An empty figure of matplotlib, in inches, which needs no display. Its layout is computed when it is drawn, unless None."""
+def new_figure(width: float, height: float, compute_layout: bool = True):
+    """An empty figure of matplotlib, in inches, which needs no display. Its layout is computed when it is drawn."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout=layout)
+    figure = Figure(figsize=(width, height), layout="constrained" if compute_layout else None)
     FigureCanvasAgg(figure)
     return figure

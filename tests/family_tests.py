@@ -195,6 +195,16 @@ class FamilyTests:
         terms["loss"].backward()
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
+    def test_the_loss_of_the_first_sentences_is_that_of_these_sentences_alone(self):
+        model, batch = self.model(), self.batch()
+        objective = objective_for(model.config).eval()
+        for number in (1, 2):
+            first = {name: value[:number] for name, value in batch.items()}
+            with torch.no_grad():
+                whole, alone = model(**batch), model(**first)
+                found, expected = objective(whole.first(number), first), objective(alone, first)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
     def test_published_sizes_can_be_built(self):
         sizes = {"input_dim": 2000, "num_perturbations": 25, "num_contexts": 7, "num_batches": 3}
         fields = {name: value for name, value in self.fields.items() if name in ("gene_dim",)}

@@ -296,15 +296,28 @@ class StateTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
+        judged, batch = (outputs, inputs) if model.training else self._own_sentences(outputs, inputs)
         self.objective.train(model.training)
         if model.training:
             self.objective.set_progress(self.state.global_step, self.train_dataset.epoch_of(self.args, self.state))
-        terms = self.objective(outputs, inputs)
+        terms = self.objective(judged, batch)
         if model.training:
             self.terms.add(terms, inputs)
         elif outputs.unseen is not None:
             self._unseen += int(self.accelerator.gather_for_metrics(outputs.unseen).sum())
         return (terms["loss"], outputs) if return_outputs else terms["loss"]
+
+    def _own_sentences(self, outputs, inputs):
+        """
+        Outputs and inputs of the sentences that count. Accelerate fills up the last batch of several processes with sentences of the
+        first, and leaves their figures out when it gathers. A process that has no others keeps one, whose loss is left out too.
+        """
+        state, number = self.accelerator.gradient_state, len(outputs.predictions)
+        own = state.remainder - self.args.process_index * number
+        if not state.end_of_dataloader or state.remainder <= 0 or own >= number:
+            return outputs, inputs
+        own = max(own, 1)
+        return outputs.first(own), {name: value[:own] for name, value in inputs.items()}
 
     # Evaluation
 

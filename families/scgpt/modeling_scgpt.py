@@ -1,6 +1,7 @@
 """The gene-token transformer: every gene of a cell is a token, and the genes of a cell see one another."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ class ScGPTOutput(PerturbationOutput):
     """
 
     gene_indices: torch.Tensor | None = None
+
+    of_all_sentences: ClassVar[tuple[str, ...]] = ("gene_indices",)
 
 
 class ValueEncoder(nn.Module):
