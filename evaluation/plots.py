@@ -101,9 +101,8 @@ def plot_history(history: pd.DataFrame, output: str | os.PathLike):
     check_matplotlib()
     panels = [name for name in _CURVES if name in history and history[name].notna().any()]
     width = 4.2 * (1 + len(panels))
-    figure = new_figure(
-        width, 3.2, layout=None
-    )  # every run draws it: a layout that is computed takes as long as the rest
+    # Every run draws it, and a layout that is computed takes as long as the rest.
+    figure = new_figure(width, 3.2, compute_layout=False)
     figure.subplots_adjust(left=0.65 / width, right=1 - 0.15 / width, bottom=0.16, top=0.9, wspace=0.28)
     axis = figure.add_subplot(1, 1 + len(panels), 1)
     for name, label in (("loss", "training"), ("eval_loss", "validation")):
