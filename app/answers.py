@@ -239,6 +239,9 @@ def _of_confidence(trained: TrainedModel, found: Answer) -> list[str]:
     if found.confidence is None:
         return ["The model gives no confidence."]
     said = f"The model expects a loss of {found.confidence:.4g} (in its own units; less is better)."
+    line = None if trained.record is None else trained.record.calibration
+    if line is not None:
+        said += f" From {line.groups:,} validation groups, an energy distance of {line.expected(found.confidence):.4f} is to be expected."
     measured = None if trained.scores is None else calibration(trained.scores.table)
     if measured is None or np.isnan(measured[1]):
         return [said, "What this figure is worth was not measured: the checkpoint has no scores that say."]

@@ -124,6 +124,12 @@ def confidence_worth(table: pd.DataFrame, seed: int = 0) -> ConfidenceWorth | No
     return ConfidenceWorth(figure, float(low), float(high), len(rows), **calibrated)
 
 
+def expectations(loss: float, calibration: ConfidenceCalibration | None) -> dict[str, float]:
+    """What a model expects of a group: `expected_loss`, in the units of the training loss, and `expected_energy`, where that was calibrated."""
+    figures = {"expected_loss": loss}
+    return figures if calibration is None else {**figures, "expected_energy": float(calibration.expected(loss))}
+
+
 def confidence_text(expected: dict[tuple[str, str], float], calibration: ConfidenceCalibration | None) -> str:
     """
     What an output says of the confidence of its groups, JSON: `calibration`, and for each context and perturbation `expected_loss`,
@@ -135,10 +141,7 @@ def confidence_text(expected: dict[tuple[str, str], float], calibration: Confide
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for (context, perturbation), loss in expected.items():
-        figures = {"expected_loss": loss}
-        if calibration is not None:
-            figures["expected_energy"] = float(calibration.expected(loss))
-        found.setdefault(context, {})[perturbation] = figures
+        found.setdefault(context, {})[perturbation] = expectations(loss, calibration)
     how = "not calibrated" if calibration is None else f"energy distance from {calibration.groups} validation groups"
     return json.dumps({"calibration": how, "groups": found})
 

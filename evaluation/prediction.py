@@ -30,7 +30,7 @@ from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
 from pertstate.evaluation.cells_file import whole_cells
-from pertstate.evaluation.confidence import confidence_text
+from pertstate.evaluation.confidence import confidence_text, expectations
 from pertstate.evaluation.experiment import (
     Arm,
     BatchReader,
@@ -194,6 +194,12 @@ def predict(
             wanted = np.unique(rows)
             return processor.gene_features(data, wanted)[np.searchsorted(wanted, rows)]
 
+        losses: dict[tuple[str, str], list[float]] = {}
+
+        def expected_of(arm: Arm) -> dict[str, float]:
+            of = losses.get((arm.context, arm.perturbation))
+            return {} if of is None else expectations(float(np.mean(of)), calibration)
+
         log1p = is_log1p(processor, decoded)
         sink: PredictedFile | SummaryFile | None = None
         if not writes:
@@ -202,7 +208,9 @@ def predict(
             names = processor.vocabulary.genes or processor.output_names(model.config.output_dim)
             partial = stack.enter_context(whole_file(target))
             sink = stack.enter_context(
-                SummaryFile(partial, target.suffix, processor, names, arms, log1p, expression, seed, intervals)
+                SummaryFile(
+                    partial, target.suffix, processor, names, arms, log1p, expression, seed, intervals, expected_of
+                )
             )
         else:
             _check_layout(layout, model, processor)
@@ -255,7 +263,6 @@ def predict(
             tqdm(total=total, unit="cells", unit_scale=True, disable=quiet or not writes, desc="predict")
         )
         unseen: dict[tuple[str, str], None] = {}
-        losses: dict[tuple[str, str], list[float]] = {}
         passes = packs(processor, arms, batch_size, alone=sample_counts is not None, in_order=in_order)
 
         def compute(own: Iterator[list[Unit]]):

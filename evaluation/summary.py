@@ -99,6 +99,7 @@ class SummaryFile:
     | `change`, `change_low`, `change_high` | their difference, and its 95 % interval |
     | `calibrated_low`, `calibrated_high` | the 90 % interval of the change that would be measured, see [`ChangeIntervals`]; where the model has some |
     | `log2_fold_change`, `_low`, `_high` | of mean expression, see [`log_fold_change`], in base 2; where log1p expression is predicted |
+    | `expected_loss`, `expected_energy` | what the model expects of the group, see [`ConfidenceCalibration`]; where it has a confidence, and that was calibrated |
 
     The other intervals are those of the bootstrap over control cells, each with the cell that was predicted from it.
 
@@ -111,6 +112,7 @@ class SummaryFile:
         expression (`Callable`): gives cells of the input in the units and genes of predictions.
         seed (`int`): of the resamplings.
         calibrated ([`ChangeIntervals`], *optional*): the intervals of predicted changes.
+        expected (`Callable`, *optional*): gives further columns of a group whose cells have all been written.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class SummaryFile:
         expression: Callable[[np.ndarray], np.ndarray],
         seed: int,
         calibrated: ChangeIntervals | None = None,
+        expected: Callable[[Arm], dict[str, float]] = lambda arm: {},
     ):
         if calibrated is not None and len(calibrated.floor) != len(genes):
             raise ValueError(
@@ -131,6 +134,7 @@ class SummaryFile:
                 f"{len(genes)}; copy the checkpoint again"
             )
         self.calibrated = calibrated
+        self.expected = expected
         self.genes, self.log1p, self.seed, self._of_cells = genes, log1p, seed, expression
         columns = processor.output_columns()
         table = processor.output_obs(
@@ -174,6 +178,7 @@ class SummaryFile:
         columns = {**self._groups[id(arm)], "gene": self.genes, "cells": len(arm.cells), **changes(found, controls)}
         if self.calibrated is not None:
             columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(columns["change"])
+        columns |= self.expected(arm)
         self._waiting.append(pd.DataFrame(columns))
         self._open = None
         if len(self._waiting) * len(self.genes) >= _ROWS:

@@ -16,6 +16,7 @@ from pertstate.app.answers import Question, answer, cell_places, doses_of, how_s
 from pertstate.app.cells import CellsFound, Reading, look_at
 from pertstate.app.pictures import change_picture, place_picture
 from pertstate.app.texts import answer_html, error_html, found_html, model_html
+from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.evaluation import controls_of, predict
 from pertstate.hub.trained import load
 
@@ -89,6 +90,14 @@ def test_what_it_is_worth_is_what_was_measured(trained, found):
     sure = replace(found, confidence=0.27)
     assert "That is less than for 40 % of the 5 scored held-out groups." in how_sure(trained, sure)[2]
     assert "rank correlation with the energy distance that was found is 1.00" in how_sure(trained, sure)[3]
+
+
+def test_what_energy_distance_is_to_be_expected(trained, found):
+    line = ConfidenceCalibration(intercept=0.1, slope=2.0, low=0.2, high=0.5, groups=7)
+    calibrated = replace(trained, record=replace(trained.record, calibration=line))
+    said = how_sure(calibrated, replace(found, confidence=0.15))
+    assert "From 7 validation groups, an energy distance of 0.4000 is to be expected." in said[2]
+    assert "is to be expected" not in " ".join(how_sure(trained, replace(found, confidence=0.15)))
 
 
 def test_what_was_not_measured_is_said(trained, found):

@@ -4,6 +4,7 @@ import json
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 import pertstate.cli
@@ -51,6 +52,13 @@ def test_it_is_the_line_of_the_validation_groups_and_an_output_says_it(screen, t
     assert said["calibration"] == "energy distance from 6 validation groups"
     of_group = said["groups"]["type_3"]["pert_0"]
     assert of_group["expected_energy"] == pytest.approx(float(line.expected(of_group["expected_loss"])))
+    words[words.index("--output") : words.index("--quiet")] = ["--summary", tmp_path / "summary.parquet"]
+    assert pertstate.cli.main([str(word) for word in words]) == 0
+    summary = pd.read_parquet(tmp_path / "summary.parquet").groupby(["context", "perturbation"])
+    for name in ("expected_loss", "expected_energy"):
+        assert (summary[name].nunique() == 1).all()
+        of_cells = {(c, p): of[name] for c, groups in said["groups"].items() for p, of in groups.items()}
+        assert summary[name].first().to_dict() == pytest.approx(of_cells, rel=1e-5)
 
 
 def test_without_validation_groups_it_is_not_calibrated(screen, tmp_path):
