@@ -1,6 +1,8 @@
 """Processes that work for this one: forked from one that has made its imports, and ended with this one."""
 
+import inspect
 import os
+import signal
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from threading import Thread
@@ -28,3 +30,46 @@ def end_with_parent():
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()
+
+
+def how_it_ended(code: int, said: str) -> str:
+    """
+    Why a process failed, in a line.
+
+    Args:
+        code (`int`): its exit code, a signal's number with a minus where a signal ended it.
+        said (`str`): what it said; the last line is that of its error.
+    """
+    if code < 0:
+        memory = "; systems do so where memory runs out" if code == -signal.SIGKILL else ""
+        return f"its process was ended by signal {-code} ({signal.strsignal(-code)}){memory}"
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else f"its process ended with code {code} before it began. {_UNGUARDED}"
+
+
+def check_guarded():
+    """
+    Call before processes are started. A script of Python is run again by each process that works for it, up to what stands under
+    `if __name__ == "__main__":`; that run must not start processes in turn.
+
+    Raises:
+        ChildProcessError: this process is such a one, and runs the script again.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "__mp_main__":  # as multiprocessing names the script there
+            raise ChildProcessError(_UNGUARDED)
+        frame = frame.f_back
+
+
+class LostProcessError(ChildProcessError):
+    """A process that worked for this one ended without a result."""
+
+    def __init__(self):
+        super().__init__(
+            "a process that worked for this one ended without a result. Was it killed, as happens where memory runs out? Then use "
+            f"fewer processes. {_UNGUARDED}"
+        )
+
+
+_UNGUARDED = "A script that starts processes must keep its calls under `if __name__ == '__main__':`"

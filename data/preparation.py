@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +29,7 @@ from pertstate.base.constants import Split, Values
 from pertstate.base.finite import are_finite
 from pertstate.base.messages import closest, given
 from pertstate.base.outputs import Kind, claimed_folder, whole_folder
-from pertstate.base.processes import end_with_parent, with_imports
+from pertstate.base.processes import LostProcessError, check_guarded, end_with_parent, with_imports
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on
@@ -87,7 +88,9 @@ def prepare(
         KeyError, ValueError, FileNotFoundError: a file, a column or a value is not what it should be.
         FileExistsError, InUseError: see [`claimed_folder`].
         OSError: the disk is full; the output is as it was.
+        LostProcessError: a process was killed; the output is as it was.
     """
+    check_guarded()
     options = options or PrepareArguments()
     if data.store is not None:
         raise ValueError("data.store names a store: give the files that a new one is made of, in datasets or splits")
@@ -482,6 +485,8 @@ def _do(
                 for future in as_completed(futures):
                     results[futures[future]] = future.result()
                     bar.update(sizes[futures[future]])
+            except BrokenProcessPool as error:
+                raise LostProcessError from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # the first error is that of all
                 raise

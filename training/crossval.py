@@ -19,14 +19,18 @@ import pandas as pd
 import torch
 
 from pertstate.base.console import say
+from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
 from pertstate.base.messages import some
 from pertstate.base.outputs import Kind, claimed_run
-from pertstate.base.processes import end_with_parent, with_imports
+from pertstate.base.processes import check_guarded, end_with_parent, how_it_ended, with_imports
 from pertstate.base.public import public
 from pertstate.base.stopped import stopped_by_signals
 from pertstate.base.tables import write_csv
+from pertstate.data.arguments import DataArguments
+from pertstate.data.cells import assign_splits
 from pertstate.data.record import source_of
+from pertstate.data.source import FileSource
 from pertstate.data.store import StoreSource
 from pertstate.data.stores import open_store
 from pertstate.evaluation.metrics import MODEL
@@ -112,15 +116,41 @@ def quoted(names: list[str]) -> str:
     return json.dumps(names, ensure_ascii=False)
 
 
-def groups_of(run: RunConfig) -> tuple[pd.DataFrame, str]:
-    """The groups of the run's cells, and the name of the control."""
+def check_folds(words: list[str], folds: list[Fold]):
+    """
+    Check, before anything is trained, that each fold can be scored.
+
+    Raises:
+        ValueError, KeyError: a field or value is none of a run's, or a fold holds out nothing for testing.
+    """
+    checked: list[DataArguments] = []
+    for fold in folds:
+        run = read_run([*words, *fold.flags])
+        if run.data in checked or run.stream.path is not None:
+            continue
+        checked.append(run.data)
+        source = source_of_cells(run)
+        splits = run.data.resolve_splits(source.groups, source.reader)
+        if Split.TEST not in set(assign_splits(source.groups, splits, source.reader.control)["split"]):
+            raise ValueError(
+                f"fold {fold.name} holds out no cells for testing, so there is nothing to score: say what to hold out, as with "
+                "--test_contexts or --test_perturbations"
+            )
+
+
+def source_of_cells(run: RunConfig) -> FileSource | StoreSource:
+    """The cells of a run, with their groups."""
     if run.stream.path is not None:
         raise ValueError(
             "a stream is read once, and its folds are not known; prepare a store of it (pertstate prepare)"
         )
     data = run.data
-    store = None if data.store is None else open_store(data.store)
-    source = data.file_source() if store is None else StoreSource(store, data.contexts)
+    return data.file_source() if data.store is None else StoreSource(open_store(data.store), data.contexts)
+
+
+def groups_of(run: RunConfig) -> tuple[pd.DataFrame, str]:
+    """The groups of the run's cells, and the name of the control."""
+    source = source_of_cells(run)
     return source.groups, source.reader.control
 
 
@@ -167,6 +197,7 @@ def crossval(
         ValueError: the folder is of another cross-validation, or a run cannot be; the run's own error is in the message.
         InUseError: another process writes the folder.
     """
+    check_guarded()
     for name, number in (("seeds", seeds), ("jobs", jobs), ("parts", parts)):
         if number < 1:
             raise ValueError(f"{name}={number}: expected at least 1")
@@ -175,6 +206,7 @@ def crossval(
     changes = families if isinstance(families, dict) else {name: {} for name in families or [own]}
     check_families(changes)
     folds = folds_of(run, over, parts)
+    check_folds(words, folds)
     with claimed_run(output, CROSSVAL) as place:
         settings = {
             "words": public(list(words)),
@@ -308,8 +340,7 @@ def _children() -> Iterator:
                 one.join()
                 running.discard(one)
                 code = one.exitcode
-            lines = said.read().strip().splitlines()
-        return None if code == 0 else lines[-1] if lines else f"it ended with code {code}, without a word"
+            return None if code == 0 else how_it_ended(code, said.read())
 
     try:
         yield start

@@ -140,6 +140,15 @@ def test_a_field_takes_each_value_and_names_are_kept_whole(screen, tmp_path):
     assert held == [folds[0].name] == ['T, "CD8"']
 
 
+def test_what_cannot_be_scored_is_said_before_anything_is_trained(screen, tmp_path, capsys):
+    over = ["crossval", screen, "--over", "max_steps=1,2", "-o", tmp_path / "cv", "--preset", "tiny"]
+    assert crossval(*over) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pertstate crossval: error: fold 1 holds out no cells for testing") and said.count("\n") == 1
+    assert crossval(*over[:3], "learning_speed=1,2", *over[4:], "--test_contexts", "type_1") == 1
+    assert "learning_speed" in capsys.readouterr().err and not (tmp_path / "cv").exists()
+
+
 def test_combinations_are_held_out_in_parts(tmp_path):
     screen = simulate_screen(num_contexts=2, num_perturbations=3, num_genes=10, cells_per_group=6, seed=1)
     names = screen.obs["perturbation"].astype(str).to_numpy().copy()
