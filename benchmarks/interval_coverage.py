@@ -62,14 +62,16 @@ def changes(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     model, processor = AutoModel.from_pretrained(folder / "run"), AutoProcessor.from_pretrained(folder / "run")
     intervals = RunRecord.load(folder / "run").intervals
     with contextlib.redirect_stdout(io.StringIO()):
-        cells, _, _ = load_data(read_run([str(folder / "run.yaml")]), None)
-    real = real_cells_of(cells, processor, decoded=False)
-    predicted, measured = [], []
-    for group, found in predicted_groups(model, processor, real, groups_of(cells)):
+        data, _, _ = load_data(read_run([str(folder / "run.yaml")]), None)
+    real = real_cells_of(data, processor, decoded=False)
+    predicted, measured, numbers = [], [], []
+    for group, found in predicted_groups(model, processor, real, groups_of(data)):
         controls = real.scored(real.rows((*group[:2], processor.control), 0, len(found.cells))).mean(axis=0)
         predicted.append(found.cells.mean(axis=0) - controls)
-        measured.append(real.scored(real.rows(group, 0, None)).mean(axis=0) - controls)
-    low, high = intervals.around(np.stack(predicted))
+        cells = real.scored(real.rows(group, 0, None))
+        measured.append(cells.mean(axis=0) - controls)
+        numbers.append((len(cells), len(found.cells)))
+    low, high = intervals.around(np.stack(predicted), *np.array(numbers).T)
     return np.stack(predicted), np.stack(measured), (high - low) / 2
 
 

@@ -26,7 +26,7 @@ from pertstate.data.group_means import GroupMeans
 
 
 RECORD_ARRAYS = "record.safetensors"
-_FLOOR = "interval_floor"
+_SPREAD = "interval_spread"
 # The hashes of at most so many training cells are kept, the lowest ones: a fair sample, 8 MB.
 MAX_HASHES = 1_000_000
 # Where at least this share of a group's cells were trained on under another name, the group counts as seen.
@@ -226,7 +226,7 @@ class RunRecord:
             if self.means.expression is not None:
                 arrays["expression"] = self.means.expression
         if self.intervals is not None:
-            arrays[_FLOOR] = self.intervals.floor
+            arrays[_SPREAD] = self.intervals.spread
         with whole_file(Path(folder, RECORD_ARRAYS)) as partial:
             save_file(arrays, partial)
         with whole_file(Path(folder, RECORD_FILE)) as partial:
@@ -296,7 +296,7 @@ class RunRecord:
             hashes=arrays.get("cells"),
             whole=bool(content["all_hashes"]),
             change_tests=read_change_tests(content),
-            intervals=None if intervals is None else ChangeIntervals.from_dict(intervals, arrays[_FLOOR]),
+            intervals=None if intervals is None else ChangeIntervals.from_dict(intervals, arrays[_SPREAD]),
             calibration=None if calibration is None else ConfidenceCalibration.from_dict(calibration),
         )
 

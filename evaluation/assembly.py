@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 
 from pertstate.base.messages import counted, some
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.confidence import confidence_worth
+from pertstate.evaluation.expected_error import expected_error_worth, expected_maes
 from pertstate.evaluation.further_metrics import discrimination
 from pertstate.evaluation.metrics import CEILING, CEILING_MODEL, MODEL
 from pertstate.evaluation.scores import Scores
@@ -38,6 +40,7 @@ def scores_of(
     seen: Callable[[Group], str] | None = None,
     is_ceiling: bool = False,
     settings: dict | None = None,
+    intervals: ChangeIntervals | None = None,
 ) -> Scores:
     """
     The scores of some groups.
@@ -54,6 +57,7 @@ def scores_of(
             record says it.
         is_ceiling (`bool`): the model was given the real cells.
         settings (`dict`, *optional*): settings of the evaluation, to be kept with the scores.
+        intervals ([`ChangeIntervals`], *optional*): of the scored features, from the record; they say which error is to be expected.
     """
     notes = list(notes or [])
     of_record = (lambda group: record.seen(*group)) if record is not None else (lambda group: "")
@@ -87,12 +91,16 @@ def scores_of(
             frame["method"] = frame["method"].replace(MODEL, CEILING_MODEL)
     if record is not None and record.calibration is not None and table["confidence"].notna().any():
         table["expected_energy"] = record.calibration.expected(table["confidence"].to_numpy(dtype=np.float64))
-    worth = confidence_worth(table, seed)
+    if intervals is not None and len(intervals.spread) == len(features) and not is_ceiling:
+        own = [result for result in results if MODEL in result.figures]
+        table["expected_mae"] = np.nan
+        table.loc[table["method"] == MODEL, "expected_mae"] = expected_maes(own, intervals)
+    worth = [found for found in (confidence_worth(table, seed), expected_error_worth(table, seed)) if found is not None]
     shown = [name for name in ("control", "observed", "predicted") if all(name in result.means for result in results)]
     return Scores(
         table=table,
         averages=averages,
-        verdict=" ".join([verdict_of(averaged, name, seed), *([] if worth is None else [str(worth)])]),
+        verdict=" ".join([verdict_of(averaged, name, seed), *map(str, worth)]),
         notes=list(dict.fromkeys(notes)),
         genes=list(features),
         groups=[result.group for result in results],

@@ -6,6 +6,7 @@ import numpy as np
 
 from pertstate.base.gene_view import view_of
 from pertstate.base.messages import some
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.in_memory import CellData
 from pertstate.processing import StateProcessor, Vocabulary
@@ -39,9 +40,19 @@ class ComparedGenes:
         Raises:
             ValueError: genes are scored that the model does not know.
         """
+        columns = self._of_model(processor)
+        return means if columns is None else means.of_features(columns)
+
+    def of_intervals(self, intervals: ChangeIntervals, processor: StateProcessor | None) -> ChangeIntervals:
+        """The same of the intervals in the record."""
+        columns = self._of_model(processor)
+        return intervals if columns is None else intervals.of_features(columns)
+
+    def _of_model(self, processor: StateProcessor | None) -> np.ndarray | None:
+        """The places of the scored genes among those of a model; None where they are the same, or genes have no names."""
         genes = self.scorer.vocabulary.genes
         if processor is None or not genes or processor.vocabulary.genes == genes:
-            return means
+            return None
         place = {gene: i for i, gene in enumerate(processor.vocabulary.genes)}
         unknown = [gene for gene in genes if gene not in place]
         if unknown:
@@ -49,7 +60,7 @@ class ComparedGenes:
                 f"{len(unknown)} of the {len(genes)} scored genes are not among those of the model whose record says what the "
                 f"baselines know: {some(unknown)}; name the training cells with --train, and no model"
             )
-        return means.of_features(np.array([place[gene] for gene in genes]))
+        return np.array([place[gene] for gene in genes])
 
 
 def compared_genes(scorer: StateProcessor, real: CellData, name: str, common: bool, notes: list[str]) -> ComparedGenes:

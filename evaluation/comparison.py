@@ -168,6 +168,9 @@ def evaluate(
             )
         if record is not None and means is not None:
             means = compared.of_means(means, processor)
+        intervals = None if record is None else record.intervals
+        if intervals is not None:
+            intervals = compared.of_intervals(intervals, processor)
         baselines = baselines_of(means, scorer, clip=scorer.values != Values.EMBEDDING)
         if model is None:
             found = _predicted_of_file(reader, guess, labels, groups, cells, scorer.control, seed, max_cells)
@@ -216,6 +219,7 @@ def evaluate(
         seen,
         ceiling is not None,
         settings,
+        intervals,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.evaluation.bootstrap import LEVEL, correlation
@@ -34,7 +35,7 @@ def calibration(table: pd.DataFrame) -> tuple[pd.DataFrame, float] | None:
     rows = unseen if len(unseen) else rows
     if not len(rows):
         return None
-    return rows, float(_rank_correlations(rows, np.arange(len(rows))[None])[0])
+    return rows, ranked(rows["confidence"], rows["energy"])[0]
 
 
 @dataclass
@@ -114,14 +115,7 @@ def confidence_worth(table: pd.DataFrame, seed: int = 0) -> ConfidenceWorth | No
     if "expected_energy" in rows and rows["expected_energy"].notna().all():
         error = float(np.abs(rows["expected_energy"].to_numpy(dtype=np.float64) - energy).mean())
     calibrated = {"error": error, "energy": float(energy.mean())}
-    if not np.isfinite(figure):
-        return ConfidenceWorth(None, None, None, len(rows), **calibrated)
-    if len(rows) < FEWEST_GROUPS:
-        return ConfidenceWorth(figure, None, None, len(rows), **calibrated)
-    chosen = np.random.default_rng([seed, 2]).integers(0, len(rows), (_RESAMPLINGS, len(rows)))
-    drawn = _rank_correlations(rows, chosen)
-    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return ConfidenceWorth(figure, float(low), float(high), len(rows), **calibrated)
+    return ConfidenceWorth(*worth_of_ranks(rows["confidence"], energy, seed), len(rows), **calibrated)
 
 
 def expectations(loss: float, calibration: ConfidenceCalibration | None) -> dict[str, float]:
@@ -146,9 +140,25 @@ def confidence_text(expected: dict[tuple[str, str], float], calibration: Confide
     return json.dumps({"calibration": how, "groups": found})
 
 
-def _rank_correlations(rows: pd.DataFrame, chosen: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation for each choice of groups; NaN if all of a choice have the same rank."""
+def worth_of_ranks(expected: ArrayLike, found: ArrayLike, seed: int) -> tuple[float | None, float | None, float | None]:
+    """
+    Spearman's rank correlation of two figures of groups with its 95 % interval by the bootstrap over groups: None where it is not
+    defined, without an interval where there are fewer than 5 groups.
+    """
+    figure, number = ranked(expected, found)[0], len(np.asarray(found))
+    if not np.isfinite(figure):
+        return None, None, None
+    if number < FEWEST_GROUPS:
+        return figure, None, None
+    chosen = np.random.default_rng([seed, 2]).integers(0, number, (_RESAMPLINGS, number))
+    low, high = np.nanquantile(ranked(expected, found, chosen), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return figure, float(low), float(high)
+
+
+def ranked(expected: ArrayLike, found: ArrayLike, chosen: np.ndarray | None = None) -> list[float]:
+    """Spearman's rank correlation of two figures for each choice of groups, by default all; NaN if all of a choice have the same rank."""
     from scipy.stats import rankdata
 
-    ranks = [rankdata(rows[name].to_numpy()[chosen], axis=1) for name in ("confidence", "energy")]
-    return correlation(*ranks)
+    figures = [np.asarray(of, dtype=np.float64) for of in (expected, found)]
+    places = np.arange(len(figures[0]))[None] if chosen is None else chosen
+    return correlation(*(rankdata(of[places], axis=1) for of in figures)).tolist()

@@ -8,10 +8,9 @@ import pandas as pd
 
 from pertstate.base.outputs import Kind, whole_folder
 from pertstate.base.printable import printable
-from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.metrics import CELL_EVAL, METRICS, MODEL, NAMES, pearson_of_change
 from pertstate.evaluation.plots import check_matplotlib, new_figure
-from pertstate.evaluation.report_data import KINDS, by_step, cell_map, gene_tests, mean_changes
+from pertstate.evaluation.report_data import KINDS, by_step, cell_map, expectation, gene_tests, mean_changes
 from pertstate.evaluation.scores import Scores
 
 
@@ -42,7 +41,8 @@ def save_pictures(scores: Scores, log: list[dict[str, float]], folder: str | os.
     - `heat_map`: the model's figures over contexts and perturbations
     - `cells`: UMAP of real, control and predicted cells
     - `curves`: what the training logged
-    - `confidence`: the loss that the model expects against the energy distance that was found
+    - `confidence`: the loss that the model expects against the energy distance that was found, or the MAE that the run expects against
+      that which was found
 
     Args:
         scores ([`Scores`]): the scores.
@@ -233,14 +233,14 @@ def _curves(history: pd.DataFrame):
 
 
 def _confidence(scores: Scores):
-    found = calibration(scores.table)
+    found = expectation(scores.table)
     if found is None:
         return None
-    rows, correlation = found
     figure = new_figure(4.5, 4.2)
     axis = figure.add_subplot()
-    axis.scatter(rows["confidence"], rows["energy"], s=14, alpha=0.7, linewidths=0, color=_COLOURS["observed"])
-    said = "not defined" if np.isnan(correlation) else f"{correlation:.2f}"
+    rows = found.rows
+    axis.scatter(rows[found.expected], rows[found.found], s=14, alpha=0.7, linewidths=0, color=_COLOURS["observed"])
+    said = "not defined" if np.isnan(found.rank_correlation) else f"{found.rank_correlation:.2f}"
     axis.set_title(f"rank correlation over {len(rows)} groups: {said}", fontsize=9)
-    axis.set(xlabel="loss that the model expects", ylabel="energy distance that was found")
+    axis.set(xlabel=found.labels[0], ylabel=found.labels[1])
     return figure

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from pertstate.evaluation.confidence import confidence_worth
+from pertstate.evaluation.expected_error import expected_error_worth
 from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.report_data import metrics_of
 from pertstate.evaluation.scores import Scores
@@ -37,7 +38,7 @@ def pooled_scores(folds: list[list[Scores]], name: str = "the model") -> Scores:
         name (`str`): what the verdict calls the model.
 
     Returns:
-        [`Scores`]: the table has the mean figures over seeds, and the mean confidence, whose worth the verdict says over all folds; changes and cells are those of each fold's first seed, in the genes
+        [`Scores`]: the table has the mean figures over seeds, and the mean confidence and expected error, whose worth the verdict says over all folds; changes and cells are those of each fold's first seed, in the genes
         that all folds have.
     """
     results = [result for seeds in folds for result in over_seeds([scores.results for scores in seeds])]
@@ -56,11 +57,11 @@ def pooled_scores(folds: list[list[Scores]], name: str = "the model") -> Scores:
             numbers = [scores.cells[f"{kind}_group"] + start for scores, start in zip(firsts, starts)]
             cells[f"{kind}_group"] = np.concatenate(numbers)
     table = pd.concat([_mean_table([scores.table for scores in seeds]) for seeds in folds], ignore_index=True)
-    worth = confidence_worth(table)
+    worth = [found for found in (confidence_worth(table), expected_error_worth(table)) if found is not None]
     return Scores(
         table=table,
         averages=averages_of(results),
-        verdict=" ".join([verdict_of(results, name), *([] if worth is None else [str(worth)])]),
+        verdict=" ".join([verdict_of(results, name), *map(str, worth)]),
         notes=list(dict.fromkeys(note for scores in firsts for note in scores.notes)),
         genes=genes,
         groups=[group for scores in firsts for group in scores.groups],
@@ -75,9 +76,10 @@ def _mean_table(tables: list[pd.DataFrame]) -> pd.DataFrame:
     """The table of a fold with the mean of the model's figures over its seeds, further ones and the confidence too."""
     mean = tables[0].copy()
     is_model = (mean["method"] == MODEL).to_numpy()
-    if not all("expected_energy" in table for table in tables):
-        mean = mean.drop(columns="expected_energy", errors="ignore")
-    names = (*metrics_of(mean), "confidence", "expected_energy")
+    expected = ("expected_energy", "expected_mae")
+    partly = [name for name in expected if not all(name in table for table in tables)]
+    mean = mean.drop(columns=partly, errors="ignore")
+    names = (*metrics_of(mean), "confidence", *expected)
     own = [name for name in names if all(name in table for table in (mean, *tables))]
     figures = np.stack([table.loc[is_model, own].to_numpy(dtype=float) for table in tables])
     mean.loc[is_model, own] = figures.mean(axis=0)

@@ -18,7 +18,6 @@ from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.base.public import last_part, public
 from pertstate.evaluation.cell_eval_scores import CAVEAT
-from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.metrics import ABOUT, CELL_EVAL, MODEL
 from pertstate.evaluation.record_text import entries_of, in_short
 from pertstate.evaluation.report_data import (
@@ -26,6 +25,7 @@ from pertstate.evaluation.report_data import (
     KINDS,
     by_step,
     cell_map,
+    expectation,
     find_scores,
     gene_tests,
     mean_changes,
@@ -191,16 +191,19 @@ def _data(scores: Scores, log: list[dict[str, float]], packed: _Packed) -> tuple
         missing["curves"] = (
             "No log of a training lies beside these scores. A model that is fitted in one pass has none."
         )
-    found = calibration(scores.table)
-    if found is None:
-        missing["calibration"] = "The model gives no confidence."
+    shown = expectation(scores.table)
+    if shown is None:
+        missing["calibration"] = (
+            "The run held no training groups out that say which errors to expect, and the model gives no confidence."
+        )
     else:
-        rows, correlation = found
+        rank = shown.rank_correlation
         data["calibration"] = {
-            "rank_correlation": None if np.isnan(correlation) else round(correlation, 3),
-            "confidence": _numbers(rows["confidence"]),
-            "energy": _numbers(rows["energy"]),
-            "name": [printable(f"{c} / {p}") for c, p in zip(rows["context"], rows["perturbation"])],
+            "rank_correlation": None if np.isnan(rank) else round(rank, 3),
+            "expected": _numbers(shown.rows[shown.expected]),
+            "found": _numbers(shown.rows[shown.found]),
+            "labels": list(shown.labels),
+            "name": [printable(f"{c} / {p}") for c, p in zip(shown.rows["context"], shown.rows["perturbation"])],
         }
     return data, missing
 
@@ -209,7 +212,10 @@ def _table(scores: Scores, several: bool) -> dict[str, Any]:
     table = scores.table
     contexts = table["context"] if not several else table["dataset"] + " / " + table["context"]
     texts = {"context": contexts, **{name: table[name] for name in ("perturbation", "method", "seen", "reason")}}
-    numbers = [*metrics_of(table), *(name for name in ("confidence", "expected_energy", *COUNTS) if name in table)]
+    numbers = [
+        *metrics_of(table),
+        *(name for name in ("confidence", "expected_energy", "expected_mae", *COUNTS) if name in table),
+    ]
     return {
         "texts": {name: _coded(values.tolist()) for name, values in texts.items()},
         "numbers": {printable(name): _numbers(table[name]) for name in numbers},

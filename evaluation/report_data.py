@@ -1,7 +1,8 @@
-"""What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well confidence ranks errors."""
+"""What a report shows, computed from scores: changes, tests of genes, a map of cells, and how well what was expected ranks errors."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pandas as pd
 
 from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
+from pertstate.evaluation.confidence import calibration, ranked
+from pertstate.evaluation.expected_error import held_out_errors
 from pertstate.evaluation.metrics import METRICS
 from pertstate.evaluation.scores import SUMMARY, Scores
 
@@ -26,11 +29,44 @@ _NO_FIGURES = {
     "seen",
     "confidence",
     "expected_energy",
+    "expected_mae",
     *COUNTS,
 }
 # More points than these are slow to draw, and hide one another.
 MAP_POINTS = 3000
 _COMPONENTS, _FEWEST = 50, 15
+
+
+@dataclass
+class Expectation:
+    """
+    What a model expected of its errors, and what was found.
+
+    Args:
+        rows (`pandas.DataFrame`): the groups.
+        expected, found (`str`): the columns of both figures.
+        labels (`tuple[str, str]`): what they are called.
+        rank_correlation (`float`): Spearman's, NaN if it is not defined.
+    """
+
+    rows: pd.DataFrame
+    expected: str
+    found: str
+    labels: tuple[str, str]
+    rank_correlation: float
+
+
+def expectation(table: pd.DataFrame) -> Expectation | None:
+    """The confidence of a model beside the energy distance; where it has none, the expected MAE beside the MAE; None where it has neither."""
+    confidence = calibration(table)
+    if confidence is not None:
+        labels = ("loss that the model expects", "energy distance that was found")
+        return Expectation(confidence[0], "confidence", "energy", labels, confidence[1])
+    rows = held_out_errors(table)
+    if rows is None:
+        return None
+    rank = ranked(rows["expected_mae"], rows["mae"])[0]
+    return Expectation(rows, "expected_mae", "mae", ("MAE that the run expects", "MAE that was found"), rank)
 
 
 def find_scores(path: str | os.PathLike) -> Path:

@@ -18,6 +18,7 @@ from pertstate.base.outputs import Kind
 from pertstate.base.tables import check_table, table_text, write_csv
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.confidence import confidence_worth
+from pertstate.evaluation.expected_error import expected_error_worth
 from pertstate.evaluation.metrics import CEILING_MODEL, CELL_EVAL, METRICS, MODEL
 from pertstate.evaluation.scoring import GroupResult
 from pertstate.evaluation.verdict import compare, side_by_side
@@ -43,11 +44,12 @@ class Scores:
             that were found (NaN if one is not defined),
             `reason` (why a method has no figures), `seen` (how the group was trained on; empty if it was not),
             `predicted_cells`, `real_cells`, `control_cells`, and `confidence` of the
-            model, with `expected_energy`, the energy distance to expect at this confidence, if that was calibrated on validation groups.
+            model, with `expected_energy`, the energy distance to expect at this confidence, if that was calibrated on validation groups;
+            `expected_mae` of the model, where training groups were held out in turn, see [`ChangeIntervals`].
         averages (`pandas.DataFrame`): one row for each method and metric: `method`, `metric`, `value` (the mean over the groups
             that were not trained on), `low` and `high` (95 % interval), `groups` (how many are averaged) and `share` (only
             for the model: how far it goes from the best baseline, 0, to the ceiling, 1).
-        verdict (`str`): what follows from the averages, in words, and what the confidence is worth if the model has one.
+        verdict (`str`): what follows from the averages, in words, and what the confidence and the expected error are worth if there are some.
         models (`pandas.DataFrame`): this model beside others, see [`compare_models`]; empty if there are none.
         notes (`list[str]`): sentences that say what was left out and what else must be known.
         genes (`list[str]`): names of the features.
@@ -104,7 +106,7 @@ class Scores:
         arrays |= {f"cells.{name}": np.ascontiguousarray(value) for name, value in self.cells.items()}
         with whole_file(folder / ARRAYS) as partial:
             save_file(arrays, partial)
-        worth = confidence_worth(self.table)
+        worth, error = confidence_worth(self.table), expected_error_worth(self.table)
         if len(self.models):
             write_csv(self.models, folder / MODELS)
         summary = {
@@ -112,6 +114,7 @@ class Scores:
             "notes": self.notes,
             "averages": _records(self.averages),
             "confidence": None if worth is None else worth.to_dict(),
+            "expected_error": None if error is None else error.to_dict(),
             "models": _records(self.models),
             "table": _records(self.table),
             "genes": self.genes,

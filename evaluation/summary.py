@@ -97,7 +97,8 @@ class SummaryFile:
     | `gene`, `cells` | the gene, and how many cells were predicted |
     | `control_mean`, `mean` | mean of the control cells that went in, and of the predicted cells |
     | `change`, `change_low`, `change_high` | their difference, and its 95 % interval |
-    | `calibrated_low`, `calibrated_high` | the 90 % interval of the change that would be measured, see [`ChangeIntervals`]; where the model has some |
+    | `calibrated_low`, `calibrated_high` | the 90 % interval of the change that would be measured with as many cells and control cells, see [`ChangeIntervals`]; where the model has some |
+    | `expected_mae` | the mean absolute error over genes that is to be expected of such a measurement, with them |
     | `log2_fold_change`, `_low`, `_high` | of mean expression, see [`log_fold_change`], in base 2; where log1p expression is predicted |
     | `expected_loss`, `expected_energy` | what the model expects of the group, see [`ConfidenceCalibration`]; where it has a confidence, and that was calibrated |
 
@@ -128,9 +129,9 @@ class SummaryFile:
         calibrated: ChangeIntervals | None = None,
         expected: Callable[[Arm], dict[str, float]] = lambda arm: {},
     ):
-        if calibrated is not None and len(calibrated.floor) != len(genes):
+        if calibrated is not None and len(calibrated.spread) != len(genes):
             raise ValueError(
-                f"the record of the checkpoint has intervals of {len(calibrated.floor)} features, and the model predicts "
+                f"the record of the checkpoint has intervals of {len(calibrated.spread)} features, and the model predicts "
                 f"{len(genes)}; copy the checkpoint again"
             )
         self.calibrated = calibrated
@@ -177,7 +178,9 @@ class SummaryFile:
         (arm, found), controls = self._open, self._controls
         columns = {**self._groups[id(arm)], "gene": self.genes, "cells": len(arm.cells), **changes(found, controls)}
         if self.calibrated is not None:
-            columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(columns["change"])
+            measured = (columns["change"], len(arm.cells), len(arm.cells))
+            columns["calibrated_low"], columns["calibrated_high"] = self.calibrated.around(*measured)
+            columns["expected_mae"] = float(self.calibrated.expected_mae(*measured))
         columns |= self.expected(arm)
         self._waiting.append(pd.DataFrame(columns))
         self._open = None

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def choose_steps(
     if not found:
         return None
     steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})
-    ratios, changes = [], []
+    ratios, changes, numbers = [], [], []
     for number, fold in enumerate(found):
         logger.info(
             f"choosing the number of steps, {number + 1} of {len(found)}: {fold.name} of the training groups is held out"
@@ -159,12 +160,14 @@ def choose_steps(
             trainer.train()
         ratios.append(scores.ratios())
         changes.append(scores.changes)
+        numbers += scores.numbers(control_counts(data[Split.VAL].cells.groups, processor.control))
         logger.info(f"with {fold.name} held out: {scores}")
     mean = np.mean(ratios, axis=0)
     best = int(np.argmin(mean))
     predicted, observed = np.concatenate([of_fold[best] for of_fold in changes], axis=1)
     spread = control_spread(dataset, trainer.decodes)
-    return [0, *steps][best], ChangeIntervals.of_held_out(predicted, observed, spread)
+    cells, controls = np.array(numbers).T
+    return [0, *steps][best], ChangeIntervals.of_held_out(predicted, observed, cells, controls, spread)
 
 
 def control_spread(dataset: SentenceDataset, decoded: bool) -> np.ndarray:
@@ -183,6 +186,16 @@ def control_spread(dataset: SentenceDataset, decoded: bool) -> np.ndarray:
         if name == processor.control and tuple(place) in places and stop - start > 1:
             variances.append(np.asarray(values[np.arange(start, min(stop, start + _CONTROLS))]).var(axis=0, ddof=1))
     return np.sqrt(np.mean(variances, axis=0, dtype=np.float64))
+
+
+def control_counts(groups: pd.DataFrame, control: str) -> Counter:
+    """The number of control cells of each dataset and context."""
+    found: Counter = Counter()
+    for *place, start, stop in groups.loc[
+        groups["perturbation"] == control, ["dataset", "context", "start", "stop"]
+    ].itertuples(index=False, name=None):
+        found[tuple(map(str, place))] += stop - start
+    return found
 
 
 def inner_arguments(args: StateTrainingArguments, folder: str) -> StateTrainingArguments:
@@ -204,6 +217,7 @@ class _Scores(TrainerCallback):
         self.steps = steps
         self.found: list[dict[str, float]] = []
         self.changes: list[np.ndarray] = []
+        self.results: list[tuple[Key, dict[str, int]]] = []
         self.trainer: Any = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -211,7 +225,9 @@ class _Scores(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.found.append(metrics)
-        means = [result.means for result in self.trainer.compute_metrics.results]
+        results = self.trainer.compute_metrics.results
+        means = [result.means for result in results]
+        self.results = [(result.group, result.numbers) for result in results]
         self.changes.append(
             np.array([[of[name] - of["control"] for of in means] for name in ("predicted", "observed")])
         )
@@ -220,6 +236,10 @@ class _Scores(TrainerCallback):
         """`(1 + steps,)`: the mean of the three figures, each beside that before the first step."""
         figures = np.array([[m["eval_energy"], m["eval_mae"], 1 - m.get("eval_pearson", 0.0)] for m in self.found])
         return (figures / figures[0]).mean(axis=1)
+
+    def numbers(self, controls: Counter) -> list[tuple[int, int]]:
+        """Of each group the cells that were measured, and the control cells; those of a context are drawn again where they are few."""
+        return [(of["real_cells"], min(of["control_cells"], controls[group[:2]])) for group, of in self.results]
 
     def __str__(self) -> str:
         return ", ".join(f"{ratio:.3f} after {step} steps" for step, ratio in zip([0, *self.steps], self.ratios()))

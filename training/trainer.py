@@ -395,7 +395,15 @@ class StateTrainer(Trainer):
         results = list(score_groups(real, found, processor.control, baselines, seed, samples=kept, order=own))
         gathered = sorted(gather_object(results), key=lambda result: result.group)
         features = processor.vocabulary.genes or processor.output_names(len(gathered[0].means["observed"]))
-        scores = scores_of(gathered, features, self.record, "the model", seed=seed, is_ceiling=self.model.is_ceiling)
+        scores = scores_of(
+            gathered,
+            features,
+            self.record,
+            "the model",
+            seed=seed,
+            is_ceiling=self.model.is_ceiling,
+            intervals=None if self.record is None else self.record.intervals,
+        )
         self.log(averages_as_figures(scores, prefix))
         return scores
 

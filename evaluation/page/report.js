@@ -356,11 +356,11 @@
   };
 
   const drawCalibration = () => {
-    const { confidence, energy, name, rank_correlation } = data.calibration;
-    Plotly.newPlot(by("calibration"), [{ type: "scatter", mode: "markers", x: confidence, y: energy, text: name.map(plain), marker: { size: 7, color: COLOURS.observed, opacity: 0.7 }, hovertemplate: "%{text}<br>expected %{x:.4g}<br>found %{y:.4g}<extra></extra>" }], layout("loss that the model expects", "energy distance that was found", { showlegend: false }), CONFIG);
+    const { expected, found, labels, name, rank_correlation } = data.calibration;
+    Plotly.newPlot(by("calibration"), [{ type: "scatter", mode: "markers", x: expected, y: found, text: name.map(plain), marker: { size: 7, color: COLOURS.observed, opacity: 0.7 }, hovertemplate: "%{text}<br>expected %{x:.4g}<br>found %{y:.4g}<extra></extra>" }], layout(labels[0], labels[1], { showlegend: false }), CONFIG);
     by("rank").textContent = rank_correlation === null
       ? "Too few different values for a rank correlation."
-      : `Spearman's rank correlation of the two over ${name.length} groups is ${rank_correlation}: at 1 the model knows which of its predictions are the better ones, at 0 it does not.`;
+      : `Spearman's rank correlation of the two over ${name.length} groups is ${rank_correlation}: at 1 it is known beforehand which predictions are the better ones, at 0 it is not.`;
   };
 
   const curvesOf = () => {

@@ -14,6 +14,7 @@ from pertstate.cli import main as pertstate
 from pertstate.data import simulate_screen
 from pertstate.data.cells import Cells
 from pertstate.data.record import RunRecord
+from pertstate.evaluation.scores import Scores
 from pertstate.training.inner_folds import inner_folds, with_fold
 
 
@@ -118,7 +119,7 @@ def chosen(folder) -> tuple[int, int]:
     return saved["max_steps"], saved["schedule_steps"]
 
 
-def test_a_run_takes_the_steps_that_are_best_on_held_out_training_groups(screen, tmp_path):
+def test_a_run_takes_the_steps_that_are_best_on_held_out_training_groups(screen, tmp_path, capsys):
     printed = train(tmp_path, screen)
     held = re.findall(r"with screen/\S+ held out: (.*)", printed)
     assert len(held) == printed.count("of the training groups is held out") == 2
@@ -135,19 +136,37 @@ def test_a_run_takes_the_steps_that_are_best_on_held_out_training_groups(screen,
 
     # The groups that were held out also say how far predictions may be from what is measured.
     intervals = RunRecord.load(tmp_path / "run").intervals
-    assert intervals.groups == 6 and len(intervals.floor) == 40 and intervals.factor > 0
+    assert intervals.groups == 6 and len(intervals.spread) == 40 and intervals.factor > 0
     words = ["--model", tmp_path / "run", "--adata", screen, "--context", "type_3", "--quiet"]
     assert pertstate(["predict", *map(str, words), "--summary", str(tmp_path / "summary.parquet")]) == 0
     table = pd.read_parquet(tmp_path / "summary.parquet")
-    half = intervals.factor * (table["change"].abs() + np.tile(intervals.floor, 3))
-    np.testing.assert_allclose(table["calibrated_low"], table["change"] - half, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(table["calibrated_high"], table["change"] + half, rtol=1e-5, atol=1e-6)
+    cells = table["cells"].to_numpy().reshape(3, 40)[:, 0]
+    low, high = intervals.around(table["change"].to_numpy().reshape(3, 40), cells, cells)
+    np.testing.assert_allclose(table["calibrated_low"], low.ravel(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table["calibrated_high"], high.ravel(), rtol=1e-5, atol=1e-6)
+    error = np.repeat(intervals.expected_mae(table["change"].to_numpy().reshape(3, 40), cells, cells), 40)
+    np.testing.assert_allclose(table["expected_mae"], error, rtol=1e-5)
+
+    # So the scores say which error was expected, those of the run and those of `evaluate`.
+    scores = Scores.load(tmp_path / "run" / "scores")
+    of_model = scores.table[scores.table["method"] == "model"]
+    changes = scores.changes["predicted"] - scores.changes["control"]
+    expected = intervals.expected_mae(changes, of_model["real_cells"], of_model["control_cells"])
+    np.testing.assert_allclose(of_model["expected_mae"], expected, rtol=1e-5)
+    assert "Expected error: the MAE that the run expects, from training groups that it held out," in scores.verdict
+    written = json.loads((tmp_path / "run" / "scores" / "scores.json").read_text())["expected_error"]
+    assert written["groups"] == 3 and written["mae"] == pytest.approx(of_model["mae"].mean())
+    assert written["error"] == pytest.approx((of_model["mae"] - of_model["expected_mae"]).abs().mean())
+    words = ["--model", tmp_path / "run", "--real", screen, "--context", "type_3", "--quiet"]
+    capsys.readouterr()
+    assert pertstate(["evaluate", *map(str, words)]) == 0
+    assert scores.verdict[scores.verdict.index("Expected error") :] in capsys.readouterr().out
 
     # A run that is continued keeps to what it chose.
     (tmp_path / "run" / "model.safetensors").unlink()
     if steps:
         again = train(tmp_path, screen, "--resume_from_checkpoint", "last")
-        assert "held out" not in again
+        assert "groups is held out" not in again
         assert chosen(tmp_path) == (steps, schedule)
         assert RunRecord.load(tmp_path / "run").intervals.factor == intervals.factor
 
