@@ -13,6 +13,7 @@ from pertstate.base.messages import closest, counted
 from pertstate.data.reading import naming, read_h5ad
 from pertstate.evaluation.bootstrap import bootstrap_weights, generator_of
 from pertstate.evaluation.confidence import calibration
+from pertstate.evaluation.expected_error import expected_error_worth
 from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout
@@ -222,7 +223,7 @@ def how_sure(trained: TrainedModel, found: Answer) -> list[str]:
                 f"The run scored this group on {counted(int(row.real_cells), 'real cell')}: Pearson correlation of the mean change "
                 f"{row.pearson:.3f}, energy distance {row.energy:.4f}."
             )
-    return [*said, *_of_confidence(trained, found)]
+    return [*said, *_of_expected_error(trained, found), *_of_confidence(trained, found)]
 
 
 def _of_record(found: Answer) -> str:
@@ -233,6 +234,21 @@ def _of_record(found: Answer) -> str:
         return f"The model was trained on real cells of {group}: this answer recalls more than it predicts."
     told = {"val": "held out, and used to choose when to stop", "test": "held out for the test"}
     return f"{group}: {told.get(found.status, found.status)}."
+
+
+def _of_expected_error(trained: TrainedModel, found: Answer) -> list[str]:
+    intervals = None if trained.record is None else trained.record.intervals
+    if intervals is None:
+        return []
+    genes = pd.Index(trained.processor.output_names(len(intervals.spread)))
+    own = intervals.of_features(genes.get_indexer(found.changes["gene"]))
+    expected = float(own.expected_mae(found.changes["change"].to_numpy(), found.cells, found.cells))
+    said = (
+        f"From {counted(intervals.groups, 'training group')} that the run held out, a mean absolute error of {expected:.4f} is to be expected of these "
+        f"changes, where as many cells are measured."
+    )
+    worth = None if trained.scores is None else expected_error_worth(trained.scores.table)
+    return [said] if worth is None else [said, f"What that is worth: {str(worth).partition(': ')[2]}"]
 
 
 def _of_confidence(trained: TrainedModel, found: Answer) -> list[str]:

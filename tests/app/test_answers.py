@@ -16,8 +16,10 @@ from pertstate.app.answers import Question, answer, cell_places, doses_of, how_s
 from pertstate.app.cells import CellsFound, Reading, look_at
 from pertstate.app.pictures import change_picture, place_picture
 from pertstate.app.texts import answer_html, error_html, found_html, model_html
+from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.evaluation import controls_of, predict
+from pertstate.evaluation.metrics import MODEL
 from pertstate.hub.trained import load
 
 
@@ -98,6 +100,23 @@ def test_what_energy_distance_is_to_be_expected(trained, found):
     said = how_sure(calibrated, replace(found, confidence=0.15))
     assert "From 7 validation groups, an energy distance of 0.4000 is to be expected." in said[2]
     assert "is to be expected" not in " ".join(how_sure(trained, replace(found, confidence=0.15)))
+
+
+def test_which_error_is_to_be_expected(trained, found):
+    genes = trained.processor.output_names(trained.processor.feature_dim)
+    spread = np.linspace(0.5, 2, len(genes)).astype(np.float32)
+    intervals = ChangeIntervals(0.9, 1.5, 0.2, spread, groups=4, deviation=0.7)
+    said = how_sure(replace(trained, record=replace(trained.record, intervals=intervals)), found)
+    # The table of an answer has the largest changes first.
+    change = found.changes.set_index("gene")["change"][genes].to_numpy()
+    expected = intervals.expected_mae(change, found.cells, found.cells)
+    assert f"From 4 training groups that the run held out, a mean absolute error of {expected:.4f} is to be" in said[2]
+    table = trained.scores.table
+    known = table.assign(expected_mae=np.where(table["method"] == MODEL, table["mae"] * 1.5, np.nan))
+    scored = replace(trained.scores, table=known)
+    said = how_sure(replace(trained, record=replace(trained.record, intervals=intervals), scores=scored), found)
+    assert said[3].startswith("What that is worth: the MAE that the run expects") and "is 1.00 (95 %" in said[3]
+    assert "to be expected" not in " ".join(how_sure(trained, found))
 
 
 def test_what_was_not_measured_is_said(trained, found):
