@@ -194,6 +194,16 @@ def whole(folder: Path, names: tuple[str, ...]) -> str | None:
     return sha256(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
 
 
+def pooled(folder: Path, *tables: str) -> str | None:
+    """The digest of the tables that many runs end in. Every run that has ended must be whole."""
+    models = [
+        path.parent for path in (folder / "runs").rglob("config.json") if not path.parent.name.startswith("checkpoint-")
+    ]
+    if any(run(path) == "a part" for path in models):
+        return "a part"
+    return whole(folder, tables)
+
+
 # The cases
 
 
@@ -222,6 +232,8 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
     content["data"]["datasets"]["screen"] = str(folder / "first.h5ad")
     content["data"]["test_contexts"] = ["type_2"]
     (folder / "other.yaml").write_text(yaml.safe_dump(content))
+    content["training"] |= {"max_steps": 2, "save_steps": 1}
+    (folder / "short.yaml").write_text(yaml.safe_dump(content))
 
     def before(name: str, *words) -> Path:
         """A folder with an older output, `out` or `out.h5ad`."""
@@ -274,6 +286,12 @@ def cases(folder: Path, hub: HubServer) -> list[Case]:
         found.append(Case(name, words, [*words, *resumed], states[name]))
         over = [*words, "--overwrite"]
         found.append(Case(f"{name} over an older one", over, over, states[name], older[name]))
+    folds = ["crossval", folder / "short.yaml", "--over", "max_steps=1,2", "--seeds", "1", "-o", "{work}/out"]
+    grid = ["tune", folder / "short.yaml", "--grid", "learning_rate=0.001,0.01", "-o", "{work}/out"]
+    found += [
+        Case("crossval", folds, folds, lambda work: pooled(work / "out", "scores")),
+        Case("tune", grid, grid, lambda work: pooled(work / "out", "results.csv")),
+    ]
     finished = before("finished", *of["train"])
     resumed = [*of["train"], "--resume_from_checkpoint", "last"]
     found.append(Case("train, resumed when finished", resumed, resumed, states["train"], finished))
