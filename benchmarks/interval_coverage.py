@@ -7,7 +7,7 @@ The runs are those of `truth.py`, with a data section alone; those that it kept 
 `pertstate predict --summary` writes: they come from training groups that were held out while the number of steps was chosen, and
 no test cell took part. Each line has the share of (group, gene) pairs whose measured change is inside, that share in the groups with
 the lowest and the highest one, the same share among the tenth of genes with the largest predicted changes, and the mean half
-width beside the mean size of the measured changes.
+width beside the mean size of the measured changes. Below the table stands what the expected error of a group is worth.
 """
 
 import argparse
@@ -18,13 +18,18 @@ from pathlib import Path
 
 import common
 import numpy as np
+import pandas as pd
 import transformers
 import truth
 from transformers import AutoModel, AutoProcessor
 
 from pertstate.data.record import RunRecord
+from pertstate.evaluation.confidence import ranked
 from pertstate.evaluation.group_scores import groups_of, real_cells_of
+from pertstate.evaluation.metrics import MODEL
 from pertstate.evaluation.predicted_groups import predicted_groups
+from pertstate.evaluation.report_data import SCORES_FOLDER
+from pertstate.evaluation.scores import Scores
 from pertstate.training.run import load_data, read_run
 
 
@@ -43,8 +48,9 @@ def main():
     print(
         "| | groups | inside | lowest, highest group | large changes | half width / change |\n|---|---|---|---|---|---|"
     )
+    said = []
     for task in args.tasks:
-        parts = []
+        parts, tables = [], []
         for fold in truth.TASKS[task].folds:
             if args.folds and fold not in args.folds:
                 continue
@@ -54,7 +60,16 @@ def main():
                     truth.run_of(folder, truth.TASKS[task], fold, seed, args.data, [])
                 parts.append(changes(folder))
                 line(f"{task} {fold}", *parts[-1])
+                table = Scores.load(folder / "run" / SCORES_FOLDER).table
+                tables.append(table[table["method"] == MODEL])
         line(f"**{task}**", *(np.concatenate(of) for of in zip(*parts)))
+        expected, mae, energy = pd.concat(tables)[["expected_mae", "mae", "energy"]].to_numpy().T
+        ranks = [ranked(expected, found)[0] for found in (mae, energy)]
+        said.append(
+            f"{task}, {len(mae)} groups: the expected MAE is off by {np.abs(expected - mae).mean():.4f} on average, where {mae.mean():.4f} was "
+            f"found; its rank correlation with the MAE is {ranks[0]:.2f}, with the energy distance {ranks[1]:.2f}"
+        )
+    print("\n" + "\n".join(said))
 
 
 def changes(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
