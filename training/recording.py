@@ -10,6 +10,7 @@ from pertstate.data.group_means import GroupMeans
 from pertstate.data.record import Ancestor, RunRecord, source_of
 from pertstate.data.training_sentences import TrainingSentences
 from pertstate.hub.provenance import Provenance
+from pertstate.training.arguments import StateTrainingArguments
 from pertstate.training.pretrained import Pretrained
 
 
@@ -71,18 +72,33 @@ _FREE = (
 )
 
 
+# These count for each process. What all processes together take for a step is what must stay the same.
+_OF_EACH_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # The data themselves are told by their hashes.
 _HASHED = ("datasets", "store", "splits", "files")
 
 
-def settings_of(run: "RunConfig") -> dict:
-    """What of a run's sections shapes its result."""
+def settings_of(run: "RunConfig", args: StateTrainingArguments | None) -> dict:
+    """
+    What of a run's sections shapes its result.
+
+    Args:
+        run (`RunConfig`): the sections.
+        args ([`StateTrainingArguments`], *optional*): of a model that takes steps: how many processes share one.
+    """
     data = {
         f"data.{name}": getattr(run.data, name)
         for name in sorted(run.given)
         if hasattr(run.data, name) and name not in _HASHED
     }
-    training = {f"training.{name}": value for name, value in run.training.items() if name not in _FREE}
+    free = {*_FREE, *_OF_EACH_PROCESS}
+    training = {f"training.{name}": value for name, value in run.training.items() if name not in free}
+    if args is not None:
+        batches = args.world_size * args.gradient_accumulation_steps
+        if args.cells_per_batch is None:
+            training["training.sentences_per_step"] = batches * args.train_batch_size
+        else:
+            training["training.batches_per_step"] = batches
     model = {f"model.{name}": value for name, value in run.model.items()}
     return public({**data, **model, **training})
 
@@ -96,6 +112,7 @@ def record_of(
     means: GroupMeans | None,
     change_tests: dict[str, float],
     intervals: ChangeIntervals | None,
+    args: StateTrainingArguments,
 ) -> RunRecord:
     """
     What a run learns from.
@@ -110,6 +127,7 @@ def record_of(
         change_tests (`dict[str, float]`): adjusted p-values of the perturbations, see
             [`~pertstate.training.change_test.change_tests`].
         intervals ([`ChangeIntervals`], *optional*): of predicted mean changes.
+        args ([`StateTrainingArguments`]): how it trains.
     """
     before = None if pretrained is None else _record_before(pretrained)
     groups = data.recorded_groups()
@@ -121,7 +139,7 @@ def record_of(
         groups=groups,
         learned_controls=learned,
         sources=[] if provenance is None else [source_of(source) for source in provenance.sources],
-        settings=settings_of(run),
+        settings=settings_of(run, None if fitted else args),
         notes=list(data.notes),
         chosen_on_all=run.data.hvg_on_all and isinstance(run.data.genes, int),
         ancestors=[] if pretrained is None else ancestors_of(pretrained, before),

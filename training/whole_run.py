@@ -108,7 +108,7 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
     if tests:
         logger.info(describe_tests(tests))
     means = None if fitted else trainer.learned_means()
-    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests, intervals)
+    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests, intervals, args)
     trainer.record = record
     if args.should_save:
         trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)

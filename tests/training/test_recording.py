@@ -134,10 +134,16 @@ def test_another_run_is_not_continued(folder, tmp_path):
         (["--test_contexts", "type_1"], r"the groups and their splits differ: recorded .*type_1"),
         (["--learning_rate", "0.1"], "training.learning_rate differs: recorded 0.001, now 0.1"),
         (["--seed", "7"], "training.seed differs: recorded None, now 7"),
+        (["--per_device_train_batch_size", "2"], "training.sentences_per_step differs: recorded 4, now 2"),
+        (["--gradient_accumulation_steps", "2"], "training.sentences_per_step differs: recorded 4, now 8"),
     ):
         done = train(folder, *words, *flags)
         assert done.returncode == 1 and len(done.stderr.splitlines()[-1:]) == 1
         assert re.search(f"resume_from_checkpoint: .* is of another run: {said}", done.stderr), done.stderr
+    # Half of the sentences, twice: the same step.
+    same = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--output_dir", folder / "same"]
+    done = train(folder, "--resume_from_checkpoint", folder / "run" / "checkpoint-10", *same)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_a_record_the_baselines_learn_from_named_cells_or_are_dashes(folder, tmp_path, capsys):

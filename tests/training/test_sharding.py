@@ -134,6 +134,19 @@ def test_a_training_in_parts_is_continued_exactly(folder, runs):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_a_training_goes_on_with_another_number_of_processes(folder, runs):
+    """With as many sentences a step, and no dropout, it learns what it would have learned with the same number."""
+    two, one = GLOBAL["packed" if "packed" in runs["ddp"].name else "full"]
+    expected = load_file(runs["one"] / "model.safetensors")
+    for begun, flags, processes in (("one", two, 2), ("ddp", one, 1)):
+        resumed = ["--resume_from_checkpoint", runs[begun] / "checkpoint-4", *flags]
+        again = train(folder, f"from-{runs[begun].name}", *resumed, processes=processes)
+        found = load_file(again / "model.safetensors")
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, **CLOSE)
+
+
 def test_what_cannot_be_in_parts_is_refused(folder):
     words = [folder / "run.yaml", "--output_dir", folder / "refused"]
     done = launches.run_together([launches.TRAIN, *words], 2, **fsdp_environment())
