@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--output", required=True, metavar="STORE", help="folder to write, whole or not at all")
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     parser.add_argument("--num-proc", type=int, default=1, metavar="N", help="how many files are read at a time")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask scheduler whose workers do the work (tcp://HOST:8786, or its scheduler file); they see the files under the same names",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument(
         "-h", "--help", action=_HelpWithFields, nargs=0, help="show this help and the fields of both sections"
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace):
         num_proc=args.num_proc,
         quiet=args.quiet,
         overwrite=args.overwrite,
+        scheduler=args.scheduler,
     )
     manifest = store.manifest
     for note in manifest.notes:

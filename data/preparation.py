@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ from pertstate.base.processes import LostProcessError, check_guarded, end_with_p
 from pertstate.base.processor_files import READING, is_default
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import assign_splits, trained_on
+from pertstate.data.cluster import check_distributed, on_cluster
 from pertstate.data.knockdown import filter_knockdowns
 from pertstate.data.manifest import (
     BARCODE,
@@ -61,6 +63,7 @@ STORE = Kind(
     lambda name: name in (STORE_FILE, "state.json", "dataset_info.json") or fnmatchcase(name, "data-*-of-*.arrow"),
 )
 PLACE = "place"  # of a cell in the store, while it is on its way there
+_PART = ".part-"  # in the name of a file that is being written
 
 
 def prepare(
@@ -70,6 +73,7 @@ def prepare(
     num_proc: int = 1,
     quiet: bool = False,
     overwrite: bool = False,
+    scheduler: str | None = None,
 ) -> CellStore:
     """
     Make a cell store of the files that a run names. Memory stays bounded, whatever the size of the files. A kill, an
@@ -83,6 +87,8 @@ def prepare(
         num_proc (`int`): number of processes, each of which reads one file at a time. The store does not depend on it.
         quiet (`bool`): no progress bars.
         overwrite (`bool`): replace a store that is there.
+        scheduler (`str`, *optional*): address of a Dask scheduler whose workers do the work instead of processes of this machine. They
+            have to see the files and the output under the same names.
 
     Raises:
         KeyError, ValueError, FileNotFoundError: a file, a column or a value is not what it should be.
@@ -96,12 +102,59 @@ def prepare(
         raise ValueError("data.store names a store: give the files that a new one is made of, in datasets or splits")
     if num_proc < 1:
         raise ValueError(f"num_proc must be at least 1, found {num_proc}")
+    if scheduler is not None:
+        check_distributed()
+        output = Path(output).absolute()
+    workers = _Workers(num_proc, scheduler, quiet)
     with claimed_folder(output, STORE, overwrite), whole_folder(output, STORE) as folder:
         plan = _plan(data, options, quiet)
-        runs = _write_runs(plan, folder, num_proc, quiet)
-        shards = _write_shards(plan.layout, folder, runs, num_proc, quiet)
+        runs = _write_runs(plan, folder, workers)
+        shards = _write_shards(plan.layout, folder, runs, workers)
+        for left in folder.glob(f"*{_PART}*"):
+            left.unlink()  # by a worker that was killed
         _write_descriptions(plan, folder, shards)
     return CellStore(output)
+
+
+@dataclass
+class _Workers:
+    """Who does the jobs: processes of this machine, or the workers of a Dask scheduler."""
+
+    num_proc: int
+    scheduler: str | None
+    quiet: bool
+
+    def named(self, file: FilePart) -> FilePart:
+        """A file as workers find it: those of a cluster stand in folders of their own."""
+        if self.scheduler is None or not isinstance(file.path, Path):
+            return file
+        return replace(file, path=file.path.absolute())
+
+    def do(self, jobs: Sequence[Callable], sizes: list[int], what: str, inner_progress: bool = False) -> list:
+        """The results of all jobs, in order, with a progress bar of cells."""
+        with tqdm(total=sum(sizes), unit="cells", unit_scale=True, disable=self.quiet, desc=what) as bar:
+            if self.scheduler is not None:
+                return on_cluster(self.scheduler, jobs, lambda number: bar.update(sizes[number]))
+            if self.num_proc == 1 or len(jobs) == 1:
+                results = []
+                for job, size in zip(jobs, sizes):
+                    results.append(job(progress=bar.update) if inner_progress else job())
+                    bar.update(0 if inner_progress else size)
+                return results
+            processes = min(self.num_proc, len(jobs))
+            with ProcessPoolExecutor(processes, with_imports(__name__), initializer=_begin) as pool:
+                futures = {pool.submit(job): i for i, job in enumerate(jobs)}
+                results = [None] * len(jobs)
+                try:
+                    for future in as_completed(futures):
+                        results[futures[future]] = future.result()
+                        bar.update(sizes[futures[future]])
+                except BrokenProcessPool as error:
+                    raise LostProcessError from error
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # the first error is that of all
+                    raise
+                return results
 
 
 # What goes where
@@ -257,18 +310,29 @@ class _Run:
     largest: float
 
 
-def _write_runs(plan: _Plan, folder: Path, num_proc: int, quiet: bool) -> list[_Run]:
+def _write_runs(plan: _Plan, folder: Path, workers: _Workers) -> list[_Run]:
     jobs = [
-        partial(_write_run, file, places, folder / f"run-{i}.arrow", plan.layout)
+        partial(_write_run, workers.named(file), places, folder / f"run-{i}.arrow", plan.layout)
         for i, (file, places) in enumerate(zip(plan.source.parts, plan.places()))
     ]
     sizes = [len(file.codes) for file in plan.source.parts]
-    return _do(jobs, sizes, "read", num_proc, quiet, inner_progress=True)
+    return workers.do(jobs, sizes, "read", inner_progress=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A place to write to, which takes its name when it is whole: two workers may do the same job."""
+    partial_path = path.with_name(f"{path.name}{_PART}{uuid4().hex}")
+    try:
+        yield partial_path
+        partial_path.replace(path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 def _write_run(file: FilePart, places: Places, path: Path, layout: _Layout, progress=None) -> _Run:
     shards, largest, writer = [], 0.0, None
-    with open_part(file, layout.recipe) as reading, ExitStack() as stack:
+    with open_part(file, layout.recipe) as reading, _written(path) as place_of_file, ExitStack() as stack:
         for rows, block in reading.blocks():
             order = np.argsort(block.codes, kind="stable")
             place = places.take(block.codes)[order]
@@ -283,7 +347,7 @@ def _write_run(file: FilePart, places: Places, path: Path, layout: _Layout, prog
             batch = batch.append_column(PLACE, pa.array(place))
             if writer is None:
                 writer = stack.enter_context(
-                    pa.ipc.new_file(stack.enter_context(pa.OSFile(str(path), "wb")), batch.schema)
+                    pa.ipc.new_file(stack.enter_context(pa.OSFile(str(place_of_file), "wb")), batch.schema)
                 )
             shard = place // layout.cells_of_shard
             edges = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1], True])
@@ -326,7 +390,7 @@ def _arrow_of(block, obs: pd.DataFrame, first: int, order: np.ndarray, layout: _
 # From runs to shards
 
 
-def _write_shards(layout: _Layout, folder: Path, runs: list[_Run], num_proc: int, quiet: bool) -> list[dict]:
+def _write_shards(layout: _Layout, folder: Path, runs: list[_Run], workers: _Workers) -> list[dict]:
     value_type = _value_type(layout, max(run.largest for run in runs))
     cells = layout.cells
     jobs, sizes = [], []
@@ -335,7 +399,7 @@ def _write_shards(layout: _Layout, folder: Path, runs: list[_Run], num_proc: int
         path = folder / f"data-{shard:05d}-of-{layout.num_shards:05d}.arrow"
         jobs.append(partial(_write_shard, shard, rows, path, runs, layout, value_type))
         sizes.append(len(rows))
-    shards = _do(jobs, sizes, "write", num_proc, quiet)
+    shards = workers.do(jobs, sizes, "write")
     for run in runs:
         run.path.unlink(missing_ok=True)
     return shards
@@ -372,7 +436,11 @@ def _write_shard(
         names, of_group = np.unique(layout.groups[name].to_numpy(), return_inverse=True)
         columns[name] = pa.DictionaryArray.from_arrays(of_group[codes].astype(np.int32), names)
     final = pa.RecordBatch.from_pydict(columns)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, final.schema) as writer:
+    with (
+        _written(path) as place,
+        pa.OSFile(str(place), "wb") as sink,
+        pa.ipc.new_stream(sink, final.schema) as writer,
+    ):
         writer.write_batch(final)
     return {"file": path.name, "cells": len(rows), "bytes": path.stat().st_size, "sha256": sha256_of([path])}
 
@@ -464,33 +532,6 @@ def _describe_for_datasets(schema: pa.Schema, shards: list[dict], folder: Path):
         "_split": Split.TRAIN,
     }
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-
-
-def _do(
-    jobs: Sequence[Callable], sizes: list[int], what: str, num_proc: int, quiet: bool, inner_progress=False
-) -> list:
-    """The results of all jobs, in order, with a progress bar of cells."""
-    with tqdm(total=sum(sizes), unit="cells", unit_scale=True, disable=quiet, desc=what) as bar:
-        if num_proc == 1 or len(jobs) == 1:
-            results = []
-            for job, size in zip(jobs, sizes):
-                results.append(job(progress=bar.update) if inner_progress else job())
-                bar.update(0 if inner_progress else size)
-            return results
-        processes = min(num_proc, len(jobs))
-        with ProcessPoolExecutor(processes, with_imports(__name__), initializer=_begin) as pool:
-            futures = {pool.submit(job): i for i, job in enumerate(jobs)}
-            results = [None] * len(jobs)
-            try:
-                for future in as_completed(futures):
-                    results[futures[future]] = future.result()
-                    bar.update(sizes[futures[future]])
-            except BrokenProcessPool as error:
-                raise LostProcessError from error
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the first error is that of all
-                raise
-            return results
 
 
 def _begin():

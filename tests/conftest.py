@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config, items):
     absent += [] if CHROMIUM else ["browser"]
     absent += [] if HAS_CELL_EVAL else ["cell_eval"]
     absent += [] if HAS_OPTUNA else ["optuna"]
+    absent += [] if HAS_DASK else ["dask"]
     absent += [] if HAS_ATHERIS else ["guided"]
     left_out = [item for item in items if any(map(item.get_closest_marker, absent))]
     if left_out:
@@ -42,6 +43,7 @@ collect_ignore = [] if HAS_TRITON else ["losses/test_energy_kernels.py", "losses
 # It brings much along, so it is no part of the environment of developers: `make test-cell-eval` installs it.
 HAS_CELL_EVAL = find_spec("cell_eval") is not None
 HAS_OPTUNA = find_spec("optuna") is not None
+HAS_DASK = find_spec("distributed") is not None
 # The page of the app is made with gradio: `make test-app` installs it.
 HAS_GRADIO = find_spec("gradio") is not None
 collect_ignore += [] if HAS_GRADIO else ["app/test_page.py", "app/test_served_space.py"]
@@ -60,6 +62,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "the tests of searches with optuna were left out: it is absent; the extra tune has it"
         )
+    if not HAS_DASK:
+        terminalreporter.write_line("the tests of a Dask cluster were left out: no distributed; the extra dask has it")
     if not HAS_ATHERIS:
         terminalreporter.write_line("the test of the guided fuzzer was left out: no atheris; make test-fuzzer runs it")
     if not HAS_GRADIO:

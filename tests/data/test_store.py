@@ -652,7 +652,7 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
 def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
     """A process that is killed cannot tell the others to end."""
     code = "import os, time, data_jobs\nfrom functools import partial\nfrom pertstate.data import preparation\n"
-    code += "preparation._do([partial(data_jobs.wait, i) for i in range(2)], [1, 1], 'wait', 2, True)"
+    code += "preparation._Workers(2, None, True).do([partial(data_jobs.wait, i) for i in range(2)], [1, 1], 'wait')"
     (tmp_path / "data_jobs.py").write_text(
         "import os, time\ndef wait(number):\n    os.write(1, f'{os.getpid()}\\n'.encode())\n    time.sleep(600)\n"
     )
