@@ -332,7 +332,7 @@ def _written(path: Path) -> Iterator[Path]:
 
 def _write_run(file: FilePart, places: Places, path: Path, layout: _Layout, progress=None) -> _Run:
     shards, largest, writer = [], 0.0, None
-    with open_part(file, layout.recipe) as reading, _written(path) as place_of_file, ExitStack() as stack:
+    with open_part(file, layout.recipe) as reading, ExitStack() as stack:
         for rows, block in reading.blocks():
             order = np.argsort(block.codes, kind="stable")
             place = places.take(block.codes)[order]
@@ -346,9 +346,8 @@ def _write_run(file: FilePart, places: Places, path: Path, layout: _Layout, prog
             batch = _arrow_of(block, reading.data.obs_rows(rows, list(layout.obs_columns)), rows.start, order, layout)
             batch = batch.append_column(PLACE, pa.array(place))
             if writer is None:
-                writer = stack.enter_context(
-                    pa.ipc.new_file(stack.enter_context(pa.OSFile(str(place_of_file), "wb")), batch.schema)
-                )
+                sink = stack.enter_context(pa.OSFile(str(stack.enter_context(_written(path))), "wb"))
+                writer = stack.enter_context(pa.ipc.new_file(sink, batch.schema))
             shard = place // layout.cells_of_shard
             edges = np.flatnonzero(np.r_[True, shard[1:] != shard[:-1], True])
             for start, stop in zip(edges[:-1], edges[1:]):

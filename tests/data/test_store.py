@@ -127,6 +127,19 @@ def test_a_store_holds_every_cell_once(folder, whole, tmp_path, num_proc, option
     np.testing.assert_array_equal(store.totals(np.arange(len(store))), found["depth"])
 
 
+def test_a_file_of_which_no_cell_is_wanted_adds_nothing(folder, whole, tmp_path):
+    screens = tmp_path / "screens"
+    screens.mkdir()
+    halves = whole.copy()
+    halves.obs["quality"] = np.where(np.arange(len(halves)) < 200, "good", "bad")
+    halves[:200].write_h5ad(screens / "a.h5ad")
+    halves[200:].write_h5ad(screens / "b.h5ad")
+    wanted = arguments(folder, datasets={"screen": str(screens)}, include={"quality": ["good"]})
+    store = prepare(wanted, tmp_path / "s", num_proc=2, quiet=True)
+    assert_holds(store, halves[:200])
+    assert not [path for path in (tmp_path / "s").iterdir() if ".part-" in path.name or path.name.startswith("run-")]
+
+
 def test_the_number_of_processes_and_of_files_changes_nothing(folder, whole, tmp_path):
     several = arguments(folder, datasets={"screen": f"{folder}/halves", "again": f"{folder}/screen.h5ad"})
     for n in (1, 2):
