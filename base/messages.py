@@ -1,6 +1,5 @@
 """Parts of messages: the nearest of some names, the first few of them, counted nouns, or that a value is missing."""
 
-import difflib
 import shlex
 from typing import TypeVar
 
@@ -13,6 +12,8 @@ def closest(name: str, known) -> str:
     A hint for an error about an unknown name: `did you mean 'x'?` with the nearest of the `known` names, or a list of these
     if none is near. If `name` is several known names joined by commas, the hint says how to write a list.
     """
+    import difflib  # takes longer to load than the rest that `pertstate --help` needs of this module
+
     known = [str(k) for k in known]
     several = [part.strip() for part in str(name).split(",") if part.strip()]
     if len(several) > 1 and set(several) & set(known):

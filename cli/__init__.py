@@ -4,44 +4,31 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
 from pertstate.base.input_errors import ERRORS, line_of
 from pertstate.base.stopped import StoppedError, stopped_by_signals
-from pertstate.cli import (
-    app,
-    configs,
-    convert,
-    crossval,
-    evaluate,
-    info,
-    merge,
-    predict,
-    prepare,
-    push,
-    report,
-    space,
-    train,
-    tune,
-)
 
 
+# What each command does. Its module, of the same name, is imported when it is the one that runs.
 COMMANDS = {
-    "train": train,
-    "crossval": crossval,
-    "tune": tune,
-    "prepare": prepare,
-    "info": info,
-    "predict": predict,
-    "evaluate": evaluate,
-    "report": report,
-    "app": app,
-    "space": space,
-    "push": push,
-    "convert": convert,
-    "merge": merge,
-    "configs": configs,
+    "train": "Train a model: pertstate train CONFIG.yaml [--any_field value ...]; --help lists the fields.",
+    "crossval": "Train and score every fold of a run, for several seeds and families, and pool the scores: one table, one verdict.",
+    "tune": "Choose settings of a run on its training groups: every combination, or what optuna suggests, is trained and scored on inner folds.",
+    "prepare": "Turn .h5ad or .zarr files into a cell store: Arrow files that training reads by memory map, whatever their size.",
+    "info": "Say what a file, a cell store, a checkpoint or an adapter holds, and what is missing before it can be used.",
+    "predict": "Predict perturbed cells from the control cells of an .h5ad.",
+    "evaluate": "Score predicted cells, or a model, against real cells, beside the baselines and the ceiling; with a verdict.",
+    "report": "Show the scores of a run: a page for the browser in one file, and pictures.",
+    "app": "Serve a page for the browser on which a model predicts: cells in, perturbations chosen, changes and cells out.",
+    "space": "Write the folder of a Hub Space that shows the page of a model.",
+    "push": "Push a checkpoint folder to the Hub: code, config, weights, processor, vocabulary and card, in one commit.",
+    "convert": "Turn a training folder of the published research code into a checkpoint folder, without unpickling anything.",
+    "merge": "Merge a low-rank adapter into its base model, and write the result as a plain checkpoint.",
+    "configs": "List the configurations of runs and of many devices that come with the package, print one, or write it to a file.",
 }
 # Fields of a run configuration may follow as flags.
 TAKE_FLAGS = ("prepare", "crossval", "tune")
@@ -64,24 +51,28 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         # Its words are fields of the run, which argparse does not know.
-        return _reported("train", lambda: train.run(argv[1:]))
+        return _reported("train", lambda: _module("train").run(argv[1:]))
     parser = argparse.ArgumentParser(
         prog="pertstate", description="Models of how cells respond to perturbations.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"pertstate {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
+    named = next((word for word in argv if word in COMMANDS), None)
+    for name, what in COMMANDS.items():
         own_help = name in TAKE_FLAGS  # their help also shows the fields
-        command = subparsers.add_parser(
-            name, help=module.HELP, description=module.HELP, allow_abbrev=False, add_help=not own_help
-        )
-        module.add_arguments(command)
+        command = subparsers.add_parser(name, help=what, description=what, allow_abbrev=False, add_help=not own_help)
+        if name == named:
+            _module(name).add_arguments(command)
     args, flags = parser.parse_known_args(argv)
     if args.command in TAKE_FLAGS:
         args.flags = flags
     elif flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    return _reported(args.command, lambda: COMMANDS[args.command].run(args))
+    return _reported(args.command, lambda: _module(args.command).run(args))
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"pertstate.cli.{command}")
 
 
 def _reported(command: str, run: Callable[[], object]) -> int:

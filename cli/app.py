@@ -3,9 +3,6 @@
 import argparse
 
 
-HELP = "Serve a page for the browser on which a model predicts: cells in, perturbations chosen, changes and cells out."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("model", metavar="MODEL", help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", help="commit, tag or branch of a Hub repository")

@@ -6,9 +6,6 @@ from pathlib import Path
 from pertstate.base.console import say, show
 
 
-HELP = (
-    "List the configurations of runs and of many devices that come with the package, print one, or write it to a file."
-)
 _FOLDER = Path(__file__).parents[1] / "configs"
 
 

@@ -6,9 +6,6 @@ from pertstate.base.console import log_to_console, say
 from pertstate.base.messages import counted
 
 
-HELP = "Turn a training folder of the published research code into a checkpoint folder, without unpickling anything."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "folder", metavar="LEGACY_FOLDER", help="holds config.yaml, var_dims.pkl, pert_onehot_map.pt .."

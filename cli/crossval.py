@@ -5,11 +5,6 @@ import argparse
 from pertstate.base.console import say, show
 
 
-HELP = (
-    "Train and score every fold of a run, for several seeds and families, and pool the scores: one table, one verdict."
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "run", metavar="CELLS|CONFIG.yaml", help="what `pertstate train` takes; its flags may follow, too"

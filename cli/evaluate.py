@@ -3,16 +3,12 @@
 import argparse
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pertstate.base.console import say, show
 from pertstate.base.messages import counted
 from pertstate.cli.reading import add_reading_arguments, reading_of
-
-
-HELP = "Score predicted cells, or a model, against real cells, beside the baselines and the ceiling; with a verdict."
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -147,6 +143,8 @@ def run(args: argparse.Namespace):
 
 def _compare(scores, args: argparse.Namespace, options: dict[str, Any]):
     """Compare the scored model with others, on the groups that all predict: a table, and a note for each other model."""
+    from dataclasses import replace
+
     from pertstate.evaluation.scores import against, compare_models
 
     first, *others = _names(args)

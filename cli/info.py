@@ -5,9 +5,6 @@ import argparse
 from pertstate.base.console import say, show
 
 
-HELP = "Say what a file, a cell store, a checkpoint or an adapter holds, and what is missing before it can be used."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "path",

@@ -5,9 +5,6 @@ import argparse
 from pertstate.base.console import say
 
 
-HELP = "Merge a low-rank adapter into its base model, and write the result as a plain checkpoint."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("adapter", metavar="ADAPTER", help="folder or Hub repository of the adapter")
     parser.add_argument("output", metavar="OUT", help="folder to write, whole or not at all")

@@ -7,9 +7,6 @@ from pertstate.base.messages import counted
 from pertstate.cli.reading import add_reading_arguments, reading_of
 
 
-HELP = "Predict perturbed cells from the control cells of an .h5ad."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="folder or Hub repository of a checkpoint or an adapter")
     parser.add_argument("--revision", default="main", help="commit, tag or branch of a Hub repository")

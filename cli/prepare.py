@@ -6,11 +6,6 @@ from pertstate.base.console import say, show
 from pertstate.base.messages import counted
 
 
-HELP = (
-    "Turn .h5ad or .zarr files into a cell store: Arrow files that training reads by memory map, whatever their size."
-)
-
-
 class _HelpWithFields(argparse.Action):
     """Show the help of the command, and the fields that may follow as flags. The fields are looked up only for the help."""
 

@@ -5,9 +5,6 @@ import argparse
 from pertstate.base.console import say
 
 
-HELP = "Push a checkpoint folder to the Hub: code, config, weights, processor, vocabulary and card, in one commit."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("folder", metavar="FOLDER", help="checkpoint folder")
     parser.add_argument("name", metavar="USER/NAME", help="repository on the Hub; made if it does not exist")

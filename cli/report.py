@@ -6,9 +6,6 @@ from contextlib import ExitStack
 from pertstate.base.console import say
 
 
-HELP = "Show the scores of a run: a page for the browser in one file, and pictures."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("scores", metavar="RUN_OR_SCORES", help="folder of a run, or of the scores of an evaluation")
     parser.add_argument("-o", "--output", metavar="REPORT.html", help="page to write, whole or not at all")

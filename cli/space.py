@@ -5,9 +5,6 @@ import argparse
 from pertstate.base.console import say
 
 
-HELP = "Write the folder of a Hub Space that shows the page of a model."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("output", metavar="OUT", help="folder to write, whole or not at all")
     parser.add_argument("--model", required=True, metavar="USER/NAME", help="the model's repository on the Hub")

@@ -4,9 +4,6 @@ import argparse
 import gc
 
 
-HELP = "Train a model: pertstate train CONFIG.yaml [--any_field value ...]; --help lists the fields."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     """Add nothing: the words of this command are fields of a run, which `run` reads by itself."""
 

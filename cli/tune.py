@@ -6,9 +6,6 @@ import shlex
 from pertstate.base.console import say, show
 
 
-HELP = "Choose settings of a run on its training groups: every combination, or what optuna suggests, is trained and scored on inner folds."
-
-
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "run", metavar="CELLS|CONFIG.yaml", help="what `pertstate train` takes; its flags may follow, too"

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from pertstate.losses.objective import Objective
 
 
-@dataclass(frozen=True)
 class Family:
     """
     Where the parts of a family are. The folder `families/NAME` holds `configuration_NAME.py`, `modeling_NAME.py`,
@@ -25,9 +23,10 @@ class Family:
         at_root (`bool`): config and model are at the root of the package, not in the folder.
     """
 
-    name: str
-    prefix: str
-    at_root: bool = False
+    def __init__(self, name: str, prefix: str, at_root: bool = False):
+        self.name = name
+        self.prefix = prefix
+        self.at_root = at_root
 
     @property
     def model_type(self) -> str:

@@ -114,9 +114,9 @@ def test_errors_and_tracebacks_are_printable(tmp_path, kind):
     """An error of input is one line; a mistake of the program keeps its traceback."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom pertstate import cli\n"
+        "import sys\nfrom pertstate import cli\nfrom pertstate.cli import configs\n"
         f"def fails(args):\n    raise {kind}('name \\x1b[2J\\u202e\\nforged line')\n"
-        "cli.COMMANDS['configs'].run = fails\nsys.exit(cli.main(['configs']))\n"
+        "configs.run = fails\nsys.exit(cli.main(['configs']))\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1 and not set("\x1b\u202e") & set(done.stderr)

@@ -12,6 +12,7 @@ from pertstate.base.stopped import StoppedError, stopped_by_signals
 COMMAND = """
 import sys, time
 import pertstate.cli
+import pertstate.cli.configs
 from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
 
@@ -31,7 +32,7 @@ def run(args):
                 print("clearing", flush=True)
                 wait()
 
-pertstate.cli.COMMANDS["configs"].run = run
+pertstate.cli.configs.run = run
 raise SystemExit(pertstate.cli.main(["configs", *sys.argv[1:]]))
 """
 

@@ -414,6 +414,18 @@ def test_help_imports_nothing_heavy(words):
     assert "usage: pertstate" in done.stdout
 
 
+def test_the_list_of_commands_imports_none_of_them():
+    """Nor what takes as long to load as all of them."""
+    code = (
+        "import sys\nfrom pertstate.cli import COMMANDS, main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "of_commands = {f'pertstate.cli.{name}' for name in COMMANDS}\n"
+        "print(sorted((of_commands | {'dataclasses', 'inspect', 'difflib'}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+    assert all(f"    {name} " in done.stdout for name in ("train", "predict", "evaluate", "merge"))
+
+
 # Evaluate
 
 
