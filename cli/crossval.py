@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--over",
         required=True,
-        metavar="contexts|perturbations|FIELD=a,b,c",
-        help="hold out each context in turn, or perturbations in parts, or give a field of the run each value in turn",
+        metavar="contexts|perturbations|seeds|FIELD=a,b,c",
+        help="hold out each context in turn, or perturbations in parts, or what the run itself holds out, or give a field of the run "
+        "each value in turn",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder of the runs and results")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each fold (default: 3)")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace):
         show(
             f"{family}: mean of {args.seeds} seeds\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n"
         )
-    say(f"{args.output}: results.csv, results.json, and the runs")
+    say(f"{args.output}: results.md, results.csv, results.json, and the runs")
     if args.report:
         for family in found:
             place = Path(args.report)

@@ -309,7 +309,7 @@ def format_scores(scores: Scores, further: tuple[str, ...] = ()) -> str:
     lines = [table_text(shown), "", format_averages(scores.averages, metrics), ""]
     of_cell_eval = cell_eval_averages(scores.averages)
     if len(of_cell_eval):
-        of_cell_eval["average"] = [_with_interval(row) for _, row in of_cell_eval.iterrows()]
+        of_cell_eval["average"] = [with_interval(row) for _, row in of_cell_eval.iterrows()]
         shown = of_cell_eval.rename(columns={"metric": "cell-eval, of the model"})
         lines += [table_text(shown[["cell-eval, of the model", "average", "groups"]]), ""]
     if len(scores.models):
@@ -332,7 +332,7 @@ def format_averages(averages: pd.DataFrame, metrics: list[str]) -> str:
         row = {"average of": method}
         for metric in metrics:
             found = averages[(averages["method"] == method) & (averages["metric"] == metric)]
-            row[metric] = _with_interval(found.iloc[0]) if len(found) else "-"
+            row[metric] = with_interval(found.iloc[0]) if len(found) else "-"
         rows.append(row)
     return table_text(pd.DataFrame(rows)) if rows else "no group to average"
 
@@ -350,14 +350,15 @@ def models_as_text(models: pd.DataFrame) -> pd.DataFrame:
     differences = models[["difference", "difference_low", "difference_high"]].set_axis(["value", "low", "high"], axis=1)
     return models[["metric", "model"]].assign(
         **{
-            f"average of {number}": [_with_interval(row) for _, row in models.iterrows()],
-            f"difference from {first}": [_with_interval(row) for _, row in differences.iterrows()],
+            f"average of {number}": [with_interval(row) for _, row in models.iterrows()],
+            f"difference from {first}": [with_interval(row) for _, row in differences.iterrows()],
             f"beside {first}": models["beside"],
         }
     )
 
 
-def _with_interval(row: pd.Series) -> str:
+def with_interval(row: pd.Series) -> str:
+    """A figure and its interval, `value`, `low` and `high`, as people read them."""
     value = _figure(row["value"])
     return value if row["low"] != row["low"] else f"{value} [{_figure(row['low'])}, {_figure(row['high'])}]"
 

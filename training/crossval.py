@@ -33,10 +33,10 @@ from pertstate.data.record import source_of
 from pertstate.data.source import FileSource
 from pertstate.data.store import StoreSource
 from pertstate.data.stores import open_store
-from pertstate.evaluation.metrics import MODEL
+from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.pooling import pooled_scores
 from pertstate.evaluation.report_data import SCORES_FOLDER
-from pertstate.evaluation.scores import RESAMPLINGS, Scores
+from pertstate.evaluation.scores import RESAMPLINGS, Scores, with_interval
 from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import CHECKPOINT
@@ -48,9 +48,9 @@ from pertstate.training.run_folder import run_folder
 from pertstate.training.whole_run import train_run
 
 
-RESULTS, TABLE, SETTINGS = "results.json", "results.csv", "crossval.json"
-CROSSVAL = Kind("cross-validation", (SETTINGS,), lambda name: name in (RESULTS, TABLE, SETTINGS, "runs"))
-CONTEXTS, PERTURBATIONS = "contexts", "perturbations"
+RESULTS, TABLE, TEXT, SETTINGS = "results.json", "results.csv", "results.md", "crossval.json"
+CROSSVAL = Kind("cross-validation", (SETTINGS,), lambda name: name in (RESULTS, TABLE, TEXT, SETTINGS, "runs"))
+CONTEXTS, PERTURBATIONS, SEEDS = "contexts", "perturbations", "seeds"
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,14 @@ def folds_of(run: RunConfig, over: str, parts: int) -> list[Fold]:
     - `contexts`: each context with perturbed cells is held out in turn
     - `perturbations`: each perturbation that can be predicted without cells of its own is held out in one of `parts` folds, from
       all contexts: with `perturbation_features` all of them, otherwise combinations whose parts other groups have
+    - `seeds`: what the run holds out itself is the only fold
     - `FIELD=a,b,c`: the field of the run takes each value in turn
 
     Raises:
-        ValueError: there are fewer than two folds.
+        ValueError: there are fewer than two folds, and `over` is not `seeds`.
     """
+    if over == SEEDS:
+        return [Fold("split", ())]
     field, has_values, values = over.partition("=")
     if has_values:
         folds = [Fold(value, (f"--{field}", value)) for value in values.split(",") if value]
@@ -102,7 +105,7 @@ def folds_of(run: RunConfig, over: str, parts: int) -> list[Fold]:
             Fold(f"part {i + 1} of {len(found)}", ("--test_perturbations", quoted(of))) for i, of in enumerate(found)
         ]
     else:
-        raise ValueError(f"--over {over}: expected {CONTEXTS}, {PERTURBATIONS} or FIELD=a,b,c")
+        raise ValueError(f"--over {over}: expected {CONTEXTS}, {PERTURBATIONS}, {SEEDS} or FIELD=a,b,c")
     if len(folds) < 2:
         raise ValueError(
             f"--over {over}: expected two folds or more, found {[fold.name for fold in folds]}; perturbations without vectors "
@@ -182,7 +185,7 @@ def crossval(
     Args:
         words (`list[str]`): what `pertstate train` takes: cells or a run file, and flags.
         over (`str`): see [`folds_of`].
-        output: the folder: `results.csv`, `results.json`, and `runs/FAMILY/FOLD-seedN`, with `scores/FAMILY` for a report.
+        output: the folder: `results.csv`, `results.json`, the table and the verdicts as text in `results.md`, and `runs/FAMILY/FOLD-seedN`, with `scores/FAMILY` for a report.
         families (`list[str]` or `dict`, *optional*): values of `model_type`; by default that of the run. A dictionary has the fields
             that each family sets otherwise, by section, see [`~pertstate.training.family_settings.read_families`].
         seeds (`int`): runs of each fold; a family that is fitted in one pass has one.
@@ -234,7 +237,7 @@ def crossval(
             ]
             found[family] = pooled_scores(of, family)
             found[family].save(place / SCORES_FOLDER / family)
-        _write(place, found, settings)
+        _write(place, found, settings, {family: [t for t in trials if t.family == family] for family in changes})
     return found
 
 
@@ -244,7 +247,7 @@ def begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: boo
     if overwrite and about.is_file():
         for name in ("runs", SCORES_FOLDER):
             shutil.rmtree(place / name, ignore_errors=True)
-        for name in (RESULTS, TABLE, about.name):
+        for name in (RESULTS, TABLE, TEXT, about.name):
             (place / name).unlink(missing_ok=True)
     if about.is_file():
         before = json.loads(about.read_text(encoding="utf-8"))
@@ -374,7 +377,7 @@ def _run_one(words: list[str], log: str, threads: int):
             raise SystemExit(1) from error
 
 
-def _write(place: Path, found: dict[str, Scores], settings: dict):
+def _write(place: Path, found: dict[str, Scores], settings: dict, trials: dict[str, list[Trial]]):
     """The table of all families and baselines, and the verdicts."""
     rows = []
     for i, (family, scores) in enumerate(found.items()):
@@ -384,10 +387,30 @@ def _write(place: Path, found: dict[str, Scores], settings: dict):
         rows.append(shown.assign(method=shown["method"].replace(MODEL, family)))
     table = pd.concat(rows, ignore_index=True)
     write_csv(table, place / TABLE)
-    results = {
-        **settings,
-        "averages": json.loads(table.to_json(orient="records")),
-        "verdicts": {family: scores.verdict for family, scores in found.items()},
-    }
+    verdicts = {family: scores.verdict for family, scores in found.items()}
+    results = {**settings, "averages": json.loads(table.to_json(orient="records")), "verdicts": verdicts}
     with whole_file(place / RESULTS) as partial:
         partial.write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
+    with whole_file(place / TEXT) as partial:
+        partial.write_text(_as_markdown(table, verdicts, trials), encoding="utf-8")
+
+
+def _as_markdown(table: pd.DataFrame, verdicts: dict[str, str], trials: dict[str, list[Trial]]) -> str:
+    """Families, then baselines and the ceiling, with 95 % intervals; how many steps the runs of a family took; the verdicts."""
+    lines = [f"| | {' | '.join(METRICS)} | steps |", "|---|" + "---|" * (len(METRICS) + 1)]
+    others = [method for method in dict.fromkeys(table["method"]) if method not in verdicts]
+    for method in (*verdicts, *others):
+        of = table[table["method"] == method].set_index("metric")
+        figures = [with_interval(of.loc[metric]) if metric in of.index else "-" for metric in METRICS]
+        steps = _steps(trials[method]) if method in verdicts else ""
+        lines.append(f"| {f'**{method}**' if method in verdicts else method} | {' | '.join(figures)} | {steps} |")
+    return "\n".join([*lines, "", *(f"- {verdict}" for verdict in verdicts.values())]) + "\n"
+
+
+def _steps(trials: list[Trial]) -> str:
+    """How many steps the runs took: the number, or the fewest and the most."""
+    states = [trial.folder / "trainer_state.json" for trial in trials]
+    taken = sorted(
+        {json.loads(state.read_text(encoding="utf-8"))["global_step"] for state in states if state.is_file()}
+    )
+    return " to ".join(f"{steps:,}" for steps in dict.fromkeys([*taken[:1], *taken[-1:]]))

@@ -14,7 +14,7 @@ import pertstate.cli
 from pertstate.data import simulate_screen
 from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.scores import Scores
-from pertstate.training.crossval import RESULTS, TABLE, folds_of
+from pertstate.training.crossval import RESULTS, TABLE, TEXT, folds_of
 from pertstate.training.run import read_run
 
 
@@ -57,6 +57,30 @@ def test_the_table_is_the_mean_of_what_each_run_says(done):
     results = json.loads((done / RESULTS).read_text())
     assert results["verdicts"]["state"].startswith("Verdict on state, from 4 groups.")
     assert list(results["folds"]) == ["type_0", "type_1"] and results["over"] == "contexts"
+    text = (done / TEXT).read_text().splitlines()
+    assert text[0] == "| | pearson | mae | energy | steps |"
+    found = table.loc[("state", "mae")]
+    mae = f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+    assert text[2].startswith("| **state** | ") and text[2].endswith(f" | {2} |") and f" | {mae} | " in text[2]
+    assert [line.split(" | ")[0] for line in text[3:5]] == ["| no change", "| perturbation mean"]
+    assert text[-1] == f"- {results['verdicts']['state']}"
+
+
+def test_one_split_with_several_seeds(screen, tmp_path, capsys):
+    """What the run holds out itself is the only fold."""
+    flags = ["--over", "seeds", "--seeds", "2", "--families", "state,state-perturbation-mean"]
+    output = tmp_path / "cv"
+    assert crossval(*words(screen, output, *flags)) == 1
+    assert "fold split holds out no cells for testing" in capsys.readouterr().err
+    assert crossval(*words(screen, output, *flags, "--test_contexts", "type_1")) == 0
+    folders = sorted(str(path.relative_to(output / "runs")) for path in (output / "runs").glob("*/*"))
+    assert folders == ["state-perturbation-mean/split-seed0", "state/split-seed0", "state/split-seed1"]
+    runs = [Scores.load(output / "runs" / folder / "scores") for folder in folders[1:]]
+    table = pd.read_csv(output / TABLE, float_precision="round_trip").set_index(["method", "metric"])
+    expected = np.mean([scores.value(MODEL, "mae") for scores in runs])
+    assert table.loc[("state", "mae"), "value"] == pytest.approx(expected, abs=1e-12)
+    lines = (output / TEXT).read_text().splitlines()
+    assert lines[3].startswith("| **state-perturbation-mean** |") and lines[3].endswith(" |  |")  # it takes no step
 
 
 def test_what_was_held_out_was_not_trained_on_and_the_seeds_differ(done):
@@ -109,7 +133,7 @@ def test_another_cross_validation_is_refused_with_what_differs(screen, done, tmp
     [
         (["--families", "state-liner"], "--families state-liner: no family of models; did you mean"),
         (["--seeds", "0"], "seeds=0: expected at least 1"),
-        (["--over", "cells"], "--over cells: expected contexts, perturbations or FIELD=a,b,c"),
+        (["--over", "cells"], "--over cells: expected contexts, perturbations, seeds or FIELD=a,b,c"),
         (["--over", "test_contexts=type_0"], "expected two folds or more, found ['type_0']"),
         (["--over", "perturbations"], "expected two folds or more, found []"),
         (["--larning_rate", "1"], "unknown flag --larning_rate"),
