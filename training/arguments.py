@@ -14,6 +14,7 @@ from transformers.trainer_utils import HubStrategy
 
 from pertstate.base.messages import given
 from pertstate.base.public import public
+from pertstate.evaluation.metrics import CHEAP, HIGHER_IS_BETTER, METRICS
 from pertstate.training.reporting import check_reporting
 
 
@@ -211,6 +212,7 @@ class StateTrainingArguments(TrainingArguments):
             raise ValueError(f"cells_on_device must be true, false or auto, found {self.cells_on_device!r}")
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = EVALUATED
+        self._set_direction()
         by_time = self.logging_steps is None
         if by_time:
             self.logging_steps = 1
@@ -303,6 +305,23 @@ class StateTrainingArguments(TrainingArguments):
         if self.cells_on_device == "auto":
             return self.device.type == "cuda" and self.n_gpu <= 1 and not self.dataloader_num_workers
         return self.cells_on_device
+
+    def _set_direction(self):
+        """Say whether more is better of `metric_for_best_model`. The library takes every name without "loss" to be so."""
+        name = (self.metric_for_best_model or "").removeprefix("eval_")
+        if name in CHEAP and name not in HIGHER_IS_BETTER:
+            known = ", ".join(f"eval_{of}" for of in ("loss", *METRICS))
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r}: the best {name} is that of the real cells, neither the "
+                f"highest nor the lowest; take one of {known}"
+            )
+        if name in HIGHER_IS_BETTER:
+            if self.greater_is_better not in (None, HIGHER_IS_BETTER[name]):
+                raise ValueError(
+                    f"greater_is_better={self.greater_is_better}, but of {name} the {'highest' if HIGHER_IS_BETTER[name] else 'lowest'} "
+                    "is best; leave greater_is_better out"
+                )
+            self.greater_is_better = HIGHER_IS_BETTER[name]
 
     def _check_numbers(self):
         for name, (holds, expected) in _NUMBERS.items():

@@ -71,6 +71,32 @@ def test_it_needs_the_best_step_to_be_kept(tmp_path):
         StateTrainingArguments(output_dir=str(tmp_path), use_cpu=True, early_stopping_patience=0)
 
 
+@pytest.mark.parametrize("metric, best", [("eval_mae", min), ("energy", min), ("eval_pearson", max)])
+def test_the_best_step_is_that_of_the_best_figure(screen, tmp_path, metric, best):
+    """The library takes every figure without "loss" in its name to be better where it is higher."""
+    options = {**WORSE, "eval_on_start": False, "metric_for_best_model": metric, "max_steps": 10}
+    trainer = make_trainer(screen, tmp_path, **options)
+    trainer.train()
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    figures = [entry[name] for entry in trainer.state.log_history if name in entry]
+    assert len(set(figures)) > 1 and trainer.state.best_metric == best(figures)
+
+
+@pytest.mark.parametrize(
+    "fields, error",
+    [
+        ({"metric_for_best_model": "eval_mae", "greater_is_better": True}, "of mae the lowest is best; leave"),
+        ({"metric_for_best_model": "pearson", "greater_is_better": False}, "of pearson the highest is best; leave"),
+        ({"metric_for_best_model": "eval_zeros"}, "the best zeros is that of the real cells, neither the highest nor"),
+    ],
+)
+def test_a_wrong_direction_is_refused(tmp_path, fields, error):
+    with pytest.raises(ValueError, match=error):
+        StateTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
+    again = StateTrainingArguments(output_dir=str(tmp_path), use_cpu=True, metric_for_best_model="eval_mse")
+    assert StateTrainingArguments(**{**again.to_dict(), "use_cpu": True}).greater_is_better is False
+
+
 def test_the_history_is_a_table_of_steps_a_picture_and_the_state(screen, tmp_path):
     trainer = make_trainer(screen, tmp_path / "run", eval_strategy="steps", eval_steps=3)
     trainer.train()
