@@ -14,7 +14,6 @@ from transformers.trainer_utils import HubStrategy
 
 from pertstate.base.messages import given
 from pertstate.base.public import public
-from pertstate.evaluation.metrics import CHEAP, HIGHER_IS_BETTER, METRICS
 from pertstate.training.reporting import check_reporting
 
 
@@ -308,6 +307,8 @@ class StateTrainingArguments(TrainingArguments):
 
     def _set_direction(self):
         """Say whether more is better of `metric_for_best_model`. The library takes every name without "loss" to be so."""
+        from pertstate.evaluation.metrics import CHEAP, HIGHER_IS_BETTER, METRICS  # the help of a run does without
+
         name = (self.metric_for_best_model or "").removeprefix("eval_")
         if name in CHEAP and name not in HIGHER_IS_BETTER:
             known = ", ".join(f"eval_{of}" for of in ("loss", *METRICS))
