@@ -1,7 +1,7 @@
 """
 How good a run is that says nothing of its model or training, beside every baseline, on real data.
 
-    python benchmarks/truth.py --data ../shared/data [--tasks kang papalexi norman] [--seeds 3] [--write docs/truth.md]
+    python benchmarks/truth.py --data ../shared/data [--tasks kang papalexi norman unseen] [--seeds 3] [--write docs/truth.md]
 
 Each task holds out test groups and trains `pertstate train` on a file that has a data section alone. No test cell takes part:
 the number of steps is chosen on training groups that are held out in turn. The figures of a group are means over the seeds;
@@ -39,6 +39,10 @@ KANG = ["B", "CD14+Mono", "CD4T", "CD8T", "Dendritic", "FCGR3A+Mono", "NK"]
 DOUBLES = ["KLF1+MAP2K6", "KLF1+TGFBR2", "MAP2K3+MAP2K6", "MAP2K3+SLC38A2", "MAPK1+TGFBR2"]
 
 
+# Knock-outs of Papalexi whose gene is in the data. Of the singles of Norman that holds for one alone, TMSB4X.
+MEASURED = ["CMTM6", "IFNGR2", "JAK2", "NFKBIA", "STAT1", "STAT2", "STAT3", "TNFRSF14", "UBE2L6"]
+
+
 @dataclass
 class Task:
     """A question, in words, the file that it is asked of, and the data section of each of its runs, by name."""
@@ -63,6 +67,19 @@ TASKS = {
         "Pairs of activated genes, both of which were measured alone: five pairs (Norman et al. 2019)",
         "norman2019_mcfaline2023.h5ad",
         {"pairs": {"contexts": ["k562"], "test_perturbations": DOUBLES}},
+    ),
+    "unseen": Task(
+        "Knock-outs that were never measured, of the nine genes whose expression is: a third held out in turn (Papalexi et al. 2021)",
+        "papalexi2021_thp1_eccite.h5ad",
+        {
+            "+".join(MEASURED[i::3]): {
+                "context_key": "batch",
+                "include": {"perturbation": ["control", *MEASURED]},
+                "perturbation_features": "coexpression",
+                "test_perturbations": MEASURED[i::3],
+            }
+            for i in range(3)
+        },
     ),
 }
 

@@ -16,6 +16,7 @@ from pertstate.base.labels import control_settings
 from pertstate.base.messages import closest
 from pertstate.base.processor_files import DEFAULTS, READING
 from pertstate.base.vocabulary import PerturbationFeatures
+from pertstate.data.coexpression import COEXPRESSION
 from pertstate.data.options import as_declared
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.data.reading import expand_paths
@@ -67,7 +68,8 @@ class DataArguments:
         max_missing_genes (`float`): the largest share of a file's genes that other files may lack.
         convert_scale (`bool`): convert log1p values of files whose cells sum to another total than those of the first one.
         perturbation_features (`str`, *optional*): file with a vector for each perturbation, used instead of ids so that
-            unseen perturbations can be predicted. See [`read_perturbation_features`].
+            unseen perturbations can be predicted, see [`read_perturbation_features`]; or `"coexpression"`: vectors of the
+            perturbed genes from the control cells of the run, see [`coexpression_features`].
         genes_file (`str`, *optional*): file with the names of the genes, one on a line, instead of `genes`.
         hvg_on_all (`bool`): choose highly variable genes on all cells, held-out ones too (only to repeat published figures).
         control_matching, small_groups, control_sentences, heldout_controls, controls_only, sentences_per_group,
@@ -153,7 +155,16 @@ class DataArguments:
 
     def features(self) -> PerturbationFeatures | None:
         """The vectors of the perturbations, where the section names a file of them."""
-        return None if self.perturbation_features is None else read_perturbation_features(self.perturbation_features)
+        return (
+            None
+            if self.perturbation_features in (None, COEXPRESSION)
+            else read_perturbation_features(self.perturbation_features)
+        )
+
+    @property
+    def by_vector(self) -> bool:
+        """Whether a new model of the run reads vectors of perturbations, and no ids."""
+        return self.perturbation_features is not None
 
     def file_source(self, reader: StateProcessor | None = None) -> FileSource:
         """
@@ -178,7 +189,8 @@ class DataArguments:
     def fit_options(self) -> dict[str, Any]:
         """Arguments of [`load`] for a processor that is fitted."""
         names = ("normalize", "target_sum", "hvg_on_all")
-        return {name: getattr(self, name) for name in names} | {"genes": self.chosen_genes()}
+        own = {name: getattr(self, name) for name in names}
+        return own | {"genes": self.chosen_genes(), "coexpression": self.perturbation_features == COEXPRESSION}
 
     def sentence_options(self) -> dict:
         """Arguments of [`SentenceDataset`]."""

@@ -10,6 +10,7 @@ import pandas as pd
 from pertstate.base.cell_source import GROUP_KEYS, fit_processor, further_processor, with_rows
 from pertstate.base.constants import Normalize, Split
 from pertstate.base.messages import counted
+from pertstate.data.coexpression import coexpression_features
 from pertstate.data.source import FileSource, NamedSource
 from pertstate.data.splits import Splits
 from pertstate.processing import StateProcessor
@@ -131,6 +132,7 @@ def load(
     hvg_on_all: bool = False,
     processor: StateProcessor | None = None,
     controls_only: bool = False,
+    coexpression: bool = False,
     **fit_options,
 ) -> tuple[Cells, StateProcessor]:
     """
@@ -144,6 +146,7 @@ def load(
         processor ([`StateProcessor`], *optional*): that of a checkpoint which is trained further. Names of training
             cells that it does not know are added after its own.
         controls_only (`bool`): only control cells are for training.
+        coexpression (`bool`): give a new processor the vectors of [`coexpression_features`].
         fit_options: `genes`, `normalize` and `target_sum` of [`fit_processor`].
 
     Raises:
@@ -159,6 +162,12 @@ def load(
     else:
         everything = np.ones(len(groups), dtype=bool) if hvg_on_all else None
         processor = fit_processor(source, source.reader, trained, chosen_on=everything, **fit_options)
+        if coexpression:
+            controls = trained & (groups["split"] == Split.CONTROL).to_numpy()
+            used = groups.loc[groups["split"].isin([Split.TRAIN, Split.VAL, Split.TEST]), "perturbation"].unique()
+            singles = sorted({part for name in used for part in processor.split_combination(name)})
+            features = coexpression_features(source, processor, controls, singles)
+            processor = processor.with_vocabulary(processor.vocabulary, perturbation_features=features)
     check_names(groups, processor)
     return Cells(*source.features(processor), groups, source.notes, source.cell_ids), processor
 

@@ -13,6 +13,8 @@ from pertstate.evaluation.baselines import RIDGE
 from pertstate.processing import StateProcessor
 
 
+# Ridge penalties to choose from; without end, the weights are 0 and each change is the mean of all.
+_RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE, 1000 * RIDGE, np.inf)
 _BLOCK = 4096  # cells that are read at once
 
 
@@ -29,8 +31,11 @@ def fit_anchor(anchor: Anchor, means: GroupMeans, processor: StateProcessor):
     if anchor.by_features:
         vectors = processor.encode(names)[PERTURBATION_FEATURES].astype(np.float64)
         tables: dict[str, np.ndarray] = {}
+        ridge = chosen_ridge(vectors, found["change"])
         for name, rows in found.items():
-            weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), RIDGE)
+            weight = np.zeros((vectors.shape[1], rows.shape[1]))
+            if ridge < np.inf:
+                weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), ridge)
             tables |= {name: weight, f"shared_{name}": rows.mean(axis=0) - vectors.mean(axis=0) @ weight}
     else:
         design = _design(processor, names, len(anchor.change))
@@ -74,6 +79,33 @@ def _design(processor: StateProcessor, names: list[str], perturbations: int) -> 
     entries, places = np.nonzero(ids >= 0)
     np.add.at(design, (entries, ids[entries, places]), doses[entries, places])
     return design
+
+
+def chosen_ridge(vectors: np.ndarray, changes: np.ndarray) -> float:
+    """
+    The ridge penalty with which changes are predicted best from vectors when each perturbation is left out in turn. With an
+    intercept that is not penalised, the error of the perturbation that is left out is `e / (1 - h)`, e being its residual and h
+    its entry on the diagonal of the hat matrix (Allen 1974, PRESS).
+
+    Args:
+        vectors (`np.ndarray` of shape `(perturbations, width)`), changes (`np.ndarray` of shape `(perturbations, features)`):
+            of the perturbations of training.
+
+    Returns:
+        `float`: infinite where the vectors tell nothing, so that the mean of all changes is best.
+    """
+    number = len(vectors)
+    if number < 2:
+        return np.inf
+    centred = vectors - vectors.mean(axis=0)
+    squares, axes = np.linalg.eigh(centred @ centred.T)
+    squares = np.maximum(squares, 0)
+    errors = []
+    for ridge in _RIDGES:
+        hat = (axes * (squares / (squares + ridge))) @ axes.T + 1 / number
+        residuals = changes - hat @ changes
+        errors.append(((residuals / np.maximum(1 - np.diag(hat), 1e-9)[:, None]) ** 2).sum())
+    return _RIDGES[int(np.argmin(errors))]
 
 
 def control_tables(

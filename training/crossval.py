@@ -160,9 +160,9 @@ def groups_of(run: RunConfig) -> tuple[pd.DataFrame, str]:
 def predictable(run: RunConfig) -> list[str]:
     groups, control = groups_of(run)
     names = sorted({name for name in groups["perturbation"] if name != control})
-    reader = run.data.reader()
-    if reader.perturbation_features is not None:
+    if run.data.by_vector:
         return names
+    reader = run.data.reader()
     parts = {name: reader.split_combination(name) for name in names}
     alone = {part for name in names if len(parts[name]) == 1 for part in parts[name]}
     return [name for name in names if len(parts[name]) > 1 and set(parts[name]) <= alone]

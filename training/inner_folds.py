@@ -43,20 +43,24 @@ class InnerFold:
     groups: set[Key]
 
 
-def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[str]], folds: int) -> list[InnerFold]:
+def inner_folds(
+    groups: pd.DataFrame, control: str, parts: Callable[[str], list[str]], folds: int, by_vector: bool = False
+) -> list[InnerFold]:
     """
     Which training groups to hold out in turn. They are as new to the remaining training groups as the test groups are to all.
 
     - Where test groups are of contexts without training groups, or there are no test groups: all groups of a context. Of many
       contexts, those with a middling number of cells.
     - Where they are of contexts that are trained on: a fifth of the groups whose perturbation other contexts have, too; or,
-      where a test perturbation has no training group, of the combinations whose parts all stand in other training groups.
+      where a test perturbation has no training group, of the combinations whose parts all stand in other training groups, and with
+      vectors of all perturbations.
 
     Args:
         groups (`pandas.DataFrame`): `dataset`, `context`, `perturbation`, `split`, `start` and `stop` of the cells.
         control (`str`): the name of controls.
         parts (`Callable`): gives the perturbations in a name.
         folds (`int`): at most so many folds.
+        by_vector (`bool`): perturbations have vectors, so that one without training cells can be predicted.
 
     Returns:
         `list[InnerFold]`: empty where nothing can be held out: too few contexts, or no such combinations.
@@ -85,10 +89,12 @@ def inner_folds(groups: pd.DataFrame, control: str, parts: Callable[[str], list[
         units = [[row] for row in rows if row[0] in several]
     else:
         units = []
-        for name in sorted(name for name in names if len(parts(name)) > 1):
+        for name in sorted(name for name in names if by_vector or len(parts(name)) > 1):
             others = {part for other in names - {name, control} for part in parts(other)}
-            if set(parts(name)) <= others:
+            if by_vector or set(parts(name)) <= others:
                 units.append([row for row in rows if row[0] == name])
+    if by_vector and len(units) < 2:
+        return []
     of_parts = [sum(units[i::_PARTS], []) for i in range(min(_PARTS, len(units)))]
     return [
         InnerFold(
@@ -136,7 +142,8 @@ def choose_steps(
         None where nothing can be held out.
     """
     processor = dataset.processor
-    found = inner_folds(dataset.cells.groups, processor.control, processor.split_combination, folds)
+    by_vector = processor.perturbation_features is not None
+    found = inner_folds(dataset.cells.groups, processor.control, processor.split_combination, folds, by_vector)
     if not found:
         return None
     steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})

@@ -14,6 +14,7 @@ from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.processor_files import READING
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.data.arguments import DataArguments
+from pertstate.data.coexpression import COEXPRESSION
 from pertstate.data.perturbation_features import read_perturbation_features
 from pertstate.families import FAMILIES
 from pertstate.hub.checkpoints import adapter_config, check_family, check_name
@@ -107,7 +108,7 @@ class Pretrained:
         asked = {name: value for name, value in data.reading.items() if name in given} if reading is None else reading
         settings = {name: asked.get(name, getattr(own, name)) for name in READING}
         self._check_data(data, given, settings)
-        if data.perturbation_features is not None and own.perturbation_features is not None:
+        if data.perturbation_features not in (None, COEXPRESSION) and own.perturbation_features is not None:
             further = read_perturbation_features(data.perturbation_features)
             further.check_control(settings["control"])
             settings["perturbation_features"] = own.perturbation_features.extended(further)

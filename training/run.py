@@ -183,7 +183,9 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
         options = data.fit_options()
     splits = data.resolve_splits(source.groups, source.reader)
     if data.validation == AUTO:
-        splits, held = with_validation(splits, source.groups, source.reader)
+        splits, held = with_validation(
+            splits, source.groups, source.reader, data.by_vector or source.reader.perturbation_features is not None
+        )
         run.notes.append(held)
     return *load(source, splits, **options), splits
 

@@ -10,6 +10,7 @@ from pertstate.base.constants import Normalize, Split
 from pertstate.base.messages import counted
 from pertstate.base.printable import joined_lines
 from pertstate.data.arguments import DataArguments, StreamArguments
+from pertstate.data.coexpression import COEXPRESSION
 from pertstate.data.manifest import Manifest
 from pertstate.data.sentences import SentenceDataset
 from pertstate.data.splits import Splits
@@ -88,6 +89,11 @@ def check_fields(data: DataArguments, manifest: Manifest | None):
     defaults = {field.name: field.default for field in dataclasses.fields(data)}
     unused = [*_UNUSED, *(_LABEL_KEYS if manifest is None else ())]
     set_here = [name for name in unused if getattr(data, name) != defaults[name]]
+    if data.perturbation_features == COEXPRESSION:
+        raise ValueError(
+            "data.perturbation_features=coexpression: expected files or a store, found a stream; give a file of vectors, or "
+            "prepare a store of it (pertstate prepare)"
+        )
     if set_here:
         raise ValueError(f"data: {set_here} are not for a stream; leave them out, or leave stream.path out")
 

@@ -13,7 +13,9 @@ from pertstate.processing import StateProcessor
 from pertstate.training.inner_folds import Key, inner_folds
 
 
-def with_validation(splits: Splits, groups: pd.DataFrame, reader: StateProcessor) -> tuple[Splits, str]:
+def with_validation(
+    splits: Splits, groups: pd.DataFrame, reader: StateProcessor, by_vector: bool = False
+) -> tuple[Splits, str]:
     """
     Hold some training groups out for validation: the first of [`inner_folds`], which are as new to the remaining training groups as
     the test groups are. One group of each perturbation stays in training, unless perturbations have vectors. Splits that name
@@ -23,14 +25,15 @@ def with_validation(splits: Splits, groups: pd.DataFrame, reader: StateProcessor
         splits ([`Splits`]): what the run names.
         groups (`pandas.DataFrame`): `dataset`, `context`, `perturbation`, `start` and `stop` of the source's groups.
         reader ([`StateProcessor`]): has read them.
+        by_vector (`bool`): perturbations have vectors.
     """
     splits = splits.canonical(reader.canonical, groups)
     table = assign_splits(groups, splits, reader.control)
     if (table["split"] == Split.VAL).any():
         return splits, f"validation: auto: the groups of split {Split.VAL!r} are there already"
     train = _keys(table[table["split"] == Split.TRAIN])
-    folds = inner_folds(table, reader.control, reader.split_combination, 1)
-    held = _staying(train, folds[0].groups, reader) if folds else []
+    folds = inner_folds(table, reader.control, reader.split_combination, 1, by_vector)
+    held = _staying(train, folds[0].groups, reader, by_vector) if folds else []
     if not held:
         return splits, (
             "validation: auto: no training groups can be held out as the test groups are; the last step is kept"
@@ -46,10 +49,9 @@ def _keys(table: pd.DataFrame) -> list[Key]:
     return list(keys.itertuples(index=False, name=None))
 
 
-def _staying(train: list[Key], fold: set[Key], reader: StateProcessor) -> list[Key]:
+def _staying(train: list[Key], fold: set[Key], reader: StateProcessor, by_vector: bool) -> list[Key]:
     """The groups of a fold that leave another one, and another one of each of their perturbations."""
-    by_name = reader.perturbation_features is None
-    left = Counter(part for key in train for part in reader.split_combination(key[2])) if by_name else None
+    left = None if by_vector else Counter(part for key in train for part in reader.split_combination(key[2]))
     held: list[Key] = []
     for key in sorted(fold):
         parts = reader.split_combination(key[2])
