@@ -28,10 +28,10 @@ from .cell_values import (
 from .constants import Values
 from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
-from .gene_view import FIRST_CELLS, scale_of, view_of
+from .gene_view import rows_looked_at, scale_of, view_of
 from .messages import some
 from .printable import get_logger
-from .value_scale import Scale, converted, differ
+from .value_scale import ALIKE, Scale, converted, differ, strays
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Part:
         data (`AnnData`): the cells.
         var_names (`pandas.Index`): its genes.
         codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
-        scale ([`Scale`]): what its first cells show its expression to be.
+        scale ([`Scale`]): what some of its cells show its expression to be.
         width (`int`, *optional*): dimensions of its embedding.
     """
 
@@ -161,7 +161,9 @@ class PartReader:
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
                 check_totals(totals, name, cell_of(self.data, taken))
-            elif self.recipe.scale is not None:
+            else:
+                self._check_scale(matrix, rows)
+            if kind not in Values.RAW and self.recipe.scale is not None:
                 matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
@@ -171,6 +173,15 @@ class PartReader:
             check_finite(values, self.data, taken, self.recipe.embedding)
             embedding = values.astype(np.float32, copy=False)
         return Block(taken, codes[keep], expression, totals, embedding)
+
+    def _check_scale(self, matrix: sp.csr_matrix, rows: slice):
+        """ValueError if some cells of log1p values are on another scale than the part."""
+        found = strays(matrix, self.part.scale)
+        if found is not None:
+            raise ValueError(
+                f"{self.recipe.expression} holds {self.part.scale.describe()}, but some of cells {rows.start} to {rows.stop - 1} hold "
+                f"{found.describe()}; {ALIKE}"
+            )
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:
         """The blocks that hold wanted cells, in order, each with its range of rows."""
@@ -271,7 +282,7 @@ class AnnDataSource(WholeSource):
     # Groups
 
     def _look(self, contexts: list[str] | None):
-        """Open each part once: for its labels, its genes, and what its first cells show."""
+        """Open each part once: for its labels, its genes, and what some of its cells show."""
         groups = self._read_parts_once()
         unmeasured = self.reader.label_reader.unmeasured()
         if unmeasured:
@@ -293,14 +304,15 @@ class AnnDataSource(WholeSource):
         self.drop_empty()
 
     def _judge(self, part: Part, data: ad.AnnData):
-        """Learn the names of a part's genes, the width of its embedding, and what its first cells show."""
+        """Learn the names of a part's genes, the width of its embedding, and what some of its cells show."""
         if self.expression is not None:
             view, place = view_of(data, self.expression, *self.reader.gene_names)
             shared_genes([view])  # an error about one file names it
-            taken = take_rows(matrix_of(view, place), slice(0, FIRST_CELLS))
+            used = np.flatnonzero(part.codes >= 0)
+            rows = used[rows_looked_at(len(used))]
+            taken = take_rows(matrix_of(view, place), rows)
             part.var_names, part.scale = view.var_names, scale_of(view, place, taken)
-            first = np.flatnonzero(part.codes[:FIRST_CELLS] >= 0)
-            check_finite(taken[first], view, first, place, nonnegative=True)
+            check_finite(taken, view, rows, place, nonnegative=True)
         if self._embedding is not None:
             part.width = matrix_of(data, self._embedding).shape[1]
 

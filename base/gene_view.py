@@ -17,7 +17,8 @@ from .value_evidence import inverse_log1p
 from .value_scale import Scale, look_at
 
 
-FIRST_CELLS = 2000  # which show what kind the values are; every cell is checked against it later
+# Cells that show what kind the values are, and in how many places of the data; every cell is checked against it later.
+LOOKED_AT, _PLACES = 2000, 8
 DUPLICATES = ("error", "first", "sum")
 
 
@@ -103,7 +104,7 @@ class JoinedGenes:
 
     def _of_first(self) -> Scale:
         if self._scale is None:
-            self._scale = look_at(_valid(take_rows(self._matrix, slice(0, FIRST_CELLS))), self._said_base)
+            self._scale = look_at(_valid(take_rows(self._matrix, rows_looked_at(self.shape[0]))), self._said_base)
         return self._scale
 
     def _is_log1p(self) -> bool:
@@ -154,15 +155,29 @@ def view_of(
     return GeneView(data, var_names, raw, duplicates), "X" if of_raw else source
 
 
-def scale_of(data: ad.AnnData, source: str, first=None) -> Scale:
+def rows_looked_at(cells: int) -> np.ndarray:
+    """The rows of so many cells that show what kind the values are: a few ranges, from the first to the last of the cells."""
+    if cells <= LOOKED_AT:
+        return np.arange(cells)
+    size = LOOKED_AT // _PLACES
+    starts = np.linspace(0, cells - size, _PLACES).astype(np.int64)
+    return (starts[:, None] + np.arange(size)).ravel()
+
+
+def scale_of(data: ad.AnnData, source: str, taken=None) -> Scale:
     """
-    The scale of expression, judged by the first cells of the data, without cells that hold wrong values.
+    The scale of expression, judged by some cells of the data, without cells that hold wrong values.
 
     Args:
-        first (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
+        taken (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
+
+    Raises:
+        ValueError: the cells are a mixture of several scales.
     """
-    first = take_rows(matrix_of(data, source), slice(0, FIRST_CELLS)) if first is None else first
-    return look_at(_valid(first), log_base_of(data, source))
+    if taken is None:
+        matrix = matrix_of(data, source)
+        taken = take_rows(matrix, rows_looked_at(matrix.shape[0]))
+    return look_at(_valid(taken), log_base_of(data, source))
 
 
 def log_base_of(data: ad.AnnData, source: str) -> float | None:
@@ -192,4 +207,4 @@ def _valid(taken) -> sp.csr_matrix:
     return matrix[np.diff(np.r_[0, np.cumsum(bad)][matrix.indptr]) == 0] if bad.any() else matrix
 
 
-__all__ = ["FIRST_CELLS", "GeneView", "JoinedGenes", "log_base_of", "scale_of", "view_of"]
+__all__ = ["GeneView", "JoinedGenes", "log_base_of", "rows_looked_at", "scale_of", "view_of"]

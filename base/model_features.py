@@ -159,7 +159,7 @@ class ModelFeatures:
 
     def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
         """
-        Check, by the first cells of the data, that log1p values have the total and the base of the training cells.
+        Check, by some cells of the data, that log1p values have the total and the base of the training cells.
 
         Args:
             input (`str`, *optional*): where the cells are read, instead of the processor's `input`.

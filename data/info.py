@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite
-from pertstate.base.gene_view import log_base_of
+from pertstate.base.gene_view import log_base_of, rows_looked_at
 from pertstate.base.labels import looks_like_control
 from pertstate.base.messages import counted, some
 from pertstate.base.printable import joined_lines
@@ -95,7 +95,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
         ]
         lines.append("has: " + ", ".join(have))
         base = log_base_of(data, input)
-        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, data)
+        looks, problems = _look(take_rows(matrix, rows_looked_at(matrix.shape[0])), input, base, data)
         lines.append(f"{input}: {looks}")
         if not data.var_names.is_unique:
             problems.append("gene names stand twice: set duplicate_genes: first, or sum")
@@ -140,7 +140,10 @@ def _look(matrix, input: str, log_base: float | None, data: AnnDataFile) -> tupl
         return "has negative values: scaled or centred", [
             f"{input} is scaled; use counts or log1p expression{other_matrices(data, input) or ' (another layer?)'}"
         ]
-    scale = look_at(matrix, log_base)
+    try:
+        scale = look_at(matrix, log_base)
+    except ValueError as error:  # a mixture
+        return "several scales", [f"{input}: {error}{other_matrices(data, input)}"]
     shallow = scale.too_shallow()
     notes = [] if shallow is None else [shallow]
     if scale.values == Values.COUNTS:
@@ -155,7 +158,7 @@ def _look(matrix, input: str, log_base: float | None, data: AnnDataFile) -> tupl
             f"{input} is normalised but not log1p: run sc.pp.log1p(adata), or set normalize: counts_to_log1p"
         ]
     if scale.values == Values.ZEROS:
-        return "only zeros in the first cells", []
+        return "only zeros in the cells looked at", []
     if scale.total is None:
         notes.insert(
             0, "the genes here do not sum to one number per cell, so it was normalised over more genes or not at all"
