@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -144,7 +143,7 @@ class LabelReader:
                 labels = labels.get(dataset, [self.settings.control])
             else:
                 labels = [one for of in labels.values() for one in of]
-        return any(label == one or ("*" in one and fnmatchcase(label, one)) for one in labels)
+        return any(_matches(label, one) for one in labels)
 
     def canonical(self, label: str, dataset: str | None = None, dose: Any = None) -> str:
         """
@@ -159,7 +158,7 @@ class LabelReader:
             ValueError: a dose is not a number above 0, there are not as many doses as parts, or a perturbation has
                 the name of the controls.
         """
-        key = (label, dataset, dose)
+        key = (label, dataset, str(dose))  # True is no dose, and equals 1
         if key not in self._seen:
             self._seen[key] = self._parse(label.strip(), dataset, dose)
         return self._seen[key]
@@ -240,13 +239,17 @@ class LabelReader:
         if self.is_control(part, dataset):
             return ""
         try:
-            number = float(dose)
-        except (TypeError, ValueError):
+            number = float(str(dose))  # as it is written: 0.1 in single precision is 0.1
+        except ValueError:
             number = math.nan
         if not within_reach(number):
+            what = (
+                "without its unit, all doses in one unit"
+                if isinstance(dose, str) and any(character.isdigit() for character in dose)
+                else "that a model can compute with (cells that got nothing are controls: give them the control's label)"
+            )
             raise ValueError(
-                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0 that a model can compute with (cells that got nothing "
-                "are controls: give them the control's label)"
+                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0, {what}"
             )
         return dose_text(number)
 
@@ -364,12 +367,18 @@ class LabelReader:
 
     def _dosed_names(self, labels: np.ndarray, doses: pd.Series, kept: np.ndarray, dataset: str | None) -> np.ndarray:
         codes, names = pd.factorize(labels)
-        dose_codes, values = pd.factorize(doses.astype(object), use_na_sentinel=False)
+        dose_codes, values = pd.factorize(doses, use_na_sentinel=False)
+        values = np.asarray(values)  # whose numbers keep their precision
         pairs, inverse = np.unique((codes * max(1, len(values)) + dose_codes)[kept], return_inverse=True)
         parsed = [self.canonical(names[pair // len(values)], dataset, values[pair % len(values)]) for pair in pairs]
         found = np.full(len(labels), None, dtype=object)
         found[kept] = np.array(parsed, dtype=object)[inverse]
         return found
+
+
+def _matches(label: str, pattern: str) -> bool:
+    """Whether a label is the one that is named, or fits a pattern, in which `*` stands for any text and all else for itself."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), label, re.DOTALL) is not None
 
 
 def looks_like_control(label: str) -> bool:
@@ -378,11 +387,17 @@ def looks_like_control(label: str) -> bool:
 
 
 def suggested_controls(labels: list[str]) -> str | list[str] | None:
-    """The option `control` that a person may mean: the labels that look like controls, as a pattern where they are many."""
-    found = sorted(label for label in labels if looks_like_control(label))
-    stems = {label.strip().rstrip("-_. 0123456789") for label in found}
+    """
+    The option `control` that a person may mean: the labels that look like controls, as a pattern where they are many and it
+    fits no other label.
+    """
+    labels = sorted({label.strip() for label in labels})
+    found = [label for label in labels if looks_like_control(label)]
+    stems = {label.rstrip("-_. 0123456789") for label in found}
     if len(found) > 3 and len(stems) == 1:
-        return f"{stems.pop()}*"
+        pattern = f"{stems.pop()}*"
+        if [label for label in labels if _matches(label, pattern)] == found:
+            return pattern
     return None if not found else found[0] if len(found) == 1 else found
 
 
@@ -409,6 +424,13 @@ def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
     return obs[key]
 
 
+def _text(value) -> str:
+    """A label as text, without spaces around it. Whole numbers are written alike, also where they are stored as fractions."""
+    if isinstance(value, (float, np.floating)) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
 class _Texts:
     """A column as plain strings, each distinct one looked at once."""
 
@@ -418,11 +440,9 @@ class _Texts:
             self.codes, values = column.cat.codes.to_numpy(), column.cat.categories
         else:
             self.codes, values = pd.factorize(column)
-        self.names = np.array([str(value) for value in values], dtype=object)
+        self.names = np.array([_text(value) for value in values], dtype=object)
         # A word that usually says "no label" may be that of the controls.
-        self.gone = np.array(
-            [name.strip().lower() in MISSING and not (is_label and is_label(name)) for name in self.names]
-        )
+        self.gone = np.array([name.lower() in MISSING and not (is_label and is_label(name)) for name in self.names])
 
     def missing(self) -> np.ndarray:
         """Which cells have no label."""
