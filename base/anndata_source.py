@@ -29,6 +29,7 @@ from .constants import Values
 from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
 from .gene_view import rows_looked_at, scale_of, view_of
+from .labels import alike
 from .messages import some
 from .printable import get_logger
 from .value_scale import ALIKE, Scale, converted, differ, strays
@@ -290,6 +291,13 @@ class AnnDataSource(WholeSource):
                 f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
                 f"{some(unmeasured)}; where {self.reader.combination_separator!r} belongs to names, set combination_separator: null"
             )
+        for note in self.reader.label_reader.unmet():
+            logger.warning(note)
+        for key in ("context", "perturbation"):
+            for names in alike(groups[key].unique()):
+                logger.warning(
+                    f"{key}s {some(names)} are written almost alike, and are told apart; if they are the same, write them alike"
+                )
         keys = list(groups.columns)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()
@@ -350,7 +358,11 @@ class AnnDataSource(WholeSource):
             [np.bincount(part.codes[part.codes >= 0], minlength=len(self.groups)) for part in self.parts], axis=0
         )
         if not sizes.any():
-            raise ValueError("the files hold no cells, and so no control cells")
+            raise ValueError(
+                "the files hold no cells, and so no control cells"
+                + (" (all of them are left out)" if any(len(part.codes) for part in self.parts) else "")
+                + "".join(f"; {note}" for note in self.reader.label_reader.unmet())
+            )
         self._renumber(np.where(sizes > 0, np.cumsum(sizes > 0) - 1, -1))
         self.parts = [part for part in self.parts if (part.codes >= 0).any()]
         self.groups = with_rows(self.groups.loc[sizes > 0, keys].reset_index(drop=True), sizes[sizes > 0])

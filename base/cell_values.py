@@ -329,9 +329,12 @@ def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
                 f"gene names are not unique, found {some(duplicates)} twice; say with duplicate_genes: first, or sum, what is "
                 "read of them, or name them apart (adata.var_names_make_unique())"
             )
+        if not shared.isin(data.var_names).any():
+            raise ValueError(
+                f"the files have no gene name in common, found {some(shared, 3)} and {some(data.var_names, 3)}; give all of them the "
+                f"same kind of gene names{other_names(data, [str(gene) for gene in shared])}"
+            )
         shared = shared[shared.isin(data.var_names)]
-    if len(shared) == 0:
-        raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
     return shared
 
 

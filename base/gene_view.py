@@ -12,7 +12,8 @@ from .cell_values import matrix_of, take_rows
 from .constants import Values
 from .finite import within_reach, wrong
 from .gene_names import without_version
-from .messages import closest, some
+from .labels import MISSING
+from .messages import closest, counted, some
 from .value_evidence import inverse_log1p
 from .value_scale import Scale, look_at
 
@@ -147,9 +148,16 @@ def view_of(
                 f"var has no column {gene_key!r} (gene_key), found {some(var.columns)}; "
                 f"{closest(gene_key, var.columns) if len(var.columns) else 'leave gene_key out'}"
             )
-        if var[gene_key].isna().any():
-            raise ValueError(f"var[{gene_key!r}] is empty for {int(var[gene_key].isna().sum())} genes; name them")
-        var_names = pd.Index(var[gene_key].astype(str).to_numpy())
+        names = var[gene_key].astype(str)
+        missing = names.str.strip().str.lower().isin(MISSING)
+        missing &= names.duplicated(keep=False) | (names.str.strip() == "")  # one gene may well be called nan
+        missing |= var[gene_key].isna()
+        if missing.any():
+            raise ValueError(
+                f"var[{gene_key!r}] has no name for {counted(int(missing.sum()), 'gene')}, first for {var.index[missing][0]!r}; name "
+                "them, for example by the names of var"
+            )
+        var_names = pd.Index(names.to_numpy())
     if ignore_versions:
         var_names = pd.Index([without_version(str(name)) for name in var_names])
     return GeneView(data, var_names, raw, duplicates), "X" if of_raw else source

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ _CONTROLS = re.compile(
     re.IGNORECASE,
 )
 JOINED = "|"  # joins the values of several columns
+_NOTED = 100  # values of a column that may be named in a hint
 _DOSE = "@"  # stands between a perturbation and its dose
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
@@ -130,6 +132,8 @@ class LabelReader:
     settings: LabelSettings
     whole: Collection[str] = ()
     _seen: dict[tuple, str] = field(default_factory=dict)
+    # The values of the columns that cells are chosen by, of each `exclude` and `include`.
+    _values: dict[tuple[str, str], dict] = field(default_factory=dict)
 
     # Names
 
@@ -294,6 +298,22 @@ class LabelReader:
                 seen.setdefault(part, set()).add(frozenset(parts))
         return [label for label, parts in cut.items() if len(parts) > 1 and any(len(seen[part]) == 1 for part in parts)]
 
+    def unmet(self) -> list[str]:
+        """The values of `exclude` and `include` that no cell read so far has, in sentences."""
+        notes = []
+        for (name, key), found in self._values.items():
+            for value in getattr(self.settings, name)[key]:
+                if _comparable(value) not in found:
+                    notes.append(f"{name}: no cell has {value!r} in obs[{key!r}]; {closest(value, found.values())}")
+        return notes
+
+    def _note_values(self, name: str, key: str, found):
+        noted = self._values.setdefault((name, key), {})
+        wanted = {_comparable(value) for value in getattr(self.settings, name)[key]}
+        for value in found:
+            if len(noted) < _NOTED or _comparable(value) in wanted:
+                noted.setdefault(_comparable(value), value)
+
     # Cells
 
     @property
@@ -325,9 +345,13 @@ class LabelReader:
             columns["batch"] = _listed(settings.batch_key)
         given = {key: _column(obs, key, name) for name, keys in columns.items() for key in keys}
         kept = np.ones(len(obs), dtype=bool)
-        for table, wanted in ((settings.include, True), (settings.exclude, False)):
+        for name, table in (("include", settings.include), ("exclude", settings.exclude)):
             for key, values in (table or {}).items():
-                kept &= _is_one_of(_column(obs, key, "filter"), values) == wanted
+                codes, found = pd.factorize(_column(obs, key, "filter").astype(object), use_na_sentinel=False)
+                self._note_values(name, key, found)
+                wanted = {_comparable(value) for value in values}
+                is_one = np.array([_comparable(of) in wanted for of in found], dtype=bool)[codes]
+                kept &= is_one == (name == "include")
         read: dict[str, np.ndarray] = {}
         for name, keys in columns.items():
             parts = []
@@ -374,6 +398,15 @@ class LabelReader:
         found = np.full(len(labels), None, dtype=object)
         found[kept] = np.array(parsed, dtype=object)[inverse]
         return found
+
+
+def alike(names: Collection[str]) -> list[list[str]]:
+    """Names that differ in nothing but case, spaces and the form of their letters in Unicode, each such group sorted."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(folded, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _matches(label: str, pattern: str) -> bool:
@@ -474,14 +507,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.array([JOINED.join(name) for name in names], dtype=object)[codes]
 
 
-def _is_one_of(column: pd.Series, values: list) -> np.ndarray:
-    """Which cells have one of the values. A number or boolean equals its text."""
-    wanted = {_comparable(value) for value in values}
-    codes, names = pd.factorize(column.astype(object), use_na_sentinel=False)
-    return np.array([_comparable(name) in wanted for name in names], dtype=bool)[codes]
-
-
 def _comparable(value) -> Any:
+    """What values of obs are compared by: a number or boolean equals its text."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
         return None
     text = str(value).strip()

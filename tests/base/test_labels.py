@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pertstate.base.labels import LabelReader, LabelSettings, control_settings, looks_like_control, suggested_controls
+from pertstate.base.labels import (
+    LabelReader,
+    LabelSettings,
+    alike,
+    control_settings,
+    looks_like_control,
+    suggested_controls,
+)
 
 
 def reader(control="control", **settings) -> LabelReader:
@@ -205,3 +212,22 @@ def test_a_suggested_pattern_fits_controls_alone():
     assert suggested_controls([*controls, "A"]) == "NT*"
     assert suggested_controls([*controls, "NTRK1"]) == controls  # "NT*" would make a gene a control
     assert suggested_controls(["control ", "A"]) == "control"
+
+
+def test_values_of_filters_that_no_cell_has_are_said():
+    obs = table(perturbation=["A", "control"], cell_type=["x"] * 2, qc=["fail", "ok"], plate=[1.0, 2.0])
+    chosen = reader(exclude={"qc": ["Fail", "ok"], "plate": [1, "3"]})
+    assert chosen.read(obs)["perturbation"].tolist() == [None, None]
+    assert chosen.unmet() == [
+        "exclude: no cell has 'Fail' in obs['qc']; did you mean 'fail'?",
+        "exclude: no cell has '3' in obs['plate']; expected one of '1.0', '2.0'",
+    ]
+    chosen.read(obs.assign(qc="Fail", plate=3))  # a further file has them
+    assert chosen.unmet() == []
+
+
+def test_names_that_are_written_almost_alike():
+    assert alike(["K562", "k562", "RPE1", "nai\u0308ve B", "na\u00efve B", "naive B"]) == [
+        ["K562", "k562"],
+        ["nai\u0308ve B", "na\u00efve B"],
+    ]
