@@ -157,7 +157,7 @@ class PartReader:
             matrix = matrix if keep.all() else matrix[keep]
             check_finite(matrix, self.data, taken, name, nonnegative=True)
             if not fits(kind, kind_of_values(matrix)):
-                error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
+                error = wrong_kind(name, kind, kind_of_values(matrix), self.part.scale.total)
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
