@@ -29,8 +29,6 @@ from .constants import Values
 from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
 from .gene_view import rows_looked_at, scale_of, view_of
-from .labels import alike
-from .messages import some
 from .printable import get_logger
 from .value_scale import ALIKE, Scale, converted, differ, strays
 
@@ -285,19 +283,8 @@ class AnnDataSource(WholeSource):
     def _look(self, contexts: list[str] | None):
         """Open each part once: for its labels, its genes, and what some of its cells show."""
         groups = self._read_parts_once()
-        unmeasured = self.reader.label_reader.unmeasured()
-        if unmeasured:
-            logger.warning(
-                f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
-                f"{some(unmeasured)}; where {self.reader.combination_separator!r} belongs to names, set combination_separator: null"
-            )
-        for note in self.reader.label_reader.unmet():
+        for note in self.reader.label_reader.doubts(groups):
             logger.warning(note)
-        for key in ("context", "perturbation"):
-            for names in alike(groups[key].unique()):
-                logger.warning(
-                    f"{key}s {some(names)} are written almost alike, and are told apart; if they are the same, write them alike"
-                )
         keys = list(groups.columns)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()

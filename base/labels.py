@@ -307,6 +307,28 @@ class LabelReader:
                     notes.append(f"{name}: no cell has {value!r} in obs[{key!r}]; {closest(value, found.values())}")
         return notes
 
+    def doubts(self, groups: pd.DataFrame) -> list[str]:
+        """
+        What a person should look at in the labels read so far, in sentences: combinations of parts that nobody measured, filters
+        that do nothing, names that are written almost alike.
+
+        Args:
+            groups (`pandas.DataFrame`): columns `context` and `perturbation`, of the cells that were read.
+        """
+        notes, unmeasured = [], self.unmeasured()
+        if unmeasured:
+            notes.append(
+                f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
+                f"{some(unmeasured)}; where {self.settings.combination_separator!r} belongs to names, set combination_separator: null"
+            )
+        notes += self.unmet()
+        for key in ("context", "perturbation"):
+            for names in alike(groups[key].unique()):
+                notes.append(
+                    f"{key}s {some(names)} are written almost alike, and are told apart; if they are the same, write them alike"
+                )
+        return notes
+
     def _note_values(self, name: str, key: str, found):
         noted = self._values.setdefault((name, key), {})
         wanted = {_comparable(value) for value in getattr(self.settings, name)[key]}
