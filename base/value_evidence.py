@@ -267,25 +267,26 @@ class Evidence:
         if not number or (alike and len(whole) < _CELLS_OF_SCALE):
             return []
         with np.errstate(over="ignore"):  # of values without a logarithm
-            sums = {name: self._sums(name) for name in self.bases}
+            sums: dict[str | float | None, np.ndarray] = {name: self._sums(name) for name in self.bases}
         sums["linear"] = np.add.reduceat(self._fractional(), starts)
-        found: list[tuple[str | float | None, float | None, int]] = []
+        totals: list[tuple[str | float | None, float, int]] = []
         left = np.arange(number)
         for _ in range(_MOST_SCALES):
             scales = [(name, _one_sum_among(sums, name, left)) for name in sums]
             name, cells = max(scales, key=lambda scale: len(scale[1]))
             if len(cells) < max(_CELLS_OF_SCALE, _SHARE_OF_SCALE * number):
                 break
-            found.append((name, float(f"{np.median(sums[name][cells]):.6g}"), len(cells)))
+            totals.append((name, float(f"{np.median(sums[name][cells]):.6g}"), len(cells)))
             left = np.setdiff1d(left, cells)
-        if not found or len(left) > (1 - _SHARE_OF_SCALES) * number:
+        found: list[tuple[str | float | None, float | None, int]] = [*totals]
+        if not totals or len(left) > (1 - _SHARE_OF_SCALES) * number:
             base, *_ = self.logarithm()
-            found = [(base, None, number)] if self.are_log1p_of_counts(base) else []
-        for i, (name, total, _) in enumerate(found):
-            if any(name == of and abs(total / other - 1) < _OTHER_SUM for of, other, _ in found[:i]):
+            totals, found = [], [(base, None, number)] if self.are_log1p_of_counts(base) else []
+        for i, (name, total, _) in enumerate(totals):
+            if any(name == of and abs(total / other - 1) < _OTHER_SUM for of, other, _ in totals[:i]):
                 return []
         # Values that were scaled to a total without a logarithm may be whole.
-        linear = [total for name, total, _ in found if name == "linear"]
+        linear = [total for name, total, _ in totals if name == "linear"]
         whole = whole[[all(abs(of / total - 1) > _OTHER_SUM for total in linear) for of in whole]]
         if len(whole) >= _CELLS_OF_SCALE:
             found.append(("counts", None, len(whole)))
