@@ -28,10 +28,9 @@ from .cell_values import (
 from .constants import Values
 from .finite import check_totals
 from .gene_names import MAX_MISSING_GENES
-from .gene_view import FIRST_CELLS, scale_of, view_of
-from .messages import some
+from .gene_view import rows_looked_at, scale_of, view_of
 from .printable import get_logger
-from .value_scale import Scale, converted, differ
+from .value_scale import ALIKE, Scale, converted, differ, strays
 
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Part:
         data (`AnnData`): the cells.
         var_names (`pandas.Index`): its genes.
         codes (`np.ndarray` of shape `(cells,)`): number of the group of each of its cells; -1 for one left out.
-        scale ([`Scale`]): what its first cells show its expression to be.
+        scale ([`Scale`]): what some of its cells show its expression to be.
         width (`int`, *optional*): dimensions of its embedding.
     """
 
@@ -156,12 +155,14 @@ class PartReader:
             matrix = matrix if keep.all() else matrix[keep]
             check_finite(matrix, self.data, taken, name, nonnegative=True)
             if not fits(kind, kind_of_values(matrix)):
-                error = wrong_kind(name, kind, kind_of_values(matrix), 1e4)
+                error = wrong_kind(name, kind, kind_of_values(matrix), self.part.scale.total)
                 raise ValueError(f"{error} (in cells {rows.start} to {rows.stop - 1})")
             if kind in Values.RAW:
                 totals = cell_totals(matrix)
                 check_totals(totals, name, cell_of(self.data, taken))
-            elif self.recipe.scale is not None:
+            else:
+                self._check_scale(matrix, rows)
+            if kind not in Values.RAW and self.recipe.scale is not None:
                 matrix = converted(matrix, self.part.scale, self.recipe.scale)
             expression = matrix if self._all_genes else matrix[:, self._columns]
             expression.eliminate_zeros()
@@ -171,6 +172,15 @@ class PartReader:
             check_finite(values, self.data, taken, self.recipe.embedding)
             embedding = values.astype(np.float32, copy=False)
         return Block(taken, codes[keep], expression, totals, embedding)
+
+    def _check_scale(self, matrix: sp.csr_matrix, rows: slice):
+        """ValueError if some cells of log1p values are on another scale than the part."""
+        found = strays(matrix, self.part.scale)
+        if found is not None:
+            raise ValueError(
+                f"{self.recipe.expression} holds {self.part.scale.describe()}, but some of cells {rows.start} to {rows.stop - 1} hold "
+                f"{found.describe()}; {ALIKE}"
+            )
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Block]]:
         """The blocks that hold wanted cells, in order, each with its range of rows."""
@@ -271,14 +281,10 @@ class AnnDataSource(WholeSource):
     # Groups
 
     def _look(self, contexts: list[str] | None):
-        """Open each part once: for its labels, its genes, and what its first cells show."""
+        """Open each part once: for its labels, its genes, and what some of its cells show."""
         groups = self._read_parts_once()
-        unmeasured = self.reader.label_reader.unmeasured()
-        if unmeasured:
-            logger.warning(
-                f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
-                f"{some(unmeasured)}; where {self.reader.combination_separator!r} belongs to names, set combination_separator: null"
-            )
+        for note in self.reader.label_reader.doubts(groups):
+            logger.warning(note)
         keys = list(groups.columns)
         check_contexts(contexts, groups)
         order = groups.sort_values(keys, kind="stable").index.to_numpy()
@@ -293,14 +299,15 @@ class AnnDataSource(WholeSource):
         self.drop_empty()
 
     def _judge(self, part: Part, data: ad.AnnData):
-        """Learn the names of a part's genes, the width of its embedding, and what its first cells show."""
+        """Learn the names of a part's genes, the width of its embedding, and what some of its cells show."""
         if self.expression is not None:
             view, place = view_of(data, self.expression, *self.reader.gene_names)
             shared_genes([view])  # an error about one file names it
-            taken = take_rows(matrix_of(view, place), slice(0, FIRST_CELLS))
+            used = np.flatnonzero(part.codes >= 0)
+            rows = used[rows_looked_at(len(used))]
+            taken = take_rows(matrix_of(view, place), rows)
             part.var_names, part.scale = view.var_names, scale_of(view, place, taken)
-            first = np.flatnonzero(part.codes[:FIRST_CELLS] >= 0)
-            check_finite(taken[first], view, first, place, nonnegative=True)
+            check_finite(taken, view, rows, place, nonnegative=True)
         if self._embedding is not None:
             part.width = matrix_of(data, self._embedding).shape[1]
 
@@ -338,7 +345,11 @@ class AnnDataSource(WholeSource):
             [np.bincount(part.codes[part.codes >= 0], minlength=len(self.groups)) for part in self.parts], axis=0
         )
         if not sizes.any():
-            raise ValueError("the files hold no cells, and so no control cells")
+            raise ValueError(
+                "the files hold no cells, and so no control cells"
+                + (" (all of them are left out)" if any(len(part.codes) for part in self.parts) else "")
+                + "".join(f"; {note}" for note in self.reader.label_reader.unmet())
+            )
         self._renumber(np.where(sizes > 0, np.cumsum(sizes > 0) - 1, -1))
         self.parts = [part for part in self.parts if (part.codes >= 0).any()]
         self.groups = with_rows(self.groups.loc[sizes > 0, keys].reset_index(drop=True), sizes[sizes > 0])

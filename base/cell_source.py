@@ -324,7 +324,7 @@ def further_processor(source: CellSource, processor: "StateProcessor", trained: 
             )
         for kind in source.kinds():
             if not fits(processor.expects, kind):
-                raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.target_sum))
+                raise ValueError(wrong_kind(source.expression, processor.expects, kind, processor.trained_total))
         source.scaled = processor.normalize == Normalize.COUNTS_TO_LOG1P
         if source.convert_scale:
             source.wanted_scale = processor.trained_scale

@@ -142,8 +142,13 @@ def fits(expected: str, kind: str) -> bool:
     return kind in (expected, Values.ZEROS) or expected == Values.FRACTIONAL
 
 
-def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) -> str:
-    """What an error says of values of another kind than expected."""
+def wrong_kind(source: str, expected: str, kind: str, total: float | None) -> str:
+    """
+    What an error says of values of another kind than expected.
+
+    Args:
+        total (`float`, *optional*): what a cell sums to before the logarithm, where log1p values are expected and it is known.
+    """
     found = {
         Values.COUNTS: "whole numbers (counts)",
         Values.LOG1P: "fractional values (log1p already?)",
@@ -155,11 +160,14 @@ def wrong_kind(source: str, expected: str, kind: str, target_sum: float | None) 
             f"{source}: expected counts, found {found}; this processor normalises by itself, so give it the raw counts "
             "(input='layers/counts' where they lie in a layer)"
         )
+    to = "" if total is None else f", target_sum={total:.10g}"
     if kind == Values.LINEAR:
-        fix = "run sc.pp.log1p(adata) if all cells sum to the same, or sc.pp.normalize_total(adata) before it if they do not"
+        same = "the same" if total is None else f"{total:.10g}"
+        fix = f"run sc.pp.log1p(adata) if all cells sum to {same}, or sc.pp.normalize_total(adata{to}) before it if they do not"
     else:
-        scaled = f"sc.pp.normalize_total(adata, target_sum={given('target_sum', target_sum):g})"
-        fix = f"run {scaled}; sc.pp.log1p(adata)"
+        fix = f"run sc.pp.normalize_total(adata{to}); sc.pp.log1p(adata)"
+    if total is None:
+        fix += " (cells should sum to what those of training sum to, which is not known)"
     return f"{source}: expected log1p expression, found {found}; {fix}, or read another layer with input="
 
 
@@ -173,7 +181,7 @@ def resolve_normalisation(asked: str, found: set[str], source: str) -> tuple[str
         raise ValueError(f"{source} holds {' in one file and '.join(sorted(kinds))} in another; make them alike")
     kind = kinds.pop() if kinds else Values.LOG1P
     if asked == Normalize.COUNTS_TO_LOG1P:
-        raise ValueError(wrong_kind(source, Values.COUNTS, kind, TARGET_SUM))
+        raise ValueError(wrong_kind(source, Values.COUNTS, kind, None))
     if asked == Normalize.AUTO and kind in (Values.FRACTIONAL, Values.LINEAR):
         what = (
             "fractional counts (corrected, imputed ..)"
@@ -256,6 +264,7 @@ def read_expression(
     as_log1p: bool,
     target_sum: float | None,
     scales: tuple[Scale, Scale] | None = None,
+    total: float | None = None,
 ) -> "sp.csr_matrix | np.ndarray":
     """
     Checked expression of some rows and columns, `(rows, columns)` float32, CSR or dense as it is stored.
@@ -266,6 +275,7 @@ def read_expression(
         as_log1p (`bool`): scale counts to `target_sum` a cell (over all genes) and log1p-transform them.
         target_sum (`float` or None): what counts are scaled to; not needed where none are.
         scales (`tuple[Scale, Scale]`, *optional*): convert log1p values from the first scale to the second.
+        total (`float`, *optional*): what the cells of log1p values should sum to, for errors.
 
     Raises:
         KeyError: nothing is there.
@@ -275,7 +285,7 @@ def read_expression(
     check_finite(matrix, adata, rows, source, nonnegative=True)
     kind = kind_of_values(matrix)
     if not fits(expected, kind):
-        raise ValueError(wrong_kind(source, expected, kind, target_sum))
+        raise ValueError(wrong_kind(source, expected, kind, total))
     if scales is not None:
         matrix = converted(matrix, *scales)
     if expected not in Values.RAW:
@@ -329,9 +339,12 @@ def shared_genes(adatas: list[ad.AnnData]) -> pd.Index:
                 f"gene names are not unique, found {some(duplicates)} twice; say with duplicate_genes: first, or sum, what is "
                 "read of them, or name them apart (adata.var_names_make_unique())"
             )
+        if not shared.isin(data.var_names).any():
+            raise ValueError(
+                f"the files have no gene name in common, found {some(shared, 3)} and {some(data.var_names, 3)}; give all of them the "
+                f"same kind of gene names{other_names(data, [str(gene) for gene in shared])}"
+            )
         shared = shared[shared.isin(data.var_names)]
-    if len(shared) == 0:
-        raise ValueError("the files have no gene name in common; give all of them the same kind of gene names")
     return shared
 
 
@@ -363,7 +376,7 @@ def gene_columns(adata: ad.AnnData, genes: list[str], missing_genes: str) -> np.
         raise KeyError(
             f"{len(missing)} of the model's {len(genes)} genes are missing from the data: {missing[:10]}"
             + (
-                "; a prediction may read them as unexpressed (missing_genes='zero')"
+                "; a prediction may read them as unexpressed (missing_genes='zero', --missing-genes zero)"
                 if len(missing) < len(genes)
                 else ""
             )

@@ -12,12 +12,14 @@ from .cell_values import matrix_of, take_rows
 from .constants import Values
 from .finite import within_reach, wrong
 from .gene_names import without_version
-from .messages import closest, some
+from .labels import MISSING
+from .messages import closest, counted, some
 from .value_evidence import inverse_log1p
 from .value_scale import Scale, look_at
 
 
-FIRST_CELLS = 2000  # which show what kind the values are; every cell is checked against it later
+# Cells that show what kind the values are, and in how many places of the data; every cell is checked against it later.
+LOOKED_AT, _PLACES = 2000, 8
 DUPLICATES = ("error", "first", "sum")
 
 
@@ -103,7 +105,7 @@ class JoinedGenes:
 
     def _of_first(self) -> Scale:
         if self._scale is None:
-            self._scale = look_at(_valid(take_rows(self._matrix, slice(0, FIRST_CELLS))), self._said_base)
+            self._scale = look_at(_valid(take_rows(self._matrix, rows_looked_at(self.shape[0]))), self._said_base)
         return self._scale
 
     def _is_log1p(self) -> bool:
@@ -146,23 +148,44 @@ def view_of(
                 f"var has no column {gene_key!r} (gene_key), found {some(var.columns)}; "
                 f"{closest(gene_key, var.columns) if len(var.columns) else 'leave gene_key out'}"
             )
-        if var[gene_key].isna().any():
-            raise ValueError(f"var[{gene_key!r}] is empty for {int(var[gene_key].isna().sum())} genes; name them")
-        var_names = pd.Index(var[gene_key].astype(str).to_numpy())
+        names = var[gene_key].astype(str)
+        missing = names.str.strip().str.lower().isin(MISSING)
+        missing &= names.duplicated(keep=False) | (names.str.strip() == "")  # one gene may well be called nan
+        missing |= var[gene_key].isna()
+        if missing.any():
+            raise ValueError(
+                f"var[{gene_key!r}] has no name for {counted(int(missing.sum()), 'gene')}, first for {var.index[missing][0]!r}; name "
+                "them, for example by the names of var"
+            )
+        var_names = pd.Index(names.to_numpy())
     if ignore_versions:
         var_names = pd.Index([without_version(str(name)) for name in var_names])
     return GeneView(data, var_names, raw, duplicates), "X" if of_raw else source
 
 
-def scale_of(data: ad.AnnData, source: str, first=None) -> Scale:
+def rows_looked_at(cells: int) -> np.ndarray:
+    """The rows of so many cells that show what kind the values are: a few ranges, from the first to the last of the cells."""
+    if cells <= LOOKED_AT:
+        return np.arange(cells)
+    size = LOOKED_AT // _PLACES
+    starts = np.linspace(0, cells - size, _PLACES).astype(np.int64)
+    return (starts[:, None] + np.arange(size)).ravel()
+
+
+def scale_of(data: ad.AnnData, source: str, taken=None) -> Scale:
     """
-    The scale of expression, judged by the first cells of the data, without cells that hold wrong values.
+    The scale of expression, judged by some cells of the data, without cells that hold wrong values.
 
     Args:
-        first (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
+        taken (CSR or `np.ndarray`, *optional*): the values of these cells, where they were read already.
+
+    Raises:
+        ValueError: the cells are a mixture of several scales.
     """
-    first = take_rows(matrix_of(data, source), slice(0, FIRST_CELLS)) if first is None else first
-    return look_at(_valid(first), log_base_of(data, source))
+    if taken is None:
+        matrix = matrix_of(data, source)
+        taken = take_rows(matrix, rows_looked_at(matrix.shape[0]))
+    return look_at(_valid(taken), log_base_of(data, source))
 
 
 def log_base_of(data: ad.AnnData, source: str) -> float | None:
@@ -192,4 +215,4 @@ def _valid(taken) -> sp.csr_matrix:
     return matrix[np.diff(np.r_[0, np.cumsum(bad)][matrix.indptr]) == 0] if bad.any() else matrix
 
 
-__all__ = ["FIRST_CELLS", "GeneView", "JoinedGenes", "log_base_of", "scale_of", "view_of"]
+__all__ = ["GeneView", "JoinedGenes", "log_base_of", "rows_looked_at", "scale_of", "view_of"]

@@ -2,9 +2,9 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ _CONTROLS = re.compile(
     re.IGNORECASE,
 )
 JOINED = "|"  # joins the values of several columns
+_NOTED = 100  # values of a column that may be named in a hint
 _DOSE = "@"  # stands between a perturbation and its dose
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
@@ -131,6 +132,8 @@ class LabelReader:
     settings: LabelSettings
     whole: Collection[str] = ()
     _seen: dict[tuple, str] = field(default_factory=dict)
+    # The values of the columns that cells are chosen by, of each `exclude` and `include`.
+    _values: dict[tuple[str, str], dict] = field(default_factory=dict)
 
     # Names
 
@@ -144,7 +147,7 @@ class LabelReader:
                 labels = labels.get(dataset, [self.settings.control])
             else:
                 labels = [one for of in labels.values() for one in of]
-        return any(label == one or ("*" in one and fnmatchcase(label, one)) for one in labels)
+        return any(_matches(label, one) for one in labels)
 
     def canonical(self, label: str, dataset: str | None = None, dose: Any = None) -> str:
         """
@@ -159,7 +162,7 @@ class LabelReader:
             ValueError: a dose is not a number above 0, there are not as many doses as parts, or a perturbation has
                 the name of the controls.
         """
-        key = (label, dataset, dose)
+        key = (label, dataset, str(dose))  # True is no dose, and equals 1
         if key not in self._seen:
             self._seen[key] = self._parse(label.strip(), dataset, dose)
         return self._seen[key]
@@ -240,13 +243,17 @@ class LabelReader:
         if self.is_control(part, dataset):
             return ""
         try:
-            number = float(dose)
-        except (TypeError, ValueError):
+            number = float(str(dose))  # as it is written: 0.1 in single precision is 0.1
+        except ValueError:
             number = math.nan
         if not within_reach(number):
+            what = (
+                "without its unit, all doses in one unit"
+                if isinstance(dose, str) and any(character.isdigit() for character in dose)
+                else "that a model can compute with (cells that got nothing are controls: give them the control's label)"
+            )
             raise ValueError(
-                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0 that a model can compute with (cells that got nothing "
-                "are controls: give them the control's label)"
+                f"obs[{self.settings.dose_key!r}] holds {dose!r} for {label!r}; expected a number above 0, {what}"
             )
         return dose_text(number)
 
@@ -291,6 +298,44 @@ class LabelReader:
                 seen.setdefault(part, set()).add(frozenset(parts))
         return [label for label, parts in cut.items() if len(parts) > 1 and any(len(seen[part]) == 1 for part in parts)]
 
+    def unmet(self) -> list[str]:
+        """The values of `exclude` and `include` that no cell read so far has, in sentences."""
+        notes = []
+        for (name, key), found in self._values.items():
+            for value in getattr(self.settings, name)[key]:
+                if _comparable(value) not in found:
+                    notes.append(f"{name}: no cell has {value!r} in obs[{key!r}]; {closest(value, found.values())}")
+        return notes
+
+    def doubts(self, groups: pd.DataFrame) -> list[str]:
+        """
+        What a person should look at in the labels read so far, in sentences: combinations of parts that nobody measured, filters
+        that do nothing, names that are written almost alike.
+
+        Args:
+            groups (`pandas.DataFrame`): columns `context` and `perturbation`, of the cells that were read.
+        """
+        notes, unmeasured = [], self.unmeasured()
+        if unmeasured:
+            notes.append(
+                f"{len(unmeasured)} labels are read as combinations, and a part of each stands nowhere else in the data: "
+                f"{some(unmeasured)}; where {self.settings.combination_separator!r} belongs to names, set combination_separator: null"
+            )
+        notes += self.unmet()
+        for key in ("context", "perturbation"):
+            for names in alike(groups[key].unique()):
+                notes.append(
+                    f"{key}s {some(names)} are written almost alike, and are told apart; if they are the same, write them alike"
+                )
+        return notes
+
+    def _note_values(self, name: str, key: str, found):
+        noted = self._values.setdefault((name, key), {})
+        wanted = {_comparable(value) for value in getattr(self.settings, name)[key]}
+        for value in found:
+            if len(noted) < _NOTED or _comparable(value) in wanted:
+                noted.setdefault(_comparable(value), value)
+
     # Cells
 
     @property
@@ -322,9 +367,13 @@ class LabelReader:
             columns["batch"] = _listed(settings.batch_key)
         given = {key: _column(obs, key, name) for name, keys in columns.items() for key in keys}
         kept = np.ones(len(obs), dtype=bool)
-        for table, wanted in ((settings.include, True), (settings.exclude, False)):
+        for name, table in (("include", settings.include), ("exclude", settings.exclude)):
             for key, values in (table or {}).items():
-                kept &= _is_one_of(_column(obs, key, "filter"), values) == wanted
+                codes, found = pd.factorize(_column(obs, key, "filter").astype(object), use_na_sentinel=False)
+                self._note_values(name, key, found)
+                wanted = {_comparable(value) for value in values}
+                is_one = np.array([_comparable(of) in wanted for of in found], dtype=bool)[codes]
+                kept &= is_one == (name == "include")
         read: dict[str, np.ndarray] = {}
         for name, keys in columns.items():
             parts = []
@@ -364,12 +413,27 @@ class LabelReader:
 
     def _dosed_names(self, labels: np.ndarray, doses: pd.Series, kept: np.ndarray, dataset: str | None) -> np.ndarray:
         codes, names = pd.factorize(labels)
-        dose_codes, values = pd.factorize(doses.astype(object), use_na_sentinel=False)
+        dose_codes, values = pd.factorize(doses, use_na_sentinel=False)
+        values = np.asarray(values)  # whose numbers keep their precision
         pairs, inverse = np.unique((codes * max(1, len(values)) + dose_codes)[kept], return_inverse=True)
         parsed = [self.canonical(names[pair // len(values)], dataset, values[pair % len(values)]) for pair in pairs]
         found = np.full(len(labels), None, dtype=object)
         found[kept] = np.array(parsed, dtype=object)[inverse]
         return found
+
+
+def alike(names: Collection[str]) -> list[list[str]]:
+    """Names that differ in nothing but case, spaces and the form of their letters in Unicode, each such group sorted."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(folded, []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _matches(label: str, pattern: str) -> bool:
+    """Whether a label is the one that is named, or fits a pattern, in which `*` stands for any text and all else for itself."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), label, re.DOTALL) is not None
 
 
 def looks_like_control(label: str) -> bool:
@@ -378,11 +442,17 @@ def looks_like_control(label: str) -> bool:
 
 
 def suggested_controls(labels: list[str]) -> str | list[str] | None:
-    """The option `control` that a person may mean: the labels that look like controls, as a pattern where they are many."""
-    found = sorted(label for label in labels if looks_like_control(label))
-    stems = {label.strip().rstrip("-_. 0123456789") for label in found}
+    """
+    The option `control` that a person may mean: the labels that look like controls, as a pattern where they are many and it
+    fits no other label.
+    """
+    labels = sorted({label.strip() for label in labels})
+    found = [label for label in labels if looks_like_control(label)]
+    stems = {label.rstrip("-_. 0123456789") for label in found}
     if len(found) > 3 and len(stems) == 1:
-        return f"{stems.pop()}*"
+        pattern = f"{stems.pop()}*"
+        if [label for label in labels if _matches(label, pattern)] == found:
+            return pattern
     return None if not found else found[0] if len(found) == 1 else found
 
 
@@ -409,6 +479,13 @@ def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
     return obs[key]
 
 
+def _text(value) -> str:
+    """A label as text, without spaces around it. Whole numbers are written alike, also where they are stored as fractions."""
+    if isinstance(value, (float, np.floating)) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
 class _Texts:
     """A column as plain strings, each distinct one looked at once."""
 
@@ -418,11 +495,9 @@ class _Texts:
             self.codes, values = column.cat.codes.to_numpy(), column.cat.categories
         else:
             self.codes, values = pd.factorize(column)
-        self.names = np.array([str(value) for value in values], dtype=object)
+        self.names = np.array([_text(value) for value in values], dtype=object)
         # A word that usually says "no label" may be that of the controls.
-        self.gone = np.array(
-            [name.strip().lower() in MISSING and not (is_label and is_label(name)) for name in self.names]
-        )
+        self.gone = np.array([name.lower() in MISSING and not (is_label and is_label(name)) for name in self.names])
 
     def missing(self) -> np.ndarray:
         """Which cells have no label."""
@@ -454,14 +529,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.array([JOINED.join(name) for name in names], dtype=object)[codes]
 
 
-def _is_one_of(column: pd.Series, values: list) -> np.ndarray:
-    """Which cells have one of the values. A number or boolean equals its text."""
-    wanted = {_comparable(value) for value in values}
-    codes, names = pd.factorize(column.astype(object), use_na_sentinel=False)
-    return np.array([_comparable(name) in wanted for name in names], dtype=bool)[codes]
-
-
 def _comparable(value) -> Any:
+    """What values of obs are compared by: a number or boolean equals its text."""
     if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
         return None
     text = str(value).strip()

@@ -70,7 +70,9 @@ class ModelFeatures:
         adata, source = self._view(adata, source)
         columns = gene_columns(adata, self.vocabulary.genes, missing_genes)
         present = columns[columns >= 0]
-        read = read_expression(adata, source, rows, present, self.expects, as_log1p, self.target_sum, self._scales)
+        read = read_expression(
+            adata, source, rows, present, self.expects, as_log1p, self.target_sum, self._scales, self.trained_total
+        )
         return dense_genes(read, columns)
 
     def _view(self, adata: ad.AnnData, source: str) -> tuple[ad.AnnData, str]:
@@ -157,9 +159,14 @@ class ModelFeatures:
         whole = self.trained_scale is None or self.trained_scale.values not in (Values.FRACTIONAL, Values.LINEAR)
         return Values.COUNTS if whole else Values.FRACTIONAL
 
+    @property
+    def trained_total(self) -> float | None:
+        """What a training cell's log1p values sum to before the logarithm, where it is known."""
+        return None if self.trained_scale is None else self.trained_scale.total
+
     def check_scale(self, adata: ad.AnnData, input: str | None = None, convert: bool = False):
         """
-        Check, by the first cells of the data, that log1p values have the total and the base of the training cells.
+        Check, by some cells of the data, that log1p values have the total and the base of the training cells.
 
         Args:
             input (`str`, *optional*): where the cells are read, instead of the processor's `input`.

@@ -25,6 +25,13 @@ _WHOLE = 0.02
 _LARGEST_MULTIPLE = 10
 # Shares of values that are whole multiples.
 _WERE_COUNTS, _ARE_COUNTS_TIMES = 0.5, 0.8
+# A scale of a mixture has this share of the cells, and all its scales together that one; at most so many scales are told.
+_SHARE_OF_SCALE, _SHARE_OF_SCALES, _MOST_SCALES = 0.05, 0.95, 5
+_CELLS_OF_SCALE = 5
+# Fewer rounded values of a cell may be whole by chance.
+_GENES_OF_COUNTS = 4
+# Totals of two scales differ by more than this part.
+_OTHER_SUM = 0.05
 # See Evidence.are_fractional_counts.
 _WHOLE_SHARE = 0.05
 _ORDERS = 3.0
@@ -73,6 +80,8 @@ class Evidence:
 
     **Fractional counts** are told by [`are_fractional_counts`].
 
+    **Mixtures** of cells that were scaled to different totals, or not at all, are told by [`mixture`].
+
     Args:
         log_base (`float`, *optional*): the base that the data name.
     """
@@ -88,6 +97,7 @@ class Evidence:
         self.cells = 0
         self._room = VALUES_OF_ALL
         self._linear: list[np.ndarray] = []
+        self._whole: list[np.ndarray] = []
         self._depths: dict[str, list[np.ndarray]] = {"counts": [], "genes": []}
         self._cells_of_depths = 0
         self._values: list[np.ndarray] = []
@@ -151,6 +161,7 @@ class Evidence:
         self.cells += len(genes)
         self.whole_cells += int(whole_cells.sum())
         self._whole_values += whole.sum(), len(whole)
+        self._whole.append(whole_cells & (genes >= _GENES_OF_COUNTS))
         self._linear.append(np.add.reduceat(values, starts, dtype=np.float64))
         if whole_cells.all():
             return
@@ -235,7 +246,52 @@ class Evidence:
             other = self._spread_of_sums(None if name == "linear" else "linear")
             if other < 10 * max(spread, _ROUNDING):
                 return None
-        return float(f"{np.median(self._sums(name)):.6g}")
+        total = float(f"{np.median(self._sums(name)):.6g}")
+        # Under a base that is too large, a cell's largest value is nearly all of its sum, and may be rounded.
+        return total if name == "linear" or total <= _NO_TOTAL else None
+
+    def mixture(self) -> "list[tuple[str | float | None, float | None, int]]":
+        """
+        The scales of a mixture: the name (`"linear"` or the base of a logarithm), the total, and the number of cells of each;
+        `"counts"` without a total for cells of whole counts. Empty where the cells are no mixture, or none of them is log1p.
+
+        Each scale is one sum, as of [`one_sum`], of at least five cells and 5% of those that are not whole. Together they have
+        95% of these. Their totals lie apart: sums that spread evenly make scales side by side. Cells of whole counts
+        are also told beside log1p values that have no total.
+        """
+        starts = _starts(self._genes_of_fractional())
+        number = len(starts)
+        whole = self._sums("linear")[np.concatenate([*self._whole, []]).astype(bool)]
+        bases = self.bases if self.largest_fractional <= LARGEST_LOG1P else []
+        alike = any(self.one_sum(name) is not None for name in ("linear", *bases))
+        if not number or (alike and len(whole) < _CELLS_OF_SCALE):
+            return []
+        with np.errstate(over="ignore"):  # of values without a logarithm
+            sums: dict[str | float | None, np.ndarray] = {name: self._sums(name) for name in self.bases}
+        sums["linear"] = np.add.reduceat(self._fractional(), starts)
+        totals: list[tuple[str | float | None, float, int]] = []
+        left = np.arange(number)
+        for _ in range(_MOST_SCALES):
+            scales = [(name, _one_sum_among(sums, name, left)) for name in sums]
+            name, cells = max(scales, key=lambda scale: len(scale[1]))
+            if len(cells) < max(_CELLS_OF_SCALE, _SHARE_OF_SCALE * number):
+                break
+            totals.append((name, float(f"{np.median(sums[name][cells]):.6g}"), len(cells)))
+            left = np.setdiff1d(left, cells)
+        found: list[tuple[str | float | None, float | None, int]] = [*totals]
+        if not totals or len(left) > (1 - _SHARE_OF_SCALES) * number:
+            base, *_ = self.logarithm()
+            totals, found = [], [(base, None, number)] if self.are_log1p_of_counts(base) else []
+        for i, (name, total, _) in enumerate(totals):
+            if any(name == of and abs(total / other - 1) < _OTHER_SUM for of, other, _ in totals[:i]):
+                return []
+        # Values that were scaled to a total without a logarithm may be whole.
+        linear = [total for name, total, _ in totals if name == "linear"]
+        whole = whole[[all(abs(of / total - 1) > _OTHER_SUM for total in linear) for of in whole]]
+        if len(whole) >= _CELLS_OF_SCALE:
+            found.append(("counts", None, len(whole)))
+        # Without a logarithm among them, all cells can be scaled to one total.
+        return found if len(found) > 1 and {name for name, *_ in found} - {"counts", "linear"} else []
 
     def logarithm(self) -> tuple[float | None, float | None, bool]:
         """The base, the total, and whether both are certain. Certain without a total: counts that were not scaled."""
@@ -340,6 +396,20 @@ def _whole_share(ratios: np.ndarray) -> float:
 def _spread(values: np.ndarray) -> float:
     """How far values lie apart, as a part of their median; infinite for too few."""
     return float(np.ptp(values) / np.median(values)) if len(values) > 2 else np.inf
+
+
+def _one_sum_among(sums: dict, name: "str | float | None", cells: np.ndarray) -> np.ndarray:
+    """Those of some cells that make the largest scale: one sum under a logarithm, and no single sum under the alternative."""
+    others = sums[None if name == "linear" else "linear"]
+    ordered = cells[np.argsort(sums[name][cells])]
+    ordered = ordered[sums[name][ordered] <= (np.inf if name == "linear" else _NO_TOTAL)]
+    among = sums[name][ordered]
+    ends = np.searchsorted(among, among * (1 + _SAME_SUM), side="right")
+    first = int(np.argmax(ends - np.arange(len(ordered)))) if len(ordered) else 0
+    alike = slice(first, ends[first] if len(ordered) else 0)
+    other = others[ordered[alike]]
+    spread = _spread(other) if np.isfinite(other).all() else np.inf
+    return ordered[alike] if spread >= 10 * max(_spread(among[alike]), _ROUNDING) else ordered[:0]
 
 
 def _range(values: np.ndarray) -> float:

@@ -7,13 +7,19 @@ import scipy.sparse as sp
 
 from .constants import Values
 from .messages import some
-from .value_evidence import LARGEST_LOG1P, Evidence, inverse_log1p
+from .value_evidence import LARGEST_LOG1P, Evidence, inverse_log1p, row_sums, stored
 
 
 # Totals that differ by less than five times this part are one scale.
 _SAME = 0.01
+# See strays.
+_FEWEST_STRAYS = 3
 # Below these medians a cell says so little that a score is mostly noise.
 _FEW_COUNTS, _FEW_GENES = 100, 10
+
+
+# What to do about cells of several scales.
+ALIKE = "scale all of them alike from their counts"
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,9 @@ def look_at(matrix, log_base: float | None = None) -> Scale:
     Args:
         matrix (CSR or `np.ndarray` of shape `(cells, genes)`): finite values that are not negative, over all genes of the data.
         log_base (`float`, *optional*): base of the logarithm, where the data name it. Evidence for another base overrules it.
+
+    Raises:
+        ValueError: the cells are a mixture of several scales.
     """
     seen = Evidence(log_base)
     seen.add(matrix)
@@ -82,6 +91,9 @@ def look_at(matrix, log_base: float | None = None) -> Scale:
     counts, genes = seen.median("counts"), seen.median("genes")
     if seen.all_whole:
         return Scale(Values.COUNTS, None, None, counts, genes)
+    mixture = seen.mixture()
+    if mixture:
+        raise ValueError(_of_several_scales(mixture, seen))
     total = seen.one_sum("linear")
     if total is not None:
         return Scale(Values.LINEAR, total, median_genes=genes)
@@ -95,6 +107,18 @@ def look_at(matrix, log_base: float | None = None) -> Scale:
     return Scale(Values.LOG1P, None, base, median_genes=genes)
 
 
+def _of_several_scales(mixture: list, seen: Evidence) -> str:
+    """What an error says of a mixture."""
+    scales = []
+    for name, total, cells in mixture:
+        if name in ("counts", "linear"):
+            scale = "counts" if name == "counts" else Scale(Values.LINEAR, total).describe()
+        else:
+            scale = Scale(Values.LOG1P, total, name).describe()
+        scales.append(f"{scale} ({cells} of {seen.cells} cells looked at)")
+    return f"cells are on several scales: {'; '.join(scales)}; {ALIKE}"
+
+
 def differ(trained: Scale, found: Scale) -> bool:
     """Whether log1p values are certainly of another total or base than those that a model was trained on."""
     if not trained.values == found.values == Values.LOG1P:
@@ -102,6 +126,25 @@ def differ(trained: Scale, found: Scale) -> bool:
     if trained.base != found.base:
         return True
     return trained.total is not None and found.total is not None and abs(found.total / trained.total - 1) > 5 * _SAME
+
+
+def strays(matrix, scale: Scale) -> Scale | None:
+    """
+    The scale of those of some cells `(cells, genes)` that are on another one than the data that they belong to; None where
+    there are fewer than three, or where the data's total or theirs is not known.
+
+    Raises:
+        ValueError: these cells are on several scales.
+    """
+    if scale.values != Values.LOG1P or scale.total is None:
+        return None
+    logged = stored(matrix).astype(np.float32)  # single precision suffices, and takes less time
+    sums = row_sums(matrix, np.expm1(logged if scale.base is None else logged * np.float32(np.log(scale.base))))
+    other = np.flatnonzero((sums > 0) & (np.abs(sums / scale.total - 1) > 5 * _SAME))
+    if len(other) < _FEWEST_STRAYS:
+        return None
+    found = look_at(matrix[other], scale.base)
+    return found if found.values == Values.COUNTS or found.total is not None else None
 
 
 def other_scale(trained: Scale, found: Scale, source: str, advice: str) -> str:

@@ -56,9 +56,9 @@ class FoundColumns:
             return []
         return [f"no label looks like the control, found {some(self.labels)}; name it with control="]
 
-    def reader(self) -> StateProcessor:
-        """Reads the labels of the file."""
-        keys: dict[str, Any] = dict(self.keys)
+    def reader(self, unlabelled: str = "error") -> StateProcessor:
+        """Reads the labels of the file; `unlabelled` as in [`LabelSettings`]."""
+        keys: dict[str, Any] = {**self.keys, "unlabelled": unlabelled}
         return StateProcessor(**keys, **control_settings(self.control or "control"))
 
 

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from pertstate.base.cell_values import matrix_of, take_rows
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite
-from pertstate.base.gene_view import log_base_of
+from pertstate.base.gene_view import log_base_of, rows_looked_at, view_of
 from pertstate.base.labels import looks_like_control
 from pertstate.base.messages import counted, some
 from pertstate.base.printable import joined_lines
@@ -84,7 +84,8 @@ def _describe_store(path: Path) -> str:
 def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, str | None]) -> str:
     with AnnDataFile(path) as data:
         found = find_columns(data, control, **keys)
-        matrix = matrix_of(data, input)
+        view, place = view_of(data, input, None, False)
+        matrix = matrix_of(view, place)
         lines = [
             f"{path}: {data.n_obs:,} cells x {matrix.shape[1]:,} " + ("dimensions" if "obsm" in input else "genes")
         ]
@@ -92,18 +93,25 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
             *(["X"] if data.X is not None else []),
             *(f"layers/{k}" for k in data.layers),
             *(f"obsm/{k}" for k in data.obsm),
+            *(["raw/X"] if data.raw is not None else []),
         ]
         lines.append("has: " + ", ".join(have))
-        base = log_base_of(data, input)
-        looks, problems = _look(take_rows(matrix, slice(0, 2000)), input, base, data)
+        base = log_base_of(view, place)
+        looks, problems = _look(take_rows(matrix, rows_looked_at(matrix.shape[0])), input, base, data)
         lines.append(f"{input}: {looks}")
-        if not data.var_names.is_unique:
+        if not view.var_names.is_unique:
             problems.append("gene names stand twice: set duplicate_genes: first, or sum")
         problems += found.missing_columns(data.obs_columns)
         if None in (found.keys["perturbation_key"], found.keys["context_key"]):
             return joined_lines([*lines, *verdict(problems, "")])
         reader = found.reader()
-        labels = reader.labels_of(found.table).assign(dataset=path.stem)
+        try:
+            labels = reader.labels_of(found.table)
+        except ValueError as error:  # cells without a label
+            problems.append(str(error))
+            reader = found.reader(unlabelled="drop")
+            labels = reader.labels_of(found.table).dropna()
+        labels = labels.assign(dataset=path.stem)
     names = labels["perturbation"].unique()
     control = None if found.control is None else reader.control
     groups = labels.groupby(["dataset", "context", "perturbation"]).size().rename("cells").reset_index()
@@ -117,6 +125,7 @@ def _describe_file(path: Path, input: str, control: str | None, keys: dict[str, 
     others = [name for name in names if name != control and looks_like_control(name)]
     if others:
         lines.append(f"these labels look like controls too: {some(others)}; list all of them in control: [..]")
+    lines += reader.label_reader.doubts(labels)
     problems += _problems_of_labels(groups, control)
     section = {**found.keys, "control": found.control, "input": input if input != "X" else None}
     yaml = [
@@ -140,7 +149,10 @@ def _look(matrix, input: str, log_base: float | None, data: AnnDataFile) -> tupl
         return "has negative values: scaled or centred", [
             f"{input} is scaled; use counts or log1p expression{other_matrices(data, input) or ' (another layer?)'}"
         ]
-    scale = look_at(matrix, log_base)
+    try:
+        scale = look_at(matrix, log_base)
+    except ValueError as error:  # a mixture
+        return "several scales", [f"{input}: {error}{other_matrices(data, input)}"]
     shallow = scale.too_shallow()
     notes = [] if shallow is None else [shallow]
     if scale.values == Values.COUNTS:
@@ -155,7 +167,7 @@ def _look(matrix, input: str, log_base: float | None, data: AnnDataFile) -> tupl
             f"{input} is normalised but not log1p: run sc.pp.log1p(adata), or set normalize: counts_to_log1p"
         ]
     if scale.values == Values.ZEROS:
-        return "only zeros in the first cells", []
+        return "only zeros in the cells looked at", []
     if scale.total is None:
         notes.insert(
             0, "the genes here do not sum to one number per cell, so it was normalised over more genes or not at all"

@@ -438,5 +438,32 @@ def _reading(path: Path):
         kind, size = (".zarr", "") if path.is_dir() else (".h5ad", f" ({path.stat().st_size:,} bytes)")
         raise ValueError(
             f"{path}{size} cannot be read as {kind}: {type(error).__name__}: {error}. "
-            "Expected a whole AnnData file; copy or write it again"
+            + (_made_of_another_format(path) or "Expected a whole AnnData file; copy or write it again")
         ) from error
+
+
+# How an AnnData is made of files of other formats: by what stands in a file of HDF5, or by the ending of another.
+_FORMATS = (
+    ({"row_attrs", "col_attrs"}, ("loom",), "a loom file", "anndata.io.read_loom(path)"),
+    ({"matrix"}, (), "a matrix of 10x Genomics", "scanpy.read_10x_h5(path)"),
+    ({"mod"}, ("h5mu",), "a MuData file", "mudata.read(path).mod[NAME]"),
+    ({"assays"}, ("h5seurat", "rds"), "a Seurat object", "the R package SeuratDisk or sceasy"),
+    (set(), ("mtx",), "a Matrix Market file", "scanpy.read_10x_mtx(folder), or scanpy.read_mtx(path).T"),
+    (set(), ("csv", "tsv", "txt"), "a table of text", "scanpy.read_csv(path) or scanpy.read_text(path)"),
+)
+
+
+def _made_of_another_format(path: Path) -> str | None:
+    """How an AnnData is made of a file of another format; None if it is of none that is known."""
+    found: set[str] = set()
+    if path.is_file() and h5py.is_hdf5(path):
+        try:
+            with h5py.File(path, "r") as file:
+                found = set(file.keys())  # links are not followed
+        except OSError:
+            return None
+    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    for names, endings, format, how in _FORMATS:
+        if (names and names <= found and "obs" not in found) or ending in endings:
+            return f"It is {format}: make an AnnData of it with {how}, add the labels of its cells to obs, and write it as .h5ad"
+    return None

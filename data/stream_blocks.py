@@ -381,7 +381,7 @@ class FeatureReader:
         processor, columns = self.processor, self._cells.source.columns
         for kind, where in self._cells.kinds.items():
             if not fits(processor.expects, kind):
-                raise ValueError(wrong_kind(where, processor.expects, kind, processor.target_sum or TARGET_SUM))
+                raise ValueError(wrong_kind(where, processor.expects, kind, processor.trained_total))
         if processor.values == Values.EMBEDDING and len(rows) and cells.features.shape[1] != processor.feature_dim:
             raise ValueError(
                 f"column {columns.embedding!r}: expected {processor.feature_dim} dimensions, found "

@@ -699,6 +699,21 @@ def test_counts_where_log1p_is_expected():
         processor(counts_screen(), "A")
 
 
+@pytest.mark.parametrize("total", [1e4, 1e6, 4321])
+def test_the_advice_for_counts_gives_the_values_of_training(total):
+    """The total of the training cells is named, and not the default."""
+    counts = counts_screen()
+    trained = counts.copy()
+    sc.pp.normalize_total(trained, target_sum=total)
+    sc.pp.log1p(trained)
+    processor = StateProcessor.fit(trained)
+    with pytest.raises(ValueError, match=rf"run sc.pp.normalize_total\(adata, target_sum={total:.10g}\); sc.pp.log1p"):
+        processor(counts, "A")
+    part = processor.with_vocabulary(processor.vocabulary, scale=None)
+    with pytest.raises(ValueError, match=r"normalize_total\(adata\); sc.pp.log1p\(adata\) \(cells should sum to what"):
+        part(counts, "A")
+
+
 def test_log1p_where_counts_are_expected():
     processor = StateProcessor.fit(counts_screen())
     with pytest.raises(

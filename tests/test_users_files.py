@@ -369,3 +369,33 @@ def test_combinations_at_doses(tmp_path):
     assert sentences["perturbation_ids"][0].tolist() == [0, 1]
     assert sentences["perturbation_doses"][0].tolist() == pytest.approx([1, np.log(2) / np.log(5)])
     assert set(sentences.obs["dose"]) == {"2;0.5"} and set(sentences.obs["perturbation"]) == {"A+B"}
+
+
+@pytest.mark.parametrize("missing", ["", " ", "nan", None])
+def test_genes_without_a_name_are_not_joined_into_one(tmp_path, missing):
+    adata = screen()
+    adata.var["symbol"] = [missing if i < 3 else f"S{i}" for i in range(20)]
+    path = written(adata, tmp_path / "s.h5ad")
+    with pytest.raises(ValueError, match=r"var\['symbol'\] has no name for 3 genes, first for 'G0'; name them"):
+        trained(tmp_path, {"datasets": path, "gene_key": "symbol", "duplicate_genes": "sum"})
+    adata.var["symbol"] = ["nan", *(f"S{i}" for i in range(19))]  # a gene of the fly
+    data = {"datasets": written(adata, path), "gene_key": "symbol"}
+    assert vocabulary(trained(tmp_path, data))["genes"][:2] == ["nan", "S0"]
+
+
+def test_files_without_a_common_gene_show_their_names(tmp_path):
+    other = screen()
+    other.var_names = [name.lower() for name in other.var_names]
+    paths = {"a": written(screen(), tmp_path / "a.h5ad"), "b": written(other, tmp_path / "b.h5ad")}
+    with pytest.raises(ValueError, match=r"found \['G0', .* and \['g0', .* they match in another case"):
+        trained(tmp_path, {"datasets": paths})
+
+
+def test_what_is_left_out_by_mistake_is_said(tmp_path, caplog):
+    adata = screen(contexts=("K562", "k562"))
+    path = written(adata, tmp_path / "s.h5ad")
+    trained(tmp_path, {"datasets": path, "exclude": {"perturbation": ["a"]}})
+    assert "exclude: no cell has 'a' in obs['perturbation']; did you mean 'A'?" in caplog.text
+    assert "contexts ['K562', 'k562'] are written almost alike, and are told apart" in caplog.text
+    with pytest.raises(ValueError, match="all of them are left out.; include: no cell has 'C' in obs"):
+        trained(tmp_path, {"datasets": path, "include": {"perturbation": ["C"]}}, "other")

@@ -4,7 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pertstate.base.labels import LabelReader, LabelSettings, control_settings, looks_like_control, suggested_controls
+from pertstate.base.labels import (
+    LabelReader,
+    LabelSettings,
+    alike,
+    control_settings,
+    looks_like_control,
+    suggested_controls,
+)
 
 
 def reader(control="control", **settings) -> LabelReader:
@@ -83,7 +90,47 @@ def test_labels_may_be_numbers_truth_values_and_anything_printable():
     obs = table(perturbation=[1, 2, 1], cell_type=[True, False, True], plate=[0.5, 1.0, 0.5])
     found = reader("1", batch_key="plate").read(obs)
     assert found["perturbation"].tolist() == ["1", "2", "1"]
-    assert found["context"].tolist() == ["True", "False", "True"] and found["batch"].tolist() == ["0.5", "1.0", "0.5"]
+    assert found["context"].tolist() == ["True", "False", "True"] and found["batch"].tolist() == ["0.5", "1", "0.5"]
+
+
+def test_a_label_is_the_same_however_it_is_stored():
+    """Whole numbers become fractions beside a cell without one; texts have spaces around them."""
+    of_batches = reader(batch_key="plate")
+    obs = table(perturbation=["A ", " control"], cell_type=["K562", "K562 "], plate=[7, 8])
+    plain = of_batches.read(obs)
+    assert plain.to_dict("list") == {
+        "perturbation": ["A", "control"],
+        "context": ["K562", "K562"],
+        "batch": ["7", "8"],
+    }
+    for kind in ("float64", "float32", "Int64", "category"):
+        assert of_batches.read(obs.assign(plate=obs["plate"].astype(kind))).equals(plain)
+    assert of_batches.read(obs.assign(plate=pd.Categorical([7.0, 8.0]))).equals(plain)
+
+
+@pytest.mark.parametrize("kind", ["float32", "category of float32", "category", str])
+def test_a_dose_is_the_same_in_single_precision(kind):
+    obs = table(perturbation=["A", "A", "control"], cell_type=["x"] * 3, dose=[0.1, 0.3, np.nan])
+    single = obs["dose"].astype("float32" if "32" in str(kind) else "float64")
+    obs["dose"] = single.astype("category") if "category" in str(kind) else single.astype(kind)
+    assert reader(dose_key="dose").read(obs)["perturbation"].tolist() == ["A@0.1", "A@0.3", "control"]
+
+
+def test_a_dose_with_its_unit_is_an_error_that_says_so():
+    obs = table(perturbation=["A", "control"], cell_type=["x"] * 2, dose=["10 nM", ""])
+    with pytest.raises(ValueError, match=r"holds '10 nM' for 'A'; expected a number above 0, without its unit"):
+        reader(dose_key="dose").read(obs)
+    dosed = reader(dose_key="dose")
+    assert dosed.canonical("A", dose=1.0) == "A@1"
+    with pytest.raises(ValueError, match="holds True for 'A'"):
+        dosed.canonical("A", dose=True)
+
+
+def test_only_a_star_stands_for_other_text():
+    """A bracket or a question mark is part of a name: the T of TP53 is none of the letters of a set."""
+    several = reader(["[NT]*", "NT?*"])
+    assert [label for label in ("[NT]_1", "NT?_1", "TP53", "NT_1") if several.is_control(label)] == ["[NT]_1", "NT?_1"]
+    assert reader("*a*\n").is_control("xay\n")
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, "nan", "NA", "None", "", "  ", "unassigned", "<NA>"])
@@ -158,3 +205,29 @@ def test_what_looks_like_a_control():
     assert suggested_controls(["A", "NT"]) == "NT" and suggested_controls(["A"]) is None
     assert suggested_controls(["A", "NT", "ctrl"]) == ["NT", "ctrl"]
     assert suggested_controls([f"non-targeting_{i}" for i in range(9)]) == "non-targeting*"
+
+
+def test_a_suggested_pattern_fits_controls_alone():
+    controls = [f"NT-{i}" for i in range(5)]
+    assert suggested_controls([*controls, "A"]) == "NT*"
+    assert suggested_controls([*controls, "NTRK1"]) == controls  # "NT*" would make a gene a control
+    assert suggested_controls(["control ", "A"]) == "control"
+
+
+def test_values_of_filters_that_no_cell_has_are_said():
+    obs = table(perturbation=["A", "control"], cell_type=["x"] * 2, qc=["fail", "ok"], plate=[1.0, 2.0])
+    chosen = reader(exclude={"qc": ["Fail", "ok"], "plate": [1, "3"]})
+    assert chosen.read(obs)["perturbation"].tolist() == [None, None]
+    assert chosen.unmet() == [
+        "exclude: no cell has 'Fail' in obs['qc']; did you mean 'fail'?",
+        "exclude: no cell has '3' in obs['plate']; expected one of '1.0', '2.0'",
+    ]
+    chosen.read(obs.assign(qc="Fail", plate=3))  # a further file has them
+    assert chosen.unmet() == []
+
+
+def test_names_that_are_written_almost_alike():
+    assert alike(["K562", "k562", "RPE1", "nai\u0308ve B", "na\u00efve B", "naive B"]) == [
+        ["K562", "k562"],
+        ["nai\u0308ve B", "na\u00efve B"],
+    ]

@@ -2,6 +2,7 @@
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 import scipy.sparse as sp
@@ -164,3 +165,88 @@ def test_scaled_values_are_refused_and_the_other_matrices_named():
         ValueError, match=r"scaled or centred.*other matrices are \['layers/counts'\]: name one with input="
     ):
         StateProcessor.fit(adata)
+
+
+def _mixed(one: np.ndarray, other: np.ndarray) -> str:
+    with pytest.raises(ValueError, match="cells are on several scales") as error:
+        look_at(sp.csr_matrix(np.vstack([one, other])))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cells_of_several_scales_are_an_error_that_says_each(seed):
+    one, other = counts(seed), counts(seed + 10)
+    logged = log1p_of(one)
+    of_each = "(64 of 128 cells looked at)"
+    ten_thousand = f"log1p of 10,000 counts per cell {of_each}"
+    assert f"{ten_thousand}; log1p of 1,000,000 counts per cell {of_each}; scale all" in _mixed(
+        logged, log1p_of(other, 1e6)
+    )
+    assert f"log1p of 10,000 counts per cell, to the base 2 {of_each}" in _mixed(logged, log1p_of(other, base=2.0))
+    assert f"{ten_thousand}; counts {of_each}" in _mixed(logged, other)
+    assert f"normalised to 10,000 counts per cell, not log1p {of_each}" in _mixed(logged, np.expm1(log1p_of(other)))
+    # With some of the genes, there is no total.
+    assert f"log1p {of_each}; counts " in _mixed(logged[:, ::6], other[:, ::6])
+
+
+def test_a_base_under_which_one_gene_is_all_of_a_cell_is_none():
+    """Rounded values of a gene that all cells express alike: 10 to the power of them is the sum of all values."""
+    logged = log1p_of(counts(0)).round(1)
+    logged[:, 0] = 8.6
+    assert look_at(logged).base is None
+
+
+@pytest.mark.parametrize("cells", [6, 10, 40, 200])
+@pytest.mark.parametrize("depth", [0.1, 1, 10])
+def test_cells_of_one_scale_are_no_mixture(cells, depth):
+    for seed in range(6):
+        whole = counts(seed, depth, cells, 60)
+        smooth = whole + np.roll(whole, 1, 0) + np.roll(whole, 2, 0)
+        logged = log1p_of(whole)
+        alike = [whole, whole / 2, np.maximum(whole - 0.3, 0), np.log1p(whole), smooth / 3, log1p_of(smooth)[:, :-1]]
+        some = [logged[:, ::6], logged[:, :-5], logged[:, :-1]]
+        rounded = [values.round(digits) for values in (logged, logged[:, ::6]) for digits in (1, 2, 3)]
+        for values in (*alike, *some, *rounded, np.repeat(logged[:3], 20, axis=0), np.expm1(logged)):
+            look_at(sp.csr_matrix(values))
+
+
+def test_counts_and_normalised_values_can_be_scaled_together():
+    assert look_at(np.vstack([counts(0), np.expm1(log1p_of(counts(1)))])).values == Values.LINEAR
+
+
+def _screen_of(values: np.ndarray) -> ad.AnnData:
+    labels = ["control", "A"] * (len(values) // 2)
+    obs = {"perturbation": labels, "cell_type": "x", "qc": ["bad"] * (len(values) // 2) + ["good"] * (len(values) // 2)}
+    return ad.AnnData(
+        sp.csr_matrix(values),
+        obs=pd.DataFrame(obs, index=[f"c{i}" for i in range(len(values))]),
+        var=pd.DataFrame(index=[f"G{i}" for i in range(values.shape[1])]),
+    )
+
+
+def test_a_few_cells_of_another_scale_are_found_wherever_they_are(tmp_path):
+    whole = np.minimum(counts(0, cells=6000, genes=40), 9)
+    logged = log1p_of(whole)
+    for name, few in (("log1p of 1,000,000 counts per cell", log1p_of(whole, 1e6)), ("counts, ", whole)):
+        values = logged.copy()
+        values[600:610] = few[600:610]  # none of those that are looked at first
+        assert look_at(values[:600]).total == 10000
+        _screen_of(values).write_h5ad(tmp_path / "s.h5ad")
+        with pytest.raises(
+            ValueError, match=rf"s.h5ad: X holds log1p of 10,000 counts per cell, but some of .* {name}"
+        ):
+            load(
+                FileSource({"s": [tmp_path / "s.h5ad"]}, StateProcessor()), Splits({"s": [tmp_path / "s.h5ad"]}, {"s"})
+            )
+
+
+def test_cells_that_are_left_out_do_not_say_what_the_values_are(tmp_path):
+    whole = counts(0, cells=5000, genes=40)
+    values = np.vstack([whole[:2500], log1p_of(whole[2500:])])
+    _screen_of(values).write_h5ad(tmp_path / "s.h5ad")
+    splits = Splits({"s": [tmp_path / "s.h5ad"]}, {"s"})
+    source = FileSource(splits.datasets, StateProcessor(exclude={"qc": ["bad"]}))
+    _, processor = load(source, splits)
+    assert (processor.normalize, processor.scale) == ("none", {"values": "log1p", "total": 10000.0})
+    with pytest.raises(ValueError, match="s.h5ad: cells are on several scales"):
+        FileSource(splits.datasets, StateProcessor())

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -188,6 +189,32 @@ def test_hdf5_that_is_not_anndata(tmp_path):
     # The handle is closed: the file can be written again.
     with h5py.File(path, "w") as file:
         file["matrix"] = np.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "name, groups, what",
+    [
+        (
+            "cells.h5",
+            ["matrix"],
+            r"a matrix of 10x Genomics: make an AnnData of it with scanpy.read_10x_h5\(path\), add",
+        ),
+        ("cells.loom", ["matrix", "row_attrs", "col_attrs"], r"a loom file: .* anndata.io.read_loom\(path\)"),
+        ("cells.h5ad", ["mod", "obs_names"], "a MuData file"),
+        ("cells.h5seurat", ["assays"], "a Seurat object"),
+        ("cells.mtx.gz", None, "a Matrix Market file"),
+        ("cells.csv", None, "a table of text"),
+    ],
+)
+def test_files_of_other_formats_say_how_an_anndata_is_made(tmp_path, name, groups, what):
+    if groups is None:
+        (tmp_path / name).write_text("1,2\n")
+    else:
+        with h5py.File(tmp_path / name, "w") as file:
+            for group in groups:
+                file.create_group(group)
+    for error in both_ways(tmp_path / name):
+        assert re.search(rf"{name} \(.* cannot be read as .h5ad: .* It is {what}", str(error)), error
 
 
 def test_missing_files_and_folders(tmp_path):
