@@ -97,6 +97,8 @@ def _check_objects(file: h5py.File, content: CheckedBytes, size: int):
 
 
 _ADVICE = "only what lies in the file itself is read: write the data into one file, with adata.write_h5ad"
+# Filters of HDF5 that make room for nothing: they sort bits, or give back as many values as their settings say.
+_ORDERINGS = (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET)
 # What is read as a whole, whatever its size.
 _TABLES = ("obs/", "var/", "raw/var/", "uns/", "raw.var/")
 
@@ -122,6 +124,9 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: st
             raise ValueError(
                 f"{where} says that it has {elements:,} names, in a file of {size:,} bytes; copy the file again"
             )
+    packings = [number for i in range(created.get_nfilters()) if (number := created.get_filter(i)[0]) not in _ORDERINGS]
+    if len(packings) > 1:
+        raise ValueError(f"{where} is packed {len(packings)} times over, expected once; write the file again")
     stored = dataset.get_storage_size()
     if elements * kind.get_size() > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
