@@ -132,6 +132,14 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: st
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes of the file are theirs; copy the file again"
         )
+    if layout == h5py.h5d.CHUNKED and dataset.shape:
+        whole = math.prod(-(-length // part) * part for length, part in zip(dataset.shape, created.get_chunk()))
+        whole *= max(BYTES_OF_TEXT, kind.get_size())
+        if stored > packed_at_most(whole):
+            raise ValueError(
+                f"{where} has {elements:,} values, and {stored:,} bytes of the file are theirs, expected {whole:,} at most; copy "
+                "the file again"
+            )
     # A part of values that are packed together is unpacked as a whole, however few of them are asked for.
     chunk = math.prod(created.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
     if chunk > elements and chunk * kind.get_size() > SMALL:
@@ -144,6 +152,11 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: st
         raise ValueError(
             f"{where} has texts of {shared:,} bytes together, in a file of {size:,} bytes; write the file again"
         )
+
+
+def packed_at_most(size: int) -> int:
+    """How many bytes values of a size take packed, at most; packing seldom makes them longer. More would unpack to something else."""
+    return 2 * size + (1 << 16)
 
 
 def check_room(wanted: int, stored: int, where: str):
