@@ -16,7 +16,7 @@ from .base.cell_source import fit_processor
 from .base.cell_values import (
     TARGET_SUM,
 )
-from .base.checkpoint_files import hub_arguments
+from .base.checkpoint_files import HUB_ARGUMENTS, hub_arguments
 from .base.constants import (
     BATCH_IDS,
     CELL_MASK,
@@ -37,7 +37,7 @@ from .base.model_features import ModelFeatures, carried_columns
 from .base.modeling_perturbation import PerturbationOutput
 from .base.origin import Origin
 from .base.predicted_cells import PredictedCells
-from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables
+from .base.processor_files import PROCESSOR_SETTINGS, is_default, read_processor_tables, read_settings
 from .base.travelling import Travelling
 from .base.value_scale import Scale
 from .base.vocabulary import (
@@ -48,6 +48,10 @@ from .base.vocabulary import (
     control_rows,
     encode_ids,
 )
+
+
+# Arguments with which transformers says who loads a processor.
+_ASKED_BY = ("_from_auto", "_from_pipeline")
 
 
 class StateProcessor(ModelFeatures, PredictedCells, Experiments, Travelling, ProcessorMixin):
@@ -311,6 +315,15 @@ class StateProcessor(ModelFeatures, PredictedCells, Experiments, Travelling, Pro
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | tables))
         processor.origin = origin
         return processor
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """
+        The settings, and those of the arguments that do not say where files are found. The inherited method also reads chat
+        templates, and a file that names a model of another repository or folder, which it loads.
+        """
+        rest = {name: value for name, value in kwargs.items() if name not in (*HUB_ARGUMENTS, *_ASKED_BY)}
+        return read_settings(pretrained_model_name_or_path, hub_arguments(kwargs)), rest
 
     # Labels
 

@@ -28,7 +28,7 @@ from .messages import some
 from .travelling import Travelling
 
 
-_HUB_ARGUMENTS = (
+HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
     "local_files_only",
@@ -49,7 +49,7 @@ LARGEST_SIZE = 2**30
 
 def hub_arguments(options: dict) -> dict:
     """The options of a `from_pretrained` that say where files are found."""
-    return {name: options[name] for name in _HUB_ARGUMENTS if options.get(name) is not None}
+    return {name: options[name] for name in HUB_ARGUMENTS if options.get(name) is not None}
 
 
 def find_file(name: str | os.PathLike, file: str, hub: dict) -> str | None:

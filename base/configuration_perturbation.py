@@ -174,8 +174,8 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         As in [`PreTrainedConfig`].
 
         Raises:
-            ValueError: `config.json` asks for labels, which no model here has, for numbers of a kind that none has, or for code
-                of a repository. Only a caller may ask for such code, with `attn_implementation=`.
+            ValueError: `config.json` asks for labels, which no model here has, for numbers of a kind that none has, for outputs
+                without names, or for code of a repository. Only a caller may ask for such code, with `attn_implementation=`.
         """
         config_dict = dict(config_dict)
         pipelines = config_dict.get("custom_pipelines", PIPELINES)
@@ -191,6 +191,11 @@ class PerturbationConfig(Travelling, PreTrainedConfig):
         if labels is not None and not (type(labels) is int and 0 <= labels <= 2):
             raise ValueError(
                 f"num_labels is {labels!r}: no model of this package has labels; leave it out of config.json"
+            )
+        named = config_dict.get("return_dict", True)
+        if named is not True:
+            raise ValueError(
+                f"return_dict is {str(named)[:60]!r}: outputs of models of this package have names; leave it out of config.json"
             )
         for name in ("dtype", "torch_dtype"):
             # transformers takes any name of torch's.

@@ -134,8 +134,11 @@ PROCESSOR_SETTINGS = tuple(
     )
 )
 OPTIONAL_SETTINGS = tuple(name for name in _OPTIONAL_SETTINGS if name != "perturbation_dim")
-# Settings that transformers adds.
-_OF_LIBRARY = ("auto_map", "processor_class")
+# Settings that transformers adds, and their checks.
+_OF_LIBRARY: dict[str, tuple[Callable, str]] = {
+    "auto_map": (lambda value: isinstance(value, dict), "classes by name"),
+    "processor_class": (lambda value: value == "StateProcessor", "'StateProcessor'"),
+}
 
 
 # The values that optional settings have where they are absent; None for those not listed.
@@ -167,9 +170,9 @@ def check_settings(settings: dict, path: str | os.PathLike):
     Raises:
         ValueError: a setting is missing, unknown, or of another type or value.
     """
-    known = {**_SETTINGS, **_OPTIONAL_SETTINGS}
+    known = {**_SETTINGS, **_OPTIONAL_SETTINGS, **_OF_LIBRARY}
     for name in settings:
-        if name not in known and name not in _OF_LIBRARY:
+        if name not in known:
             raise ValueError(f"{path}: unknown setting {name!r}; {closest(name, known)}")
     missing = [name for name in _SETTINGS if name not in settings]
     if missing:
@@ -276,6 +279,14 @@ def _needed_file(name: str | os.PathLike, file: str, hub: dict) -> str:
     return path
 
 
+def read_settings(name: str | os.PathLike, hub: dict) -> dict:
+    """The content of the `processor_config.json` of a checkpoint, checked. Raises as [`read_processor_tables`]."""
+    path = _needed_file(name, PROCESSOR_NAME, hub)
+    settings = read_json(path)
+    check_settings(settings, path)
+    return settings
+
+
 def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str | None]:
     """
     The vocabulary and perturbation features of a checkpoint, all of its files checked.
@@ -297,9 +308,7 @@ def read_processor_tables(name: str | os.PathLike, hub: dict) -> tuple[dict, str
         # All files of one commit, though a branch may move meanwhile.
         hub = {**hub, "revision": commit}
     tables: dict[str, Any] = {"vocabulary": Vocabulary.from_file(vocabulary)}
-    path = _needed_file(name, PROCESSOR_NAME, hub)
-    settings = read_json(path)
-    check_settings(settings, path)
+    settings = read_settings(name, hub)
     if "perturbation_dim" in settings:
         features = _needed_file(name, PERTURBATION_FEATURES_FILE, hub)
         tables["perturbation_features"] = PerturbationFeatures.from_file(features)

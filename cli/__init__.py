@@ -45,7 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 1 after an error, or 128 and the number of the signal that stopped it.
     """
     with printable_console():
-        return _run(sys.argv[1:] if argv is None else argv)
+        try:
+            try:
+                return _run(sys.argv[1:] if argv is None else argv)
+            finally:
+                sys.stdout.flush()
+        except OSError as error:
+            # The output cannot be written. Python would try again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):  # its reader has closed it, as `head` does
+                say(f"pertstate: error: {line_of(error)}", sys.stderr)
+            return 1
 
 
 def _run(argv: list[str]) -> int:
@@ -84,9 +94,7 @@ def _reported(command: str, run: Callable[[], object]) -> int:
             run()
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of the output has closed it, as `head` does. Python would raise again when it writes the rest at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        raise
     except StoppedError as stop:
         say(f"pertstate {command}: {stop}", sys.stderr)
         return stop.exit_code

@@ -130,11 +130,14 @@ class AnnDataFile:
             if self.path.is_dir():
                 import zarr  # not needed, and slow to import, for files in HDF5
 
+                from pertstate.data.zarr_parts import check_parts
+
                 check_zarr(self.path)
                 self._file, self._groups = zarr.open_group(str(self.path), mode="r"), zarr.Group
                 for name, node in self._file.members(max_depth=None):
                     if isinstance(node, zarr.Array):
                         check_zarr_array(node, name)
+                        check_parts(node, self.path / name, name)
             else:
                 self._plain = unpacked(self.path) if self.path.suffix == ".gz" else self.path
                 self._file, self._groups = on_error.enter_context(h5py.File(self._plain, "r")), h5py.Group

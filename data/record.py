@@ -18,6 +18,7 @@ from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
+from pertstate.base.finite import are_finite
 from pertstate.base.origin import FALSE_DISCOVERIES, RECORD_FILE, RECORD_FORMAT, read_change_tests
 from pertstate.base.public import public
 from pertstate.data.change_intervals import ChangeIntervals
@@ -276,9 +277,19 @@ class RunRecord:
             keys = [(str(a), str(b), str(c)) for a, b, c in content["means"]]
             found = arrays["means"]
             for of in (found, arrays.get("expression", found)):
-                if of.ndim != 2 or len(of) != len(keys) or not np.isfinite(of).all():
-                    raise ValueError(f"expected {len(keys)} finite rows of means, found shape {of.shape}")
-            means = GroupMeans(str(content["control"]), keys, arrays["counts"], found, arrays.get("expression"))
+                if of.dtype.kind != "f" or of.shape != found.shape or of.ndim != 2 or len(of) != len(keys):
+                    raise ValueError(f"expected {len(keys)} rows of means, found {_described(of)}")
+                if not are_finite(of):
+                    raise ValueError("expected finite means")
+            counts = arrays["counts"]
+            if counts.dtype.kind not in "iu" or counts.shape != (len(keys),) or not (counts > 0).all():
+                raise ValueError(f"expected {len(keys)} numbers of cells above 0, found {_described(counts)}")
+            means = GroupMeans(str(content["control"]), keys, counts, found, arrays.get("expression"))
+        hashes = arrays.get("cells")
+        if hashes is not None and (
+            hashes.dtype != np.uint64 or hashes.ndim != 1 or not (hashes[:-1] <= hashes[1:]).all()
+        ):
+            raise ValueError(f"expected sorted hashes of cells, found {_described(hashes)}")
         intervals, calibration = content.get("intervals"), content.get("calibration")
         return cls(
             control=str(content["control"]),
@@ -293,12 +304,16 @@ class RunRecord:
                 for one in content["ancestors"]
             ],
             means=means,
-            hashes=arrays.get("cells"),
+            hashes=hashes,
             whole=bool(content["all_hashes"]),
             change_tests=read_change_tests(content),
             intervals=None if intervals is None else ChangeIntervals.from_dict(intervals, arrays[_SPREAD]),
             calibration=None if calibration is None else ConfidenceCalibration.from_dict(calibration),
         )
+
+
+def _described(array: np.ndarray) -> str:
+    return f"an array of {array.dtype} and shape {array.shape}"
 
 
 def recorded_groups(groups: pd.DataFrame) -> list[RecordedGroup]:

@@ -97,6 +97,8 @@ def _check_objects(file: h5py.File, content: CheckedBytes, size: int):
 
 
 _ADVICE = "only what lies in the file itself is read: write the data into one file, with adata.write_h5ad"
+# Filters of HDF5 that make room for nothing: they sort bits, or give back as many values as their settings say.
+_ORDERINGS = (h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_NBIT, h5py.h5z.FILTER_SCALEOFFSET)
 # What is read as a whole, whatever its size.
 _TABLES = ("obs/", "var/", "raw/var/", "uns/", "raw.var/")
 
@@ -122,11 +124,22 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: st
             raise ValueError(
                 f"{where} says that it has {elements:,} names, in a file of {size:,} bytes; copy the file again"
             )
+    packings = [number for i in range(created.get_nfilters()) if (number := created.get_filter(i)[0]) not in _ORDERINGS]
+    if len(packings) > 1:
+        raise ValueError(f"{where} is packed {len(packings)} times over, expected once; write the file again")
     stored = dataset.get_storage_size()
     if elements * kind.get_size() > LARGEST_RATIO * stored + SMALL:
         raise ValueError(
             f"{where} says that it has {elements:,} values, and {stored:,} bytes of the file are theirs; copy the file again"
         )
+    if layout == h5py.h5d.CHUNKED and dataset.shape:
+        whole = math.prod(-(-length // part) * part for length, part in zip(dataset.shape, created.get_chunk()))
+        whole *= max(BYTES_OF_TEXT, kind.get_size())
+        if stored > packed_at_most(whole):
+            raise ValueError(
+                f"{where} has {elements:,} values, and {stored:,} bytes of the file are theirs, expected {whole:,} at most; copy "
+                "the file again"
+            )
     # A part of values that are packed together is unpacked as a whole, however few of them are asked for.
     chunk = math.prod(created.get_chunk()) if layout == h5py.h5d.CHUNKED else 0
     if chunk > elements and chunk * kind.get_size() > SMALL:
@@ -139,6 +152,11 @@ def _check_dataset(dataset: h5py.h5d.DatasetID, content: CheckedBytes, where: st
         raise ValueError(
             f"{where} has texts of {shared:,} bytes together, in a file of {size:,} bytes; write the file again"
         )
+
+
+def packed_at_most(size: int) -> int:
+    """How many bytes values of a size take packed, at most; packing seldom makes them longer. More would unpack to something else."""
+    return 2 * size + (1 << 16)
 
 
 def check_room(wanted: int, stored: int, where: str):

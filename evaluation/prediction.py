@@ -140,6 +140,11 @@ def predict(
     for name, value in (("cells_per_perturbation", cells_per_perturbation), ("batch_size", batch_size)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} must be at least 1, found {value}")
+    for name, value in (("seed", seed), ("sample_counts", sample_counts)):
+        if value is not None and not 0 <= value < 2**63:
+            raise ValueError(f"{name} must be a number from 0 to {2**63 - 1}, found {value}")
+    if not 0 <= max_missing_genes <= 1:
+        raise ValueError(f"max_missing_genes must be a share from 0 to 1, found {max_missing_genes}")
     if (output is None) == (summary is None):
         raise ValueError("predict writes cells (output) or their summary, one of the two")
     if summary is not None:

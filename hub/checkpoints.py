@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel
 from transformers.utils import PROCESSOR_NAME, extract_commit_hash, find_adapter_config_file, is_peft_available
 
 from pertstate.base.checkpoint_files import check_adapter, find_file, hub_arguments, read_header, read_json
@@ -53,8 +54,9 @@ def _load_whole(name: str, revision: str | None) -> tuple[PerturbationPreTrained
         model, processor = load_adapter(name, revision)
         return model.merge_and_unload(), processor
     check_family(name, revision)
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
-    return AutoModel.from_pretrained(name, revision=revision), processor
+    processor = StateProcessor.from_pretrained(name, revision=revision)
+    # Cells are float32. Weights that were saved in half of that are converted.
+    return AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32), processor
 
 
 def check_family(name: str, revision: str | None = None) -> str:
@@ -140,7 +142,7 @@ def _load_adapter(name: str, revision: str | None, base: str | None, base_revisi
         raise ValueError(
             f"the base model of {name}, {base}, is an adapter itself; merge it first: pertstate merge {base} OUT"
         )
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    processor = StateProcessor.from_pretrained(name, revision=revision)
     model, of_base = load_whole(base, base_revision)
     if of_base.vocabulary != processor.vocabulary:
         model.resize_vocabulary(of_base.vocabulary, processor.vocabulary)

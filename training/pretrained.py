@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, AutoProcessor
+import torch
+from transformers import AutoConfig
 from transformers.utils import cached_file, extract_commit_hash
 
 from pertstate.base.configuration_perturbation import PerturbationConfig
@@ -64,7 +65,7 @@ class Pretrained:
         # On the Hub, the commit and not the branch, which may move on while the run is under way, or before its adapter is
         # used.
         revision = extract_commit_hash(cached_file(name, MODEL_KEY, revision=revision), None)
-        return cls(name, revision, config, AutoProcessor.from_pretrained(name, revision=revision), state)
+        return cls(name, revision, config, StateProcessor.from_pretrained(name, revision=revision), state)
 
     def config_for(self, section: dict) -> PerturbationConfig:
         """
@@ -154,7 +155,7 @@ class Pretrained:
             ValueError: the checkpoint's folder has been replaced since the run began to read it.
         """
         model = FAMILIES[config.model_type].model.from_pretrained(
-            self.name, revision=self.revision or "main", config=config
+            self.name, revision=self.revision or "main", config=config, dtype=torch.float32
         )
         check_unchanged(self.name, self.state)
         model.name_or_path = self.name

@@ -89,3 +89,13 @@ def test_it_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["configs"], ["prepare", "--help"], ["train", "--help"]])
+def test_a_reader_that_closes_the_output_ends_a_command_without_a_word(words):
+    """As `head` does."""
+    command = [sys.executable, "-m", "pertstate.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode in (0, 1)  # argparse itself does not mind

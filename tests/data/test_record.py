@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pertstate.base.cell_ids import cell_ids, is_number
 from pertstate.data.group_means import GroupMeans
@@ -65,6 +66,21 @@ def test_a_damaged_record_is_one_error(tmp_path):
         with pytest.raises(ValueError, match="the record of the checkpoint is damaged"):
             RunRecord.load(tmp_path)
     (tmp_path / RECORD_FILE).write_text(json.dumps(content))
+    arrays = load_file(tmp_path / RECORD_ARRAYS)
+    for name, array, message in (
+        ("counts", np.array([10, -20]), "numbers of cells above 0"),
+        ("counts", np.array([10.0, np.nan]), "numbers of cells above 0, found an array of float64"),
+        ("counts", np.array([10]), "2 numbers of cells"),
+        ("means", np.full((2, 3), 1e300), "finite means"),
+        ("means", np.ones((2, 3), bool), "2 rows of means, found an array of bool"),
+        ("expression", np.ones((2, 4), np.float32), "2 rows of means"),
+        ("cells", arrays["cells"][::-1].copy(), "sorted hashes of cells"),
+        ("cells", arrays["cells"].astype(np.float64), "sorted hashes of cells, found an array of float64"),
+        ("cells", arrays["cells"][None], "sorted hashes of cells"),
+    ):
+        save_file({**arrays, name: array}, tmp_path / RECORD_ARRAYS)
+        with pytest.raises(ValueError, match=f"the record of the checkpoint is damaged .*{message}"):
+            RunRecord.load(tmp_path)
     (tmp_path / RECORD_ARRAYS).write_bytes(b"nothing")
     with pytest.raises(ValueError, match="the record of the checkpoint is damaged"):
         RunRecord.load(tmp_path)

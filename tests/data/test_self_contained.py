@@ -148,13 +148,32 @@ def one_wide_text(file: h5py.File):
     file.create_dataset("uns/text", (), "S2000000000")
 
 
+def packed_twice(file: h5py.File):
+    """A megabyte of zeros, packed again and again."""
+    made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    made.set_chunk((20,))
+    made.set_deflate(9)
+    made.set_deflate(9)
+    codes = h5py.h5d.create(
+        file["obs/perturbation"].id, b"more", h5py.h5t.NATIVE_INT8, h5py.h5s.create_simple((20,)), made
+    )
+    codes.write_direct_chunk((0,), zlib.compress(zlib.compress(bytes(10**6))))
+
+
+def long_part(file: h5py.File):
+    """Twenty values, whose part goes on with zeros."""
+    codes = replaced(file, "obs/perturbation/codes", data=np.zeros(20, np.int8), chunks=(20,), compression="gzip")
+    codes.id.write_direct_chunk((0,), zlib.compress(bytes(10**8)))
+
+
 def many_lists(file: h5py.File):
     file.create_dataset("uns/lists", (10**9,), h5py.vlen_dtype(np.int8), chunks=(1 << 20,))
 
 
 @pytest.mark.parametrize(
     "attack",
-    [many_names, wide_names, many_codes, many_rows, many_values, wide_embedding, wide_parts, many_lists, one_wide_text],
+    [many_names, wide_names, many_codes, many_rows, many_values, wide_embedding, wide_parts, many_lists, one_wide_text]
+    + [packed_twice, long_part],
 )
 def test_what_a_file_cannot_hold_is_not_made_room_for(path, attack):
     with h5py.File(path, "a") as file:
@@ -162,7 +181,10 @@ def test_what_a_file_cannot_hold_is_not_made_room_for(path, attack):
     assert path.stat().st_size < 10**6
     start = time.perf_counter()
     for reader in READERS.values():
-        with pytest.raises(ValueError, match="says that it has|holds texts of [12],000,000,000 bytes|in parts of"):
+        with pytest.raises(
+            ValueError,
+            match="says that it has|holds texts of [12],000,000,000 bytes|in parts of|packed 2 times|has 20 values, and 97,",
+        ):
             reader(path)
     assert time.perf_counter() - start < 5
 

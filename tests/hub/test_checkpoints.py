@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pertstate.cli import main as pertstate
 from pertstate.hub.checkpoints import load_adapter, load_whole
+from pertstate.processing import StateProcessor
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,7 @@ def test_no_pickle_of_another_family_is_read(adapter, tmp_path, where, family):
     [
         ({"num_labels": 10**9}, "num_labels is 1000000000: no model of this package has labels"),
         ({"num_labels": "3"}, "num_labels is '3'"),
+        ({"return_dict": False}, "return_dict is 'False': outputs of models of this package have names"),
         ({"dtype": "float40"}, "dtype is 'float40': expected one of"),
         ({"torch_dtype": "load"}, "torch_dtype is 'load': expected one of"),
         ({"dtype": {"": "hub"}}, "dtype is .*: expected one of"),
@@ -183,6 +185,7 @@ def test_a_config_asks_for_nothing_that_is_large_or_of_others(folder, tmp_path, 
         ({"doses": {"A": [1.0]}}, "doses=.* contradicts dose_key=None"),
         ({"dose_span": [1.0, 2.0]}, "dose_span=.* contradicts doses=None"),
         ({"batch_datasets": ["a", "b"], "batch_key": None}, "batch_datasets=.* contradicts batch_key=None"),
+        ({"processor_class": "LlavaProcessor"}, "processor_class: expected 'StateProcessor', found 'LlavaProcessor'"),
     ],
 )
 def test_settings_of_a_processor_agree(folder, tmp_path, entries, message):
@@ -255,3 +258,34 @@ def test_very_many_tensors_of_an_adapter_are_looked_at_once(adapter):
     with pytest.raises(ValueError, match="lacks the tensor lora_A of l0"):
         load_whole(str(adapter))
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("audio_tokenizer_config.json", {"audio_tokenizer_class": "DacModel", "audio_tokenizer_name_or_path": "other"}),
+        ("chat_template.json", {}),
+    ],
+)
+def test_a_processor_reads_no_file_that_names_another_model_or_a_template(folder, tmp_path, file, content):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base" / file).write_text(json.dumps(content))
+    expected = load_whole(str(folder / "base"))[1]
+    for processor in (load_whole(str(tmp_path / "base"))[1], StateProcessor.from_pretrained(tmp_path / "base")):
+        assert processor.to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_saved_in_half_precision_predicts_and_trains_on(folder, tmp_path, dtype):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    model = load_whole(str(folder / "base"))[0].to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = load_whole(str(tmp_path / "base"))[0]
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.float())
+    run(folder, str(tmp_path / "further"), "second", {}, {"pretrained": str(tmp_path / "base")})
+    assert {weight.dtype for weight in load_file(tmp_path / "further" / "model.safetensors").values()} == {
+        torch.float32
+    }
