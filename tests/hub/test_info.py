@@ -45,6 +45,18 @@ ready: pertstate predict --model {tmp_path} --adata CELLS.h5ad --output PREDICTE
     )
 
 
+def test_tables_that_are_not_learned_are_no_parameters(processor, tmp_path, capsys):
+    model = StateForPerturbation(
+        StateConfig.from_preset("tiny", residual="anchor", **StateConfig.sizes(processor), set_size=4)
+    )
+    assert {name for name, _ in model.named_buffers()} <= {*model.state_dict()} and list(model.buffers())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert (
+        said(capsys, tmp_path).splitlines()[0].endswith(f": checkpoint of state, {model.num_parameters():,} parameters")
+    )
+
+
 def test_a_checkpoint_in_shards(model, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     processor.save_pretrained(tmp_path)
