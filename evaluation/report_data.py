@@ -71,11 +71,13 @@ def expectation(table: pd.DataFrame) -> Expectation | None:
 
 def find_scores(path: str | os.PathLike) -> Path:
     """
-    The folder of scores at a path, which is the folder of a run or the folder of scores itself.
+    The folder of scores at a path: the folder of a run, the folder of scores, or the file `scores.json` in it.
 
     Raises:
         FileNotFoundError: neither holds scores.
     """
+    if Path(path).name == SUMMARY and Path(path).is_file():
+        return Path(path).parent
     for folder in (Path(path), Path(path) / SCORES_FOLDER):
         if (folder / SUMMARY).is_file():
             return folder
