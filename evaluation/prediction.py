@@ -29,7 +29,7 @@ from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
-from pertstate.evaluation.cells_file import whole_cells
+from pertstate.evaluation.cells_file import SUFFIXES, whole_cells
 from pertstate.evaluation.confidence import confidence_text, expectations
 from pertstate.evaluation.experiment import (
     Arm,
@@ -44,7 +44,7 @@ from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout, PredictedFile, claimed_output
 from pertstate.evaluation.shared_passes import SharedPasses
-from pertstate.evaluation.summary import SUFFIXES, SummaryFile
+from pertstate.evaluation.summary import TABLES, SummaryFile
 from pertstate.processing import StateProcessor
 
 
@@ -155,6 +155,9 @@ def predict(
     target = Path("predicted.h5ad" if isinstance(output, h5py.File) else str(output if summary is None else summary))
     files = [] if isinstance(output, h5py.File) else [target]
     files += [] if cell_eval is None or cell_eval.real is None else [Path(cell_eval.real)]
+    for path in files if summary is None else ():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     model.eval()
     with ExitStack() as stack:
         for path in files if writes else ():
@@ -312,8 +315,8 @@ def predict_in_memory(model, processor: StateProcessor, adata: CellData, **optio
 
 def _check_summary(summary: str | os.PathLike, others: dict, model):
     """ValueError if a summary cannot be written, or something is asked for that only an output of cells has."""
-    if Path(summary).suffix not in SUFFIXES:
-        raise ValueError(f"--summary {summary}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if Path(summary).suffix not in TABLES:
+        raise ValueError(f"--summary {summary}: expected a name that ends in {' or '.join(TABLES)}")
     asked = [name for name, value in others.items() if value is not None]
     if asked:
         raise ValueError(f"{', '.join(asked)}: a summary holds no cells; leave it out, or write an output")
