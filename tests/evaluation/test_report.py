@@ -147,4 +147,7 @@ def test_the_command(scores, tmp_path):
     assert again.returncode == 1 and "--overwrite" in again.stderr
     none = launches.run(["-m", "pertstate.cli", "report", tmp_path, "-o", tmp_path / "other.html"])
     assert none.returncode == 1 and "holds no scores: expected scores.json" in none.stderr
+    scores.save(tmp_path / "cv" / "scores" / "state")
+    with pytest.raises(FileNotFoundError, match=rf"apart; name one of them: {tmp_path}/cv/scores/state$"):
+        find_scores(tmp_path / "cv")
     assert not (tmp_path / "other.html").exists()
