@@ -74,7 +74,7 @@ def scores_of(
         )
     if record is not None:
         # Groups of a file that is scored by itself are of no dataset of the run.
-        notes += record.warnings({(dataset or None, context) for dataset, context, _ in how})
+        notes += record.warnings({(dataset or None, *of) for dataset, *of in how})
         scored = {perturbation for *_, perturbation in how}
         if found := record.indistinguishable(scored):
             notes.append(
