@@ -119,7 +119,9 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
         return (groups["split"] == Split.CONTROL).to_numpy()
     if not (groups["split"] == Split.TRAIN).any():
         found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
-        raise ValueError(f"the splits leave no cell for training; found {found}")
+        raise ValueError(
+            f"the splits leave no cell for training; found {found}; hold out fewer contexts or perturbations"
+        )
     zero_shot = [splits.split_of_context(d, c) is not None for d, c in zip(groups["dataset"], groups["context"])]
     controls = (groups["split"] == Split.CONTROL) & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
     return ((groups["split"] == Split.TRAIN) | controls).to_numpy()
