@@ -171,6 +171,12 @@ class RunRecord:
                 "scored groups were the validation groups that chose the checkpoint: "
                 + ", ".join(f"{group.context} / {group.perturbation}" for group in chose[:10])
             )
+        own = {(group.context, group.perturbation) for group in self.of_split(Split.TRAIN)}
+        notes += [
+            f"the baselines do not know what {ancestor.name}, from which training started, was trained on, as the model does"
+            for ancestor in self.ancestors
+            if not {(group.context, group.perturbation) for group in ancestor.groups or ()} <= own
+        ]
         notes += [
             f"what {ancestor.name}, from which training started, was trained on is not recorded: it may have seen the scored groups"
             for ancestor in self.ancestors

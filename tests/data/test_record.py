@@ -102,6 +102,7 @@ def test_warnings_beside_scores():
     said = record().warnings({("d", "c1", "A")})
     assert said == [
         "control cells of the scored contexts were among the training cells: c1",
+        "the baselines do not know what base, from which training started, was trained on, as the model does",
         "what older, from which training started, was trained on is not recorded: it may have seen the scored groups",
     ]
     chose = "scored groups were the validation groups that chose the checkpoint: c2 / A/B = 1"
