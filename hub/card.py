@@ -19,6 +19,7 @@ from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import TASK, Split
+from pertstate.base.doses import dose_text
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.messages import counted
@@ -151,6 +152,7 @@ def render_card(
         vocabulary=processor.vocabulary,
         about=family.card,
         is_ceiling=family.model.is_ceiling,
+        dosed=[f"{name}@{dose_text(dose)}" for name, doses in (processor.doses or {}).items() for dose in doses],
         example=next(iter(processor.vocabulary.perturbations), processor.control),
         reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
         predicts=processor.predicted_values(config.gene_dim is not None),

@@ -90,7 +90,10 @@ def _names(path: Path) -> list[str]:
     return [
         f"reads: {reads} from {settings.input}, {settings.feature_dim:,} features; sentences of {settings.set_size} cells",
         f"columns: perturbation {settings.perturbation_key!r} (control {settings.control!r}), context "
-        f"{settings.context_key!r}" + (f", batch {settings.batch_key!r}" if settings.batch_key else ""),
+        f"{settings.context_key!r}"
+        + "".join(
+            f", {name} {key!r}" for name, key in (("batch", settings.batch_key), ("dose", settings.dose_key)) if key
+        ),
         f"genes ({len(vocabulary.genes):,}): {some(vocabulary.genes, 5)}",
         f"perturbations ({len(vocabulary.perturbations):,}): {some(vocabulary.perturbations, 5)}",
         f"contexts ({len(vocabulary.contexts):,}): {some(vocabulary.contexts, 5)}",
