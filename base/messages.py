@@ -35,6 +35,12 @@ def nearest(name: str, known) -> str:
     return "did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
 
 
+def instead(name: str, known) -> str:
+    """What there is instead of an unknown name: the first few of the `known` names, and those that are near."""
+    near = nearest(name, known)
+    return f"found {some(known)}" + (f"; {near}" if near else "")
+
+
 def some(names, count: int = 10) -> str:
     """The first few of some names, and how many there are."""
     names = [str(name) for name in names]
