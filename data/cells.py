@@ -209,7 +209,7 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
         unknown = [n for n in names if not set(processor.split_combination(n)) <= known]
         if unknown:
             raise ValueError(
-                f"{counted(len(unknown), 'perturbation')} held out for {split} without a training cell in any context, so a model "
-                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
+                f"{counted(len(unknown), 'perturbation')} held out for {split} without a training cell in any context, of the whole or "
+                f"of a part, so a model on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
                 "perturbation_features"
             )

@@ -334,12 +334,12 @@ def _warn(processor: StateProcessor, arms: list[Arm], cells_of: dict[str, int] |
     names = dict.fromkeys(arm.perturbation for arm in arms)
     new_doses = processor.unseen_doses(names)
     if new_doses:
-        logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
+        logger.warning(f"no training cell had the dose of {counted(len(new_doses), 'perturbation')}: {some(new_doses)}")
     found = [] if processor.origin is None else processor.origin.indistinguishable(names, processor.split_combination)
     if found:
         logger.warning(
-            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so its "
-            f"predictions may be noise: {some(found)}"
+            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so "
+            f"predictions of it may be noise: {some(found)}"
         )
     short = [arm for arm in arms if cells_of is not None and len(arm.cells) < cells_of[arm.perturbation]]
     if short:
