@@ -568,7 +568,7 @@ def test_what_evaluate_refuses(folder, tmp_path, capsys):
     evaluate(folder, tmp_path / "gone.h5ad", rc=1)
     assert "gone.h5ad: no such file" in error(capsys)
     evaluate(folder, tmp_path / "predicted.h5ad", "--context-key", "celltype", rc=1)
-    assert "obs has no column 'celltype' (context)" in error(capsys)
+    assert "screen.h5ad: obs has no column 'celltype' (context)" in error(capsys)
 
     other = predicted.copy()
     other.obs["perturbation"] = "other"
