@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from .constants import TASK
 from .finite import within_reach
-from .messages import closest
+from .messages import closest, nearest
 from .public import public
 from .travelling import Travelling, is_installed
 
@@ -81,7 +81,10 @@ def _wrong_value(cls, name: str, value) -> str:
     kind = next(field.type for field in fields(cls) if field.name == name)
     if get_origin(kind) is Literal:
         options = get_args(kind)
-        return f"{name}={value!r} is not an option of {cls.__name__}: expected one of {list(options)}; {closest(value, options)}"
+        near = nearest(value, options)
+        return f"{name}={value!r} is not an option of {cls.__name__}: expected one of {list(options)}" + (
+            f"; {near}" if near else ""
+        )
     expected = kind.__name__ if isinstance(kind, type) else str(kind)
     return f"{name}: expected {expected}, found {value!r} ({type(value).__name__}); correct it in {cls.__name__}"
 

@@ -143,7 +143,9 @@ class Experiments:
 
 
 def _opened(path: str) -> ad.AnnData:
-    """The AnnData of a path: `.zarr` in memory, other files on disk."""
+    """The AnnData of a path: `.zarr` in memory, other files on disk. FileNotFoundError if nothing is there."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file (looked from {os.getcwd()})")
     return ad.read_zarr(path) if path.rstrip("/\\").endswith(".zarr") else ad.read_h5ad(path, backed="r")
 
 

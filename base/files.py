@@ -38,7 +38,8 @@ def place_of_file(path: str | os.PathLike) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if place.is_dir():
         raise ValueError(f"{path} is a folder; name a file to write")
-    if place.exists() and not place.is_file():
+    # The links of /dev/stdout lead to a pipe that has no name.
+    if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is no regular file but a device, a pipe or a socket; name a file to write")
     return place
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .doses import check_doses, dose_text
 from .finite import within_reach
-from .messages import closest, counted, some
+from .messages import closest, counted, instead, some
 
 
 # Texts that stand for "no label".
@@ -471,10 +471,10 @@ def _listed(keys: str | list[str] | None) -> list[str]:
 
 def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
     if key not in obs:
+        setting = "include or exclude" if name == "filter" else f"{name}_key"
         raise KeyError(
-            f"obs has no column {key!r} ({name}), found {some(obs.columns)}; "
-            f"{closest(key, obs.columns) if len(obs.columns) else 'add it'}"
-            + ("; or say with context: which one all cells are of" if name == "context" else "")
+            f"obs has no column {key!r} ({name}), {instead(key, obs.columns)}; name the column with {setting}"
+            + (", or the one context of all cells with context" if name == "context" else "")
         )
     return obs[key]
 

@@ -8,9 +8,17 @@ _Value = TypeVar("_Value")
 
 
 def closest(name: str, known) -> str:
+    """A hint for an error about an unknown name: see [`nearest`], or a list of the `known` names if none is near."""
+    known = [str(k) for k in known]
+    shown = ", ".join(repr(k) for k in known[:10])
+    listed = f"expected one of {shown}" + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    return nearest(name, known) or listed
+
+
+def nearest(name: str, known) -> str:
     """
-    A hint for an error about an unknown name: `did you mean 'x'?` with the nearest of the `known` names, or a list of these
-    if none is near. If `name` is several known names joined by commas, the hint says how to write a list.
+    `did you mean 'x'?` with the nearest of some known names; empty if none is near. If `name` is several known names joined by
+    commas, it says how to write a list.
     """
     import difflib  # takes longer to load than the rest that `pertstate --help` needs of this module
 
@@ -25,10 +33,13 @@ def closest(name: str, known) -> str:
         folded.setdefault(one.casefold(), []).append(one)
     near = difflib.get_close_matches(str(name).casefold(), folded, n=3, cutoff=0.6)
     near = [one for of in near for one in folded[of]][:3]
-    if near:
-        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    shown = ", ".join(repr(k) for k in known[:10])
-    return f"expected one of {shown}" + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+    return "did you mean " + " or ".join(repr(n) for n in near) + "?" if near else ""
+
+
+def instead(name: str, known) -> str:
+    """What there is instead of an unknown name: the first few of the `known` names, and those that are near."""
+    near = nearest(name, known)
+    return f"found {some(known)}" + (f"; {near}" if near else "")
 
 
 def some(names, count: int = 10) -> str:

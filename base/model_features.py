@@ -13,7 +13,7 @@ from .cell_values import check_finite, dense_genes, gene_columns, matrix_of, rea
 from .constants import CONTROL_COUNTS, CONTROL_EXPRESSION, Normalize, Values
 from .gene_names import MAX_MISSING_GENES, missing_note
 from .gene_view import scale_of, view_of
-from .messages import closest, given, some
+from .messages import given, instead
 from .value_scale import Scale, differ, other_scale
 from .vocabulary import Vocabulary
 
@@ -224,9 +224,7 @@ def carried_columns(obs: pd.DataFrame, names: list[str] | None, rows: np.ndarray
     """
     for name in names or ():
         if name not in obs:
-            raise KeyError(
-                f"obs_columns: obs has no column {name!r}, found {some(obs.columns)}; {closest(name, obs.columns)}"
-            )
+            raise KeyError(f"obs_columns: obs has no column {name!r}, {instead(name, obs.columns)}")
     return None if not names else pd.DataFrame({name: storable(obs[name].iloc[rows]) for name in names})
 
 

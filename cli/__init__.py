@@ -34,6 +34,14 @@ COMMANDS = {
 TAKE_FLAGS = ("prepare", "crossval", "tune")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str):
+        say(f"{self.prog}: error: {message}; {self.prog} --help lists what it takes", sys.stderr)
+        raise SystemExit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run one command. An error of input is one line on stderr.
@@ -62,9 +70,7 @@ def _run(argv: list[str]) -> int:
     if argv[:1] == ["train"]:
         # Its words are fields of the run, which argparse does not know.
         return _reported("train", lambda: _module("train").run(argv[1:]))
-    parser = argparse.ArgumentParser(
-        prog="pertstate", description="Models of how cells respond to perturbations.", allow_abbrev=False
-    )
+    parser = _Parser(prog="pertstate", description="Models of how cells respond to perturbations.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"pertstate {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     named = next((word for word in argv if word in COMMANDS), None)
@@ -77,7 +83,7 @@ def _run(argv: list[str]) -> int:
     if args.command in TAKE_FLAGS:
         args.flags = flags
     elif flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(flags)}")
     return _reported(args.command, lambda: _module(args.command).run(args))
 
 

@@ -3,6 +3,7 @@
 import argparse
 
 from pertstate.base.console import say, show
+from pertstate.base.messages import counted
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -48,9 +49,8 @@ def run(args: argparse.Namespace):
     words = [args.run, *args.flags]
     found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
     for family, scores in found.items():
-        show(
-            f"{family}: mean of {args.seeds} seeds\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n"
-        )
+        seeds = counted(scores.settings["runs of each fold"], "seed")
+        show(f"{family}: mean of {seeds}\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n")
     say(f"{args.output}: results.md, results.csv, results.json, and the runs")
     if args.report:
         for family in found:

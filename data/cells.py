@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,9 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
         return (groups["split"] == Split.CONTROL).to_numpy()
     if not (groups["split"] == Split.TRAIN).any():
         found = (groups["stop"] - groups["start"]).groupby(groups["split"]).sum().to_dict()
-        raise ValueError(f"the splits leave no cell for training; found {found}")
+        raise ValueError(
+            f"the splits leave no cell for training; found {found}; hold out fewer contexts or perturbations"
+        )
     zero_shot = [splits.split_of_context(d, c) is not None for d, c in zip(groups["dataset"], groups["context"])]
     controls = (groups["split"] == Split.CONTROL) & groups["dataset"].isin(splits.training) & ~np.array(zero_shot)
     return ((groups["split"] == Split.TRAIN) | controls).to_numpy()
@@ -193,7 +195,9 @@ def load_cells(
         reading: the arguments of [`StateProcessor`] that say how files are read.
     """
     reader = processor or StateProcessor(**reading)
-    options = {} if processor is not None else {"genes": genes, "normalize": normalize, "target_sum": target_sum}
+    options: dict[str, Any] = (
+        {} if processor is not None else {"genes": genes, "normalize": normalize, "target_sum": target_sum}
+    )
     source = FileSource(splits.datasets, reader, contexts)
     return load(source, splits, hvg_on_all, processor, controls_only, **options)
 
@@ -216,7 +220,7 @@ def check_names(groups: pd.DataFrame, processor: StateProcessor):
         unknown = [n for n in names if not set(processor.split_combination(n)) <= known]
         if unknown:
             raise ValueError(
-                f"{counted(len(unknown), 'perturbation')} held out for {split} without a training cell in any context, so a model "
-                f"on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
+                f"{counted(len(unknown), 'perturbation')} held out for {split} without a training cell in any context, of the whole or "
+                f"of a part, so a model on perturbation ids cannot predict them: {unknown[:10]}; hold out others, or train on "
                 "perturbation_features"
             )

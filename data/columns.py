@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from pertstate.base.labels import control_settings, suggested_controls
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import instead, some
 from pertstate.data.reading import AnnDataFile
 from pertstate.processing import StateProcessor
 
@@ -77,7 +77,7 @@ def find_columns(data: AnnDataFile, control: Any = None, **given: str | None) ->
     columns, keys = data.obs_columns, {name: given.get(name) for name in KEYS}
     for name, key in keys.items():
         if key is not None and key not in columns:
-            raise KeyError(f"obs has no column {key!r} ({name}), found {some(columns)}; {closest(key, columns)}")
+            raise KeyError(f"obs has no column {key!r} ({name}), {instead(key, columns)}")
         taken = [of for of in keys.values() if of is not None]
         free = (column for column in KEYS[name] if column in columns and column not in taken)
         keys[name] = key or next(free, None)

@@ -49,9 +49,17 @@ def open_cells(data: CellData) -> AnnDataFile:
     Cells to read, as a context manager.
 
     Raises:
+        TypeError: it is neither an AnnData nor a path.
         FileNotFoundError, ValueError: see [`AnnDataFile`] and [`AnnDataInMemory`].
     """
+    check_cells("cells", data)
     return AnnDataInMemory(data) if isinstance(data, ad.AnnData) else AnnDataFile(data)
+
+
+def check_cells(name: str, data: object):
+    """TypeError if what an argument `name` gives is neither an AnnData nor a path."""
+    if not isinstance(data, str | os.PathLike | ad.AnnData):
+        raise TypeError(f"{name}: expected an AnnData or a path, found {type(data).__name__}")
 
 
 def name_of(data: CellData) -> str:

@@ -5,7 +5,7 @@ import types
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pertstate.base.messages import closest
+from pertstate.base.messages import nearest
 
 
 class Word(str):
@@ -70,7 +70,8 @@ def as_declared(name: str, kind, value):
     choices = [option for one in _alternatives(kind) if get_origin(one) is Literal for option in get_args(one)]
     if choices and isinstance(found, str):
         options = f"expected one of {choices}" if len(_alternatives(kind)) == 1 else f"expected {type_name(kind)}"
-        raise ValueError(f"{name}={found!r} is not an option: {options}; {closest(found, choices)}")
+        near = nearest(found, choices)
+        raise ValueError(f"{name}={found!r} is not an option: {options}" + (f"; {near}" if near else ""))
     names = any(get_origin(one) is list or one in (list, str) for one in _alternatives(kind))
     raise ValueError(
         f"{name}: expected {type_name(kind)}, found {found!r}"

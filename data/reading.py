@@ -446,7 +446,7 @@ def _reading(path: Path):
 
 
 # How an AnnData is made of files of other formats: by what stands in a file of HDF5, or by the ending of another.
-_FORMATS = (
+_FORMATS: tuple[tuple[set[str], tuple[str, ...], str, str], ...] = (
     ({"row_attrs", "col_attrs"}, ("loom",), "a loom file", "anndata.io.read_loom(path)"),
     ({"matrix"}, (), "a matrix of 10x Genomics", "scanpy.read_10x_h5(path)"),
     ({"mod"}, ("h5mu",), "a MuData file", "mudata.read(path).mod[NAME]"),

@@ -147,27 +147,37 @@ class RunRecord:
         """Those of some perturbations whose change in training is not distinguishable from none, sorted."""
         return sorted({name for name in perturbations if self.change_tests.get(name, 0) > FALSE_DISCOVERIES})
 
-    def warnings(self, scored: Iterable[tuple[str | None, str]]) -> list[str]:
+    def warnings(self, scored: Iterable[tuple[str | None, str, str]]) -> list[str]:
         """
         What must be said beside scores.
 
         Args:
-            scored (iterable of `(dataset, context)`): where the scored groups are of.
+            scored (iterable of `(dataset, context, perturbation)`): the scored groups; None for a dataset that is not known to be one
+                of the run's.
         """
         notes = []
         if self.chosen_on_all:
             notes.append("highly variable genes were chosen on all cells, the scored ones among them")
-        places = set(scored)
+        groups = set(scored)
+        places = {(dataset, context) for dataset, context, _ in groups}
         learned = sorted({c for d, c in self.learned_controls if (d, c) in places or (None, c) in places})
         if learned:
             notes.append(
                 f"control cells of the scored contexts were among the training cells: {', '.join(learned[:10])}"
             )
-        test, val = (
-            {(g.dataset, g.context, g.perturbation) for g in self.of_split(s)} for s in (Split.TEST, Split.VAL)
-        )
-        if test and test == val:
-            notes.append("the validation groups, which chose the checkpoint, are the test groups")
+        val = self.of_split(Split.VAL)
+        chose = [g for g in val if {(g.dataset, g.context, g.perturbation), (None, g.context, g.perturbation)} & groups]
+        if chose:
+            notes.append(
+                "scored groups were the validation groups that chose the checkpoint: "
+                + ", ".join(f"{group.context} / {group.perturbation}" for group in chose[:10])
+            )
+        own = {(group.context, group.perturbation) for group in self.of_split(Split.TRAIN)}
+        notes += [
+            f"the baselines do not know what {ancestor.name}, from which training started, was trained on, as the model does"
+            for ancestor in self.ancestors
+            if not {(group.context, group.perturbation) for group in ancestor.groups or ()} <= own
+        ]
         notes += [
             f"what {ancestor.name}, from which training started, was trained on is not recorded: it may have seen the scored groups"
             for ancestor in self.ancestors

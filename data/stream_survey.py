@@ -359,7 +359,9 @@ def survey_stream(
             f"found {some(found)}; say which label marks the controls with control=, or raise fill_cells"
         )
     if not survey.trained:
-        raise ValueError(f"the splits leave no cell for training among {cells} rows")
+        raise ValueError(
+            f"the splits leave no cell for training among {cells} rows; hold out fewer contexts or perturbations"
+        )
     if complete and splits is not None:
         splits.assign(_present(survey.counts, template.control))
 

@@ -73,7 +73,8 @@ def scores_of(
             + ("they are in the averages, as was asked for" if include_seen else "they are left out of the averages")
         )
     if record is not None:
-        notes += record.warnings({group[:2] for group in how})
+        # Groups of a file that is scored by itself are of no dataset of the run.
+        notes += record.warnings({(dataset or None, context, perturbation) for dataset, context, perturbation in how})
         scored = {perturbation for *_, perturbation in how}
         if found := record.indistinguishable(scored):
             notes.append(

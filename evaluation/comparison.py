@@ -25,7 +25,7 @@ from pertstate.data.cells import sort_into_groups
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.in_memory import CellData, name_of, open_cells
-from pertstate.data.reading import AnnDataFile
+from pertstate.data.reading import AnnDataFile, naming
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.assembly import samples_of, scores_of
 from pertstate.evaluation.cell_eval_scores import CellEvalMetrics, cell_eval_version, check_cell_eval
@@ -129,10 +129,12 @@ def evaluate(
         compared = compared_genes(scorer, truth, name_of(real), common_genes, notes)
         scorer = compared.scorer
         scorer.check_scale(truth, convert=convert_scale)
-        real_labels = scorer.labels(truth)
+        with naming(name_of(real)):
+            real_labels = scorer.labels(truth)
         there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
         if model is None:
-            labels = reader.labels(guess)
+            with naming(name_of(given("predicted", predicted))):
+                labels = reader.labels(guess)
             pairs = [tuple(pair) for pair in labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
         else:
             pairs = _asked(own, record, there, contexts, perturbations)
@@ -312,7 +314,8 @@ def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> 
     with open_cells(train) as training:
         of_training = scorer.with_vocabulary(scorer.vocabulary)
         of_training.check_scale(training, convert=convert_scale)
-        labels = of_training.labels(training)
+        with naming(name_of(train)):
+            labels = of_training.labels(training)
         # The barcode alone does not tell which cell it is: files often number their cells from 0.
         real_cells, train_cells = (
             pd.MultiIndex.from_arrays([frame["context"], frame["perturbation"], frame.index])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pertstate.base.labels import LabelSettings, control_settings
-from pertstate.base.messages import closest, some
+from pertstate.base.messages import instead
 from pertstate.data.reading import AnnDataFile
 from pertstate.processing import StateProcessor
 
@@ -43,7 +43,7 @@ def read_as(
     perturbation_key = changed.get("perturbation_key", processor.perturbation_key)
     if perturbation_key is not None and perturbation_key not in columns:
         raise KeyError(
-            f"obs has no column {perturbation_key!r} (perturbation), found {some(columns)}; {closest(perturbation_key, columns)}; "
+            f"obs has no column {perturbation_key!r} (perturbation), {instead(perturbation_key, columns)}; "
             "name it with --perturbation-key, or say with --all-are-controls that every cell is a control"
         )
     batch_keys = changed.get("batch_key", processor.batch_key)
@@ -53,7 +53,7 @@ def read_as(
     if processor.context is None and "context_key" not in settings and not _in(context_key, columns):
         if contexts is None or len(contexts) != 1:
             raise ValueError(
-                f"obs has no column {context_key!r} (context), found {some(columns)}; {closest(str(context_key), columns)}; name "
+                f"obs has no column {context_key!r} (context), {instead(str(context_key), columns)}; name "
                 "the column with --context-key, or the one context of all cells with --context"
             )
         changed |= {"context_key": None, "context": contexts[0]}

@@ -29,7 +29,7 @@ from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
-from pertstate.evaluation.cells_file import whole_cells
+from pertstate.evaluation.cells_file import SUFFIXES, whole_cells
 from pertstate.evaluation.confidence import confidence_text, expectations
 from pertstate.evaluation.experiment import (
     Arm,
@@ -44,7 +44,7 @@ from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_file import ROWS, OutputLayout, PredictedFile, claimed_output
 from pertstate.evaluation.shared_passes import SharedPasses
-from pertstate.evaluation.summary import SUFFIXES, SummaryFile
+from pertstate.evaluation.summary import TABLES, SummaryFile
 from pertstate.processing import StateProcessor
 
 
@@ -160,6 +160,9 @@ def predict(
     target = Path("predicted.h5ad" if isinstance(output, h5py.File) else str(output if summary is None else summary))
     files = [] if isinstance(output, h5py.File) else [target]
     files += [] if cell_eval is None or cell_eval.real is None else [Path(cell_eval.real)]
+    for path in files if summary is None else ():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
     model.eval()
     with ExitStack() as stack:
         for path in files if writes else ():
@@ -317,8 +320,8 @@ def predict_in_memory(model, processor: StateProcessor, adata: CellData, **optio
 
 def _check_summary(summary: str | os.PathLike, others: dict, model):
     """ValueError if a summary cannot be written, or something is asked for that only an output of cells has."""
-    if Path(summary).suffix not in SUFFIXES:
-        raise ValueError(f"--summary {summary}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if Path(summary).suffix not in TABLES:
+        raise ValueError(f"--summary {summary}: expected a name that ends in {' or '.join(TABLES)}")
     asked = [name for name, value in others.items() if value is not None]
     if asked:
         raise ValueError(f"{', '.join(asked)}: a summary holds no cells; leave it out, or write an output")
@@ -336,12 +339,12 @@ def _warn(processor: StateProcessor, arms: list[Arm], cells_of: dict[str, int] |
     names = dict.fromkeys(arm.perturbation for arm in arms)
     new_doses = processor.unseen_doses(names)
     if new_doses:
-        logger.warning(f"{len(new_doses)} perturbations are at doses that no training cell had: {some(new_doses)}")
+        logger.warning(f"no training cell had the dose of {counted(len(new_doses), 'perturbation')}: {some(new_doses)}")
     found = [] if processor.origin is None else processor.origin.indistinguishable(names, processor.split_combination)
     if found:
         logger.warning(
-            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so its "
-            f"predictions may be noise: {some(found)}"
+            f"the change in training of {counted(len(found), 'perturbation')} is not distinguishable from none, so "
+            f"predictions of it may be noise: {some(found)}"
         )
     short = [arm for arm in arms if cells_of is not None and len(arm.cells) < cells_of[arm.perturbation]]
     if short:

@@ -71,17 +71,24 @@ def expectation(table: pd.DataFrame) -> Expectation | None:
 
 def find_scores(path: str | os.PathLike) -> Path:
     """
-    The folder of scores at a path, which is the folder of a run or the folder of scores itself.
+    The folder of scores at a path: the folder of a run, the folder of scores, or the file `scores.json` in it.
 
     Raises:
         FileNotFoundError: neither holds scores.
     """
+    if Path(path).name == SUMMARY and Path(path).is_file():
+        return Path(path).parent
     for folder in (Path(path), Path(path) / SCORES_FOLDER):
         if (folder / SUMMARY).is_file():
             return folder
+    families = sorted(str(found.parent) for found in Path(path, SCORES_FOLDER).glob(f"*/{SUMMARY}"))
+    if families:
+        raise FileNotFoundError(
+            f"{path} holds the scores of each family apart; name one of them: {', '.join(families)}"
+        )
     raise FileNotFoundError(
-        f"{path} holds no scores: expected {SUMMARY} in it or in its folder {SCORES_FOLDER}, which pertstate train and evaluate "
-        "write; name the folder of a run, or of scores"
+        f"{path} holds no scores: expected {SUMMARY} in it or in its folder {SCORES_FOLDER}; pertstate train writes them where it "
+        "holds out a test, and pertstate evaluate with --scores"
     )
 
 

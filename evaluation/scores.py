@@ -78,7 +78,7 @@ class Scores:
     models: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def __repr__(self) -> str:
-        return format_scores(self)
+        return "\n".join([*(f"note: {note}" for note in self.notes), format_scores(self)])
 
     def value(self, method: str, metric: str) -> float:
         """The average of a method in a metric. NaN if there is none."""

@@ -15,7 +15,7 @@ from pertstate.evaluation.experiment import Arm, Unit
 from pertstate.processing import StateProcessor
 
 
-SUFFIXES = (".parquet", ".csv")
+TABLES = (".parquet", ".csv")
 # Rows of the table that are written at once, and control cells that are read at once.
 _ROWS, _BLOCK = 1 << 16, 1024
 

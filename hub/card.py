@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pertstate._version import __version__
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.configuration_perturbation import PerturbationConfig
 from pertstate.base.constants import TASK, Split
+from pertstate.base.doses import dose_text
 from pertstate.base.hub_names import is_repository
 from pertstate.base.markdown import as_block, as_code
 from pertstate.base.messages import counted
@@ -150,6 +152,7 @@ def render_card(
         vocabulary=processor.vocabulary,
         about=family.card,
         is_ceiling=family.model.is_ceiling,
+        dosed=[f"{name}@{dose_text(dose)}" for name, doses in (processor.doses or {}).items() for dose in doses],
         example=next(iter(processor.vocabulary.perturbations), processor.control),
         reads=describe_reading(processor.normalize, processor.values, processor.target_sum),
         predicts=processor.predicted_values(config.gene_dim is not None),
@@ -164,7 +167,7 @@ def render_card(
         is_adapter=is_adapter,
         run=run,
         provenance=provenance,
-        held_out=_held_out_of_record(record) if run is None else _held_out(run, provenance),
+        held_out=_held_out_of_record(record) if run is None else _held_out(run, provenance, record),
         seen_before=[] if record is None else _seen_before(record),
         change_tests=None if record is None or not record.change_tests else told_from_none(record.change_tests),
         verdict=None if scores is None else scores.verdict,
@@ -228,8 +231,8 @@ def _template() -> jinja2.Template:
 # What the sections say
 
 
-def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
-    """What the run holds out: lines of Markdown."""
+def _held_out(run: "RunConfig", provenance: Provenance | None, record: RunRecord | None) -> list[str]:
+    """What the run holds out, and what it chose to hold out by itself: lines of Markdown."""
     lines = [
         f"{name.replace('_', ' ')}: {as_names(getattr(run.data, name))}"
         for name in ("test_contexts", "val_contexts", "test_perturbations", "val_perturbations")
@@ -246,15 +249,17 @@ def _held_out(run: "RunConfig", provenance: Provenance | None) -> list[str]:
             for split, names in held.items()
             if names
         ]
+    if not any(line.startswith(Split.VAL) for line in lines):
+        lines += _held_out_of_record(record, [Split.VAL])
     return lines
 
 
-def _held_out_of_record(record: RunRecord | None) -> list[str]:
-    """What a record holds out: lines of Markdown."""
+def _held_out_of_record(record: RunRecord | None, splits: Iterable[str] = (Split.TEST, Split.VAL)) -> list[str]:
+    """What a record holds out in some splits: lines of Markdown."""
     if record is None:
         return []
     lines = []
-    for split in (Split.TEST, Split.VAL):
+    for split in splits:
         held = [f"{group.context} / {group.perturbation}" for group in record.of_split(split)]
         if held:
             lines.append(f"{split}: {counted(len(held), 'group')}: {as_names(held)}")

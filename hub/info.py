@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModel
 
 from pertstate.base.cell_values import describe_reading
 from pertstate.base.checkpoint_files import StoredTensor, adapter_settings, check_adapter, read_header, stored_tensors
@@ -41,13 +42,17 @@ def describe_checkpoint(path: str | os.PathLike) -> str:
 
 def _model(path: Path) -> tuple[list[str], list[str]]:
     check_family(str(path))
-    title = f"{path}: checkpoint of {AutoConfig.from_pretrained(path).model_type}"
+    config = AutoConfig.from_pretrained(path)
+    title = f"{path}: checkpoint of {config.model_type}"
     try:
         tensors = stored_tensors(path, {})
     except ValueError as error:
         return [title], [str(error)]
     files = {tensor.file for tensor in tensors.values()}
-    return [f"{title}, {_parameters(tensors)}" + (f" in {len(files)} files" if len(files) > 1 else "")], []
+    with torch.device("meta"):
+        buffers = {name for name, _ in AutoModel.from_config(config).named_buffers()}
+    learned = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    return [f"{title}, {_parameters(learned)}" + (f" in {len(files)} files" if len(files) > 1 else "")], []
 
 
 def _adapter(path: Path) -> tuple[list[str], list[str]]:
@@ -85,7 +90,10 @@ def _names(path: Path) -> list[str]:
     return [
         f"reads: {reads} from {settings.input}, {settings.feature_dim:,} features; sentences of {settings.set_size} cells",
         f"columns: perturbation {settings.perturbation_key!r} (control {settings.control!r}), context "
-        f"{settings.context_key!r}" + (f", batch {settings.batch_key!r}" if settings.batch_key else ""),
+        f"{settings.context_key!r}"
+        + "".join(
+            f", {name} {key!r}" for name, key in (("batch", settings.batch_key), ("dose", settings.dose_key)) if key
+        ),
         f"genes ({len(vocabulary.genes):,}): {some(vocabulary.genes, 5)}",
         f"perturbations ({len(vocabulary.perturbations):,}): {some(vocabulary.perturbations, 5)}",
         f"contexts ({len(vocabulary.contexts):,}): {some(vocabulary.contexts, 5)}",

@@ -120,19 +120,19 @@ OPTIONS = {f.name: get_args(f.type) for f in fields(StateConfig) if get_origin(f
 @pytest.mark.parametrize(
     "field, value, hint",
     [
-        ("basal_encoder", "liner", "did you mean 'linear'"),
-        ("backbone", "lama", "did you mean 'llama'"),
-        ("attention", "causul", "did you mean 'causal'"),
-        ("positions", "ropes", "did you mean 'rope'"),
-        ("residual", "hiden", "did you mean 'hidden'"),
-        ("loss", "energi", "did you mean 'energy'"),
-        ("loss", "huber", "expected one of 'energy', 'sinkhorn', 'combined', 'mse'"),
-        ("backbone", 3, "expected one of 'llama', 'gpt2'"),
+        ("basal_encoder", "liner", r"; did you mean 'linear'\?"),
+        ("backbone", "lama", r"; did you mean 'llama'\?"),
+        ("attention", "causul", r"; did you mean 'causal'\?"),
+        ("positions", "ropes", r"; did you mean 'rope'\?"),
+        ("residual", "hiden", r"; did you mean 'hidden'\?"),
+        ("loss", "energi", r"; did you mean 'energy'\?"),
+        ("loss", "huber", ""),
+        ("backbone", 3, ""),
     ],
 )
 def test_wrong_choice_lists_the_options_and_names_the_nearest(field, value, hint):
     options = re.escape(str(list(OPTIONS[field])))
-    with pytest.raises(ValueError, match=f"{field}={value!r} is not an option of StateConfig.*{options}.*{hint}"):
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not an option of StateConfig.*{options}{hint}$"):
         StateConfig(**{field: value})
 
 

@@ -308,7 +308,7 @@ def test_doses_stand_in_the_output_and_in_its_scores(series, caplog):
     out, words = series / "p.h5ad", ["predict", "--model", str(series / "model"), "--adata", str(series / "s.h5ad")]
     words += ["--output", str(out), "--quiet", "--perturbation", "drug"]
     assert pertstate([*words, "--dose", "0.01", "0.1", "1", "3"]) == 0
-    assert "1 perturbations are at doses that no training cell had: ['drug@3']" in caplog.text
+    assert "no training cell had the dose of 1 perturbation: ['drug@3']" in caplog.text
     found = ad.read_h5ad(out)
     assert set(found.obs["perturbation"]) == {"drug"} and found.obs["dose"].value_counts().to_dict() == dict.fromkeys(
         (0.01, 0.1, 1, 3), 32

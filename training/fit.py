@@ -8,7 +8,7 @@ from typing import Any
 
 import anndata as ad
 
-from pertstate.data.in_memory import CellData
+from pertstate.data.in_memory import CellData, check_cells
 from pertstate.hub.trained import TrainedModel, load
 from pertstate.training.run import check_further, run_of_fields
 from pertstate.training.run_folder import run_folder
@@ -78,8 +78,8 @@ def _named(cells: CellData | Mapping[str, CellData]) -> str | dict[str, CellData
     if isinstance(cells, ad.AnnData):
         return {NAME: cells}
     if not isinstance(cells, Mapping):
+        check_cells("cells", cells)
         return str(cells)
     for name, data in cells.items():
-        if not isinstance(data, str | os.PathLike | ad.AnnData):
-            raise TypeError(f"cells[{name!r}]: expected an AnnData or a path, found {type(data).__name__}")
+        check_cells(f"cells[{name!r}]", data)
     return {str(name): data if isinstance(data, ad.AnnData) else str(data) for name, data in cells.items()}

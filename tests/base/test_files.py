@@ -88,6 +88,12 @@ def test_a_device_is_no_regular_file():
         place_of_file("/dev/null")
 
 
+def test_a_pipe_behind_a_link_is_no_regular_file():
+    reads, writes = os.pipe()
+    with open(reads), open(writes, "w"), pytest.raises(ValueError, match=f"/dev/fd/{writes} is no regular file"):
+        place_of_file(f"/dev/fd/{writes}")
+
+
 def test_errors_of_the_disk_are_one_sentence_in_whatever_form_they_come(tmp_path, full_disk):
     numbers = torch.zeros(10_000)
     writers = {

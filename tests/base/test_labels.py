@@ -164,8 +164,11 @@ def test_cells_are_chosen_by_other_columns():
     assert reader(exclude={"qc": ["fail", None]}).read(obs)["perturbation"].tolist() == ["A", None, "C", None]
     assert reader(include={"day": ["2"]}).read(obs)["perturbation"].tolist() == [None, None, "C", "D"]
     assert reader(include={"day": [2]}, exclude={"qc": ["ok"]}).read(obs)["perturbation"].tolist() == [None] * 3 + ["D"]
-    with pytest.raises(KeyError, match="obs has no column 'days' .*did you mean 'day'"):
+    with pytest.raises(KeyError, match="obs has no column 'days' .*did you mean 'day'.*with include or exclude"):
         reader(include={"days": [1]}).read(obs)
+    named = r"'line' \(context\), found \['perturbation', 'cell_type', 'qc', 'day'\]; name the column with context_key, or the one"
+    with pytest.raises(KeyError, match=named):
+        reader(context_key="line").read(obs)
 
 
 def test_a_label_is_parsed_once():

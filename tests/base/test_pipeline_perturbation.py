@@ -142,6 +142,8 @@ def test_what_it_refuses(folder, pipe):
         pipe([{"adata": path, "perturbation": "pert_0"}, {"perturbation": "pert_0"}])
     with pytest.raises(ValueError, match="an experiment has no 'drug'; "):
         pipe({"adata": path, "drug": "pert_0"})
+    with pytest.raises(FileNotFoundError, match=r"gone.h5ad: no such file \(looked from "):
+        pipe("gone.h5ad", perturbation="pert_0")
     with pytest.raises(TypeError, match="expected an AnnData, a path, .* found int"):
         pipe(3, "pert_0")
     with pytest.raises(TypeError, match="this pipeline takes no 'contxt'; did you mean 'context'"):

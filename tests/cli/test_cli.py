@@ -165,9 +165,20 @@ def test_all_and_named_perturbations_and_contexts(folder, tmp_path, capsys):
         (c, p) for c in contexts for p in ("pert_2", "pert_0+pert_2")
     }
     assert pairs("--context", "type_1", "--perturbation", "pert_2") == {("type_1", "pert_2")}
-    with pytest.raises(SystemExit):
-        main(["predict", "--model", "m", "--adata", "a", "--output", "o", "--all", "--perturbation", "pert_0"])
-    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_words_that_do_not_fit_are_one_line(capsys):
+    files = ["predict", "--model", "m", "--adata", "a", "--output", "o"]
+    for words, message in (
+        ([*files, "--all", "--perturbation", "p"], "argument --perturbation: not allowed with argument --all"),
+        ([*files, "--contxt", "A"], "unrecognized arguments: --contxt A"),
+        (["predict", "--model", "m", "--adata", "a"], "one of the arguments --output --summary is required"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 1
+        found = capsys.readouterr().err
+        assert found == f"pertstate predict: error: {message}; pertstate predict --help lists what it takes\n"
 
 
 def test_combinations_of_one_and_two(folder, tmp_path):
@@ -280,6 +291,7 @@ def test_missing_genes_and_another_layer(folder, tmp_path, capsys):
     [
         (["--perturbation", "pert_9"], "perturbation 'pert_9' is unknown to this model (3 are known); did you mean"),
         (["--context", "type_7"], "context 'type_7' is not in the data; did you mean"),
+        (["--output", "cells.txt"], "cells.txt: expected a name that ends in .h5ad or .zarr"),
         (["--cells-per-perturbation", "0"], "cells_per_perturbation must be at least 1, found 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, found 0"),
         (["--seed", "-1"], "seed must be a number from 0 to 9223372036854775807, found -1"),
@@ -571,7 +583,7 @@ def test_what_evaluate_refuses(folder, tmp_path, capsys):
     evaluate(folder, tmp_path / "gone.h5ad", rc=1)
     assert "gone.h5ad: no such file" in error(capsys)
     evaluate(folder, tmp_path / "predicted.h5ad", "--context-key", "celltype", rc=1)
-    assert "obs has no column 'celltype' (context)" in error(capsys)
+    assert "screen.h5ad: obs has no column 'celltype' (context)" in error(capsys)
 
     other = predicted.copy()
     other.obs["perturbation"] = "other"

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     "flags, message",
     [
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean 'learning_rate'"),
-        (["--max_steps", "many"], "training.max_steps='many' is not an option: expected int | 'auto'"),
+        (["--max_steps", "many"], "training.max_steps='many' is not an option: expected int | 'auto'\n"),
         (["--perturbation_key", "gene"], "obs has no column 'gene'"),
         (["--datasets", "gone.h5ad"], "gone.h5ad"),
         (["--model_type", "stat"], "model_type='stat' is no family of models; did you mean 'state'"),

@@ -115,11 +115,15 @@ def test_a_sample_of_the_hashes_finds_the_cells_of_the_whole():
 
 
 def test_warnings_beside_scores():
-    said = record().warnings({("d", "c1")})
+    said = record().warnings({("d", "c1", "A")})
     assert said == [
         "control cells of the scored contexts were among the training cells: c1",
+        "the baselines do not know what base, from which training started, was trained on, as the model does",
         "what older, from which training started, was trained on is not recorded: it may have seen the scored groups",
     ]
+    chose = "scored groups were the validation groups that chose the checkpoint: c2 / A/B = 1"
+    for dataset in ("d", None):
+        assert record(learned_controls=[], ancestors=[]).warnings({(dataset, "c2", "A/B = 1")}) == [chose]
     assert "highly variable genes were chosen on all cells" in record(chosen_on_all=True).warnings([])[0]
 
 

@@ -189,7 +189,7 @@ def test_the_processor_knows_training_contexts_alone(files):
     [
         ({"zeroshot": {("one", "type_5"): "test"}}, "[zeroshot] names context 'type_5' of 'one', which is not there"),
         ({"fewshot": {("one", "type_0"): {"test": ["control"]}}}, "[fewshot] holds out 'control'"),
-        ({"zeroshot": {("one", c): "test" for c in CONTEXTS}}, "the splits leave no cell for training"),
+        ({"zeroshot": {("one", c): "test" for c in CONTEXTS}}, "hold out fewer contexts or perturbations"),
         ({"zeroshot": {("two", "type_0"): "test"}}, "[zeroshot] names dataset 'two'"),
     ],
 )

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pertstate.evaluation.confidence import calibration
 from pertstate.evaluation.report import render_report
-from pertstate.evaluation.report_data import by_step, cell_map, gene_tests, mean_changes, read_log
+from pertstate.evaluation.report_data import by_step, cell_map, find_scores, gene_tests, mean_changes, read_log
 from pertstate.evaluation.scores import Scores
 
 
@@ -142,8 +142,12 @@ def test_the_command(scores, tmp_path):
     done = launches.run(["-m", "pertstate.cli", "report", tmp_path / "run", "-o", tmp_path / "report.html"])
     assert (done.returncode, done.stdout) == (0, f"{tmp_path}/report.html: a page for the browser\n"), done.stderr
     assert "<h1>run</h1>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert find_scores(tmp_path / "run" / "scores" / "scores.json") == tmp_path / "run" / "scores"
     again = launches.run(["-m", "pertstate.cli", "report", tmp_path / "run", "-o", tmp_path / "report.html"])
     assert again.returncode == 1 and "--overwrite" in again.stderr
     none = launches.run(["-m", "pertstate.cli", "report", tmp_path, "-o", tmp_path / "other.html"])
     assert none.returncode == 1 and "holds no scores: expected scores.json" in none.stderr
+    scores.save(tmp_path / "cv" / "scores" / "state")
+    with pytest.raises(FileNotFoundError, match=rf"apart; name one of them: {tmp_path}/cv/scores/state$"):
+        find_scores(tmp_path / "cv")
     assert not (tmp_path / "other.html").exists()

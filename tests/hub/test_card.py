@@ -12,11 +12,13 @@ from markdown_it import MarkdownIt
 
 from pertstate import StateForPerturbation, StateProcessor
 from pertstate._version import __version__
+from pertstate.base.constants import Split
 from pertstate.base.printable import printable
 from pertstate.base.vocabulary import Vocabulary
 from pertstate.configuration_state import StateConfig
 from pertstate.data import prepare
 from pertstate.data.arguments import DataArguments, PrepareArguments
+from pertstate.data.record import RecordedGroup, RunRecord
 from pertstate.data.simulator import simulate_screen
 from pertstate.families import FAMILIES
 from pertstate.families.perturbation_mean.configuration_perturbation_mean import PerturbationMeanConfig
@@ -230,6 +232,19 @@ def test_what_a_splits_file_holds_out_is_listed(screen, tmp_path):
     assert "- val: 1 perturbation of context `type_1` of `screen`: `pert_0`" in card
     assert "- test: 1 perturbation of context `type_1` of `screen`: `pert_1`" in card
     assert str(tmp_path) not in card
+
+
+def test_groups_that_a_run_chose_for_validation_are_listed(screen, tmp_path):
+    groups = [("screen", "type_0", f"pert_{i}", split, 10) for i, split in enumerate((Split.TRAIN, Split.VAL))]
+    record = RunRecord("control", [RecordedGroup(*group) for group in groups])
+    processor = make_processor()
+    card = render_card(
+        make_run(tmp_path, validation="auto", test_contexts=["type_2"]), config_for(processor), processor, record=record
+    )
+    assert "- test contexts: `type_2`\n- val: 1 group: `type_0 / pert_1`\n" in card
+    named = make_run(tmp_path, val_perturbations=["pert_1"])
+    card = render_card(named, config_for(processor), processor, record=record)
+    assert "- val perturbations: `pert_1`\n" in card and "- val: " not in card
 
 
 def test_a_ceiling_says_so_beside_every_figure(screen, tmp_path):

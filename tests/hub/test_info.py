@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from pertstate import StateConfig, StateForPerturbation, StateProcessor
 from pertstate.cli import main
 from pertstate.data import simulate_screen
+from pertstate.hub.card import render_card
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,30 @@ perturbations (3): ['pert_0', 'pert_1', 'pert_2']
 contexts (2): ['type_0', 'type_1']
 ready: pertstate predict --model {tmp_path} --adata CELLS.h5ad --output PREDICTED.h5ad
 """
+    )
+
+
+def test_the_column_of_doses_is_named(tmp_path, capsys):
+    adata = simulate_screen(num_contexts=2, num_perturbations=2, num_genes=12, cells_per_group=6, seed=0)
+    adata.obs["uM"] = np.where(adata.obs["perturbation"] == "control", 0.0, 2.5)
+    processor = StateProcessor.fit(adata, set_size=4, dose_key="uM")
+    model = StateForPerturbation(StateConfig.from_preset("tiny", **StateConfig.sizes(processor), set_size=4))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert "context 'cell_type', dose 'uM'\n" in said(capsys, tmp_path)
+    card = render_card(None, model.config, processor)
+    assert "- `uM`: the dose\n" in card and "- doses trained on: 2 of `uM`: `pert_0@2.5`, `pert_1@2.5`\n" in card
+
+
+def test_tables_that_are_not_learned_are_no_parameters(processor, tmp_path, capsys):
+    model = StateForPerturbation(
+        StateConfig.from_preset("tiny", residual="anchor", **StateConfig.sizes(processor), set_size=4)
+    )
+    assert {name for name, _ in model.named_buffers()} <= {*model.state_dict()} and list(model.buffers())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert (
+        said(capsys, tmp_path).splitlines()[0].endswith(f": checkpoint of state, {model.num_parameters():,} parameters")
     )
 
 

@@ -95,6 +95,12 @@ def test_what_was_held_out_was_not_trained_on_and_the_seeds_differ(done):
         assert one.value(MODEL, "energy") != two.value(MODEL, "energy")
 
 
+def test_a_family_that_is_fitted_is_said_to_have_one_seed(screen, tmp_path, capsys):
+    flags = ["--families", "state-perturbation-mean", "--jobs", "2", "--use_cpu", "true"]
+    assert crossval("crossval", screen, "--over", "contexts", "-o", tmp_path / "cv", *flags) == 0
+    assert capsys.readouterr().out.startswith("state-perturbation-mean: mean of 1 seed\n")
+
+
 def test_a_report_of_the_pooled_scores(done, tmp_path):
     assert crossval("report", done / "scores" / "state", "-o", tmp_path / "report.html") == 0
     assert "Verdict on state, from 4 groups." in (tmp_path / "report.html").read_text()

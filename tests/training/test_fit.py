@@ -37,7 +37,10 @@ def test_from_an_object_to_scores_and_predictions(screen, trained, tmp_path):
     assert predicted.n_obs == controls.sum() and set(predicted.obs["perturbation"]) == {"pert_1"}
     assert predicted.uns["pertstate"]["checkpoint"] == "run"
     # The figures of the run, of the model and of its predictions are the same.
-    assert trained.evaluate(screen).averages.equals(trained.scores.averages)
+    evaluated = trained.evaluate(screen)
+    assert evaluated.averages.equals(trained.scores.averages)
+    assert evaluated.notes == trained.scores.notes
+    assert "note: control cells of the scored contexts were among the training cells: type_3" in repr(evaluated)
     everything = trained.predict(screen, contexts=["type_3"])
     again = pertstate.evaluate(everything, screen, record=trained.record)
     for metric in ("pearson", "mae", "energy"):
@@ -113,6 +116,10 @@ def test_a_run_file_is_run_with_fields_that_win(screen, tmp_path):
 def test_what_cannot_be_is_one_clear_error(screen, tmp_path):
     with pytest.raises(TypeError, match=r"cells\['a'\]: expected an AnnData or a path, found int"):
         pertstate.fit({"a": 1})
+    with pytest.raises(TypeError, match="cells: expected an AnnData or a path, found DataFrame"):
+        pertstate.fit(screen.obs)
+    with pytest.raises(TypeError, match="cells: expected an AnnData or a path, found ndarray"):
+        pertstate.evaluate(np.zeros((2, 3)), screen)
     with pytest.raises(ValueError, match="unknown flag --tset_contexts; .*test_contexts"):
         pertstate.fit(screen, tset_contexts=["type_3"])
     with pytest.raises(ValueError, match="data: held-out context 'type_9' is not in the data"):
