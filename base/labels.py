@@ -433,7 +433,19 @@ def alike(names: Collection[str]) -> list[list[str]]:
 
 def _matches(label: str, pattern: str) -> bool:
     """Whether a label is the one that is named, or fits a pattern, in which `*` stands for any text and all else for itself."""
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), label, re.DOTALL) is not None
+    first, *inner = pattern.split("*")
+    if not inner:
+        return label == pattern
+    last = inner.pop()
+    at, end = len(first), len(label) - len(last)
+    if at > end or not label.startswith(first) or not label.endswith(last):
+        return False
+    for part in inner:  # each at its first place, so that no pattern takes long
+        at = label.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 def looks_like_control(label: str) -> bool:

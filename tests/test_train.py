@@ -271,7 +271,7 @@ def test_the_card_tells_what_was_trained_and_how_it_scored(unbroken):
     [
         (["--learning_rat", "1"], r"unknown flag --learning_rat; did you mean 'learning_rate'"),
         (["--test_contexts", "type_33"], r"'type_33' is not in the data; did you mean 'type_3'"),
-        (["--load_best_model_at_end", "true"], r"need validation data, found none"),
+        (["--load_best_model_at_end", "true"], r"expected validation data, found none"),
         (["--perturbation_key", "gene"], r"obs has no column 'gene'"),
         (["--input_dim", "3"], r"model.input_dim follows from the data"),
     ],

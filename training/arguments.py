@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ _FINITE_NUMBER = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
 _POSITIVE = (lambda value: 0 < value < math.inf, "above 0 and finite")
 _SHARE = (lambda value: 0 <= value < 1, "at least 0 and below 1")
 _COUNT = (lambda value: 0 <= value < math.inf, "at least 0")
+_SEED = (lambda value: 0 <= value < 2**32, "at least 0 and below 2^32")
 _SIZE = (lambda value: value >= 1, "at least 1")
 # A number of steps, or a share of all steps.
 _STEPS = (
@@ -38,13 +39,32 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "eval_accumulation_steps"), _SIZE),
     "early_stopping_patience": _SIZE,
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), _STEPS),
-    **dict.fromkeys(
-        ("warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "inner_folds"), _COUNT
-    ),
+    **dict.fromkeys(("warmup_steps", "eval_delay", "dataloader_num_workers", "inner_folds"), _COUNT),
+    **dict.fromkeys(("seed", "data_seed"), _SEED),
     "average_decay": _SHARE,
     "schedule_steps": _SIZE,
     "num_train_epochs": _POSITIVE,
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1 where num_train_epochs is set"),
+}
+# Arguments of the library that would do nothing here, or something wrong, and why.
+_IN_HALF = "with bf16: true, evaluations compute in half precision as training does"
+_NO_KERNELS = "the library's kernels are for models of text"
+WITHOUT_MEANING = {
+    "label_smoothing_factor": "targets are cells, not classes",
+    "neftune_noise_alpha": "there are no embeddings of tokens",
+    "include_num_input_tokens_seen": "there are no tokens",
+    "train_sampling_strategy": "the data set draws the sentences, from its seed and the epoch",
+    "length_column_name": "the data set draws the sentences; cells_per_batch makes batches of even size",
+    "auto_find_batch_size": "a run keeps its batch; --dry_run says what memory it takes, and cells_per_batch makes it even",
+    "use_liger_kernel": _NO_KERNELS,
+    "liger_kernel_config": _NO_KERNELS,
+    "use_cache": "no model here predicts step by step",
+    "remove_unused_columns": "all of a batch is read",
+    "fp16_full_eval": _IN_HALF,
+    "bf16_full_eval": _IN_HALF,
+    "parallelism_config": "devices share out sentences, as ddp, fsdp or deepspeed do",
+    "do_predict": "the test groups are scored at the end of a run that holds some out",
+    "debug": "a loss or a gradient that is not finite is an error",
 }
 
 
@@ -203,6 +223,7 @@ class StateTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_meaning()
         self._check_numbers()
         cells = self.cells_per_batch
         if cells is not None and cells != "auto" and not (isinstance(cells, int) and cells >= 1):
@@ -222,11 +243,8 @@ class StateTrainingArguments(TrainingArguments):
             # What it became is what a checkpoint says.
             self.cells_on_device = False
         check_reporting(self.report_to)
-        half = [name for name in ("fp16", "fp16_full_eval") if getattr(self, name)]
-        if half and self.device.type == "cpu":
-            raise ValueError(
-                f"{half[0]}: a CPU does not train in float16; leave it out, or use {half[0].replace('fp', 'bf', 1)}"
-            )
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: a CPU does not train in float16; leave it out, or use bf16")
         if self.l2_weight_decay and self.optim not in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError(
                 f"l2_weight_decay turns AdamW into Adam, found optim={self.optim.value!r}; use optim: adamw_torch, or "
@@ -304,6 +322,17 @@ class StateTrainingArguments(TrainingArguments):
         if self.cells_on_device == "auto":
             return self.device.type == "cuda" and self.n_gpu <= 1 and not self.dataloader_num_workers
         return self.cells_on_device
+
+    def _check_meaning(self):
+        """ValueError if an argument is set that has no meaning here."""
+        for one in fields(self):
+            if one.name in WITHOUT_MEANING and (value := getattr(self, one.name)) not in (one.default, None, "no", []):
+                raise ValueError(f"{one.name}={value!r} has no meaning here: {WITHOUT_MEANING[one.name]}; leave it out")
+        if self.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise ValueError(
+                f"ddp_backend={self.ddp_backend!r} is for several processes, found one; leave it out, or start them with "
+                "accelerate launch"
+            )
 
     def _set_direction(self):
         """Say whether more is better of `metric_for_best_model`. The library takes every name without "loss" to be so."""

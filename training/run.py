@@ -254,15 +254,20 @@ def training_arguments(run: RunConfig, has_validation: bool) -> StateTrainingArg
         if fields["eval_strategy"] != "no" and "save_strategy" not in fields:
             fields.setdefault("load_best_model_at_end", True)
             fields.setdefault("metric_for_best_model", "eval_loss")
-    elif (
-        fields.get("load_best_model_at_end")
-        or fields.get("eval_strategy", "no") != "no"
-        or fields.get("early_stopping_patience") is not None
-    ):
-        raise ValueError(
-            "training: load_best_model_at_end, eval_strategy and early_stopping_patience need validation data, found none; hold "
-            "some out with val_contexts, val_perturbations, a splits file or validation: auto (test data never choose a checkpoint)"
-        )
+    else:
+        idle = {"load_best_model_at_end": False, "eval_strategy": "no", "early_stopping_patience": None}
+        asked = [name for name, value in idle.items() if fields.get(name, value) != value]
+        if asked:
+            found = "found none; hold some out with val_contexts, val_perturbations, a splits file or validation: auto"
+            if run.data.validation == AUTO:
+                found = (
+                    "and validation: auto found no training groups that can be held out as the test groups are; name some "
+                    "with val_contexts, val_perturbations or a splits file"
+                )
+            raise ValueError(
+                f"training: {', '.join(asked)}: expected validation data, {found} (test data never choose a checkpoint), or leave "
+                f"{'it' if len(asked) == 1 else 'them'} out"
+            )
     if "num_train_epochs" in fields:
         fields.setdefault("max_steps", -1)
     return StateTrainingArguments(**fields)

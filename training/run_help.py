@@ -19,7 +19,7 @@ from pertstate.data.stream_survey import survey_stream
 from pertstate.data.streaming import SentenceStream
 from pertstate.families import FAMILIES
 from pertstate.processing import StateProcessor
-from pertstate.training.arguments import StateTrainingArguments
+from pertstate.training.arguments import WITHOUT_MEANING, StateTrainingArguments
 from pertstate.training.automatic import AUTO, OF_TRAINING
 from pertstate.training.run_config import parse_flags
 
@@ -95,7 +95,7 @@ def help_of_train(argv: list[str]) -> str:
             ),
             "training": (
                 f"those of transformers.TrainingArguments and some more{_family_defaults(config)}",
-                [_or_auto(field) for field in _fields(StateTrainingArguments)],
+                [_or_auto(of) for of in _fields(StateTrainingArguments) if of.name not in WITHOUT_MEANING],
             ),
             "stream": ("cells that are read while the model trains, instead of files", list(_fields(StreamArguments))),
         }

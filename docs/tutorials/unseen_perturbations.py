@@ -43,6 +43,9 @@ table.to_csv("vectors.csv")
 table.head(3).round(2)
 
 # %% [markdown]
+# Where perturbations are knock-outs or activations of genes that the screen measures, no table is needed:
+# `perturbation_features="coexpression"` makes the vectors from how genes vary together in the control cells of the training.
+#
 # ## Hold out perturbations
 #
 # Six drugs are held out of all cell types. The model sees their vectors, and none of their cells.

@@ -131,6 +131,12 @@ def test_only_a_star_stands_for_other_text():
     several = reader(["[NT]*", "NT?*"])
     assert [label for label in ("[NT]_1", "NT?_1", "TP53", "NT_1") if several.is_control(label)] == ["[NT]_1", "NT?_1"]
     assert reader("*a*\n").is_control("xay\n")
+    of = {"a*a": ("aa", "aba"), "*": ("",), "a*b*c": ("abc", "axbxc", "abbcc"), "*b": ("b", "ab")}
+    for pattern, labels in of.items():
+        assert all(reader(pattern).is_control(label) for label in labels)
+    for pattern, label in (("a*a", "a"), ("a*b*c", "acb"), ("a*b*c", "abd"), ("*b", "ba"), ("a*bc*c", "abc")):
+        assert not reader(pattern).is_control(label)
+    assert not reader("*a" * 40 + "*b").is_control("a" * 5000)
 
 
 @pytest.mark.parametrize("missing", [None, np.nan, "nan", "NA", "None", "", "  ", "unassigned", "<NA>"])

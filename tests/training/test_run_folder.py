@@ -177,7 +177,14 @@ WRONG = [
     (["--dataloader_num_workers", "-1"], "dataloader_num_workers must be at least 0, found -1"),
     (["--lr_decay_epochs", ".inf", "--lr_scheduler_type", "constant"], "lr_decay_epochs must be above 0, found inf"),
     (["--fp16"], "fp16: a CPU does not train in float16; leave it out, or use bf16"),
-    (["--fp16_full_eval"], "fp16_full_eval: a CPU does not train in float16; leave it out, or use bf16_full_eval"),
+    (["--seed", "99999999999"], "seed must be at least 0 and below 2^32, found 99999999999"),
+    (["--bf16_full_eval"], "bf16_full_eval=True has no meaning here: with bf16: true, evaluations compute in half"),
+    (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1 has no meaning here: targets are cells, not"),
+    (["--neftune_noise_alpha", "5"], "neftune_noise_alpha=5.0 has no meaning here: there are no embeddings of tokens"),
+    (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy='group_by_length' has no meaning here"),
+    (["--remove_unused_columns"], "remove_unused_columns=True has no meaning here: all of a batch is read; leave it"),
+    (["--debug", "underflow_overflow"], "debug='underflow_overflow' has no meaning here: a loss or a gradient"),
+    (["--ddp_backend", "gloo"], "ddp_backend='gloo' is for several processes, found one; leave it out, or start them"),
 ]
 
 
