@@ -3,6 +3,7 @@
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,9 +66,26 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with saying_disk_errors(path):
             yield partial
+            share(partial)
             os.replace(partial, place)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def share(path: str | os.PathLike):
+    """
+    Give a file, or the weights in a folder, the rights that new files have here. safetensors writes files that only their owner
+    may read.
+    """
+    path = Path(path)
+    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+        if file.stat().st_mode & 0o077:
+            continue
+        new = partial_of(file)
+        with open(new, "x") as opened:
+            rights = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+        new.unlink()
+        os.chmod(file, rights)
 
 
 @contextmanager
@@ -109,4 +127,4 @@ def _disk_error(error: BaseException) -> int | None:
     return None
 
 
-__all__ = ["PARTIAL", "partial_of", "place_of_file", "saying_disk_errors", "whole_file"]
+__all__ = ["PARTIAL", "partial_of", "place_of_file", "saying_disk_errors", "share", "whole_file"]

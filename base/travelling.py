@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from transformers.utils import PushToHubMixin
 
+from .files import share
+
 
 # `from ..base.modeling_layers import MLP`: the dots, the folders, and the module that is imported from.
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from )(\.+)((?:\w+\.)*)(\w+)(?= import )", re.MULTILINE)
@@ -67,7 +69,9 @@ class Travelling(PushToHubMixin):
         os.makedirs(save_directory, exist_ok=True)
         if kwargs.get("is_main_process", True):
             self._save_code(Path(save_directory))
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        found = super().save_pretrained(save_directory, *args, **kwargs)
+        share(save_directory)
+        return found
 
     def _save_code(self, folder: Path):
         module, settings = type(self).__module__, self._settings()

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from pertstate.base.files import share
+
 
 # The weights that a training continues from, beside the averaged ones of a checkpoint.
 LAST_WEIGHTS = "last_weights.safetensors"
@@ -78,6 +80,7 @@ class WeightAverage(TrainerCallback):
     def save_last(self, folder: Path):
         """Write, inside [`WeightAverage.applied`], the weights that the training goes on from."""
         save_file({name: weight.contiguous() for name, weight in self._average.items()}, folder / LAST_WEIGHTS)
+        share(folder / LAST_WEIGHTS)
 
     def finish(self, keep: bool = True):
         """

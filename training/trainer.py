@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from pertstate.base.checkpoint_files import check_finite_weights
 from pertstate.base.constants import GENE_LABELS, LABELS, Split
-from pertstate.base.files import whole_file
+from pertstate.base.files import share, whole_file
 from pertstate.base.messages import counted
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger
@@ -464,6 +464,7 @@ class StateTrainer(Trainer):
         # At no moment may the folder load while something is missing: weights last, or (with more to come) hidden.
         if is_staged(folder):
             model.save_pretrained(folder, state_dict=state_dict)
+            share(folder)  # an adapter is saved by peft
             hide(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
@@ -473,6 +474,7 @@ class StateTrainer(Trainer):
         self._write_card(folder)
         if not is_staged(folder):
             model.save_pretrained(folder, state_dict=state_dict)
+            share(folder)  # an adapter is saved by peft
         # Once more: peft writes into the card of an adapter.
         self._write_card(folder)
 

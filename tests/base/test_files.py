@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pertstate import StateConfig, StateForPerturbation
 from pertstate.base.files import PARTIAL, partial_of, place_of_file, whole_file
 from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.manifest import Manifest
@@ -128,6 +129,21 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(path):
         pass
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("mask, rights", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_rights_of_other_files(tmp_path, mask, rights):
+    """Safetensors writes files that only their owner may read."""
+    model = StateForPerturbation(StateConfig.from_preset("tiny", input_dim=3, num_perturbations=2))
+    before = os.umask(mask)
+    try:
+        save_features(tmp_path / "perturbation_features.safetensors", NAMES[:3])
+        model.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    written = [tmp_path / "perturbation_features.safetensors", tmp_path / "model" / "model.safetensors"]
+    assert [path.stat().st_mode & 0o777 for path in written] == [rights] * 2
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_two_files_are_written_whole_together(tmp_path):
