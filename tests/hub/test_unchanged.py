@@ -8,7 +8,6 @@ import pytest
 import torch
 from finetuning_runs import make_folder, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
 
 from pertstate.base import outputs
 from pertstate.cli import main as pertstate
@@ -48,7 +47,7 @@ def replace(place: Path, new: Path):
 def replaced(monkeypatch):
     """Has a folder replaced between the reading of the processor and of the weights, so often."""
     left = []
-    real = AutoProcessor.from_pretrained
+    real = checkpoints.StateProcessor.from_pretrained
 
     def read(name, **kwargs):
         found = real(name, **kwargs)
@@ -56,7 +55,7 @@ def replaced(monkeypatch):
             replace(*left.pop())
         return found
 
-    monkeypatch.setattr(checkpoints.AutoProcessor, "from_pretrained", read)
+    monkeypatch.setattr(checkpoints.StateProcessor, "from_pretrained", read)
     return left
 
 
