@@ -104,6 +104,13 @@ def _reported(command: str, run: Callable[[], object]) -> int:
     except StoppedError as stop:
         say(f"pertstate {command}: {stop}", sys.stderr)
         return stop.exit_code
+    except MemoryError as error:
+        more = "a cell store, as pertstate prepare makes one, is read block by block"
+        say(
+            f"pertstate {command}: error: not enough memory ({line_of(error) or 'no size is known'}); {more}",
+            sys.stderr,
+        )
+        return 1
     except ERRORS as error:
         say(f"pertstate {command}: error: {line_of(error)}", sys.stderr)
         return 1

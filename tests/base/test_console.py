@@ -126,6 +126,19 @@ def test_errors_and_tracebacks_are_printable(tmp_path, kind):
         assert done.stderr.startswith("Traceback") and "RuntimeError: name \\x1b[2J\\u202e" in done.stderr
 
 
+def test_memory_that_is_not_there_is_one_line():
+    code = (
+        "import sys\nimport numpy as np\nfrom pertstate import cli\nfrom pertstate.cli import configs\n"
+        "configs.run = lambda args: np.empty(1 << 59, dtype=np.uint8)\nsys.exit(cli.main(['configs']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "pertstate configs: error: not enough memory (Unable to allocate 512. PiB for an array"
+    )
+    assert "pertstate prepare" in done.stderr
+
+
 def test_arguments_are_printable_and_any_encoding_will_do():
     done = run(["-m", "pertstate.cli", "info", "/nowhere/\x1b[2J\u202e.h5ad"])
     assert done.returncode == 1 and "/nowhere/\\x1b[2J\\u202e.h5ad" in done.stderr and "\x1b" not in done.stderr
