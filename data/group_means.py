@@ -86,6 +86,33 @@ class GroupMeans:
         expression = None if self.expression is None else self.expression[rows]
         return GroupMeans(self.control, [self.groups[i] for i in rows], self.counts[rows], self.means[rows], expression)
 
+    def is_like(self, other: "GroupMeans") -> bool:
+        """Whether both have as many features, and both or none have `expression`."""
+        return self.means.shape[1] == other.means.shape[1] and (self.expression is None) == (other.expression is None)
+
+    def joined(self, other: "GroupMeans") -> "GroupMeans":
+        """These groups and those of another training, which [`is_like`] this one. A group that both have has the mean of all its cells."""
+        theirs = [(dataset, context, self._named(name, other)) for dataset, context, name in other.groups]
+        groups = sorted({*self.groups, *theirs})
+        row = {key: i for i, key in enumerate(groups)}
+        rows = np.array([row[key] for key in (*self.groups, *theirs)])
+        cells = np.concatenate([self.counts, other.counts])
+        counts = np.bincount(rows, weights=cells).astype(np.int64)
+
+        def mean(mine: np.ndarray, its: np.ndarray) -> np.ndarray:
+            sums = np.zeros((len(groups), mine.shape[1]))
+            np.add.at(sums, rows, np.concatenate([mine, its]).astype(np.float64) * cells[:, None])
+            return (sums / counts[:, None]).astype(np.float32)
+
+        expression = None
+        if self.expression is not None and other.expression is not None:
+            expression = mean(self.expression, other.expression)
+        return GroupMeans(self.control, groups, counts, mean(self.means, other.means), expression)
+
+    def _named(self, name: str, other: "GroupMeans") -> str:
+        """What a perturbation of another training is called here."""
+        return self.control if name == other.control else name
+
     @cached_property
     def _contexts(self) -> dict[str, list[tuple[str, str]]]:
         found: dict[str, list[tuple[str, str]]] = {}

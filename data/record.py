@@ -173,6 +173,7 @@ class RunRecord:
                 + ", ".join(f"{group.context} / {group.perturbation}" for group in chose[:10])
             )
         own = {(group.context, group.perturbation) for group in self.of_split(Split.TRAIN)}
+        own |= set() if self.means is None else {(context, name) for _, context, name in self.means.groups}
         notes += [
             f"the baselines do not know what {ancestor.name}, from which training started, was trained on, as the model does"
             for ancestor in self.ancestors

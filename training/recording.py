@@ -109,6 +109,7 @@ def record_of(
     fitted: bool,
     provenance: Provenance | None,
     pretrained: Pretrained | None,
+    before: RunRecord | None,
     means: GroupMeans | None,
     change_tests: dict[str, float],
     intervals: ChangeIntervals | None,
@@ -122,14 +123,13 @@ def record_of(
         data ([`TrainingSentences`]): its training split, which knows the other splits' groups too.
         fitted (`bool`): the model is fitted in one pass, in which only controls of training groups take part.
         provenance ([`Provenance`], *optional*): the files, of the process that hashed them.
-        pretrained ([`Pretrained`], *optional*): the checkpoint that it starts from.
-        means ([`GroupMeans`], *optional*): of the training groups.
+        pretrained ([`Pretrained`], *optional*), before ([`RunRecord`], *optional*): the checkpoint that it starts from, and its record.
+        means ([`GroupMeans`], *optional*): of the training groups, and of those of that checkpoint.
         change_tests (`dict[str, float]`): adjusted p-values of the perturbations, see
             [`~pertstate.training.change_test.change_tests`].
         intervals ([`ChangeIntervals`], *optional*): of predicted mean changes.
         args ([`StateTrainingArguments`]): how it trains.
     """
-    before = None if pretrained is None else _record_before(pretrained)
     groups = data.recorded_groups()
     trained = {(group.dataset, group.context) for group in groups if group.split == "train"}
     learned = sorted(trained) if fitted else data.learned_controls()
@@ -170,5 +170,6 @@ def ancestors_of(pretrained: Pretrained, record: RunRecord | None) -> list[Ances
     return [Ancestor(name, None)] if record is None else record.as_ancestors(name)
 
 
-def _record_before(pretrained: Pretrained) -> RunRecord | None:
+def record_before(pretrained: Pretrained) -> RunRecord | None:
+    """The record of the checkpoint that a run starts from, where it has one."""
     return RunRecord.load(pretrained.name, hub_arguments({"revision": pretrained.revision}))

@@ -150,6 +150,8 @@ class StateTrainer(Trainer):
         # Those that are saved: while a checkpoint is written, `args` are a copy.
         self._asked = args
         self._means: GroupMeans | None = None
+        # Of the checkpoint that is trained further: what its baselines knew.
+        self.means_before: GroupMeans | None = None
         self.record = record
         self._unseen = 0
         self.placing = Placing(args)
@@ -362,9 +364,16 @@ class StateTrainer(Trainer):
         return self.model.config.gene_dim is not None
 
     def baselines(self, methods: tuple[str, ...] | None = None) -> Baselines:
-        """What the baselines know: the means of the training groups. All processes call it together."""
+        """What the baselines know, see [`known_means`]. All processes call it together."""
         clip = self.model.config.nonnegative_output or self.decodes
-        return baselines_of(self.learned_means(), self.train_dataset.processor, clip, methods)
+        return baselines_of(self.known_means(), self.train_dataset.processor, clip, methods)
+
+    def known_means(self) -> GroupMeans | None:
+        """The means of the training groups, and of those of the checkpoint that is trained further, where it has them in these units."""
+        own, before = self.learned_means(), self.means_before
+        if own is None or before is None:
+            return own or before
+        return own.joined(before) if own.is_like(before) else own
 
     def learned_means(self) -> GroupMeans | None:
         """The means of the training groups, in the units of predictions; None where only control cells are trained on."""

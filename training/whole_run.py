@@ -21,7 +21,7 @@ from pertstate.training.change_test import describe_tests, gather_tests
 from pertstate.training.dry_run import dry_run
 from pertstate.training.history import write_history
 from pertstate.training.pretrained import Pretrained
-from pertstate.training.recording import check_same_run, record_of
+from pertstate.training.recording import check_same_run, record_before, record_of
 from pertstate.training.run import (
     build_config,
     check_processes,
@@ -107,8 +107,12 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
     tests = gather_tests(datasets[Split.TRAIN], trainer.decodes, trainer.accelerator)
     if tests:
         logger.info(describe_tests(tests))
-    means = None if fitted else trainer.learned_means()
-    record = record_of(run, datasets[Split.TRAIN], fitted, provenance, pretrained, means, tests, intervals, args)
+    before = None if pretrained is None else record_before(pretrained)
+    trainer.means_before = None if before is None else before.means
+    means = None if fitted else trainer.known_means()
+    record = record_of(
+        run, datasets[Split.TRAIN], fitted, provenance, pretrained, before, means, tests, intervals, args
+    )
     trainer.record = record
     if args.should_save:
         trainer.card = render_card(run, config, processor, args=args, provenance=provenance, record=record)
@@ -127,7 +131,7 @@ def train_run(run: RunConfig, resume: str | None, quiet: bool = False) -> tuple[
         if args.should_save:
             write_history(Path(str(args.output_dir)), trainer.state)
         raise
-    record.means = trainer.learned_means()
+    record.means = trainer.known_means()
     if Split.VAL in datasets and getattr(config, "confidence_token", False):
         record.calibration = trainer.calibrate(datasets[Split.VAL])
     metrics: dict[str, float] = {}

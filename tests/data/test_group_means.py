@@ -80,6 +80,25 @@ def test_values_that_are_no_expression_have_no_fold_change():
     assert list(found.changes()) == ["A", "B"]
 
 
+def test_two_trainings_know_the_groups_of_both():
+    """A group that both have has the mean of all its cells."""
+    values, first = cells(), GROUPS[GROUPS["context"] == "c"]
+    parts = pd.DataFrame(
+        [("d", "e", "A", 20, 22), ("d", "e", "A", 22, 25), ("d", "e", "B", 25, 30), ("d", "e", "ctrl", 30, 40)],
+        columns=GROUPS.columns,
+    )
+    both = pd.concat([first, parts.iloc[1:]])
+    one = GroupMeans.of_sums(GroupSums.of_cells(values, both.replace("ctrl", "control"), "control", log1p=True))
+    other = GroupMeans.of_sums(GroupSums.of_cells(values, parts.drop(index=[1, 2]), "ctrl", log1p=True))
+    found, expected = one.joined(other), means()
+    assert one.is_like(other) and found.groups == expected.groups and found.control == "control"
+    assert found.counts.tolist() == [10, 10, 5, 5, 20]  # the control cells of e are in both
+    np.testing.assert_allclose(found.means, expected.means, rtol=1e-5)
+    np.testing.assert_allclose(found.expression, expected.expression, rtol=1e-5)
+    counts = GroupMeans.of_sums(GroupSums.of_cells(values, GROUPS, "control"))
+    assert not one.is_like(counts) and not one.is_like(one.of_features(np.arange(3)))
+
+
 def test_some_perturbations_alone_keep_their_controls():
     found = means().of(["B"])
     assert [key[2] for key in found.groups] == ["control", "B", "control"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata as ad
 import launches
+import numpy as np
 import pytest
 
 from pertstate.cli import main as pertstate
@@ -125,6 +126,21 @@ def test_a_checkpoint_trained_further_knows_what_came_before(folder, tmp_path):
     assert "`run` was trained on 3 of the held-out groups: `type_0 / pert_0`" in card
     assert set(scores.table.query("method == 'model'")["seen"]) == {"trained on by run"}
     assert scores.averages.empty and "No verdict" in card
+    # The baselines know what the model was trained on, before and now.
+    before, now = (RunRecord.load(place).means for place in (folder / "run", tmp_path / "further"))
+    assert {key[1] for key in before.groups} == {"type_0", "type_1"} and {key[1] for key in now.groups} == {
+        "type_0",
+        "type_1",
+        "type_2",
+    }
+    np.testing.assert_allclose(
+        now.change(("screen", "type_0"), "pert_0"), before.change(("screen", "type_0"), "pert_0")
+    )
+    assert not [note for note in scores.notes if "baselines do not know" in note]
+    again = evaluated(
+        tmp_path / "scores", "--model", tmp_path / "further", "--real", folder / "screen.h5ad", "--context", "type_0"
+    )
+    np.testing.assert_equal(figures(again), figures(scores))
 
 
 def test_another_run_is_not_continued(folder, tmp_path):
