@@ -32,11 +32,15 @@ PATIENCE = 5
 
 def with_defaults(run: RunConfig) -> RunConfig:
     """
-    The run of a new State model without a model section, or of one that asks for an anchor or `preset: auto`, with the defaults
-    that are known before the data are: it starts from an anchor (`residual: anchor`), with the arguments of [`ANCHORED`].
+    The run of a new State model without a model section, or with `model_type` and `set_size` alone in it, or of one that asks for an
+    anchor or `preset: auto`, with the defaults that are known before the data are: it starts from an anchor (`residual: anchor`), with the arguments of [`ANCHORED`].
     Unless the run sets them, `preset`, `set_size` and `max_steps` are `"auto"`. Another run stays as it is.
     """
-    asked = not run.model or run.model.get("preset") == AUTO or run.model.get("residual") == "anchor"
+    asked = (
+        not run.model.keys() - {"model_type", "set_size"}
+        or run.model.get("preset") == AUTO
+        or run.model.get("residual") == "anchor"
+    )
     if not (is_new_state(run.model) and asked):
         return run
     model = {"residual": "anchor", **run.model}

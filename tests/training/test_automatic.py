@@ -25,6 +25,16 @@ def test_a_run_without_a_model_section_starts_from_an_anchor_and_is_sized_by_its
     assert run.training == {**ANCHORED, "max_steps": AUTO}
 
 
+def test_the_family_and_the_size_of_a_sentence_are_no_choice_of_a_model(tmp_path):
+    """`--model_type state` gives the model that a run without a model section has; so crossval compares it with other families."""
+    plain = run_of(tmp_path, "")
+    named = run_of(tmp_path, "", "--model_type", "state")
+    assert named.training == plain.training
+    assert named.model == {**plain.model, "model_type": "state"}
+    sized = run_of(tmp_path, "model: {set_size: 9}\n")
+    assert sized.model == {**plain.model, "set_size": 9} and sized.training == plain.training
+
+
 def test_what_a_run_sets_stays(tmp_path):
     given = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "average_decay": None, "max_steps": 7}
     text = f"model: {{preset: small, residual: output, set_size: 9}}\ntraining: {json.dumps(given)}\n"
