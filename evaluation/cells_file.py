@@ -16,7 +16,7 @@ from pertstate.evaluation.whole_hdf5 import whole_hdf5
 
 
 ZARR = ".zarr"
-SUFFIXES = (".h5ad", ZARR)
+SUFFIXES = (".h5ad", ".h5", ZARR)
 _OF_ZARR = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")
 _OF_ANNDATA = ("X", "layers", "obs", "obsm", "obsp", "raw", "uns", "var", "varm", "varp")
 ZARR_FOLDER = Kind("AnnData in zarr format", (".zgroup", "zarr.json"), lambda name: name in (*_OF_ZARR, *_OF_ANNDATA))

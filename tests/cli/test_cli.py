@@ -291,7 +291,7 @@ def test_missing_genes_and_another_layer(folder, tmp_path, capsys):
     [
         (["--perturbation", "pert_9"], "perturbation 'pert_9' is unknown to this model (3 are known); did you mean"),
         (["--context", "type_7"], "context 'type_7' is not in the data; did you mean"),
-        (["--output", "cells.txt"], "cells.txt: expected a name that ends in .h5ad or .zarr"),
+        (["--output", "cells.txt"], "cells.txt: expected a name that ends in .h5ad or .h5 or .zarr"),
         (["--cells-per-perturbation", "0"], "cells_per_perturbation must be at least 1, found 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, found 0"),
         (["--seed", "-1"], "seed must be a number from 0 to 9223372036854775807, found -1"),
