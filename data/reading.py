@@ -463,7 +463,7 @@ def _made_of_another_format(path: Path) -> str | None:
         try:
             with h5py.File(path, "r") as file:
                 found = set(file.keys())  # links are not followed
-        except OSError:
+        except (OSError, RuntimeError):  # h5py raises the latter for a damaged table of names
             return None
     ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     for names, endings, format, how in _FORMATS:

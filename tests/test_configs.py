@@ -64,4 +64,4 @@ def test_a_run_wins_over_the_arguments_that_a_family_was_published_with(tmp_path
     assert own["lr_scheduler_type"] == "linear" and not {"lr_decay_epochs", "lr_decay_factor"} & set(own)
     assert own["l2_weight_decay"] is True and own["learning_rate"] == published["learning_rate"]
     assert "l2_weight_decay" not in train.read_run([str(path), "--optim", "sgd"]).training
-    assert train.read_run([str(path), "--model_type", "state"]).training == {"weight_decay": 0.1}
+    assert train.read_run([str(path), "--model_type", "state", "--preset", "tiny"]).training == {"weight_decay": 0.1}

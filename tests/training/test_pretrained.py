@@ -274,8 +274,8 @@ def test_perturbed_cells_beside_the_controls_are_only_scored(folder):
         found = weights(folder / name)
         assert all(torch.equal(found[key], alone[key]) for key in alone)
     assert np.isfinite(metrics["test_energy"]) and metrics["test_mae"] != metrics["test_no_change_mae"]
-    # The baseline that adds mean changes knows no change, so it has no figures.
-    assert "test_perturbation_mean_mae" not in metrics
+    # No perturbed cell is trained on here. The baseline knows the changes that the checkpoint was trained on, as the model does.
+    assert np.isfinite(metrics["test_perturbation_mean_mae"])
 
 
 def test_fine_tuning_on_a_new_cell_type_beats_training_from_scratch(tmp_path):
