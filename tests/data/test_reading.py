@@ -296,3 +296,12 @@ def test_patterns_that_stand_for_very_many_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected '\*\*' at most 2 times, found it 20 times"):
         expand_paths(f"{tmp_path}/" + "**/" * 20 + "*.h5ad")
     assert time.perf_counter() - start < 1
+
+
+def test_a_damaged_table_of_names_is_one_error(tmp_path):
+    path = tmp_path / "damaged.h5ad"
+    with h5py.File(path, "w") as file:
+        file["matrix"] = [1]
+    path.write_bytes(path.read_bytes().replace(b"SNOD", b"XXXX"))
+    with pytest.raises(ValueError, match="cannot be read as .h5ad: .*copy or write it again"):
+        AnnDataFile(path)
