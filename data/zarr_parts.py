@@ -90,7 +90,7 @@ def _codecs(array) -> list:
 
 
 def _name(codec) -> str:
-    named = getattr(codec, "codec_id", None) or codec.to_dict()["name"]
+    named = codec.codec_id if isinstance(codec, numcodecs.abc.Codec) else codec.to_dict()["name"]
     return named.removeprefix("numcodecs.")
 
 

@@ -302,6 +302,6 @@ def test_a_damaged_table_of_names_is_one_error(tmp_path):
     path = tmp_path / "damaged.h5ad"
     with h5py.File(path, "w") as file:
         file["matrix"] = [1]
-    path.write_bytes(path.read_bytes().replace(b"SNOD", b"XXXX"))
+    path.write_bytes(path.read_bytes().replace(b"SNOD", b"DONS"))
     with pytest.raises(ValueError, match="cannot be read as .h5ad: .*copy or write it again"):
         AnnDataFile(path)
