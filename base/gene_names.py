@@ -6,6 +6,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+from .labels import label_text
+
 
 # The largest share of genes that may be missing by default.
 MAX_MISSING_GENES = 0.5
@@ -18,11 +20,16 @@ def without_version(name: str) -> str:
     return found.group(1) if found else name
 
 
+def texts_of(column: pd.Series) -> pd.Series:
+    """A column of var as names of genes: numbers (Entrez ids) are written alike, however they are stored."""
+    return column.map(label_text).astype(str)
+
+
 def other_names(adata: ad.AnnData, missing: list[str]) -> str:
     """What might match where genes are missing, for errors: a column of var, names without versions, or in another case."""
     wanted = set(missing)
     for column in getattr(adata, "var", pd.DataFrame()).columns:
-        if len(wanted & set(adata.var[column].astype(str))) > len(wanted) / 2:
+        if len(wanted & set(texts_of(adata.var[column]))) > len(wanted) / 2:
             return f"; var[{column!r}] has them: set gene_key: {column}"
     bare = {without_version(name) for name in wanted}
     if len(bare & {without_version(str(name)) for name in adata.var_names}) > len(bare) / 2:

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from .cell_values import matrix_of, take_rows
 from .constants import Values
 from .finite import within_reach, wrong
-from .gene_names import without_version
+from .gene_names import texts_of, without_version
 from .labels import MISSING
 from .messages import closest, counted, some
 from .value_evidence import inverse_log1p
@@ -148,7 +148,7 @@ def view_of(
                 f"var has no column {gene_key!r} (gene_key), found {some(var.columns)}; "
                 f"{closest(gene_key, var.columns) if len(var.columns) else 'leave gene_key out'}"
             )
-        names = var[gene_key].astype(str)
+        names = texts_of(var[gene_key])
         missing = names.str.strip().str.lower().isin(MISSING)
         missing &= names.duplicated(keep=False) | (names.str.strip() == "")  # one gene may well be called nan
         missing |= var[gene_key].isna()

@@ -491,7 +491,7 @@ def _column(obs: pd.DataFrame, key: str, name: str) -> pd.Series:
     return obs[key]
 
 
-def _text(value) -> str:
+def label_text(value) -> str:
     """A label as text, without spaces around it. Whole numbers are written alike, also where they are stored as fractions."""
     if isinstance(value, (float, np.floating)) and value.is_integer():
         return str(int(value))
@@ -507,7 +507,7 @@ class _Texts:
             self.codes, values = column.cat.codes.to_numpy(), column.cat.categories
         else:
             self.codes, values = pd.factorize(column)
-        self.names = np.array([_text(value) for value in values], dtype=object)
+        self.names = np.array([label_text(value) for value in values], dtype=object)
         # A word that usually says "no label" may be that of the controls.
         self.gone = np.array([name.lower() in MISSING and not (is_label and is_label(name)) for name in self.names])
 

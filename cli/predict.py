@@ -233,7 +233,11 @@ def _predict(args: argparse.Namespace, shared):
     )
     if not shared.writes:
         return
+    cells = counted(done["cells"], "cell")
+    if done["control_rows"]:
+        cells = f"{counted(done['cells'], 'predicted cell')} and {counted(done['control_rows'], 'control cell')}"
+    doses = f" ({done['dosed']:,} with their doses)" if done["dosed"] > done["perturbations"] else ""
     say(
-        f"{args.output or args.summary}: {counted(done['cells'], 'cell')}, "
-        f"{counted(done['perturbations'], 'perturbation')} in {counted(done['contexts'], 'context')}"
+        f"{args.output or args.summary}: {cells}, {counted(done['perturbations'], 'perturbation')}{doses} "
+        f"in {counted(done['contexts'], 'context')}"
     )

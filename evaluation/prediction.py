@@ -28,6 +28,7 @@ from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.confidence_calibration import ConfidenceCalibration
 from pertstate.data.in_memory import CellData, open_cells
 from pertstate.data.reading import AnnDataFile, read_labels
+from pertstate.data.splits import without_doses
 from pertstate.evaluation.cell_eval import CellEval, real_rows, wanted_cells, write_real
 from pertstate.evaluation.cells_file import SUFFIXES, whole_cells
 from pertstate.evaluation.confidence import confidence_text, expectations
@@ -126,9 +127,9 @@ def predict(
             one process.
 
     Returns:
-        `dict[str, int]`: the numbers of `cells` written, of `contexts`, of `perturbations` and of `unseen` groups. A group
-        (context, perturbation) is unseen if its perturbation or context has no training cells, so that the model predicts it
-        in another way. A warning names these groups.
+        `dict[str, int]`: the numbers of `cells` predicted, of `control_rows` written before them, of `contexts`, of
+        `perturbations`, of these at their doses (`dosed`), and of `unseen` groups. A group (context, perturbation) is unseen if its
+        perturbation or context has no training cells, so that the model predicts it in another way. A warning names these groups.
 
     Raises:
         KeyError, ValueError: see [`StateProcessor.__call__`]; or there is nothing to predict.
@@ -299,8 +300,10 @@ def predict(
             f"{len(unseen)} of {len(arms)} groups (context / perturbation) have a perturbation or a context without training "
             f"cells: {[' / '.join(group) for group in unseen][:10]}; the model card says how these are predicted"
         )
-    counts = {"contexts": len(chosen), "perturbations": len({arm.perturbation for arm in arms})}
-    return {"cells": total, **counts, "unseen": len(unseen)}
+    dosed = {arm.perturbation for arm in arms}
+    counts = {"contexts": len(chosen), "perturbations": len({*map(without_doses, dosed)}), "dosed": len(dosed)}
+    controls = sum(map(len, chosen.values())) if layout.controls == ROWS else 0
+    return {"cells": total, "control_rows": controls, **counts, "unseen": len(unseen)}
 
 
 def predict_in_memory(model, processor: StateProcessor, adata: CellData, **options) -> ad.AnnData:

@@ -304,11 +304,12 @@ def test_one_name_at_several_doses_is_several_groups(series):
     assert AutoProcessor.from_pretrained(trained(series, held, "held")).doses == {"drug": [0.01, 1.0]}
 
 
-def test_doses_stand_in_the_output_and_in_its_scores(series, caplog):
+def test_doses_stand_in_the_output_and_in_its_scores(series, caplog, capsys):
     out, words = series / "p.h5ad", ["predict", "--model", str(series / "model"), "--adata", str(series / "s.h5ad")]
     words += ["--output", str(out), "--quiet", "--perturbation", "drug"]
     assert pertstate([*words, "--dose", "0.01", "0.1", "1", "3"]) == 0
     assert "no training cell had the dose of 1 perturbation: ['drug@3']" in caplog.text
+    assert "p.h5ad: 128 cells, 1 perturbation (4 with their doses) in 2 contexts\n" in capsys.readouterr().out
     found = ad.read_h5ad(out)
     assert set(found.obs["perturbation"]) == {"drug"} and found.obs["dose"].value_counts().to_dict() == dict.fromkeys(
         (0.01, 0.1, 1, 3), 32

@@ -202,6 +202,15 @@ def test_genes_by_a_column_of_var(tmp_path):
     )
 
 
+def test_entrez_ids_are_the_same_genes_however_they_are_stored():
+    whole, fractions = screen(), screen()
+    whole.var["entrez"] = np.arange(7157, 7163)
+    fractions.var["entrez"] = pd.Series(np.arange(7157.0, 7163.0), index=fractions.var_names).astype("category")
+    _, processor = fitted(whole, gene_key="entrez")
+    assert processor.vocabulary.genes == [str(i) for i in range(7157, 7163)]
+    assert np.array_equal(processor.features(fractions), processor.features(whole))
+
+
 def test_versions_of_ensembl_ids_are_suggested_and_ignored_when_asked():
     with_versions, without = screen(), screen()
     with_versions.var_names = [f"ENSG{i:011d}.{i + 1}" for i in range(6)]

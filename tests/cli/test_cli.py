@@ -230,6 +230,8 @@ def test_layouts_by_flags(folder, tmp_path, capsys):
     plain = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0")
     rows = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0", "--with-controls", "--sparse")
     assert (rows.obs["perturbation"] == "control").sum() == 40
+    said = "out.h5ad: 40 predicted cells and 40 control cells, 1 perturbation in 2 contexts\n"
+    assert capsys.readouterr().out.endswith(said)
     np.testing.assert_allclose(rows[40:].X.toarray(), plain.X, atol=1e-5)
     beside = predict(folder, tmp_path / "out.h5ad", "--perturbation", "pert_0", "--control-layer", "--dtype", "float16")
     assert beside.layers["control"].dtype == beside.X.dtype == np.float16 and "control_cells" not in beside.uns
