@@ -83,7 +83,6 @@ build/tutorials/%.md: docs/tutorials/%.py docs/tutorial.py $(wildcard *.py */*.p
 
 docs: .venv/.installed $(TUTORIALS)
 	$(BIN)/python docs/build_site.py
-	$(BIN)/zensical build --strict --clean
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/train_step.py

@@ -1,11 +1,13 @@
 """
-Prepares the pages of the site (`make docs`): the files of docs/ and some of the root, with links of the site. mkdocs.yml names
-the class `Docstrings`, which turns docstrings into Markdown when the reference is built.
+Builds the site (`make docs`) from the files of docs/ and some of the root, with links of the site. mkdocs.yml names the class
+`Docstrings`, which turns docstrings into Markdown when the reference is built.
 """
 
 import posixpath
 import re
 import shutil
+import subprocess
+import sys
 import textwrap
 from html import escape
 from pathlib import Path
@@ -21,6 +23,8 @@ TARGET = ROOT / "build" / "docs"
 TUTORIALS = ROOT / "build" / "tutorials"
 # Files of the root that are pages.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ZENSICAL = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
+PATIENCE = 180
 _FAMILIES = "<!-- The config, model and objective of each family come here: docs/build_site.py. -->"
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])+)\]\(([^()#\s]+)(#[^()\s]*)?\)")
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
@@ -150,6 +154,20 @@ def _section(match: re.Match) -> str:
     return f"\n**{title}**\n\n{body}\n\n"
 
 
+def build() -> int:
+    """
+    Have Zensical build the site, and return its exit status. It takes seconds, but now and then its threads wait for one another for
+    ever (zensical/zensical, issue 113): after [`PATIENCE`] seconds it is stopped, and tried once more.
+    """
+    for _ in range(2):
+        try:
+            return subprocess.run(ZENSICAL, cwd=ROOT, timeout=PATIENCE).returncode
+        except subprocess.TimeoutExpired:
+            print(f"zensical did not end within {PATIENCE} s and was stopped", flush=True)
+    return 1
+
+
 if __name__ == "__main__":
     prepare()
     copy_pictures()
+    sys.exit(build())

@@ -203,3 +203,14 @@ def test_runs_have_fields_that_exist(page, text, tmp_path, monkeypatch):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run), encoding="utf-8")
     assert read_run([str(path)])
+
+
+def test_a_builder_that_never_ends_is_stopped_and_tried_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(build_site, "PATIENCE", 2)
+    # It ends where the file is there, and makes it first.
+    once = f"import os, time; os.path.exists({str(tmp_path / 'x')!r}) or (open({str(tmp_path / 'x')!r}, 'w'), time.sleep(60))"
+    monkeypatch.setattr(build_site, "ZENSICAL", [sys.executable, "-S", "-c", once])
+    assert build_site.build() == 0
+    assert capsys.readouterr().out == "zensical did not end within 2 s and was stopped\n"
+    monkeypatch.setattr(build_site, "ZENSICAL", [sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    assert build_site.build() == 1
