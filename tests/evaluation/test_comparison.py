@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +105,23 @@ def test_fewer_cells_are_drawn_with_a_seed(folder):
     np.testing.assert_array_equal(controls_and_scores(max_cells=10, seed=1)[1], drawn)
     assert not np.allclose(controls_and_scores(max_cells=10, seed=2)[1], drawn, equal_nan=True)
     np.testing.assert_allclose(controls_and_scores(max_cells=None)[1], whole, rtol=1e-5)
+
+
+def test_a_further_group_takes_no_memory_for_its_cells(tmp_path):
+    """Cells are read group by group, so that the largest group bounds what they take."""
+    genes, cells, peaks = 1000, 100, []
+    screen = simulate_screen(num_contexts=1, num_perturbations=40, num_genes=genes, cells_per_group=cells, seed=3)
+    screen.X = log1p(screen.X.toarray(), 1e4)
+    groups = screen.obs["perturbation"].astype(str)
+    # The first call also imports and compiles. From 20 groups on, the cells that are kept for pictures are 1,000.
+    for number in (1, 20, 40):
+        kept = screen[groups.isin(["control", *(f"pert_{i}" for i in range(number))])]
+        kept.write_h5ad(tmp_path / "real.h5ad")
+        kept[kept.obs["perturbation"] != "control"].write_h5ad(tmp_path / "predicted.h5ad")
+        tracemalloc.start()
+        scores = evaluate(tmp_path / "predicted.h5ad", tmp_path / "real.h5ad", tmp_path / "real.h5ad", quiet=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(scores.groups) == number
+    # The real cells and the predicted ones of the twenty further groups.
+    assert peaks[2] - peaks[1] < 0.25 * 20 * 2 * cells * genes * 4, peaks
