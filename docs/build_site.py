@@ -24,7 +24,7 @@ TUTORIALS = ROOT / "build" / "tutorials"
 # Files of the root that are pages.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ZENSICAL = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
-PATIENCE = 180
+PATIENCE = 300
 _FAMILIES = "<!-- The config, model and objective of each family come here: docs/build_site.py. -->"
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])+)\]\(([^()#\s]+)(#[^()\s]*)?\)")
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")

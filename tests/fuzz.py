@@ -69,6 +69,7 @@ def attempt(read: Callable[[Path], None], path: Path, output: Path) -> str | Non
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS)
             for number in (1, 2):
                 os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

@@ -195,11 +195,10 @@ def whole(folder: Path, names: tuple[str, ...]) -> str | None:
 
 
 def pooled(folder: Path, *tables: str) -> str | None:
-    """The digest of the tables that many runs end in. Every run that has ended must be whole."""
-    models = [
-        path.parent for path in (folder / "runs").rglob("config.json") if not path.parent.name.startswith("checkpoint-")
-    ]
-    if any(run(path) == "a part" for path in models):
+    """The digest of the tables that many runs end in. Every run that has ended must be whole; what is being written has other names."""
+    models = [path.parent for path in (folder / "runs").rglob("config.json")]
+    written = [path for path in models if not path.name.startswith("checkpoint-") and ".partial" not in str(path)]
+    if any(run(path) == "a part" for path in written):
         return "a part"
     return whole(folder, tables)
 
