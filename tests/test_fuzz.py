@@ -290,6 +290,7 @@ def template(tmp_path_factory) -> Path:
     return write(screen(), tmp_path_factory.mktemp("template") / "screen.h5ad")
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=150)
 @given(arrays=sparse_arrays(), transposed=st.booleans(), unsigned=st.booleans())
 def test_sparse_arrays_of_any_content(template, tmp_path, arrays, transposed, unsigned):

@@ -458,6 +458,7 @@ print(json.dumps(predicted))
 )
 
 
+@pytest.mark.slow
 def test_a_pushed_model_predicts_the_same_from_every_revision_without_the_package(hub, tmp_path):
     pushed = client(PUSH, tmp_path)
     (first, predicted), (second, otherwise) = pushed

@@ -43,6 +43,7 @@ def state(work: Path) -> str | None:
     return None if texts == [None, None] else "".join(text or "a part" for text in texts)
 
 
+@pytest.mark.slow
 def test_faults_of_a_careless_command_are_found(tmp_path):
     old = tmp_path / "old"
     old.mkdir()

@@ -82,6 +82,7 @@ def unbroken(folder):
     return folder / "unbroken"
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_with_twice_the_batch(folder):
     accelerate_launch(folder, "--output_dir", str(folder / "two"), "--hidden_dropout", "0", processes=2)
     train(folder, "--output_dir", str(folder / "one"), "--hidden_dropout", "0", "--per_device_train_batch_size", "8")
@@ -106,6 +107,7 @@ def test_processes_share_out_a_store_as_they_do_files(folder):
     assert all(torch.equal(files[name], stored[name]) for name in files)
 
 
+@pytest.mark.slow
 def test_missing_processes_of_accelerate_are_an_error(folder):
     flags = [
         "--cpu",
@@ -129,6 +131,7 @@ def test_missing_processes_of_accelerate_are_an_error(folder):
     assert "asked for several processes and started one" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(folder, unbroken):
     output = folder / "killed"
     process = launches.start([launches.TRAIN, "--config", folder / "run.yaml", "--output_dir", output])
@@ -364,6 +367,7 @@ LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet"
 LAUNCH += ["--num_processes", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
     [[sys.executable, str(ROOT / "train.py")], [*LAUNCH, str(ROOT / "train.py")], [*LAUNCH, "-m", "pertstate.train"]],

@@ -213,6 +213,7 @@ def test_killed_at_any_line_a_new_folder_is_there_or_not(tmp_path):
     assert killed_at_each_line(lambda: write(box, NEW), check, outputs) > 30
 
 
+@pytest.mark.slow
 def test_a_move_that_is_finished_may_be_cut_short_again(tmp_path, monkeypatch):
     """A process is killed at every line while it moves, and the next one at every line while it finishes the move."""
     box, template = tmp_path / "box", tmp_path / "template"

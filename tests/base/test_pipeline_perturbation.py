@@ -190,6 +190,7 @@ assert transformers.pipeline(model=again, trust_remote_code=True)(cells, "pert_0
 """
 
 
+@pytest.mark.slow
 def test_it_works_where_the_package_is_absent(folder, pipe, alone, tmp_path):
     alone.run(ALONE, folder / "model", folder / "screen.h5ad", tmp_path / "again", tmp_path / "out.h5ad")
     found = ad.read_h5ad(tmp_path / "out.h5ad")

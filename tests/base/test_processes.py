@@ -23,6 +23,7 @@ def screen(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_is_said_to_be_killed_and_not_what_it_said_last():
     process = with_imports(__name__).Process(target=killed)
     process.start()
@@ -33,6 +34,7 @@ def test_a_process_that_was_killed_is_said_to_be_killed_and_not_what_it_said_las
     assert how_it_ended(1, "loss 0.4\nno such file\n") == "no such file"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["crossval", "prepare"])
 def test_a_script_that_does_not_guard_its_calls_is_told_to(command, screen, tmp_path):
     shutil.copy(screen, tmp_path / "first.h5ad")

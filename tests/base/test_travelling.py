@@ -277,6 +277,7 @@ save_file(predict(load(f"{output}.merged")[0], cells), f"{output}.again")
 )
 
 
+@pytest.mark.slow
 def test_adapters_load_onto_a_copy(tmp_path):
     """Both `load_adapter` of the model and peft's own class load it, in an environment with peft and without this package."""
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
@@ -349,6 +350,7 @@ def in_a_process(code: str, folder: Path, *arguments, **environment):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_pushes_bring_the_code_and_so_do_pushes_from_a_copy(hub, tmp_path):
     """`push_to_hub` and `save_pretrained(push_to_hub=True)` bring the code, first with the package, then without it."""
     fixture, cells = FIXTURES / "state-cpa", FIXTURES / "state-cpa" / "expected.safetensors"

@@ -393,6 +393,7 @@ print(*peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     for name, cells in (("small", 1024), ("large", 8192)):
         obs = pd.DataFrame({"perturbation": "control", "cell_type": "T"}, index=[f"cell{i}" for i in range(cells)])
@@ -407,6 +408,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert large - small < 20, f"peak of {small:.0f} MiB became {large:.0f} MiB"
 
 
+@pytest.mark.slow
 def test_the_command_itself(folder, tmp_path):
     command = [Path(sys.executable).with_name("pertstate"), "predict", "--model", folder / "models" / "counts"]
     command += ["--adata", folder / "screen.h5ad", "--output", tmp_path / "out.h5ad", "--perturbation", "pert_1"]

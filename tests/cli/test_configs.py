@@ -91,6 +91,7 @@ def test_it_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["configs"], ["prepare", "--help"], ["train", "--help"]])
 def test_a_reader_that_closes_the_output_ends_a_command_without_a_word(words):
     """As `head` does."""

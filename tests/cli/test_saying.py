@@ -125,6 +125,7 @@ def test_errors_of_every_command(made, tmp_path):
         assert text.startswith(f"pertstate {words[0]}: error: ") and text.count("\n") == 1, text
 
 
+@pytest.mark.slow
 def test_files_that_differ_are_told_of(made, tmp_path):
     run = yaml.safe_load((made / "run.yaml").read_text())
     run["data"]["datasets"] = {"a": str(made / "screen.h5ad"), f"b{BITE}": str(made / "other.h5ad")}

@@ -65,6 +65,7 @@ def die(path, times: int) -> str:
     return "done"
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_the_first_error_is_that_of_all(cluster):
     done = []
     address = cluster.scheduler_address
@@ -74,6 +75,7 @@ def test_results_come_in_order_and_the_first_error_is_that_of_all(cluster):
         on_cluster(address, [partial(square, i) for i in (3, -2)], done.append)
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_did_is_done_by_another(cluster, tmp_path):
     jobs = [partial(die, tmp_path / "a", 1), partial(square, 3)]
     assert on_cluster(cluster.scheduler_address, jobs, id) == ["done", 9]
@@ -82,6 +84,7 @@ def test_what_a_killed_worker_did_is_done_by_another(cluster, tmp_path):
         on_cluster(cluster.scheduler_address, [partial(die, tmp_path / "b", 99)], id)
 
 
+@pytest.mark.slow
 def test_a_store_that_a_cluster_makes_has_the_same_bytes_also_if_a_worker_is_killed(cluster, files):
     assert prepare("alone") == 0
     assert prepare("together", "--scheduler", cluster.scheduler_address) == 0
@@ -106,6 +109,7 @@ def test_a_store_that_a_cluster_makes_has_the_same_bytes_also_if_a_worker_is_kil
     assert contents(files / "killed") == contents(files / "alone")
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_and_an_absent_scheduler_are_one_line(cluster, files, capsys):
     assert prepare("absent", "--scheduler", "tcp://127.0.0.1:9") == 1
     said = capsys.readouterr().err.splitlines()[-1]

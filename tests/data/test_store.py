@@ -662,6 +662,7 @@ def test_killed_anywhere_no_store_is_a_part_and_a_rerun_is_whole(folder, whole, 
     assert [path.name for path in tmp_path.iterdir()] == ["s"]  # nothing of the killed ones
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_one_that_started_them(folder, tmp_path):
     """A process that is killed cannot tell the others to end."""
     code = "import os, time, data_jobs\nfrom functools import partial\nfrom pertstate.data import preparation\n"

@@ -55,6 +55,7 @@ def python(code: str, *arguments, check=True) -> subprocess.CompletedProcess:
     return done
 
 
+@pytest.mark.slow
 def test_a_pushed_store_is_opened_by_name(hub, store, later):
     commit = push_store(store, "ada/screen")
     assert commit == hub.repository("ada/screen", "dataset").branches["main"]
@@ -68,6 +69,7 @@ def test_a_pushed_store_is_opened_by_name(hub, store, later):
     assert len(json.loads(python(OPEN, "ada/screen").stdout.splitlines()[-1])[0]) == len(later)
 
 
+@pytest.mark.slow
 def test_runs_read_and_stream_it_by_name(hub, store, tmp_path):
     push_store(store, "lab/screen", private=True)
     (tmp_path / "run.yaml").write_text(CONFIG.format())

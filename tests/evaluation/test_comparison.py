@@ -74,6 +74,7 @@ def test_values_of_another_scale_are_converted_where_asked(folder, tmp_path, cap
     assert "--convert-scale" in found and len(found.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_further_figures_where_asked(folder, tmp_path, capsys):
     scored(folder, tmp_path / "own.csv", "screen")
     assert capsys.readouterr().out.splitlines()[0].split()[-1] == "energy"

@@ -80,6 +80,7 @@ def test_what_has_no_data_is_left_out(scores, tmp_path):
     assert os.listdir(tmp_path) == ["plots"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_pictures_alone_or_beside_the_page(folder, tmp_path, capsys):
     words = ["report", str(folder / "scores"), "--plots", str(tmp_path / "plots")]
     assert pertstate(words) == 0

@@ -84,6 +84,7 @@ print([(limit, code) for limit, code in zip(limits, ended) if code != 7])
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_any_byte_is_one_error_and_no_crash(tmp_path):
     # The system fills memory that nobody has written, so that reading it shows at once.
     command = [sys.executable, "-c", FULL, str(tmp_path / "out.h5ad")]

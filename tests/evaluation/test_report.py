@@ -137,6 +137,7 @@ def test_changes_outlive_the_packing(scores):
         np.testing.assert_allclose(values * steps[:, None], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command(scores, tmp_path):
     scores.save(tmp_path / "run" / "scores")
     done = launches.run(["-m", "pertstate.cli", "report", tmp_path / "run", "-o", tmp_path / "report.html"])

@@ -161,6 +161,7 @@ def answer(answers: dict, name: str) -> dict:
     return answers[name]["found"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_checkpoint_loads_without_remote_code(answers, order):
     families = FAMILIES if order == "package first" else SOME

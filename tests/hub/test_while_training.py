@@ -3,6 +3,7 @@
 import time
 
 import launches
+import pytest
 
 import pertstate
 import pertstate.cli
@@ -10,6 +11,7 @@ from pertstate.data import simulate_screen
 from pertstate.hub.unfinished import checkpoints_of
 
 
+@pytest.mark.slow
 def test_every_reading_is_of_one_whole_checkpoint(tmp_path):
     """With one checkpoint at a time and one at every step, each that is read goes away soon."""
     simulate_screen(num_contexts=3, num_perturbations=2, num_genes=30, cells_per_group=24, seed=1).write_h5ad(

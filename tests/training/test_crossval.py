@@ -41,6 +41,7 @@ def done(screen, tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_the_table_is_the_mean_of_what_each_run_says(done):
     runs = {path.name: Scores.load(path / "scores") for path in (done / "runs" / "state").iterdir()}
     assert sorted(runs) == [f"type_{fold}-seed{seed}" for fold in (0, 1) for seed in (0, 1)]

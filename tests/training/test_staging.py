@@ -191,6 +191,7 @@ def test_checkpoints_that_are_not_whole_are_removed_first_and_later_ones_next(tm
     assert (tmp_path / "checkpoint-old").is_dir() and not (tmp_path / ".partial").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_every_checkpoint_is_whole(screen, tmp_path):
     """Every folder with the name of a checkpoint is whole, and one is removed only to make room for newer ones."""
     seen = set()

@@ -101,6 +101,7 @@ def test_perturbations_are_held_out_in_parts_of_the_others(tmp_path):
     assert [fold.flags[1] for fold in folds] == [json.dumps([both[1], both[0]]), json.dumps([both[2], both[0]])]
 
 
+@pytest.mark.slow
 @pytest.mark.optuna
 def test_trials_are_suggested_and_a_search_goes_on_to_more(screen, tmp_path, capsys):
     """A search of two trials that goes on to three has tried what a search of three tries, and trains one setting more."""
