@@ -67,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     )
     parser.add_argument("--include-seen", action="store_true", help="average over groups that were trained on, too")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the intervals")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask scheduler whose workers score (tcp://HOST:8786, or its scheduler file); they see the files under the same names, and "
+        "the cells are predicted already",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -111,6 +117,7 @@ def run(args: argparse.Namespace):
             "seed": args.seed,
             "include_seen": args.include_seen,
             "common_genes": args.common_genes,
+            "scheduler": args.scheduler,
             **reading_of(args),
             "input": args.input,
         }

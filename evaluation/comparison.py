@@ -11,17 +11,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from pertstate.base.bounded_text import parse_json
-from pertstate.base.cell_ids import cell_ids, order_of
-from pertstate.base.constants import Split, Values
+from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
-from pertstate.base.labels import control_settings
 from pertstate.base.messages import given
 from pertstate.base.outputs import claimed_file
-from pertstate.base.processor_files import PROCESSOR_SETTINGS, check_settings
 from pertstate.base.public import last_part
 from pertstate.base.tables import check_table, write_csv
 from pertstate.data.cells import sort_into_groups
+from pertstate.data.cluster import check_distributed, on_cluster
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.group_sums import GroupSums
 from pertstate.data.in_memory import CellData, name_of, open_cells
@@ -31,15 +28,29 @@ from pertstate.evaluation.assembly import samples_of, scores_of
 from pertstate.evaluation.cell_eval_scores import CellEvalMetrics, cell_eval_version, check_cell_eval
 from pertstate.evaluation.compared_genes import compared_genes
 from pertstate.evaluation.further_metrics import check_metrics
-from pertstate.evaluation.group_scores import baselines_of, is_log1p
+from pertstate.evaluation.group_scores import is_log1p
 from pertstate.evaluation.metrics import COSTLY, FURTHER, AsPredicted
 from pertstate.evaluation.others_data import read_as
 from pertstate.evaluation.predicted_groups import predicted_groups
 from pertstate.evaluation.prediction import CEILING
-from pertstate.evaluation.read_ahead import read_ahead
+from pertstate.evaluation.scored_files import (
+    ScoredFiles,
+    ScoringJob,
+    about,
+    lacks_contexts,
+    of_scored_genes,
+    predicted_cells_of_file,
+    real_cells_of_file,
+    scored_baselines,
+    scorer_of,
+)
 from pertstate.evaluation.scores import Scores
-from pertstate.evaluation.scoring import MAX_CELLS, Group, Predicted, RealCells, score_groups
-from pertstate.processing import StateProcessor, Vocabulary
+from pertstate.evaluation.scoring import MAX_CELLS, Group, GroupResult, score_groups
+from pertstate.processing import StateProcessor
+
+
+# The groups are given to the workers of a cluster in so many parts.
+_JOBS = 32
 
 
 def evaluate(
@@ -61,6 +72,7 @@ def evaluate(
     metrics: Sequence[str] = (),
     cell_eval: bool = False,
     common_genes: bool = False,
+    scheduler: str | None = None,
     **keys,
 ) -> Scores:
     """
@@ -92,6 +104,8 @@ def evaluate(
         cell_eval (`bool`): also find the metrics of the package cell-eval for the same cells, see [`CellEvalMetrics`].
         common_genes (`bool`): score the genes that both the predictions and the real cells have, if the real cells lack some.
             `model` then reads those that are missing as not expressed.
+        scheduler (`str`, *optional*): address of a Dask scheduler, or the path of its scheduler file. Its workers, which see the files under the
+            same names, each score some of the groups. The figures are the same.
         keys: `perturbation_key`, `context_key`, `context`, `control`, `input`, `normalize`: how to read the real files, if
             they differ from what `predicted` or the processor says.
 
@@ -101,28 +115,29 @@ def evaluate(
     Raises:
         ValueError, KeyError, FileNotFoundError: see [`AnnDataFile`] and [`StateProcessor`]; or there is nothing to
             compare, or a figure is unknown.
-        ImportError: the metrics of cell-eval are asked for, and it is not installed.
+        ImportError: the metrics of cell-eval are asked for, and it is not installed; or `distributed` is absent for a scheduler.
     """
     if (predicted is None) == (model is None):
         raise ValueError("evaluate needs either predicted cells or a model that predicts them, not both")
+    if scheduler is not None:
+        predicted, real = _seen_by_workers(predicted, real, cell_eval)
     check_metrics(metrics, FURTHER)
     if cell_eval:
         check_cell_eval()
     costly = tuple(metric for metric in COSTLY if metric in metrics)
     notes: list[str] = []
     with ExitStack() as stack:
-        truth = stack.enter_context(open_cells(real))
         if model is None:
-            guess = stack.enter_context(open_cells(given("predicted", predicted)))
-            reader, scorer = readers_of(guess, keys)
-            if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
-                reader, scorer = readers_of(guess, {**keys, "context": contexts[0]})
-            ceiling = _about(guess).get("ceiling")
+            of_files = ScoredFiles(given("predicted", predicted), real, keys, contexts, common_genes, convert_scale)
+            files = of_files.open(stack)
+            truth, scorer = files.truth, files.scorer
+            ceiling = about(files.guess).get("ceiling")
         else:
+            truth = stack.enter_context(open_cells(real))
             own = given("the model's processor", processor)
             ceiling = CEILING if model.is_ceiling else None
             scorer = scorer_of(own, model.config, keys)
-            if _lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
+            if lacks_contexts(scorer, truth) and contexts is not None and len(contexts) == 1:
                 scorer = scorer_of(own, model.config, {**keys, "context": contexts[0]})
         if cell_eval and not is_log1p(scorer, decoded=False):
             raise ValueError("cell-eval takes log1p expression, and something else was predicted; score without it")
@@ -134,7 +149,7 @@ def evaluate(
         there = set(map(tuple, real_labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()))
         if model is None:
             with naming(name_of(given("predicted", predicted))):
-                labels = reader.labels(guess)
+                labels = files.reader.labels(files.guess)
             pairs = [tuple(pair) for pair in labels[["context", "perturbation"]].dropna().drop_duplicates().to_numpy()]
         else:
             pairs = _asked(own, record, there, contexts, perturbations)
@@ -173,26 +188,41 @@ def evaluate(
         intervals = None if record is None else record.intervals
         if intervals is not None:
             intervals = compared.of_intervals(intervals, processor)
-        baselines = baselines_of(means, scorer, clip=scorer.values != Values.EMBEDDING)
-        if model is None:
-            found = _predicted_of_file(reader, guess, labels, groups, cells, scorer.control, seed, max_cells)
-        else:
-            inputs = read_as(own, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches))
-            cells.inputs = lambda rows: inputs.features(truth, rows, "zero" if common_genes else "error")
-            if inputs.batch_key is not None:
-                batches = inputs.labels(truth)["batch"].to_numpy()
-                cells.batches = lambda rows: batches[rows]
-            found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
-        chosen = ((group, replace(of, cells=compared.of_predicted(of.cells))) for group, of in found)
-        bar = tqdm(chosen, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
         kept = samples_of(len(groups))
         field = CellEvalMetrics(scorer.vocabulary.genes, scorer.control) if cell_eval else None
-        also = None if field is None else field.add
-        results = list(
-            score_groups(
-                cells, bar, scorer.control, baselines, seed, max_cells, kept, metrics=costly, also=also, order=groups
+        if scheduler is not None:
+            job = ScoringJob(of_files, groups, means, seed, max_cells, kept, costly)
+            results = _on_cluster(scheduler, job, quiet)
+        else:
+            if model is None:
+                found = predicted_cells_of_file(
+                    files.reader, files.guess, labels, groups, cells, scorer.control, seed, max_cells
+                )
+            else:
+                inputs = read_as(
+                    own, truth, _reading_of(keys), contexts, needs_batches=bool(model.config.embeds_batches)
+                )
+                cells.inputs = lambda rows: inputs.features(truth, rows, "zero" if common_genes else "error")
+                if inputs.batch_key is not None:
+                    batches = inputs.labels(truth)["batch"].to_numpy()
+                    cells.batches = lambda rows: batches[rows]
+                found = predicted_groups(model, inputs, cells, groups, seed, max_cells)
+            chosen = of_scored_genes(found, compared)
+            bar = tqdm(chosen, total=len(groups), unit="groups", desc="evaluate", disable=quiet)
+            results = list(
+                score_groups(
+                    cells,
+                    bar,
+                    scorer.control,
+                    scored_baselines(means, scorer),
+                    seed,
+                    max_cells,
+                    kept,
+                    metrics=costly,
+                    also=None if field is None else field.add,
+                    order=groups,
+                )
             )
-        )
         if field is not None:
             field.give(results)
             notes += field.notes
@@ -225,10 +255,30 @@ def evaluate(
     )
 
 
-def _lacks_contexts(scorer: StateProcessor, data: AnnDataFile) -> bool:
-    """Whether a file lacks the column of contexts, so that the one context of all cells has to be named."""
-    key = scorer.context_key
-    return scorer.context is None and not set([key] if isinstance(key, str) else key or []) <= set(data.obs_columns)
+def _seen_by_workers(predicted: CellData | None, real: CellData, cell_eval: bool) -> tuple[Path, Path]:
+    """
+    The files as the workers of a cluster find them, which stand in folders of their own.
+
+    Raises:
+        ValueError: they cannot score this.
+        ImportError: `distributed` is absent.
+    """
+    check_distributed()
+    if cell_eval:
+        raise ValueError("the metrics of cell-eval are found in one process; leave --scheduler or --cell-eval out")
+    if not isinstance(predicted, (str, os.PathLike)) or not isinstance(real, (str, os.PathLike)):
+        raise ValueError(
+            "the workers of a cluster score predicted cells of a file; write them with pertstate predict, and give both files by name"
+        )
+    return Path(predicted).absolute(), Path(real).absolute()
+
+
+def _on_cluster(scheduler: str, job: ScoringJob, quiet: bool) -> list[GroupResult]:
+    """What the workers of a cluster find, each for some groups that follow one another."""
+    size = -(-len(job.groups) // _JOBS)
+    jobs = [replace(job, groups=job.groups[i : i + size]) for i in range(0, len(job.groups), size)]
+    with tqdm(total=len(job.groups), unit="groups", desc="evaluate", disable=quiet) as bar:
+        return sum(on_cluster(scheduler, jobs, lambda number: bar.update(len(jobs[number].groups))), [])
 
 
 def _reading_of(keys: dict) -> dict:
@@ -253,60 +303,6 @@ def _asked(
     vectors, vocabulary = processor.perturbation_features, set(processor.vocabulary.perturbations)
     known = vocabulary if vectors is None else set(vectors.names)
     return sorted(pair for pair in there if set(processor.split_combination(pair[1])) <= known)
-
-
-def real_cells_of_file(
-    scorer: StateProcessor, truth: AnnDataFile, labels: pd.DataFrame, contexts: list[str]
-) -> RealCells:
-    """
-    The real cells of a file. ValueError if a context has no control cells.
-
-    Args:
-        scorer ([`StateProcessor`]): reads them in the units of predictions.
-        truth ([`AnnDataFile`]): the file.
-        labels (`pandas.DataFrame`): the labels of its cells.
-        contexts (`list[str]`): the contexts that are scored.
-    """
-    scorer.control_groups(labels, contexts)
-    grouped = labels.reset_index(drop=True).groupby(["context", "perturbation"], observed=True, sort=False).indices
-    ids = cell_ids(labels.index)
-    return RealCells(
-        {("", str(context), str(name)): np.asarray(rows) for (context, name), rows in grouped.items()},
-        lambda rows: ids[rows],
-        lambda rows: _in_order(rows, lambda taken: scorer.as_predicted(scorer.features(truth, taken))),
-    )
-
-
-def _in_order(rows: np.ndarray, read) -> np.ndarray:
-    """The cells of some rows, in the order of `rows`. They are read in the order of the file."""
-    order = np.argsort(rows, kind="stable")
-    found = read(rows[order])
-    cells = np.empty_like(found)
-    cells[order] = found
-    return cells
-
-
-def _predicted_of_file(reader, guess, labels, groups, cells: RealCells, control, seed, max_cells):
-    """The predicted cells of each group of a file, in the order in which they are drawn."""
-    grouped = labels.reset_index(drop=True).groupby(["context", "perturbation"], observed=True, sort=False).indices
-    barcodes = (
-        guess.some_obs(slice(None), ["control_barcode"])["control_barcode"].astype(str)
-        if "control_barcode" in guess.obs_columns
-        else None
-    )
-    ids = cell_ids(labels.index if barcodes is None else barcodes)
-    of_context: dict[str, np.ndarray] = {}
-    rows_of = [np.asarray(grouped[context, name]) for _, context, name in groups]
-    rows_of = [rows[order_of(ids[rows], len(rows), seed)][:max_cells] for rows in rows_of]
-    read = read_ahead(
-        rows_of, lambda rows: _in_order(rows, lambda taken: reader.as_predicted(reader.features(guess, taken)))
-    )
-    for group, rows, found in zip(groups, rows_of, read, strict=True):
-        if group[1] not in of_context:
-            of_context = {group[1]: given("ids", cells.ids)(cells.rows(("", group[1], control), seed, max_cells))}
-        # True if each cell was predicted from the control cell that is drawn at its place.
-        paired = barcodes is not None and np.array_equal(ids[rows], of_context[group[1]][: len(rows)])
-        yield group, Predicted(found, paired)
 
 
 def _means_of_file(train, scorer, real_labels, common, convert_scale, notes) -> GroupMeans | None:
@@ -391,74 +387,3 @@ class _Rows:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         return self.processor.features(self.data, self.rows[part])
-
-
-def scorer_of(processor: StateProcessor, config, keys: dict | None = None) -> StateProcessor:
-    """A processor that reads real cells in the units and genes of a model's predictions."""
-    settings = {name: value for name, value in (keys or {}).items() if value is not None}
-    if "control" in settings:
-        settings |= control_settings(settings["control"])
-    settings = {**{name: getattr(processor, name) for name in PROCESSOR_SETTINGS}, **settings}
-    if config.gene_dim is None:
-        settings["gene_input"] = None
-    return _scorer(settings, processor.vocabulary.genes or [f"dim_{i}" for i in range(config.output_dim)])
-
-
-def _scorer(settings: dict, genes: list[str]) -> StateProcessor:
-    """A processor as of [`scorer_of`], from settings and from the names of the features that are predicted."""
-    settings = dict(settings)
-    if settings.get("gene_input") is not None:
-        # The expression that a gene decoder predicts is in X. The real expression is where the decoder's target was.
-        settings |= {"input": settings["gene_input"], "gene_input": None, "values": Values.LOG1P}
-    if settings.get("context") is not None:
-        settings["context_key"] = None
-    settings |= control_settings(settings.get("control", "control")) if "control_labels" not in settings else {}
-    settings["batch_key"] = None
-    if settings.get("values") == Values.EMBEDDING:
-        return StateProcessor(**{**settings, "vocabulary": Vocabulary(), "feature_dim": len(genes)})
-    return StateProcessor(**{**settings, "vocabulary": Vocabulary(genes=genes)})
-
-
-def _about(guess: AnnDataFile) -> dict:
-    """What a file of predictions says of itself."""
-    about = guess.uns.get("pertstate", {})
-    if not isinstance(about, dict):
-        raise ValueError(
-            f"{guess.path}: uns['pertstate']: expected a mapping, found a {type(about).__name__}; predict again"
-        )
-    return about
-
-
-def _recorded_settings(guess: AnnDataFile) -> dict | None:
-    """How real cells were read, as predictions record it; None where they do not. ValueError where no processor wrote it."""
-    recorded = _about(guess).get("processor")
-    if recorded is None:
-        return None
-    where = f"{guess.path}: uns['pertstate']['processor']"
-    try:
-        settings = parse_json(str(recorded))
-    except ValueError as error:
-        raise ValueError(f"{where} is not whole JSON ({error}); predict again") from error
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{where}: expected the settings of a processor, found a {type(settings).__name__}; predict again"
-        )
-    check_settings({"feature_dim": max(1, len(guess.var_names)), **settings}, where)
-    return settings
-
-
-def readers_of(guess: AnnDataFile, keys: dict | None = None) -> tuple[StateProcessor, StateProcessor]:
-    """Two processors: one reads predicted cells as they are, the other reads real cells in the same units and genes."""
-    settings = {name: value for name, value in (keys or {}).items() if value is not None}
-    if "control" in settings:
-        settings |= control_settings(settings["control"])
-    recorded = _recorded_settings(guess)
-    if recorded is not None:
-        settings = {**recorded, **settings}
-    genes = [str(gene) for gene in guess.var_names]
-    truth = _scorer(settings, genes)
-    # The columns of predictions are those that were recorded, whatever those of the real cells are. Their values are not
-    # checked: a model's counts are not whole numbers, and its expression may be negative.
-    recorded_by = truth if recorded is None else StateProcessor(**recorded)
-    as_they_are = StateProcessor(values=Values.EMBEDDING, feature_dim=len(guess.var_names), **recorded_by.of_output())
-    return as_they_are, truth

@@ -10,8 +10,8 @@ from pertstate.base.files import whole_file
 from pertstate.base.outputs import claimed_file
 from pertstate.base.printable import printable
 from pertstate.data.reading import AnnDataFile
-from pertstate.evaluation.comparison import readers_of
 from pertstate.evaluation.metrics import pearson_of_change
+from pertstate.evaluation.scored_files import readers_of
 
 
 def plot_mean_changes(

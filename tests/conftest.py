@@ -90,6 +90,17 @@ def alone(tmp_path_factory):
         yield process
 
 
+@pytest.fixture(scope="session")
+def cluster():
+    """A Dask cluster of two workers on this machine."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
+    ) as started:
+        yield started
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """

@@ -19,16 +19,6 @@ from pertstate.data.cluster import on_cluster
 pytestmark = pytest.mark.dask
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    from distributed import LocalCluster
-
-    with LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
-    ) as started:
-        yield started
-
-
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Two files, named from the folder in which the command stands."""
