@@ -10,6 +10,10 @@ from typing import Any
 # Bytes: names of some million genes or perturbations; the groups of cells of a large store; what a person writes by hand.
 LARGEST_JSON, LARGEST_TABLES, LARGEST_SETTINGS = 1 << 26, 1 << 28, 1_000_000
 
+# What Python raises where a part of a JSON file is of another kind than expected: absent, of another type, no number, or a number that
+# is infinite or too large for an array.
+DAMAGED = (AttributeError, ArithmeticError, LookupError, TypeError, ValueError)
+
 
 def check_regular(path: Path):
     """
@@ -98,6 +102,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 __all__ = [
+    "DAMAGED",
     "LARGEST_JSON",
     "LARGEST_SETTINGS",
     "LARGEST_TABLES",

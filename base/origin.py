@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .bounded_text import DAMAGED
 from .checkpoint_files import find_file, read_json
 from .public import last_part, public
 
@@ -59,7 +60,7 @@ class Origin:
         content = read_json(path)
         try:
             origin._read(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except DAMAGED as error:
             raise ValueError(
                 f"{path}: the record of the checkpoint is damaged ({error!r}); copy the checkpoint again"
             ) from error

@@ -28,6 +28,8 @@ from pertstate.base.messages import some
 # A whole new output inside the folder that it is for, and in it the list of its entries.
 JOURNAL, _ENTRIES = ".new", ".entries"
 _LOCK = ".lock"
+# What is still being written, see [`partial_of`].
+_LEFT = re.compile(rf"\.(?P<name>.+)\.\d+-[0-9a-f]{{8}}{re.escape(PARTIAL)}", re.DOTALL)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # Errors where two folders cannot be swapped, or files cannot be linked: the system lacks it, the output is not at fault.
 _NO_SWAP = (
@@ -112,6 +114,8 @@ def _folder_in_use(path: str | os.PathLike, kind: Kind) -> Iterator[Path]:
     beside = _beside(place)
     with locked(beside / (_LOCK if beside == place else f".{place.name}{_LOCK}"), path):
         _remove_left(beside, place.name)
+        if place.is_dir():
+            _remove_left(place, kind.is_own)
         _finish(place, kind)
         yield place
 
@@ -275,11 +279,25 @@ def _is_ours(name: str) -> bool:
     return name in (JOURNAL, _LOCK) or name.endswith(PARTIAL)
 
 
-def _remove_left(folder: Path, name: str):
-    """Remove what processes that were killed left beside the output `name`, whose lock is held."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.\d+-[0-9a-f]{{8}}{re.escape(PARTIAL)}")
+def discard(path: Path, output: Path):
+    """
+    Remove a file or folder that belongs to the output `output`, whose lock is held. First its name goes: a kill leaves all of it or
+    nothing under this name, and the next process that claims the output removes the rest.
+    """
+    if path.exists():
+        doomed = partial_of(_beside(output) / output.name)
+        os.rename(path, doomed)
+        _remove(doomed)
+
+
+def _remove_left(folder: Path, of: str | Callable[[str], bool]):
+    """
+    Remove what processes that were killed were writing in a folder: to the output of the name `of`, or to files for whose names `of`
+    is true. Nobody else may be writing these.
+    """
     for entry in [*folder.iterdir()]:
-        if pattern.fullmatch(entry.name):
+        found = _LEFT.fullmatch(entry.name)
+        if found is not None and (found["name"] == of if isinstance(of, str) else of(found["name"])):
             _remove(entry)
 
 
@@ -295,4 +313,13 @@ def _check_overwrite(path: str | os.PathLike, exists: bool, overwrite: bool):
         raise FileExistsError(f"{path} exists; name another output, or replace it with --overwrite (overwrite=True)")
 
 
-__all__ = ["JOURNAL", "Kind", "claimed_file", "claimed_folder", "claimed_run", "replace_folder", "whole_folder"]
+__all__ = [
+    "JOURNAL",
+    "Kind",
+    "claimed_file",
+    "claimed_folder",
+    "claimed_run",
+    "discard",
+    "replace_folder",
+    "whole_folder",
+]

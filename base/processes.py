@@ -3,6 +3,7 @@
 import inspect
 import os
 import signal
+import sys
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from threading import Thread
@@ -20,6 +21,26 @@ def with_imports(*modules: str) -> BaseContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(list(modules))
     return context
+
+
+def _outlive_signals_to_all():
+    """
+    Let the process that forks others outlive a SIGTERM that a scheduler or `timeout` sends to all processes of a group (it ignores
+    SIGINT by itself): with it this one would lose those that it forked, which end in their own way. They hear the signal.
+    """
+    server = os.getpid()
+
+    def hear():
+        if os.getppid() == server:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.register_at_fork(after_in_child=hear)
+
+
+# Whether this process is the one that multiprocessing starts to fork others.
+if any("multiprocessing.forkserver import main" in word for word in sys.orig_argv):
+    _outlive_signals_to_all()
 
 
 def end_with_parent():

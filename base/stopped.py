@@ -3,11 +3,15 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal, a scheduler or `timeout` sends a signal to all processes of a group, and what started a process passes it on to it.
+# A second signal within these seconds is the first one.
+SAME_SIGNAL = 1.0
 
 
 class StoppedError(KeyboardInterrupt):
@@ -30,19 +34,24 @@ class StoppedError(KeyboardInterrupt):
 @contextmanager
 def stopped_by_signals(left: str) -> Iterator[None]:
     """
-    In this block SIGINT and SIGTERM raise [`StoppedError`], which says what is `left`; a second one ends the process at once.
+    In this block SIGINT and SIGTERM raise [`StoppedError`], which says what is `left`; a second one, not the first that was sent
+    twice, ends the process at once.
     Outside the main thread this does nothing: Python handles signals there alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     process = os.getpid()
-    heard: list[int] = []
+    heard: list[float] = []
 
     def hear(number: int, frame):
-        if heard or os.getpid() != process:
+        if os.getpid() != process:
             os._exit(128 + number)
-        heard.append(number)
+        if heard:
+            if time.monotonic() - heard[0] < SAME_SIGNAL:
+                return
+            os._exit(128 + number)
+        heard.append(time.monotonic())
         raise StoppedError(number, left)
 
     before = {number: signal.signal(number, hear) for number in SIGNALS}
@@ -53,4 +62,4 @@ def stopped_by_signals(left: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-__all__ = ["SIGNALS", "StoppedError", "stopped_by_signals"]
+__all__ = ["SAME_SIGNAL", "SIGNALS", "StoppedError", "stopped_by_signals"]

@@ -95,6 +95,8 @@ def _reported(command: str, run: Callable[[], object]) -> int:
     left = "nothing is left of what was being written"
     if command == "train":
         left += "; --resume_from_checkpoint last goes on from the last checkpoint"
+    if command in ("crossval", "tune"):
+        left = "the runs that ended are kept, the others as their last checkpoints; the same command, without --overwrite, goes on"
     try:
         with stopped_by_signals(left):
             run()

@@ -132,7 +132,7 @@ class Manifest:
             and {*GROUP_KEYS} - {"batch"} <= set(self.vocabularies) <= {*GROUP_KEYS}
             and all(_is_list(known, str) and known == sorted(set(known)) for known in self.vocabularies.values()),
             "shards": _is_list(self.shards, dict) and all(map(_is_shard, self.shards)),
-            "sources": _is_list(self.sources, dict) and all({"path", "cells"} <= set(s) for s in self.sources),
+            "sources": _is_list(self.sources, dict) and all(map(_is_source, self.sources)),
             "highly_variable": self.highly_variable is None or _is_count(self.highly_variable, 1),
             "scale": self.scale is None or fits_scale(self.scale),
             "notes": _is_list(self.notes, str),
@@ -152,7 +152,13 @@ class Manifest:
         known = all(0 <= code < len(self.vocabularies[name]) for name in keys for code in groups[name])
         lengths = np.array(groups["length"], dtype=object)  # any number that JSON may hold
         follow = groups["offset"] == (np.cumsum(lengths) - lengths).tolist()
-        return known and follow and min(lengths, default=0) > 0 and all(a < b for a, b in zip(codes, codes[1:]))
+        return (
+            known
+            and follow
+            and min(lengths, default=0) > 0
+            and sum(lengths) < 2**63
+            and all(a < b for a, b in zip(codes, codes[1:]))
+        )
 
     def write(self, path: Path):
         """Write the JSON file, whole or not at all."""
@@ -193,6 +199,15 @@ def _is_count(value, least: int) -> bool:
 
 def _is_list(value, of: type) -> bool:
     return type(value) is list and all(type(item) is of for item in value)
+
+
+def _is_source(source: dict) -> bool:
+    return (
+        isinstance(source.get("path"), str)
+        and "\0" not in source["path"]
+        and isinstance(source.get("sha256", ""), str)
+        and _is_count(source.get("cells"), 0)
+    )
 
 
 def _is_shard(shard: dict) -> bool:

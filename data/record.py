@@ -13,7 +13,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pertstate.base.bounded_text import LARGEST_TABLES
+from pertstate.base.bounded_text import DAMAGED, LARGEST_TABLES
 from pertstate.base.cell_ids import is_number, mixed, name_id
 from pertstate.base.checkpoint_files import find_file, read_json
 from pertstate.base.constants import Split
@@ -264,7 +264,7 @@ class RunRecord:
         try:
             arrays = {} if arrays_path is None else load_file(arrays_path)
             return cls._of(content, arrays)
-        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        except (*DAMAGED, SafetensorError) as error:
             raise ValueError(
                 f"{path}: the record of the checkpoint is damaged ({error!r}); copy the checkpoint again"
             ) from error

@@ -220,14 +220,14 @@ def check_zarr(path: Path):
     Raises:
         ValueError: something leaves the folder, is no file, or would be unpacked by other code; it is named.
     """
-    root = path.resolve()
+    root = os.path.realpath(path)
     for folder, folders, files in os.walk(path):
         if len(Path(folder).relative_to(path).parts) > DEEPEST:
             raise ValueError(f"{folder[:100]}.. is nested more than {DEEPEST} deep; write the store again")
         for name in (*folders, *files):
             one = Path(folder, name)
             where = one.relative_to(path)
-            if one.is_symlink() and not one.resolve().is_relative_to(root):
+            if one.is_symlink() and not Path(os.path.realpath(one)).is_relative_to(root):
                 raise ValueError(
                     f"{where} is a link to {os.readlink(one)!r}, which lies elsewhere; copy what it leads to"
                 )

@@ -54,10 +54,10 @@ class Splits:
         for section, names in named.items():
             for name in sorted(names - set(self.datasets)):
                 raise ValueError(f"[{section}] names dataset {name!r}; {closest(name, self.datasets)}")
-        owners: dict[Path | int, str] = {}
+        owners: dict[str | int, str] = {}
         for name, paths in self.datasets.items():
             for path in paths:
-                other = owners.setdefault(id(path) if isinstance(path, ad.AnnData) else Path(path).resolve(), name)
+                other = owners.setdefault(id(path) if isinstance(path, ad.AnnData) else os.path.realpath(path), name)
                 if other != name:
                     # Its cells could be held out in one dataset and trained on in the other.
                     raise ValueError(

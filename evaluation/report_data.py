@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pertstate.base.bounded_text import LARGEST_TABLES, load_json
+from pertstate.base.bounded_text import DAMAGED, LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL
 from pertstate.evaluation.confidence import calibration, ranked
 from pertstate.evaluation.expected_error import held_out_errors
@@ -123,7 +123,7 @@ def _log_of(path: Path) -> list[dict[str, float]]:
         return [
             {str(key): value for key, value in row.items() if _is_number(value)} for row in history if "step" in row
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise ValueError(f"{path} is damaged: expected log_history of a Trainer, found {error!r}; remove it") from error
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from pertstate.base.bounded_text import LARGEST_TABLES, load_json
+from pertstate.base.bounded_text import DAMAGED, LARGEST_TABLES, load_json
 from pertstate.base.files import whole_file
 from pertstate.base.messages import counted
 from pertstate.base.outputs import Kind
@@ -172,12 +172,12 @@ class Scores:
                 models=_frame(summary.get("models", []), []),
                 record=RunRecord.from_dict(summary["record"]).to_dict() if summary["record"] else {},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        except (*DAMAGED, OSError, SafetensorError) as error:
             raise ValueError(f"the scores in {folder} are damaged ({error!r}); evaluate again") from error
         if (Path(folder) / RESAMPLINGS).is_file():
             try:
                 scores.results = _results(load_file(Path(folder) / RESAMPLINGS), scores)
-            except (KeyError, ValueError, IndexError, OSError, SafetensorError) as error:
+            except (*DAMAGED, OSError, SafetensorError) as error:
                 raise ValueError(f"{Path(folder) / RESAMPLINGS} is damaged ({error!r}); evaluate again") from error
         for name, values in scores.changes.items():
             if values.shape != (len(scores.groups), len(scores.genes)):

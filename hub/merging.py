@@ -44,7 +44,7 @@ def merge_adapter(
         FileExistsError, InUseError: see [`claimed_folder`].
         OSError: the disk is full; the output is as it was.
     """
-    if Path(name).is_dir() and Path(output).resolve() == Path(name).resolve():
+    if Path(name).is_dir() and os.path.realpath(output) == os.path.realpath(name):
         raise ValueError(f"{output} is the adapter's own folder; write the merged checkpoint elsewhere")
     with claimed_checkpoint(output, overwrite):
         adapted, processor = load_adapter(name, revision, base, base_revision)

@@ -223,6 +223,10 @@ class StateTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError(
+                "output_dir is empty: expected the folder to write; name one, or leave it out for runs/pertstate"
+            )
         self._check_meaning()
         self._check_numbers()
         cells = self.cells_per_batch

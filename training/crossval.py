@@ -1,8 +1,8 @@
 """Cross-validation: every fold is trained, predicted and scored as a run by itself, and the scores are pooled."""
 
+import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,11 +18,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.console import say
 from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
-from pertstate.base.messages import some
-from pertstate.base.outputs import Kind, claimed_run
+from pertstate.base.input_errors import ERRORS, line_of
+from pertstate.base.messages import given, some
+from pertstate.base.outputs import Kind, claimed_folder, claimed_run, discard, whole_folder
 from pertstate.base.processes import check_guarded, end_with_parent, how_it_ended, with_imports
 from pertstate.base.public import public
 from pertstate.base.stopped import stopped_by_signals
@@ -36,7 +38,7 @@ from pertstate.data.stores import open_store
 from pertstate.evaluation.metrics import METRICS, MODEL
 from pertstate.evaluation.pooling import pooled_scores
 from pertstate.evaluation.report_data import SCORES_FOLDER
-from pertstate.evaluation.scores import RESAMPLINGS, Scores, with_interval
+from pertstate.evaluation.scores import RESAMPLINGS, SCORES, Scores, with_interval
 from pertstate.families import FAMILIES
 from pertstate.hub.provenance import Provenance
 from pertstate.hub.publish import CHECKPOINT
@@ -50,6 +52,8 @@ from pertstate.training.whole_run import train_run
 
 RESULTS, TABLE, TEXT, SETTINGS = "results.json", "results.csv", "results.md", "crossval.json"
 CROSSVAL = Kind("cross-validation", (SETTINGS,), lambda name: name in (RESULTS, TABLE, TEXT, SETTINGS, "runs"))
+# Bytes of a name. File systems take 255, and more follows these.
+_LONGEST_NAME = 150
 CONTEXTS, PERTURBATIONS, SEEDS = "contexts", "perturbations", "seeds"
 
 
@@ -236,7 +240,10 @@ def crossval(
                 for fold in folds
             ]
             found[family] = pooled_scores(of, family)
-            found[family].save(place / SCORES_FOLDER / family)
+            (place / SCORES_FOLDER).mkdir(exist_ok=True)
+            of_family = place / SCORES_FOLDER / family
+            with claimed_folder(of_family, SCORES, overwrite=True), whole_folder(of_family, SCORES) as scratch:
+                found[family].save(scratch)
         _write(place, found, settings, {family: [t for t in trials if t.family == family] for family in changes})
     return found
 
@@ -245,12 +252,18 @@ def begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: boo
     """Check that the folder is new or of these settings, and note them. `kind.keys` names the file that they stand in."""
     about = place / kind.keys[0]
     if overwrite and about.is_file():
-        for name in ("runs", SCORES_FOLDER):
-            shutil.rmtree(place / name, ignore_errors=True)
-        for name in (RESULTS, TABLE, TEXT, about.name):
+        for name in (RESULTS, TABLE, TEXT):
             (place / name).unlink(missing_ok=True)
+        for name in ("runs", SCORES_FOLDER):
+            discard(place / name, place)
+        about.unlink()
     if about.is_file():
-        before = json.loads(about.read_text(encoding="utf-8"))
+        before = load_json(about, advice="name another folder, or begin anew with --overwrite")
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{about}: expected the settings of a {kind.name}, found {_short(before)}; name another folder, or begin anew "
+                "with --overwrite"
+            )
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(
@@ -278,8 +291,15 @@ def _trial(place: Path, words: list[str], family: str, fold: Fold, seed: int) ->
 
 
 def safe_name(name: str) -> str:
-    """A name as that of a file."""
-    return "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in name)
+    """
+    A name as that of a folder: letters, digits and a few signs stay. A name that has others, or is long, ends in a part of its
+    SHA-256, so that different names are different folders.
+    """
+    safe = "".join(letter if letter.isalnum() or letter in "+-_." else "_" for letter in name)
+    if safe == name and not name.startswith(".") and len(name.encode()) <= _LONGEST_NAME:
+        return name
+    cut = safe.encode()[:_LONGEST_NAME].decode("utf-8", "ignore")
+    return f"{cut}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _is_done(trial: Trial) -> bool:
@@ -292,7 +312,8 @@ def train_trials(trials: list[Trial], jobs: int):
     if len(open_ones) < len(trials):
         say(f"{len(trials) - len(open_ones)} of {len(trials)} runs are there already", sys.stderr)
     ended, lock = len(trials) - len(open_ones), Lock()
-    with _children() as start, ThreadPoolExecutor(jobs) as pool:
+    # After an error or a signal the runs are told to end before the threads that wait for them are waited for.
+    with ThreadPoolExecutor(jobs) as pool, _children() as start:
 
         def run(trial: Trial) -> str | None:
             nonlocal ended
@@ -318,42 +339,46 @@ def _children() -> Iterator:
     """Starts runs, as processes that end with this one."""
     running: set[BaseProcess | subprocess.Popen] = set()
     context: Any = with_imports(__name__)
-    stopping = False
+    stopping, begins = False, Lock()
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
 
     def start(trial: Trial, jobs: int) -> str | None:
         """Train, and wait for the end. The last line of the error where it failed."""
-        if stopping:
-            return "not begun"
         words = [*trial.words, *(["--resume_from_checkpoint", "last"] if checkpoints_of(trial.folder) else [])]
         with tempfile.NamedTemporaryFile("r", errors="replace") as said:
             threads = max(1, (os.cpu_count() or 1) // jobs)
-            if devices > 1:
-                launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(devices)]
-                with open(said.name, "w") as log:
-                    several = subprocess.Popen(
-                        [*launch, "-m", "pertstate.train", *words], stdout=subprocess.DEVNULL, stderr=log
-                    )
-                running.add(several)
-                code = several.wait()
-                running.discard(several)
-            else:
-                one = context.Process(target=_run_one, args=(words, said.name, threads))
-                one.start()
+            one: BaseProcess | subprocess.Popen
+            with begins:  # a run that begins is either told to end, or not begun
+                if stopping:
+                    return "not begun"
+                if devices > 1:
+                    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(devices)]
+                    with open(said.name, "w") as log:
+                        one = subprocess.Popen(
+                            [*launch, "-m", "pertstate.train", *words], stdout=subprocess.DEVNULL, stderr=log
+                        )
+                else:
+                    one = context.Process(target=_run_one, args=(words, said.name, threads))
+                    one.start()
                 running.add(one)
-                one.join()
-                running.discard(one)
-                code = one.exitcode
+            code = one.wait() if isinstance(one, subprocess.Popen) else _exit_code(one)
+            running.discard(one)
             return None if code == 0 else how_it_ended(code, said.read())
 
     try:
         yield start
     except BaseException:
-        stopping = True
-        for process in [*running]:
-            # A training saves its step and ends.
-            process.terminate()
+        with begins:
+            stopping = True
+            for process in [*running]:
+                # A training saves its step and ends.
+                process.terminate()
         raise
+
+
+def _exit_code(process: BaseProcess) -> int:
+    process.join()
+    return given("an exit code", process.exitcode)
 
 
 def _run_one(words: list[str], log: str, threads: int):
@@ -370,10 +395,8 @@ def _run_one(words: list[str], log: str, threads: int):
             check_further(run)
             with run_folder(run) as resume:
                 train_run(run, resume)
-        except (ValueError, KeyError, OSError, ImportError, FloatingPointError) as error:
-            # KeyError shows the repr of its message.
-            message = error.args[0] if isinstance(error, KeyError) and error.args else error
-            say(" ".join(str(message).split()), sys.stderr)
+        except ERRORS as error:
+            say(line_of(error), sys.stderr)
             raise SystemExit(1) from error
 
 
@@ -410,7 +433,13 @@ def _as_markdown(table: pd.DataFrame, verdicts: dict[str, str], trials: dict[str
 def _steps(trials: list[Trial]) -> str:
     """How many steps the runs took: the number, or the fewest and the most."""
     states = [trial.folder / "trainer_state.json" for trial in trials]
-    taken = sorted(
-        {json.loads(state.read_text(encoding="utf-8"))["global_step"] for state in states if state.is_file()}
-    )
+    taken = sorted({_steps_in(state) for state in states if state.is_file()})
     return " to ".join(f"{steps:,}" for steps in dict.fromkeys([*taken[:1], *taken[-1:]]))
+
+
+def _steps_in(state: Path) -> int:
+    content = load_json(state, LARGEST_TABLES, "remove it")
+    steps = content.get("global_step") if isinstance(content, dict) else None
+    if type(steps) is not int or not 0 <= steps < 2**63:
+        raise ValueError(f"{state}: expected a global_step of 0 or more, found {_short(steps)}; remove it")
+    return steps

@@ -5,6 +5,7 @@ from typing import Any
 
 from pertstate.base.files import whole_file
 from pertstate.base.messages import closest, some
+from pertstate.base.outputs import claimed_file
 from pertstate.data.bounded_yaml import load_yaml
 from pertstate.families import FAMILIES
 from pertstate.training.first_run import is_data
@@ -93,6 +94,6 @@ def words_of_family(
         )
     if not path.is_file():
         folder.mkdir(exist_ok=True)
-        with whole_file(path) as partial:
+        with claimed_file(path, overwrite=False), whole_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     return [str(path), *words[1:]]

@@ -1,5 +1,6 @@
 """The folder of a run: who may write it, and what a run in it continues from."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def _check_free(folder: Path, resume: str | bool | None, is_fitted: bool):
                 "anew with --overwrite"
             )
         return
-    continued = resume is not None and Path(str(resume)).resolve().is_relative_to(folder.resolve())
+    continued = resume is not None and Path(os.path.realpath(str(resume))).is_relative_to(os.path.realpath(folder))
     if (checkpoints or finished) and not continued:
         raise FileExistsError(
             f"{folder} holds a run; continue it with --resume_from_checkpoint last, replace it with --overwrite, or name another "

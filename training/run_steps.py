@@ -1,9 +1,9 @@
 """The number of steps of a run that is to choose it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from pertstate.base.bounded_text import load_json
 from pertstate.base.printable import get_logger
 from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.record import RunRecord
@@ -51,8 +51,12 @@ def set_steps(
     if args.max_steps < 1:
         raise ValueError("inner_folds chooses among numbers of steps: set max_steps, and leave num_train_epochs out")
     if resume is not None:
-        before = json.loads(Path(resume, "training_args.json").read_text(encoding="utf-8"))
-        args.max_steps, args.schedule_steps = before["max_steps"], before["schedule_steps"]
+        path = Path(resume, "training_args.json")
+        before = load_json(path)
+        numbers = [before.get(name) for name in ("max_steps", "schedule_steps")] if isinstance(before, dict) else []
+        if len(numbers) != 2 or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+            raise ValueError(f"{path}: expected the numbers max_steps and schedule_steps; train anew, with --overwrite")
+        args.max_steps, args.schedule_steps = numbers
         record = RunRecord.load(resume)
         return None if record is None else record.intervals
     chosen = choose_steps(

@@ -13,11 +13,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pertstate.base.stopped import SIGNALS, StoppedError
-
-
-# Launchers of several processes pass a signal on that each process got already. A second signal within these seconds is that one.
-_SAME_SIGNAL = 1.0
+from pertstate.base.stopped import SAME_SIGNAL, SIGNALS, StoppedError
 
 
 # Who listens in this process.
@@ -68,8 +64,7 @@ class Stop(TrainerCallback):
         def hear(number: int, frame):
             if os.getpid() != process:
                 return  # forked from the training, which ends it
-            several = dist.is_available() and dist.is_initialized()
-            if self._number is not None and not (several and time.monotonic() - self._when < _SAME_SIGNAL):
+            if self._number is not None and time.monotonic() - self._when > SAME_SIGNAL:
                 os._exit(128 + number)
             if self._number is None:
                 self._number, self._when = number, time.monotonic()

@@ -259,7 +259,7 @@ def _flags(setting: dict[str, str]) -> list[str]:
 
 def _trial(place: Path, words: list[str], setting: dict[str, str], fold: Fold, seed: int) -> Trial:
     name = ", ".join(f"{field} {value}" for field, value in setting.items())
-    of_setting = safe_name(",".join(f"{field}-{value}" for field, value in setting.items()))
+    of_setting = safe_name("_".join(f"{field}-{value}" for field, value in setting.items()))
     folder = place / "runs" / of_setting / f"{safe_name(fold.name)}-seed{seed}"
     own = ["--seed", str(seed), "--output_dir", str(folder), "--keep_resamplings", "true"]
     return Trial(name, fold, seed, folder, (*words, *_flags(setting), *fold.flags, *own))

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import time
 
 import launches
 import pytest
 
-from pertstate.base.stopped import StoppedError, stopped_by_signals
+from pertstate.base.stopped import SAME_SIGNAL, StoppedError, stopped_by_signals
 
 
 COMMAND = """
@@ -53,6 +54,7 @@ def test_a_second_signal_does_not_wait(tmp_path):
     assert process.stdout.readline() == "writing\n"
     os.kill(process.pid, signal.SIGINT)
     assert process.stdout.readline() == "clearing\n"
+    time.sleep(SAME_SIGNAL)
     os.kill(process.pid, signal.SIGTERM)
     assert process.communicate().returncode == 143
 

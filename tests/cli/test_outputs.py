@@ -178,6 +178,22 @@ def test_the_second_of_two_is_told_of_the_first(folder, tmp_path, capsys, comman
     assert os.listdir(tmp_path) == [output.name] and content(output)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_links_that_loop_or_lead_nowhere_are_one_line(folder, tmp_path, capsys, monkeypatch, command):
+    ending = Path(FILES.get(command, "")).suffix
+    monkeypatch.chdir(tmp_path)
+    for name, target in (("a", "a"), ("b", "c"), ("c", "b"), ("nowhere", "no/such/folder")):
+        os.symlink(target + ending, name + ending)
+    before = sorted(os.listdir())
+    for name in ("a", "b", "a/x", "nowhere", "nowhere/x"):
+        for flags in ([], ["--overwrite"]):
+            capsys.readouterr()
+            assert main([*words(folder, command, Path(name + ending)), *flags]) == 1, name
+            said = capsys.readouterr().err
+            assert said.startswith(f"pertstate {command}: error: ") and said.count("\n") == 1, said
+    assert sorted(os.listdir()) == before and all(os.path.islink(name) for name in before)
+
+
 FULL = """
 import resource, sys
 import pertstate.cli

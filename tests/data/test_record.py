@@ -58,10 +58,14 @@ def test_a_record_is_loaded_as_it_was_saved(tmp_path):
     assert RunRecord.load(tmp_path.parent) is None
 
 
+# JSON says so with any number that is too large, as 1e999.
+INFINITE = {"groups": {"d": {"c0": {"test": {"A": float("inf")}}}}}
+
+
 def test_a_damaged_record_is_one_error(tmp_path):
     record().save(tmp_path)
     content = json.loads((tmp_path / RECORD_FILE).read_text())
-    for change in ({"format": 9}, {"groups": [1]}, {"means": [["d", "c0", "A"]]}, {"ancestors": [{}]}):
+    for change in ({"format": 9}, {"groups": [1]}, {"means": [["d", "c0", "A"]]}, {"ancestors": [{}]}, INFINITE):
         (tmp_path / RECORD_FILE).write_text(json.dumps({**content, **change}))
         with pytest.raises(ValueError, match="the record of the checkpoint is damaged"):
             RunRecord.load(tmp_path)

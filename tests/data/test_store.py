@@ -34,6 +34,7 @@ from pertstate.data import (
 )
 from pertstate.data.arguments import DataArguments, PrepareArguments
 from pertstate.data.cells import load
+from pertstate.data.manifest import STORE_FILE
 from pertstate.data.store import StoredRows, StoreSource
 from pertstate.data.stores import open_store, write_parquet
 from pertstate.processing import StateProcessor
@@ -779,6 +780,29 @@ def test_a_store_with_values_that_are_no_numbers_is_refused(folder, tmp_path, fi
         source.blocks() as blocks,
     ):
         [read() for _, read in blocks]
+
+
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({"sources": [{"path": -1, "cells": 2}]}, "sources"),
+        ({"sources": [{"path": "a.h5ad", "cells": {"a": 1}}]}, "sources"),
+        ({"sources": [{"path": "a.h5ad", "cells": 2, "sha256": [1]}]}, "sources"),
+        # They add up to 10 in 64 bits.
+        ({"cells": 10, "lengths": [2**63 - 1, 2**63 - 1, 12]}, "groups"),
+        ({"cells": 10, "lengths": [10**30, 1, 1]}, "groups"),
+    ],
+    ids=range(5),
+)
+def test_numbers_and_types_of_a_manifest_are_checked_before_they_are_used(store, tmp_path, change, wrong):
+    content = json.loads((store.path / STORE_FILE).read_text())
+    if "lengths" in change:
+        lengths = change.pop("lengths")
+        groups = {name: column[: len(lengths)] for name, column in content["groups"].items()}
+        content["groups"] = groups | {"length": lengths, "offset": [sum(lengths[:i]) for i in range(len(lengths))]}
+    (tmp_path / STORE_FILE).write_text(json.dumps({**content, **change}))
+    with pytest.raises(ValueError, match=rf"these fields are damaged or contradict one another: \['{wrong}'\]"):
+        CellStore(tmp_path)
 
 
 def test_a_flipped_bit_is_found_where_it_is_looked_for(store, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pertstate.base.stopped import SAME_SIGNAL
 from pertstate.data import simulate_screen
 from pertstate.hub.unfinished import checkpoints_of
 from pertstate.training.staging import missing_of
@@ -76,7 +77,8 @@ def test_a_second_signal_ends_it_at_once(folder, tmp_path):
     process = launches.start(["-c", code, "train", folder / "run.yaml", "--output_dir", tmp_path / "run"])
     assert process.stdout.readline() == "waiting\n"
     os.kill(process.pid, signal.SIGTERM)
-    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)  # at the same time, so it is the first one passed on
+    time.sleep(SAME_SIGNAL + 0.1)
     assert os.path.exists(f"/proc/{process.pid}")
     os.kill(process.pid, signal.SIGINT)
     done = process.communicate()
