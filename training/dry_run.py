@@ -15,7 +15,7 @@ from pertstate.base.constants import Split
 from pertstate.base.messages import given
 from pertstate.data.sentences import SentenceDataset
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.inner_folds import UnsavedStop, inner_arguments, inner_folds
+from pertstate.training.inner_folds import UnsavedStop, folds_of, inner_arguments
 from pertstate.training.progress import Progress, duration
 from pertstate.training.trainer import StateTrainer
 
@@ -106,8 +106,7 @@ def _steps(args: StateTrainingArguments, training) -> int:
 def _folds(args: StateTrainingArguments, training) -> int:
     if not args.inner_folds or not isinstance(training, SentenceDataset):
         return 0
-    processor = training.processor
-    return len(inner_folds(training.cells.groups, processor.control, processor.split_combination, args.inner_folds))
+    return len(folds_of(training, args.inner_folds))
 
 
 def _evaluations(args: StateTrainingArguments, steps: int) -> int:

@@ -31,6 +31,8 @@ Key = tuple[str, str, str]
 _CONTROLS = 1000
 # Groups of contexts that are trained on are held out in so many parts.
 _PARTS = 5
+# Where whole perturbations are held out, further folds follow until so many are: each says little alone.
+_JUDGED = 10
 # Shares of the steps at which the held-out groups are scored, beside the start.
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
@@ -104,6 +106,24 @@ def inner_folds(
     ]
 
 
+def folds_of(dataset: SentenceDataset, folds: int) -> list[InnerFold]:
+    """
+    The [`inner_folds`] of a training split on which a run chooses its number of steps: so many; and where whole perturbations are held
+    out, because they have vectors, so many more that ten perturbations are held out in all, where there are so many.
+    """
+    processor = dataset.processor
+    by_vector = processor.perturbation_features is not None
+    found = inner_folds(
+        dataset.cells.groups,
+        processor.control,
+        processor.split_combination,
+        max(folds, _PARTS) if by_vector else folds,
+        by_vector,
+    )
+    held = np.cumsum([len({name for *_, name in fold.groups}) for fold in found])
+    return found[: max(folds, 1 + int(np.searchsorted(held, _JUDGED)))]
+
+
 def with_fold(cells: Cells, fold: InnerFold) -> Cells:
     """The training cells with a fold's groups for validation; the groups that the run holds out are not used."""
     groups = cells.groups.copy()
@@ -128,22 +148,23 @@ def choose_steps(
 
         1/3 (energy / energy_0 + MAE / MAE_0 + (1 - Pearson) / (1 - Pearson_0))
 
-    of the held-out groups, `_0` being before the first step.
+    of the held-out groups, `_0` being before the first step. Where whole perturbations are held out in three folds or more, choose the
+    smallest number whose mean is within one standard error of the lowest (Breiman et al. 1984, Classification and Regression Trees,
+    section 3.4.3): a few perturbations differ more from one another than numbers of steps do.
 
     Args:
         trainer_of (`Callable`): makes a [`StateTrainer`] with a new model, from arguments, training and validation data.
         datasets_of (`Callable`): makes the datasets of cells.
         dataset ([`SentenceDataset`]): the training split.
         args ([`StateTrainingArguments`]): `max_steps` is the largest number.
-        folds (`int`): at most so many.
+        folds (`int`): how many, see [`folds_of`].
 
     Returns:
         The number of steps, 0 where no training betters the start, and the intervals that the held-out groups give at this number;
         None where nothing can be held out.
     """
     processor = dataset.processor
-    by_vector = processor.perturbation_features is not None
-    found = inner_folds(dataset.cells.groups, processor.control, processor.split_combination, folds, by_vector)
+    found = folds_of(dataset, folds)
     if not found:
         return None
     steps = sorted({max(1, round(args.max_steps * share)) for share in _SHARES})
@@ -169,12 +190,23 @@ def choose_steps(
         changes.append(scores.changes)
         numbers += scores.numbers(control_counts(data[Split.VAL].cells.groups, processor.control))
         logger.info(f"with {fold.name} held out: {scores}")
-    mean = np.mean(ratios, axis=0)
-    best = int(np.argmin(mean))
+    best = chosen_step(np.array(ratios), careful=processor.perturbation_features is not None and len(found) > 2)
     predicted, observed = np.concatenate([of_fold[best] for of_fold in changes], axis=1)
     spread = control_spread(dataset, trainer.decodes)
     cells, controls = np.array(numbers).T
     return [0, *steps][best], ChangeIntervals.of_held_out(predicted, observed, cells, controls, spread)
+
+
+def chosen_step(ratios: np.ndarray, careful: bool) -> int:
+    """
+    The column of `ratios` `(folds, 1 + steps)` with the lowest mean; if `careful`, the first whose mean is within one standard error
+    of it.
+    """
+    mean = ratios.mean(axis=0)
+    best = int(np.argmin(mean))
+    if not careful:
+        return best
+    return int(np.argmax(mean <= mean[best] + ratios[:, best].std(ddof=1) / np.sqrt(len(ratios))))
 
 
 def control_spread(dataset: SentenceDataset, decoded: bool) -> np.ndarray:

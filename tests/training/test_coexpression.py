@@ -10,8 +10,9 @@ from pertstate.base.modeling_fitted import ridge_weights
 from pertstate.data.arguments import DataArguments
 from pertstate.data.cells import load
 from pertstate.data.coexpression import COMPONENTS
+from pertstate.data.sentences import SentenceDataset
 from pertstate.training.anchoring import chosen_ridge
-from pertstate.training.inner_folds import inner_folds
+from pertstate.training.inner_folds import chosen_step, folds_of, inner_folds
 from pertstate.training.stream_run import check_fields
 
 
@@ -100,6 +101,27 @@ def test_training_perturbations_are_held_out_whole_where_test_perturbations_are_
     assert inner_folds(groups, "control", lambda name: [name], 2) == []
     folds = inner_folds(groups, "control", lambda name: [name], 2, by_vector=True)
     assert [fold.groups for fold in folds] == [{("d", "a", f"p{i}"), ("d", "b", f"p{i}")} for i in (1, 2)]
+
+
+def test_so_many_folds_hold_ten_perturbations_out_where_there_are_so_many():
+    def folds(number: int, asked: int = 2) -> list[int]:
+        names = ("g0", "g1", "g2", "g3", "g4", "g5", "g6", "g7", "g8", "g9", "g10")[:number]
+        cells, processor = loaded(screen(names=names), test_perturbations=["g0"])
+        found = folds_of(SentenceDataset(cells, processor, Split.TRAIN, 4), asked)
+        return [len({name for *_, name in fold.groups}) for fold in found]
+
+    assert folds(5) == [1, 1, 1, 1]  # one is for the test
+    assert folds(9) == [2, 2, 2, 1, 1]
+    assert folds(5, asked=1) == [1, 1, 1, 1]
+
+
+def test_few_held_out_perturbations_ask_for_few_steps():
+    ratios = np.array([[1, 0.9, 0.95, 0.8], [1, 0.95, 0.9, 0.5], [1, 0.99, 0.9, 1.1]])
+    assert chosen_step(ratios, careful=False) == 3
+    # The lowest mean is 0.8, and its standard error 0.17.
+    assert chosen_step(ratios, careful=True) == 1
+    assert chosen_step(ratios * [1, 1.1, 1, 1], careful=True) == 2
+    assert chosen_step(ratios + [0, 1, 1, 1], careful=True) == 0
 
 
 def test_a_stream_has_no_such_vectors():
