@@ -12,6 +12,7 @@ from marked import write_between_marks
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_some_kills_of_every_command():
     """The script runs in a process of its own, because it points all that it starts at a Hub of its own."""
     words = [sys.executable, Path(torture.__file__), "--trials", "24"]
