@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -184,21 +185,28 @@ def predicted(path: Path) -> str | None:
 
 
 def whole(folder: Path, names: tuple[str, ...]) -> str | None:
-    """The digest of outputs that belong together, files or folders, all of their files in."""
-    if not any((folder / name).exists() for name in names):
+    """The digest of outputs that belong together, files or folders, all of their files in. What is being written is not theirs yet."""
+    files = {name: sorted({*_files(folder / name)}) for name in names}
+    if not any(files.values()):
         return None
-    if not all((folder / name).exists() for name in names):
+    if not all(files.values()):
         return "a part"
-    files = [folder / name for name in names if (folder / name).is_file()]
-    files += [path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file()]
-    return sha256(*(part for path in files for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
+    paths = [path for name in names for path in files[name]]
+    return sha256(*(part for path in paths for part in (str(path.relative_to(folder)).encode(), path.read_bytes())))
+
+
+def _files(output: Path) -> list[Path]:
+    found = [output] if output.is_file() else [*output.rglob("*")]
+    return [
+        path for path in found if path.is_file() and not re.search(r"/\.[^/]+\.(partial|lock)(/|$)", path.as_posix())
+    ]
 
 
 def pooled(folder: Path, *tables: str) -> str | None:
     """The digest of the tables that many runs end in. Every run that has ended must be whole; what is being written has other names."""
     models = [path.parent for path in (folder / "runs").rglob("config.json")]
-    written = [path for path in models if not path.name.startswith("checkpoint-") and ".partial" not in str(path)]
-    if any(run(path) == "a part" for path in written):
+    ended = [path for path in models if not path.name.startswith("checkpoint-") and ".partial" not in str(path)]
+    if any(run(path) == "a part" for path in ended):
         return "a part"
     return whole(folder, tables)
 
