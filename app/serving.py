@@ -55,7 +55,7 @@ def served(
     check_gradio()
     trained = load(name, revision, device)
     check_model(trained)
-    cells = None if adata is None else Path(adata).resolve()
+    cells = None if adata is None else Path(os.path.realpath(adata))
     if cells is not None:
         look_at(trained, cells, Reading())
     from pertstate.app.page import CSS, page, theme, without_downloads

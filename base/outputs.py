@@ -59,6 +59,22 @@ def claimed_file(path: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
         yield place
 
 
+def check_apart(**outputs: str | os.PathLike | None):
+    """
+    Check that the outputs of one command have different places; None is no output.
+
+    Raises:
+        ValueError: two would be written to one place; their names are said.
+    """
+    owners: dict[str, str] = {}
+    for name, path in outputs.items():
+        other = name if path is None else owners.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise ValueError(
+                f"{other} and {name} are both {path}: expected two outputs, found one; name another for one of them"
+            )
+
+
 @dataclass(frozen=True)
 class Kind:
     """
@@ -316,6 +332,7 @@ def _check_overwrite(path: str | os.PathLike, exists: bool, overwrite: bool):
 __all__ = [
     "JOURNAL",
     "Kind",
+    "check_apart",
     "claimed_file",
     "claimed_folder",
     "claimed_run",

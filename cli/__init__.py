@@ -9,7 +9,7 @@ from types import ModuleType
 
 from pertstate._version import __version__
 from pertstate.base.console import printable_console, say
-from pertstate.base.input_errors import ERRORS, line_of
+from pertstate.base.input_errors import ERRORS, line_of, one_line
 from pertstate.base.stopped import StoppedError, stopped_by_signals
 
 
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, as those of the commands are."""
 
     def error(self, message: str):
-        say(f"{self.prog}: error: {message}; {self.prog} --help lists what it takes", sys.stderr)
+        say(f"{self.prog}: error: {one_line(message)}; {self.prog} --help lists what it takes", sys.stderr)
         raise SystemExit(1)
 
 

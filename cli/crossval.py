@@ -1,6 +1,10 @@
 """`pertstate crossval`."""
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from pertstate.base.console import say, show
 from pertstate.base.messages import counted
@@ -34,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from pathlib import Path
-
     from pertstate.evaluation.metrics import METRICS
     from pertstate.evaluation.report import check_plotly, write_report
     from pertstate.evaluation.report_data import SCORES_FOLDER
@@ -47,14 +49,40 @@ def run(args: argparse.Namespace):
         check_plotly()
     families = None if args.families is None else read_families(args.families)
     words = [args.run, *args.flags]
-    found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
-    for family, scores in found.items():
-        seeds = counted(scores.settings["runs of each fold"], "seed")
-        show(f"{family}: mean of {seeds}\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n")
-    say(f"{args.output}: results.md, results.csv, results.json, and the runs")
-    if args.report:
-        for family in found:
-            place = Path(args.report)
-            name = place if len(found) == 1 else place.with_name(f"{place.stem}-{family}{place.suffix}")
-            write_report(Path(args.output) / SCORES_FOLDER / family, name, overwrite=True, title=family)
-            say(f"{name}: a page for the browser")
+    with _claimed_pages(args, families):
+        found = crossval(words, args.over, args.output, families, args.seeds, args.jobs, args.parts, args.overwrite)
+        for family, scores in found.items():
+            seeds = counted(scores.settings["runs of each fold"], "seed")
+            show(
+                f"{family}: mean of {seeds}\n\n{format_averages(scores.averages, list(METRICS))}\n\n{scores.verdict}\n"
+            )
+        say(f"{args.output}: results.md, results.csv, results.json, and the runs")
+        if args.report:
+            for family, page in zip(found, _pages(args.report, list(found)), strict=True):
+                write_report(Path(args.output) / SCORES_FOLDER / family, page, overwrite=True, title=family)
+                say(f"{page}: a page for the browser")
+
+
+def _pages(report: str, families: list[str]) -> list[Path]:
+    """The page of each family."""
+    page = Path(report)
+    return [page] if len(families) < 2 else [page.with_name(f"{page.stem}-{name}{page.suffix}") for name in families]
+
+
+@contextmanager
+def _claimed_pages(args: argparse.Namespace, families: dict | None) -> Iterator[None]:
+    """
+    In this block nobody else writes the pages of the reports. What is wrong with their names is said before there is any work to
+    lose. The folder of the runs may be made later.
+    """
+    from pertstate.base.outputs import claimed_file
+
+    runs = os.path.realpath(args.output)
+    with ExitStack() as claims:
+        for page in _pages(args.report, list(families or ())) if args.report else ():
+            # --overwrite would begin the runs anew, too.
+            if page.exists() and not args.overwrite:
+                raise FileExistsError(f"--report {page} exists; move it away, or name another page")
+            if page.parent.is_dir() or not Path(os.path.realpath(page)).is_relative_to(runs):
+                claims.enter_context(claimed_file(page, overwrite=True))
+        yield

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from pertstate.base.outputs import claimed_folder, whole_folder
+    from pertstate.base.outputs import check_apart, claimed_folder, whole_folder
     from pertstate.evaluation.cell_eval_scores import check_cell_eval
     from pertstate.evaluation.comparison import claimed_table, evaluate, table_of, write_table
     from pertstate.evaluation.further_metrics import check_metrics
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace):
         check_cell_eval()
     if args.against:
         _names(args)
+    for folder in ({"scores": args.scores}, {"plots": args.plots}):  # these two may share a folder
+        check_apart(output=args.output, **folder)
     # Before there is any work to lose.
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),

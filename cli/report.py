@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 
 def run(args: argparse.Namespace):
-    from pertstate.base.outputs import claimed_folder
+    from pertstate.base.outputs import check_apart, claimed_folder
     from pertstate.evaluation.pictures import FOLDER, save_pictures
     from pertstate.evaluation.plots import check_matplotlib
     from pertstate.evaluation.report import write_report
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace):
         raise ValueError("nothing to write: name a page (-o report.html), or a folder of pictures (--plots FOLDER)")
     if args.output is None and args.title is not None:
         raise ValueError("--title is that of a page, so it has no effect without -o")
+    check_apart(output=args.output, plots=args.plots)
     with ExitStack() as claims:
         if args.plots is not None:
             check_matplotlib()

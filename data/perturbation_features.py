@@ -46,7 +46,7 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
         path: the file. The ending of its name says which of these it is.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, PermissionError: there is no such file, or this user may not read it.
         ValueError: the file has another ending, is not whole or is laid out in another way; a value is not a finite
             number; the widths differ; a name stands twice or is blank.
     """
@@ -55,6 +55,8 @@ def read_perturbation_features(path: str | os.PathLike) -> PerturbationFeatures:
         raise ValueError(f"{path}: expected perturbation features in a file that ends in {', '.join(_READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of perturbation features (looked from {Path.cwd()})")
+    with open(path, "rb"):
+        pass  # this user may read it; some libraries say of a file that they may not read that it is damaged
     try:
         names, vectors = _READERS[path.suffix](path)
         return PerturbationFeatures(names, vectors)

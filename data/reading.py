@@ -332,7 +332,7 @@ def unpacked(path: Path) -> Path:
             on the disk; nothing is left of it.
     """
     size = path.stat()
-    return _unpacked(path.resolve(), size.st_size, size.st_mtime_ns)
+    return _unpacked(Path(os.path.realpath(path)), size.st_size, size.st_mtime_ns)
 
 
 @cache

@@ -23,6 +23,7 @@ from pertstate.base.messages import counted, some
 from pertstate.base.model_features import carried_columns
 from pertstate.base.modeling_layers import UnseenWarning
 from pertstate.base.modeling_perturbation import UnseenPerturbationError
+from pertstate.base.outputs import check_apart
 from pertstate.base.printable import get_logger
 from pertstate.data.change_intervals import ChangeIntervals
 from pertstate.data.confidence_calibration import ConfidenceCalibration
@@ -164,6 +165,7 @@ def predict(
     for path in files if summary is None else ():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    check_apart(**dict(zip(("output", "cell_eval"), files, strict=False)))
     model.eval()
     with ExitStack() as stack:
         for path in files if writes else ():

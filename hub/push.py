@@ -118,7 +118,7 @@ def push_checkpoint(
         return api.create_commit(
             repository,
             operations,
-            commit_message=message or f"{folder.resolve().name}, with pertstate {__version__}",
+            commit_message=message or f"{os.path.basename(os.path.realpath(folder))}, with pertstate {__version__}",
             revision=branch,
             parent_commit=head.sha,
         )

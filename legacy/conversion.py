@@ -311,7 +311,7 @@ def _card(legacy: LegacyFolder, config: EncoderConfig, processor: StateProcessor
         model_name=as_text(name),
         model_type=config.model_type,
         about=FAMILIES[config.model_type].card,
-        folder=as_text(legacy.path.resolve().name),
+        folder=as_text(os.path.basename(os.path.realpath(legacy.path))),
         checkpoint=as_text(legacy.checkpoint.name),
         sha256=legacy.sha256(),
         progress=legacy.progress or "epoch and step not recorded",

@@ -194,3 +194,15 @@ def called(path: Path) -> set[str]:
 def test_text_leaves_the_program_in_one_place(path):
     calls = called(path)
     assert [name for name, rooms in WRITERS.items() if name in calls and name_of(path) not in rooms] == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_links_are_followed_as_the_system_follows_them(path):
+    # Path.resolve raises a RuntimeError of links that lead in a circle, which no command turns into a line. It takes no arguments, or
+    # `strict`. The package's own files and benchmarks are no input.
+    own = name_of(path) == "base/travelling.py" or name_of(path).startswith("benchmarks/")
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    resolving = [
+        call for call in calls if not call.args and isinstance(call.func, ast.Attribute) and call.func.attr == "resolve"
+    ]
+    assert own or not resolving, "write os.path.realpath"

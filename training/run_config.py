@@ -219,6 +219,10 @@ def parse_flags(flags: list[str]) -> Iterator[tuple[str, Any]]:
     """
     `--field value ...` or `--section.field value ...` as pairs. Several words after a flag are a list, no word is true, and a word
     that starts with a bracket or a quote is read as YAML.
+
+    Raises:
+        ValueError: a word belongs to no flag, or a flag has an empty one: a variable of the shell that is not set would leave out the
+            file of splits.
     """
     groups: list[tuple[str, list[str]]] = []
     for word in flags:
@@ -230,6 +234,8 @@ def parse_flags(flags: list[str]) -> Iterator[tuple[str, Any]]:
         else:
             groups[-1][1].append(word)
     for name, words in groups:
+        if any(not word.strip() for word in words):
+            raise ValueError(f"--{name} is empty: expected a value; name one, or leave it out, or write null for none")
         values = [_parse_word(word) for word in words]
         yield name, True if not values else values[0] if len(values) == 1 else values
 

@@ -1,18 +1,21 @@
 """Checkpoints of a training that are whole or do not exist."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pertstate.base.bounded_text import LARGEST_TABLES, load_json
 from pertstate.base.files import PARTIAL, saying_disk_errors
 from pertstate.base.messages import given
 from pertstate.base.outputs import replace_folder
@@ -175,7 +178,55 @@ def missing_of(checkpoint: str | os.PathLike) -> str | None:
     wrong = wrong_files(Path(checkpoint))
     if wrong is None and not given("the list of files", read_list(Path(checkpoint, FILES)))["resumable"]:
         return "it holds the model alone (save_only_model), not the state of its training"
-    return wrong
+    return _wrong_state(Path(checkpoint, TRAINER_STATE_NAME)) if wrong is None else wrong
+
+
+# Entries of the Trainer's state that it computes with, all of which are numbers of at least 0.
+_NUMBERS = (
+    "epoch",
+    "global_step",
+    "max_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "num_train_epochs",
+    "total_flos",
+)
+_ENTRIES = {field.name for field in dataclasses.fields(TrainerState)}
+
+
+def _wrong_state(path: Path) -> str | None:
+    """Which entry of the state of a Trainer is none that a Trainer writes, in words; None where all are."""
+    try:
+        state = load_json(path, LARGEST_TABLES)
+    except (FileNotFoundError, ValueError) as error:
+        return f"{path.name} cannot be read ({error})"
+    if not isinstance(state, dict):
+        return f"{path.name}: expected an object, found {type(state).__name__}"
+    if unknown := state.keys() - _ENTRIES:
+        return f"{path.name}: found an unknown entry {min(unknown)[:100]!r}"
+    callbacks, log = state.get("stateful_callbacks"), state.get("log_history")
+    fits = {name: _is_number(state.get(name)) for name in _NUMBERS}
+    fits["global_step"] = fits["global_step"] and isinstance(state["global_step"], int)
+    fits["train_batch_size"] = state.get("train_batch_size") is None or _is_number(state["train_batch_size"])
+    fits["best_metric"] = isinstance(state.get("best_metric"), int | float | None)
+    fits["log_history"] = isinstance(log, list) and all(
+        isinstance(row, dict) and _is_number(row.get("step")) for row in log
+    )
+    fits["stateful_callbacks"] = (
+        isinstance(callbacks, dict)
+        and "TrainerControl" in callbacks
+        and all(isinstance(of, dict | list) for of in callbacks.values())
+    )
+    wrong = next((name for name, fit in fits.items() if not fit), None)
+    return (
+        None if wrong is None else f"{path.name}: {wrong} is {str(state.get(wrong))[:100]!r}, which no Trainer writes"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number of at least 0 that fits into 64 bits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 63
 
 
 def check_resumable(checkpoint: str | os.PathLike):

@@ -112,6 +112,13 @@ def test_a_store_that_may_not_be_read(place):
     assert f"store/{shard.name}: Permission denied" in refused(place, shard, 0, *train)
 
 
+def test_vectors_that_may_not_be_read(place):
+    vectors = place / "vectors.csv"
+    vectors.write_text("name,a\npert_0,1\n")
+    words = ["train", "screen.h5ad", "--perturbation_features", "vectors.csv", "--output_dir", "new"]
+    assert "error: vectors.csv: Permission denied; this user may not read it" in refused(place, vectors, 0, *words)
+
+
 def test_a_run_file_that_may_not_be_read(place):
     said = refused(place, place / "run.yaml", 0, "train", "run.yaml", "--output_dir", "new")
     assert said.startswith("pertstate train: error: run.yaml: Permission denied")

@@ -194,6 +194,23 @@ def test_links_that_loop_or_lead_nowhere_are_one_line(folder, tmp_path, capsys, 
     assert sorted(os.listdir()) == before and all(os.path.islink(name) for name in before)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "scores", "-o", "x.html", "--plots", "x.html"],
+        ["evaluate", "--predicted", "p.h5ad", "--real", "r.h5ad", "--output", "x.csv", "--scores", "./x.csv"],
+        ["evaluate", "--predicted", "p.h5ad", "--real", "r.h5ad", "--output", "x.csv", "--plots", "x.csv"],
+        ["predict", "--model", "base", "--adata", "first.h5ad", "--output", "x.h5ad", "--cell-eval", "x.h5ad"],
+    ],
+)
+def test_two_outputs_of_one_name_are_refused_before_any_work(folder, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    given = [str(folder / word) if word in ("base", "first.h5ad") else word for word in command]
+    assert main(given) == 1
+    assert "expected two outputs, found one; name another for one of them" in capsys.readouterr().err
+    assert not os.listdir()
+
+
 FULL = """
 import resource, sys
 import pertstate.cli

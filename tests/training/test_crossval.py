@@ -102,6 +102,23 @@ def test_a_family_that_is_fitted_is_said_to_have_one_seed(screen, tmp_path, caps
     assert capsys.readouterr().out.startswith("state-perturbation-mean: mean of 1 seed\n")
 
 
+@pytest.mark.parametrize(
+    "families, page", [("state", "page.html"), ("state,state-perturbation-mean", "page-state.html")]
+)
+def test_a_page_that_is_there_is_not_replaced(screen, tmp_path, capsys, families, page):
+    (tmp_path / page).write_text("mine")
+    flags = ["--report", tmp_path / "page.html", "--families", families]
+    assert crossval(*words(screen, tmp_path / "cv", *flags)) == 1
+    said = capsys.readouterr().err
+    assert f"{page} exists; move it away, or name another page" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [page] and (tmp_path / page).read_text() == "mine"
+
+
+def test_a_page_that_cannot_be_written_is_said_before_the_runs(screen, tmp_path, capsys):
+    assert crossval(*words(screen, tmp_path / "cv", "--report", tmp_path / "no" / "page.html")) == 1
+    assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "cv").exists()
+
+
 def test_a_report_of_the_pooled_scores(done, tmp_path):
     assert crossval("report", done / "scores" / "state", "-o", tmp_path / "report.html") == 0
     assert "Verdict on state, from 4 groups." in (tmp_path / "report.html").read_text()

@@ -8,7 +8,7 @@ import pytest
 
 from pertstate.data.arguments import DataArguments
 from pertstate.training.arguments import StateTrainingArguments
-from pertstate.training.run_config import load_run_config
+from pertstate.training.run_config import load_run_config, parse_flags
 
 
 TRAINING = {"learning_rate": float, "max_steps": int, "output_dir": Any, "seed": int, "save_strategy": str}
@@ -219,3 +219,9 @@ def test_runs_that_cannot_be(tmp_path, text, flags, message):
 def test_a_missing_run_configuration(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.yaml: no such run configuration"):
         load_run_config(str(tmp_path / "gone.yaml"), [], MODEL, TRAINING)
+
+
+@pytest.mark.parametrize("words", [["--splits", ""], ["--splits="], ["--test_contexts", "type_1", " "]])
+def test_a_flag_with_an_empty_word_is_refused(words):
+    with pytest.raises(ValueError, match=rf"{words[0].rstrip('=')} is empty: expected a value; .* null for none"):
+        list(parse_flags(words))

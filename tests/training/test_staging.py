@@ -11,6 +11,7 @@ import torch
 from kills import killed_at_each_change
 from safetensors.torch import load_file
 from trainers import make_trainer, simulated_cells
+from transformers import TrainerControl, TrainerState
 
 from pertstate.hub.unfinished import FILES, checkpoints_of
 from pertstate.training import staging
@@ -85,6 +86,37 @@ def test_a_checkpoint_that_is_not_whole_is_refused(screen, copy, name, content, 
     with caplog.at_level(logging.WARNING):
         assert last_whole_checkpoint(copy) == str(copy / "checkpoint-4")
     assert "checkpoint-6 is not whole: " in caplog.text and "; resuming from checkpoint-4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[
+            ("save_steps", []),
+            ("logging_steps", "x"),
+            ("train_batch_size", []),
+            ("total_flos", float("nan")),
+            ("epoch", -1),
+        ],
+        *[
+            ("global_step", 10**30),
+            ("max_steps", True),
+            ("best_metric", "x"),
+            ("log_history", {}),
+            ("log_history", [{"loss": 1}]),
+        ],
+        *[("stateful_callbacks", []), ("stateful_callbacks", {}), ("\x1b[2J", 1)],
+    ],
+)
+def test_a_state_that_no_trainer_writes_is_refused(copy, name, value):
+    checkpoint = checkpoints_of(copy)[-1]
+    assert missing_of(checkpoint) is None
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    listed = json.loads((checkpoint / FILES).read_text())
+    listed["files"][path.name] = path.stat().st_size
+    (checkpoint / FILES).write_text(json.dumps(listed))
+    assert f"trainer_state.json: {name if name.isprintable() else 'found an unknown entry'} " in missing_of(checkpoint)
 
 
 def test_a_run_continues_from_the_last_whole_checkpoint_to_the_same_weights(screen, run, copy):
@@ -175,6 +207,7 @@ def test_checkpoints_that_are_not_whole_are_removed_first_and_later_ones_next(tm
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if whole:
+            TrainerState(stateful_callbacks=[TrainerControl()]).save_to_json(str(folder / "trainer_state.json"))
             (folder / FILES).write_text('{"resumable": true, "files": {}}')
 
     for step in (2, 4, 30):
