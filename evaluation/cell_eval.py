@@ -46,8 +46,6 @@ class CellEval:
         for path in (output, self.real):
             if path is not None and Path(path).suffix != ".h5ad":
                 raise ValueError(f"{path}: cell-eval reads .h5ad; name a file that ends so")
-        if self.real is not None and Path(self.real).absolute() == output.absolute():
-            raise ValueError(f"{output}: predicted and real cells go into two files; name another for the real ones")
 
     def obs_of(self, arms: list[tuple[str, str]], context: str, control: str) -> pd.DataFrame:
         """

@@ -156,7 +156,7 @@ def test_what_cell_eval_does_not_take(made, tmp_path):
         pair(made, tmp_path, ["pert_0+pert_1"])
     with pytest.raises(ValueError, match="out.zarr: cell-eval reads .h5ad"):
         run(folder, model, tmp_path / "out.zarr", cell_eval=CellEval())
-    with pytest.raises(ValueError, match="go into two files"):
+    with pytest.raises(ValueError, match="output and cell_eval are both .*: expected two outputs, found one"):
         pair(made, tmp_path, naming=CellEval(real=tmp_path / "predicted.h5ad"))
     processor = StateProcessor.fit(screen(), set_size=SET_SIZE, normalize="none")
     with pytest.raises(ValueError, match="cell-eval takes log1p expression"):
