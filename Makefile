@@ -29,9 +29,12 @@ test-kernels: .venv/.installed
 	PYTHONPATH=build/triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/losses/test_energy_kernels.py tests/losses/test_sinkhorn_kernels.py
 
 # The metrics of cell-eval. The package brings much along, and is not part of the environment here.
-test-cell-eval: .venv/.installed
-	test -d build/cell-eval || $(BIN)/python -m pip install --quiet --no-deps --target build/cell-eval \
+build/cell-eval: .venv/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --target build/cell-eval \
 		'cell-eval>=0.8.2' pdex polars polars-runtime-32 numba-mwu igraph texttable
+	touch $@
+
+test-cell-eval: build/cell-eval
 	PYTHONPATH=build/cell-eval OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cell_eval tests/evaluation
 
 # The fuzzer itself finds a fault that is planted.
@@ -63,6 +66,7 @@ SECONDS ?= 180
 
 build/atheris: .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/atheris 'atheris>=3'
+	touch $@
 
 fuzz: build/atheris
 	PYTHONPATH=build/atheris OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --kinds $(KINDS)
@@ -84,7 +88,7 @@ build/tutorials/%.md: docs/tutorials/%.py docs/tutorial.py $(wildcard *.py */*.p
 docs: .venv/.installed $(TUTORIALS)
 	$(BIN)/python docs/build_site.py
 
-bench: .venv/.installed
+bench: build/cell-eval
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/end_to_end.py
-	$(BIN)/python benchmarks/evaluate.py
+	PYTHONPATH=build/cell-eval $(BIN)/python benchmarks/evaluate.py
