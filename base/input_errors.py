@@ -26,7 +26,7 @@ _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 def line_of(error: BaseException) -> str:
     """What an error says, see [`one_line`]."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        advice = _ADVICE.get(error.errno)
+        advice = _ADVICE.get(error.errno or 0)
         message = f"{error.filename}: {error.strerror}" + (f"; {advice}" if advice else "")
     else:
         # KeyError shows the repr of its message.

@@ -101,8 +101,9 @@ def run(args: argparse.Namespace):
         check_cell_eval()
     if args.against:
         _names(args)
-    for folder in ({"scores": args.scores}, {"plots": args.plots}):  # these two may share a folder
-        check_apart(output=args.output, **folder)
+    # The scores and the plots may share a folder.
+    check_apart(output=args.output, scores=args.scores)
+    check_apart(output=args.output, plots=args.plots)
     # Before there is any work to lose.
     with (
         claimed_table(args.output, args.overwrite) if args.output else nullcontext(),

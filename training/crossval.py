@@ -358,8 +358,9 @@ def _children() -> Iterator:
                             [*launch, "-m", "pertstate.train", *words], stdout=subprocess.DEVNULL, stderr=log
                         )
                 else:
-                    one = context.Process(target=_run_one, args=(words, said.name, threads))
-                    one.start()
+                    forked = context.Process(target=_run_one, args=(words, said.name, threads))
+                    forked.start()
+                    one = forked
                 running.add(one)
             code = one.wait() if isinstance(one, subprocess.Popen) else _exit_code(one)
             running.discard(one)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from pertstate.base.bounded_text import load_json
 from pertstate.base.printable import get_logger
@@ -53,10 +54,15 @@ def set_steps(
     if resume is not None:
         path = Path(resume, "training_args.json")
         before = load_json(path)
-        numbers = [before.get(name) for name in ("max_steps", "schedule_steps")] if isinstance(before, dict) else []
-        if len(numbers) != 2 or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
-            raise ValueError(f"{path}: expected the numbers max_steps and schedule_steps; train anew, with --overwrite")
-        args.max_steps, args.schedule_steps = numbers
+        most, schedule = (
+            before.get(name) if isinstance(before, dict) else None for name in ("max_steps", "schedule_steps")
+        )
+        if not _is_number_of_steps(most) or not _is_number_of_steps(schedule):
+            found = f"{most!r:.50} and {schedule!r:.50}"
+            raise ValueError(
+                f"{path}: expected two numbers, max_steps and schedule_steps, found {found}; train anew, with --overwrite"
+            )
+        args.max_steps, args.schedule_steps = most, schedule
         record = RunRecord.load(resume)
         return None if record is None else record.intervals
     chosen = choose_steps(
@@ -76,3 +82,7 @@ def set_steps(
     args.schedule_steps, (args.max_steps, found) = most, chosen
     logger.info(f"inner_folds: {args.max_steps} of {most} steps, chosen on held-out training groups")
     return found
+
+
+def _is_number_of_steps(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31
