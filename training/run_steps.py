@@ -58,9 +58,9 @@ def set_steps(
             before.get(name) if isinstance(before, dict) else None for name in ("max_steps", "schedule_steps")
         )
         if not _is_number_of_steps(most) or not _is_number_of_steps(schedule):
-            found = f"{most!r:.50} and {schedule!r:.50}"
+            there = f"{most!r:.50} and {schedule!r:.50}"
             raise ValueError(
-                f"{path}: expected two numbers, max_steps and schedule_steps, found {found}; train anew, with --overwrite"
+                f"{path}: expected two numbers, max_steps and schedule_steps, found {there}; train anew, with --overwrite"
             )
         args.max_steps, args.schedule_steps = most, schedule
         record = RunRecord.load(resume)
