@@ -38,8 +38,16 @@ def _outlive_signals_to_all():
     os.register_at_fork(after_in_child=hear)
 
 
-# Whether this process is the one that multiprocessing starts to fork others.
-if any("multiprocessing.forkserver import main" in word for word in sys.orig_argv):
+def _forks_others() -> bool:
+    """Whether this process is the one that multiprocessing starts to fork others, and not one that it forked, which has its arguments."""
+    if not any("multiprocessing.forkserver import main" in word for word in sys.orig_argv):
+        return False
+    from multiprocessing.forkserver import get_inherited_fds
+
+    return get_inherited_fds() is None
+
+
+if _forks_others():
     _outlive_signals_to_all()
 
 

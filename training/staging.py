@@ -174,11 +174,17 @@ def recover_run(run: Path):
 
 
 def missing_of(checkpoint: str | os.PathLike) -> str | None:
-    """What a training cannot continue from a checkpoint for, in words; None where it is whole."""
+    """Which of its files a checkpoint lacks for a training to continue, in words; None where it is whole. What they hold is not read."""
     wrong = wrong_files(Path(checkpoint))
     if wrong is None and not given("the list of files", read_list(Path(checkpoint, FILES)))["resumable"]:
         return "it holds the model alone (save_only_model), not the state of its training"
-    return _wrong_state(Path(checkpoint, TRAINER_STATE_NAME)) if wrong is None else wrong
+    return wrong
+
+
+def unfit_of(checkpoint: str | os.PathLike) -> str | None:
+    """What a training cannot continue from a checkpoint for, in words: files that it lacks, or what its state says; None if it can."""
+    missing = missing_of(checkpoint)
+    return _wrong_state(Path(checkpoint, TRAINER_STATE_NAME)) if missing is None else missing
 
 
 # Entries of the Trainer's state that it computes with, all of which are numbers of at least 0.
@@ -237,7 +243,7 @@ def check_resumable(checkpoint: str | os.PathLike):
     """
     if not Path(checkpoint).is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: {checkpoint}: no such checkpoint folder")
-    wrong = missing_of(checkpoint)
+    wrong = unfit_of(checkpoint)
     if wrong is not None:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} is not whole: {wrong}; name another checkpoint, or last for the last that "
@@ -255,7 +261,7 @@ def last_whole_checkpoint(run: str | os.PathLike) -> str | None:
     """
     wrong: dict[str, str] = {}
     for folder in reversed(checkpoints_of(Path(run))):
-        missing = missing_of(folder)
+        missing = unfit_of(folder)
         if missing is None:
             for name, why in wrong.items():
                 logger.warning(f"{name} is not whole: {why}; resuming from {folder.name}")

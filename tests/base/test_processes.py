@@ -71,3 +71,30 @@ def test_a_script_that_does_not_guard_its_calls_is_told_to(command, screen, tmp_
     script.write_text(script.read_text().replace("sys.exit(", "if __name__ == '__main__':\n    sys.exit("))
     again = [sys.executable, script]
     assert subprocess.run(again, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+# The process that forks others imports nothing of ours here, so that the one that it forks does.
+LATE = """
+import multiprocessing
+import signal
+
+
+def heard():
+    import pertstate.base.processes
+
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOADED])
+    with context.Pool(1) as pool:
+        print(pool.apply(heard))
+"""
+
+
+@pytest.mark.parametrize("preloaded", ["json", "pertstate.base.processes"])
+def test_a_forked_process_hears_a_signal_whoever_imported_the_package(preloaded, tmp_path):
+    (tmp_path / "script.py").write_text(LATE.replace("PRELOADED", repr(preloaded)))
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr

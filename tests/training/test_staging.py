@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState
 
 from pertstate.hub.unfinished import FILES, checkpoints_of
 from pertstate.training import staging
-from pertstate.training.staging import last_whole_checkpoint, missing_of, recover_run
+from pertstate.training.staging import last_whole_checkpoint, missing_of, recover_run, unfit_of
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +110,13 @@ def test_a_checkpoint_that_is_not_whole_is_refused(screen, copy, name, content, 
 )
 def test_a_state_that_no_trainer_writes_is_refused(copy, name, value):
     checkpoint = checkpoints_of(copy)[-1]
-    assert missing_of(checkpoint) is None
+    assert unfit_of(checkpoint) is None
     path = checkpoint / "trainer_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     listed = json.loads((checkpoint / FILES).read_text())
     listed["files"][path.name] = path.stat().st_size
     (checkpoint / FILES).write_text(json.dumps(listed))
-    assert f"trainer_state.json: {name if name.isprintable() else 'found an unknown entry'} " in missing_of(checkpoint)
+    assert f"trainer_state.json: {name if name.isprintable() else 'found an unknown entry'} " in unfit_of(checkpoint)
 
 
 def test_a_run_continues_from_the_last_whole_checkpoint_to_the_same_weights(screen, run, copy):

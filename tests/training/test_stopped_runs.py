@@ -37,7 +37,11 @@ def words(screen, output, *flags) -> list[str]:
 def wait_for_checkpoints(folder: Path, number: int):
     """Until so many runs have saved a checkpoint."""
     until = time.monotonic() + 120
-    while len([*folder.glob("runs/*/*/checkpoint-*/files.json")]) < number and time.monotonic() < until:
+
+    def begun() -> int:
+        return len({path.parent.parent for path in folder.glob("runs/*/*/checkpoint-*/files.json")})
+
+    while begun() < number and time.monotonic() < until:
         time.sleep(0.05)
 
 
