@@ -90,9 +90,9 @@ def alone(tmp_path_factory):
         yield process
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
-    """A Dask cluster of two workers on this machine."""
+    """A Dask cluster of two workers on this machine, whose processes end with the tests of a module."""
     from distributed import LocalCluster
 
     with LocalCluster(
