@@ -111,17 +111,24 @@ def folds_of(dataset: SentenceDataset, folds: int) -> list[InnerFold]:
     The [`inner_folds`] of a training split on which a run chooses its number of steps: so many; and where whole perturbations are held
     out, because they have vectors, so many more that ten perturbations are held out in all, where there are so many.
     """
-    processor = dataset.processor
+    processor, groups = dataset.processor, dataset.cells.groups
     by_vector = processor.perturbation_features is not None
-    found = inner_folds(
-        dataset.cells.groups,
-        processor.control,
-        processor.split_combination,
-        max(folds, _PARTS) if by_vector else folds,
-        by_vector,
+    if by_vector:
+        more = inner_folds(groups, processor.control, processor.split_combination, max(folds, _PARTS), by_vector)
+        if _holds_whole(groups, more):
+            held = np.cumsum([len({name for *_, name in fold.groups}) for fold in more])
+            return more[: max(folds, 1 + int(np.searchsorted(held, _JUDGED)))]
+    return inner_folds(groups, processor.control, processor.split_combination, folds, by_vector)
+
+
+def _holds_whole(groups: pd.DataFrame, folds: list[InnerFold]) -> bool:
+    """Whether each of some folds leaves no training group of its perturbations."""
+    training = groups.loc[groups["split"] == Split.TRAIN, ["dataset", "context", "perturbation"]].astype(str)
+    keys = [*training.itertuples(index=False, name=None)]
+    return all(
+        not any(key not in fold.groups and key[2] in {name for *_, name in fold.groups} for key in keys)
+        for fold in folds
     )
-    held = np.cumsum([len({name for *_, name in fold.groups}) for fold in found])
-    return found[: max(folds, 1 + int(np.searchsorted(held, _JUDGED)))]
 
 
 def with_fold(cells: Cells, fold: InnerFold) -> Cells:
@@ -190,7 +197,9 @@ def choose_steps(
         changes.append(scores.changes)
         numbers += scores.numbers(control_counts(data[Split.VAL].cells.groups, processor.control))
         logger.info(f"with {fold.name} held out: {scores}")
-    best = chosen_step(np.array(ratios), careful=processor.perturbation_features is not None and len(found) > 2)
+    by_vector = processor.perturbation_features is not None
+    careful = by_vector and len(found) > 2 and _holds_whole(dataset.cells.groups, found)
+    best = chosen_step(np.array(ratios), careful)
     predicted, observed = np.concatenate([of_fold[best] for of_fold in changes], axis=1)
     spread = control_spread(dataset, trainer.decodes)
     cells, controls = np.array(numbers).T

@@ -115,6 +115,15 @@ def test_so_many_folds_hold_ten_perturbations_out_where_there_are_so_many():
     assert folds(5, asked=1) == [1, 1, 1, 1]
 
 
+def test_contexts_are_held_out_as_without_vectors():
+    """Every fold holds the same perturbations out, and other contexts keep them: two folds, as asked for."""
+    adata = screen()
+    adata.obs["batch"] = np.where(np.arange(adata.n_obs) % 5 < 4, np.arange(adata.n_obs) % 5, 4).astype(str)
+    cells, processor = loaded(adata, context_key="batch", test_contexts=["4"])
+    found = folds_of(SentenceDataset(cells, processor, Split.TRAIN, 4), 2)
+    assert len(found) == 2 and all({name for *_, name in fold.groups} == {"g0", "g1", "g2", "g3"} for fold in found)
+
+
 def test_few_held_out_perturbations_ask_for_few_steps():
     ratios = np.array([[1, 0.9, 0.95, 0.8], [1, 0.95, 0.9, 0.5], [1, 0.99, 0.9, 1.1]])
     assert chosen_step(ratios, careful=False) == 3
