@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from .cell_source import GROUP_KEYS, Block, LazyBlock, WholeSource, check_contexts, with_rows
+from .cell_source import GROUP_KEYS, ROOM, Block, LazyBlock, Room, WholeSource, check_contexts, with_rows
 from .cell_values import (
     block_of_rows,
     cell_of,
@@ -438,20 +438,30 @@ class AnnDataSource(WholeSource):
         self._tell(rows.stop - rows.start)
         return block
 
-    def features(self, processor: "StateProcessor") -> tuple[np.ndarray, np.ndarray | None]:
+    def features(self, processor: "StateProcessor", room: Room = ROOM) -> tuple[np.ndarray, np.ndarray | None]:
         cells, decoded = int(self.groups["stop"].iloc[-1]), processor.gene_input is not None
         note = room_note(4 * cells * (processor.feature_dim + (len(processor.vocabulary.genes) if decoded else 0)))
         if note is not None:
             logger.warning(note)
-        features = np.empty((cells, processor.feature_dim), dtype=np.float32)
-        genes = np.empty((cells, len(processor.vocabulary.genes)), dtype=np.float32) if decoded else None
-        places = Places(self.sizes)
-        for _, block in self.read_parts(self.recipe(processor.vocabulary.genes)):
-            for piece in block.pieces():
-                rows = places.take(piece.codes)
-                features[rows] = processor.features_of(piece)
-                if genes is not None:
-                    genes[rows] = piece.log1p(processor.target_sum).toarray()
+        features = room.empty((cells, processor.feature_dim))
+        genes = room.empty((cells, len(processor.vocabulary.genes))) if decoded else None
+        recipe, places = self.recipe(processor.vocabulary.genes), Places(self.sizes)
+        number = 0
+        for part in self.parts:
+            with part.open() as data:
+                reader = PartReader(data, part, recipe)
+                for _, rows in reader.counts(None):
+                    own = number % room.parts == room.part
+                    for piece in reader.read(rows).pieces() if own else ():
+                        taken = places.take(piece.codes)
+                        features[taken] = processor.features_of(piece)
+                        if genes is not None:
+                            genes[taken] = piece.log1p(processor.target_sum).toarray()
+                    if not own:
+                        places.pass_over(part.codes[rows])
+                    number += 1
+                    self._tell(rows.stop - rows.start)
+        room.wait()
         return features, genes
 
     def read_parts(self, recipe: Recipe) -> Iterator[tuple[int, Block]]:

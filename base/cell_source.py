@@ -139,14 +139,38 @@ class CellSource(ABC):
         return np.concatenate(found)
 
 
+class Room:
+    """
+    Memory for the features of cells: of this process, which fills all of it.
+
+    Attributes:
+        part, parts (`int`): this process fills one of so many parts.
+    """
+
+    part, parts = 0, 1
+
+    def empty(self, shape: tuple[int, int]) -> np.ndarray:
+        """An array of float32 whose values are yet to be written."""
+        return np.empty(shape, dtype=np.float32)
+
+    def wait(self):
+        """Until all parts are filled."""
+
+
+ROOM = Room()
+
+
 class WholeSource(CellSource):
     """A source whose cells can all be had at any time, unlike those of a stream."""
 
     @abstractmethod
-    def features(self, processor: "StateProcessor") -> tuple[Any, Any]:
+    def features(self, processor: "StateProcessor", room: Room = ROOM) -> tuple[Any, Any]:
         """
         A model's features of all cells, group by group, `(cells, feature_dim)` float32, and the target of its gene
         decoder, `(cells, genes)`, or None: in memory, or read when rows are asked for.
+
+        Args:
+            room ([`Room`]): the memory that they are put into.
         """
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pertstate.base.cell_source import GROUP_KEYS, fit_processor, further_processor, with_rows
+from pertstate.base.cell_source import GROUP_KEYS, ROOM, Room, fit_processor, further_processor, with_rows
 from pertstate.base.constants import Normalize, Split
 from pertstate.base.messages import counted
 from pertstate.data.coexpression import coexpression_features
@@ -128,7 +128,25 @@ def trained_on(groups: pd.DataFrame, splits: Splits, controls_only: bool = False
     return ((groups["split"] == Split.TRAIN) | controls).to_numpy()
 
 
-def load(
+def load(source: NamedSource, splits: Splits, **options) -> tuple[Cells, StateProcessor]:
+    """The cells of a source for a run, with their splits, and their processor; see [`choose`]."""
+    groups, processor = choose(source, splits, **options)
+    return read_cells(source, groups, processor), processor
+
+
+def read_cells(source: NamedSource, groups: pd.DataFrame, processor: StateProcessor, room: Room = ROOM) -> Cells:
+    """
+    The cells of a source.
+
+    Args:
+        source ([`NamedSource`]): the cells.
+        groups (`pandas.DataFrame`), processor ([`StateProcessor`]): see [`choose`].
+        room ([`Room`]): the memory that they are put into.
+    """
+    return Cells(*source.features(processor, room), groups, source.notes, source.cell_ids)
+
+
+def choose(
     source: NamedSource,
     splits: Splits,
     hvg_on_all: bool = False,
@@ -136,9 +154,9 @@ def load(
     controls_only: bool = False,
     coexpression: bool = False,
     **fit_options,
-) -> tuple[Cells, StateProcessor]:
+) -> tuple[pd.DataFrame, StateProcessor]:
     """
-    The cells of a source for a run, with their splits, and a processor fitted on the training cells (or the one given).
+    The groups of a source for a run, with their splits, and a processor fitted on the training cells (or the one given).
 
     Args:
         source ([`NamedSource`]): the cells.
@@ -171,7 +189,7 @@ def load(
             features = coexpression_features(source, processor, controls, singles)
             processor = processor.with_vocabulary(processor.vocabulary, perturbation_features=features)
     check_names(groups, processor)
-    return Cells(*source.features(processor), groups, source.notes, source.cell_ids), processor
+    return groups, processor
 
 
 def load_cells(
@@ -199,7 +217,7 @@ def load_cells(
         {} if processor is not None else {"genes": genes, "normalize": normalize, "target_sum": target_sum}
     )
     source = FileSource(splits.datasets, reader, contexts)
-    return load(source, splits, hvg_on_all, processor, controls_only, **options)
+    return load(source, splits, hvg_on_all=hvg_on_all, processor=processor, controls_only=controls_only, **options)
 
 
 def check_names(groups: pd.DataFrame, processor: StateProcessor):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from pertstate.base.cell_ids import cell_ids
-from pertstate.base.cell_source import Block, LazyBlock, check_contexts
+from pertstate.base.cell_source import ROOM, Block, LazyBlock, Room, check_contexts
 from pertstate.base.cell_values import count_scales, scaled_log1p
 from pertstate.base.constants import Values
 from pertstate.base.finite import are_finite, check_totals, wrong
@@ -481,7 +481,7 @@ class StoreSource(NamedSource):
     def cell_ids(self, rows: np.ndarray) -> np.ndarray:
         return cell_ids(self.store.barcodes(rows))
 
-    def features(self, processor: StateProcessor) -> "tuple[StoredRows, StoredRows | None]":
+    def features(self, processor: StateProcessor, room: Room = ROOM) -> "tuple[StoredRows, StoredRows | None]":
         decoded = processor.gene_input is not None
         return StoredRows(self.store, processor), StoredRows(self.store, processor, "genes") if decoded else None
 

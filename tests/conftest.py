@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
         config.hook.pytest_deselected(items=left_out)
+    # The longest test first, so that the other workers need not wait for it at the end.
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 # The kernels for a GPU need the compiler that comes with torch for GPUs: `make test-kernels` installs it.

@@ -18,9 +18,11 @@ from pertstate.base.messages import closest, counted, some
 from pertstate.base.modeling_perturbation import PerturbationPreTrainedModel
 from pertstate.base.printable import get_logger, joined_lines
 from pertstate.configuration_state import StateConfig
-from pertstate.data.cells import Cells, load
+from pertstate.data.cells import Cells, choose, read_cells
 from pertstate.data.in_memory import CellData
 from pertstate.data.sentences import SentenceDataset
+from pertstate.data.shared_arrays import SharedRoom
+from pertstate.data.source import NamedSource
 from pertstate.data.splits import Splits
 from pertstate.data.store import StoreSource
 from pertstate.data.stores import open_store
@@ -163,6 +165,14 @@ def check_processes(world_size: int):
 
 def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, StateProcessor, Splits]:
     """The cells of the run: in memory, or where they are in its store."""
+    source, groups, processor, splits = choose_data(run, pretrained)
+    return read_cells(source, groups, processor), processor, splits
+
+
+def choose_data(
+    run: RunConfig, pretrained: Pretrained | None
+) -> tuple[NamedSource, pd.DataFrame, StateProcessor, Splits]:
+    """The source of the run's cells, their groups with their splits, and their processor. The cells are yet to be read."""
     data = run.data
     store = None if data.store is None else open_store(data.store)
     if store is not None:
@@ -187,7 +197,7 @@ def load_data(run: RunConfig, pretrained: Pretrained | None) -> tuple[Cells, Sta
             splits, source.groups, source.reader, data.by_vector or source.reader.perturbation_features is not None
         )
         run.notes.append(held)
-    return *load(source, splits, **options), splits
+    return source, *choose(source, splits, **options), splits
 
 
 def check_further(run: RunConfig):
@@ -317,14 +327,14 @@ def check_batches(config: PerturbationConfig, datasets: dict[str, SentenceDatase
             )
 
 
-def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
+def describe(groups: pd.DataFrame, processor: StateProcessor, splits: Splits, run: RunConfig) -> str:
     """What the run trains on, in a few lines."""
-    sizes = cells.groups["stop"] - cells.groups["start"]
-    counts = sizes.groupby(cells.groups["split"]).sum().sort_values(ascending=False)
+    sizes = groups["stop"] - groups["start"]
+    counts = sizes.groupby(groups["split"]).sum().sort_values(ascending=False)
     vocabulary = processor.vocabulary
     read = describe_reading(processor.normalize, processor.values, processor.target_sum)
     lines = [
-        f"{counted(len(cells), 'cell')} x {counted(processor.feature_dim, 'feature')} from {processor.input} ({read})",
+        f"{counted(int(sizes.sum()), 'cell')} x {counted(processor.feature_dim, 'feature')} from {processor.input} ({read})",
         "splits: " + ", ".join(f"{name} {counts[name]}" for name in counts.index if counts[name]),
         f"{counted(len(vocabulary.perturbations), 'single perturbation')}, "
         + counted(len(vocabulary.contexts), "training context")
@@ -338,19 +348,19 @@ def describe(cells: Cells, processor: StateProcessor, splits: Splits, run: RunCo
         lines.append(f"perturbations as vectors of {features.dim} numbers, from a table of {len(features)}")
     whole = pd.MultiIndex.from_tuples(splits.zeroshot, names=["dataset", "context"]) if splits.zeroshot else None
     for split in (Split.TEST, Split.VAL):
-        groups = cells.groups[cells.groups["split"] == split]
-        places = pd.MultiIndex.from_frame(groups[["dataset", "context"]].astype(str))
-        groups = groups if whole is None else groups[~places.isin(whole)]
+        held = groups[groups["split"] == split]
+        places = pd.MultiIndex.from_frame(held[["dataset", "context"]].astype(str))
+        held = held if whole is None else held[~places.isin(whole)]
         names = list(
-            dict.fromkeys(f"{context} / {name}" for context, name in zip(groups["context"], groups["perturbation"]))
+            dict.fromkeys(f"{context} / {name}" for context, name in zip(held["context"], held["perturbation"]))
         )
         if names:
             lines.append(f"held-out groups: {len(names)} ({split}): {some(names)}")
     if splits.zeroshot:
-        held = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
+        contexts = ", ".join(f"{d}.{c} ({split})" for (d, c), split in splits.zeroshot.items())
         fitted = FAMILIES[config_class(run.model).model_type].model.fitted
         used = "are" if run.data.control_sentences and run.data.heldout_controls and not fitted else "are not"
-        lines.append(f"held-out contexts: {held}; their control cells {used} among the training sentences")
+        lines.append(f"held-out contexts: {contexts}; their control cells {used} among the training sentences")
     return joined_lines(lines)
 
 
@@ -361,19 +371,20 @@ def from_cells(
     The run with what its data decide, its arguments, processor, what makes the datasets of the splits from a config, and a
     description.
     """
-    cells, processor, splits = load_data(run, pretrained)
-    has_validation = bool((cells.groups["split"] == Split.VAL).any())
-    training = cells.groups[cells.groups["split"] == Split.TRAIN]
+    source, groups, processor, splits = choose_data(run, pretrained)
+    has_validation = bool((groups["split"] == Split.VAL).any())
+    training = groups[groups["split"] == Split.TRAIN]
     sizes = (training["stop"] - training["start"]).groupby([training[key] for key in GROUP_KEYS[:3]]).sum().to_numpy()
     settled_run, said = settled(run, sizes, has_validation)
     args = training_arguments(settled_run, has_validation)
 
     def datasets(config: PerturbationConfig) -> dict:
+        cells = read_cells(source, groups, processor, SharedRoom())
         made = sentences(cells, processor, settled_run, args, config.set_size)
         check_batches(config, made)
         return made
 
-    about = describe(cells, processor, splits, settled_run)
+    about = describe(groups, processor, splits, settled_run)
     return settled_run, args, processor, datasets, about if said is None else f"{about}\n{said}"
 
 
