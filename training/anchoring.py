@@ -15,6 +15,8 @@ from pertstate.processing import StateProcessor
 
 # Ridge penalties to choose from; without end, the weights are 0 and each change is the mean of all.
 _RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE, 1000 * RIDGE, np.inf)
+# Shares of a change from vectors to choose from: most perturbations change less than the mean of all does.
+_SHARES = (0.25, 0.5, 0.75, 1.0)
 _BLOCK = 4096  # cells that are read at once
 
 
@@ -31,12 +33,13 @@ def fit_anchor(anchor: Anchor, means: GroupMeans, processor: StateProcessor):
     if anchor.by_features:
         vectors = processor.encode(names)[PERTURBATION_FEATURES].astype(np.float64)
         tables: dict[str, np.ndarray] = {}
-        ridge = chosen_ridge(vectors, found["change"])
+        ridge, share = chosen_ridge(vectors, found["change"])
         for name, rows in found.items():
             weight = np.zeros((vectors.shape[1], rows.shape[1]))
             if ridge < np.inf:
                 weight = ridge_weights(vectors - vectors.mean(axis=0), rows - rows.mean(axis=0), ridge)
-            tables |= {name: weight, f"shared_{name}": rows.mean(axis=0) - vectors.mean(axis=0) @ weight}
+            shared = rows.mean(axis=0) - vectors.mean(axis=0) @ weight
+            tables |= {name: share * weight, f"shared_{name}": share * shared}
     else:
         design = _design(processor, names, len(anchor.change))
         tables = {name: rows_of(design, changes) for name, changes in found.items()}
@@ -81,22 +84,24 @@ def _design(processor: StateProcessor, names: list[str], perturbations: int) -> 
     return design
 
 
-def chosen_ridge(vectors: np.ndarray, changes: np.ndarray) -> float:
+def chosen_ridge(vectors: np.ndarray, changes: np.ndarray) -> tuple[float, float]:
     """
-    The ridge penalty with which changes are predicted best from vectors when each perturbation is left out in turn. With an
-    intercept that is not penalised, the error of the perturbation that is left out is `e / (1 - h)`, e being its residual and h
-    its entry on the diagonal of the hat matrix (Allen 1974, PRESS).
+    How changes are predicted best from vectors when each perturbation is left out in turn: the ridge penalty, by squared errors,
+    and then the share of the predicted change, by absolute ones. With an intercept that is not penalised, the error of the
+    perturbation that is left out is `e / (1 - h)`, e being its residual and h its entry on the diagonal of the hat matrix
+    (Allen 1974, PRESS).
 
     Args:
         vectors (`np.ndarray` of shape `(perturbations, width)`), changes (`np.ndarray` of shape `(perturbations, features)`):
             of the perturbations of training.
 
     Returns:
-        `float`: infinite where the vectors tell nothing, so that the mean of all changes is best.
+        `(float, float)`: the penalty, infinite where the vectors tell nothing, so that the mean of all changes is best; and the
+        share, 1 where one perturbation cannot be left out.
     """
     number = len(vectors)
     if number < 2:
-        return np.inf
+        return np.inf, 1.0
     centred = vectors - vectors.mean(axis=0)
     squares, axes = np.linalg.eigh(centred @ centred.T)
     squares = np.maximum(squares, 0)
@@ -104,8 +109,11 @@ def chosen_ridge(vectors: np.ndarray, changes: np.ndarray) -> float:
     for ridge in _RIDGES:
         hat = (axes * (squares / (squares + ridge))) @ axes.T + 1 / number
         residuals = changes - hat @ changes
-        errors.append(((residuals / np.maximum(1 - np.diag(hat), 1e-9)[:, None]) ** 2).sum())
-    return _RIDGES[int(np.argmin(errors))]
+        errors.append(residuals / np.maximum(1 - np.diag(hat), 1e-9)[:, None])
+    best = int(np.argmin([(error**2).sum() for error in errors]))
+    predicted = changes - errors[best]
+    absolute = [np.abs(share * predicted - changes).mean() for share in _SHARES]
+    return _RIDGES[best], _SHARES[int(np.argmin(absolute))]
 
 
 def control_tables(

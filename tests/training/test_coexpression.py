@@ -4,14 +4,19 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from pertstate.base.constants import Split
+from pertstate.base.modeling_anchor import Anchor
 from pertstate.base.modeling_fitted import ridge_weights
+from pertstate.base.vocabulary import PerturbationFeatures, Vocabulary
 from pertstate.data.arguments import DataArguments
 from pertstate.data.cells import load
 from pertstate.data.coexpression import COMPONENTS
+from pertstate.data.group_means import GroupMeans
 from pertstate.data.sentences import SentenceDataset
-from pertstate.training.anchoring import chosen_ridge
+from pertstate.processing import StateProcessor
+from pertstate.training.anchoring import chosen_ridge, fit_anchor
 from pertstate.training.inner_folds import chosen_step, folds_of, inner_folds
 from pertstate.training.stream_run import check_fields
 
@@ -152,6 +157,33 @@ def test_the_ridge_of_the_anchor_is_the_one_that_leaves_out_best(told):
             weight = 0 if ridge == np.inf else ridge_weights(vectors[kept] - center, changes[kept] - mean, ridge)
             found = mean + (vectors[out] - center) @ weight if ridge < np.inf else mean
             errors[ridge] += ((changes[out] - found) ** 2).sum()
-    assert chosen_ridge(vectors, changes) == min(errors, key=errors.get)
-    assert (chosen_ridge(vectors, changes) < 10) is told
-    assert chosen_ridge(vectors[:1], changes[:1]) == np.inf
+    ridge, share = chosen_ridge(vectors, changes)
+    assert ridge == min(errors, key=errors.get)
+    assert (ridge < 10) is told and share == 1.0
+    assert chosen_ridge(vectors[:1], changes[:1]) == (np.inf, 1.0)
+
+
+def test_of_perturbations_that_mostly_do_little_a_share_of_the_mean_change_is_predicted():
+    vectors, changes = np.zeros((8, 2)), np.zeros((8, 5))
+    changes[0] = 8
+    # Of the first, the others show 0; of each other one, they show 8 / 7. A share s is off by 8 + 7 s 8 / 7.
+    assert chosen_ridge(vectors, changes)[1] == 0.25
+    changes[:5] = 8
+    # Of each of the five the others show 32 / 7, of the rest 40 / 7: off by 5 (8 - s 32 / 7) + 3 s 40 / 7.
+    assert chosen_ridge(vectors, changes)[1] == 1.0
+
+
+def test_the_anchor_of_vectors_holds_the_share():
+    """From vectors that tell nothing, each perturbation gets a quarter of the mean change of three, of which one changes cells."""
+    means = GroupMeans(
+        "control",
+        [("d", "c", name) for name in ("a", "b", "control", "e")],
+        np.full(4, 10),
+        np.array([[8.0, 1.0], [2.0, 1.0], [2.0, 1.0], [2.0, 1.0]], dtype=np.float32),
+    )
+    table = PerturbationFeatures(["a", "b", "e"], np.ones((3, 2)))
+    processor = StateProcessor(Vocabulary(["x", "y"], ["a", "b", "e"], ["c"], []), perturbation_features=table)
+    anchor = Anchor(2, 2, 0, expression=False, by_features=True)
+    fit_anchor(anchor, means, processor)
+    moved = anchor(torch.zeros(1, 1, 2), perturbation_features=torch.ones(1, 2))
+    torch.testing.assert_close(moved, torch.tensor([[[0.25 * 2.0, 0.0]]]))
