@@ -21,6 +21,7 @@ other work on the machine only adds time, and can move a median by more than the
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --profile    # what a step of this package takes, operation by operation
+    python benchmarks/train_step.py --sentences 32
     python benchmarks/train_step.py --device cuda --dtype bfloat16 --steps 50
 """
 
@@ -54,8 +55,8 @@ INTERMEDIATE_SIZE = 1312
 NUM_ENCODER_LAYERS = 4
 NUM_DECODER_LAYERS = 4
 
-SENTENCES = 8
-CELLS = 64
+# Sentences of a batch, and cells of each.
+SHAPE = (8, 64)
 FEATURES = 2000
 PERTURBATIONS = 2000
 
@@ -158,18 +159,18 @@ class Step:
         return loss.detach(), norm
 
 
-def make_cells(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_cells(device: str, batch: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Control cells and labels (B, S, D), sparse and not negative as log1p expression is, and perturbation ids (B, 1)."""
     generator = torch.Generator().manual_seed(0)
-    shape = (SENTENCES, CELLS, FEATURES)
+    shape = (*batch, FEATURES)
     control, labels = (torch.randn(shape, generator=generator).sub(0.5).relu().to(device) for _ in range(2))
-    return control, labels, torch.randint(PERTURBATIONS, (SENTENCES, 1), generator=generator).to(device)
+    return control, labels, torch.randint(PERTURBATIONS, (batch[0], 1), generator=generator).to(device)
 
 
-def make_step(side: str, device: str, dtype: torch.dtype) -> Step:
+def make_step(side: str, device: str, dtype: torch.dtype, batch: tuple[int, int] = SHAPE) -> Step:
     """A training step. Weights and losses are float32; another `dtype` is that of autocast."""
     torch.manual_seed(0)
-    control, labels, ids = make_cells(device)
+    control, labels, ids = make_cells(device, batch)
 
     def precision():
         return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
@@ -185,20 +186,20 @@ def make_step(side: str, device: str, dtype: torch.dtype) -> Step:
             intermediate_size=INTERMEDIATE_SIZE,
             num_encoder_layers=NUM_ENCODER_LAYERS,
             num_decoder_layers=NUM_DECODER_LAYERS,
-            set_size=CELLS,
+            set_size=batch[1],
             hidden_dropout=0.0,
             residual="hidden",
         )
         model, objective = StateForPerturbation(config).to(device), objective_for(config)
-        batch = {"control_cells": control, "perturbation_ids": ids, "labels": labels}
+        inputs = {"control_cells": control, "perturbation_ids": ids, "labels": labels}
 
         def loss():
             with precision():
-                outputs = model(**batch)
-            return objective(outputs, batch)["loss"]
+                outputs = model(**inputs)
+            return objective(outputs, inputs)["loss"]
     else:
         model, distance = ReferenceModel().to(device), SamplesLoss("energy")
-        one_hot = nn.functional.one_hot(ids, PERTURBATIONS).float().repeat(1, CELLS, 1)
+        one_hot = nn.functional.one_hot(ids, PERTURBATIONS).float().repeat(1, batch[1], 1)
 
         def loss():
             with precision():
@@ -208,16 +209,17 @@ def make_step(side: str, device: str, dtype: torch.dtype) -> Step:
     return Step(model, loss)
 
 
-def operations() -> float:
+def operations(batch: tuple[int, int]) -> float:
     """Multiplications and additions of the matrix products of a step, forward and backward, of this package's side."""
-    width, cells = NUM_ATTENTION_HEADS * HEAD_DIM, SENTENCES * CELLS
+    sentences, length = batch
+    width, cells = NUM_ATTENTION_HEADS * HEAD_DIM, sentences * length
     of_cell = NUM_HIDDEN_LAYERS * HIDDEN_SIZE * (4 * width + 3 * INTERMEDIATE_SIZE)
-    of_cell += NUM_HIDDEN_LAYERS * 2 * CELLS * width
+    of_cell += NUM_HIDDEN_LAYERS * 2 * length * width
     of_cell += (2 * FEATURES + (NUM_DECODER_LAYERS - 1) * HIDDEN_SIZE) * HIDDEN_SIZE
     of_sentence = (NUM_ENCODER_LAYERS - 1) * HIDDEN_SIZE**2
     # Nothing needs the gradient of the control cells. The loss has the Gram matrix of both sets, and one product for the gradient.
-    network = 3 * 2 * (cells * of_cell + SENTENCES * of_sentence) - 2 * cells * FEATURES * HIDDEN_SIZE
-    return network + SENTENCES * FEATURES * 2 * ((2 * CELLS) ** 2 + 2 * CELLS**2)
+    network = 3 * 2 * (cells * of_cell + sentences * of_sentence) - 2 * cells * FEATURES * HIDDEN_SIZE
+    return network + sentences * FEATURES * 2 * ((2 * length) ** 2 + 2 * length**2)
 
 
 class Ceiling:
@@ -277,10 +279,10 @@ def profile(step: Step, count: int, rows: int = 20):
         print(f"{event.self_cpu_time_total / total:6.1%} {event.count // count:5d} x {event.key[:90]}")
 
 
-def peak_memory(side: str, device: str, dtype: torch.dtype) -> int:
+def peak_memory(side: str, device: str, dtype: torch.dtype, batch: tuple[int, int]) -> int:
     """Bytes that building and training the model adds at the peak. This is right only in a process that did nothing else."""
     before = psutil.Process().memory_info().rss
-    step = make_step(side, device, dtype)
+    step = make_step(side, device, dtype, batch)
     for _ in range(MEMORY_STEPS):
         step()
     if device == "cuda":
@@ -291,7 +293,7 @@ def peak_memory(side: str, device: str, dtype: torch.dtype) -> int:
 
 def peak_memory_of_fresh_process(side: str, arguments: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--memory-of", side]
-    for name in ("threads", "device", "dtype"):
+    for name in ("threads", "device", "dtype", "sentences", "cells"):
         command += [f"--{name}", str(getattr(arguments, name))]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
@@ -304,24 +306,27 @@ def main():
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="other than float32: autocast"
     )
+    parser.add_argument("--sentences", type=int, default=SHAPE[0], help="of a batch")
+    parser.add_argument("--cells", type=int, default=SHAPE[1], help="of a sentence")
     parser.add_argument("--profile", action="store_true", help="operations of a step, on a CPU")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    batch = (arguments.sentences, arguments.cells)
     if arguments.memory_of:
-        print(json.dumps(peak_memory(arguments.memory_of, device, dtype)))
+        print(json.dumps(peak_memory(arguments.memory_of, device, dtype, batch)))
         return
 
     if arguments.profile:
-        profile(make_step("ours", device, dtype), arguments.steps)
+        profile(make_step("ours", device, dtype, batch), arguments.steps)
         return
     memory = {side: peak_memory_of_fresh_process(side, arguments) for side in SIDES}
-    steps = {side: make_step(side, device, dtype) for side in SIDES}
+    steps = {side: make_step(side, device, dtype, batch) for side in SIDES}
     print(
         f"hidden {HIDDEN_SIZE}, {NUM_HIDDEN_LAYERS} layers, {NUM_ATTENTION_HEADS} heads of {HEAD_DIM}, "
         f"intermediate {INTERMEDIATE_SIZE}, encoders {NUM_ENCODER_LAYERS}, heads {NUM_DECODER_LAYERS}\n"
-        f"{SENTENCES} sentences of {CELLS} cells, {FEATURES} features, {PERTURBATIONS} perturbations; "
+        f"{arguments.sentences} sentences of {arguments.cells} cells, {FEATURES} features, {PERTURBATIONS} perturbations; "
         f"{device}, {arguments.dtype}, {arguments.threads} threads, torch {torch.__version__}"
     )
     check_equal(steps, dtype)
@@ -333,9 +338,9 @@ def main():
         "parameters": {side: sum(p.numel() for p in steps[side].model.parameters()) for side in SIDES},
         "step, minimum (ms)": {side: 1e3 * min(seconds[side]) for side in SIDES},
         "step, median (ms)": {side: 1e3 * median[side] for side in SIDES},
-        "cells/s": {side: SENTENCES * CELLS / median[side] for side in SIDES},
+        "cells/s": {side: arguments.sentences * arguments.cells / median[side] for side in SIDES},
         "peak memory (MiB)": {side: memory[side] / 2**20 for side in SIDES},
-        "share of ceiling (%)": {side: 100 * operations() / min(seconds[side]) / ceiling for side in SIDES},
+        "share of ceiling (%)": {side: 100 * operations(batch) / min(seconds[side]) / ceiling for side in SIDES},
     }
     print(f"\n{'':<20}{'ours':>14}{'reference':>14}{'ours/reference':>16}")
     for name, row in rows.items():
