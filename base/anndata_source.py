@@ -451,14 +451,14 @@ class AnnDataSource(WholeSource):
             with part.open() as data:
                 reader = PartReader(data, part, recipe)
                 for _, rows in reader.counts(None):
-                    own = number % room.parts == room.part
-                    for piece in reader.read(rows).pieces() if own else ():
-                        taken = places.take(piece.codes)
-                        features[taken] = processor.features_of(piece)
-                        if genes is not None:
-                            genes[taken] = piece.log1p(processor.target_sum).toarray()
-                    if not own:
+                    if number % room.parts != room.part:
                         places.pass_over(part.codes[rows])
+                    else:
+                        for piece in reader.read(rows).pieces():
+                            taken = places.take(piece.codes)
+                            features[taken] = processor.features_of(piece)
+                            if genes is not None:
+                                genes[taken] = piece.log1p(processor.target_sum).toarray()
                     number += 1
                     self._tell(rows.stop - rows.start)
         room.wait()

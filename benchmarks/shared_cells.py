@@ -1,17 +1,19 @@
 """
 Memory and time of reading cells of a file into memory, as the number of processes on the machine grows.
 
-    python benchmarks/shared_cells.py [--cells 20000] [--genes 2000] [--processes 1 2 4]
+    python benchmarks/shared_cells.py [--cells 20000] [--genes 2000] [--processes 2 4] [--repeat 3]
 
 The processes find one another over gloo, as those of `accelerate launch` do. Two ways are compared: "shared", that of a run, in which
 each reads a part of the file into memory that all have; and "each", in which every one reads all for itself. What is shown is the
 memory of all processes together beyond that before the reading (the proportional set size: a page that several have counts once; Linux
-alone tells it), as a multiple of the cells' own size, and the time until the last one has read.
+alone tells it), as a multiple of the cells' own size, and the time until the last one has read: the median memory and the best time of
+`--repeat`, in which the ways take turns.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,7 +73,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=2_000)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
     from pertstate.data import simulate_screen
 
@@ -83,9 +86,14 @@ def main():
         ).write_h5ad(path)
         print(f"{'processes':>9}  {'way':<7}{'memory / cells':>15}{'seconds':>9}")
         for processes in args.processes:
-            for number, way in enumerate(("each", "shared")):
-                memory, seconds = measure(path, way, processes, port + 2 * processes + number)
-                print(f"{processes:>9}  {way:<7}{memory:>15.2f}{seconds:>9.2f}", flush=True)
+            found: dict[str, list[tuple[float, float]]] = {"each": [], "shared": []}
+            for _ in range(args.repeat):
+                for way, measured in found.items():
+                    measured.append(measure(path, way, processes, port))
+                    port += 1
+            for way, measured in found.items():
+                memory, seconds = zip(*measured)
+                print(f"{processes:>9}  {way:<7}{statistics.median(memory):>15.2f}{min(seconds):>9.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pertstate.processing import StateProcessor
 
 # Ridge penalties to choose from; without end, the weights are 0 and each change is the mean of all.
 _RIDGES = (RIDGE, 10 * RIDGE, 100 * RIDGE, 1000 * RIDGE, np.inf)
-# Shares of a change from vectors to choose from: most perturbations change less than the mean of all does.
+# Shares of a change from vectors to choose from: many perturbations change cells less than the mean of all does.
 _SHARES = (0.25, 0.5, 0.75, 1.0)
 _BLOCK = 4096  # cells that are read at once
 
@@ -33,7 +33,7 @@ def fit_anchor(anchor: Anchor, means: GroupMeans, processor: StateProcessor):
     if anchor.by_features:
         vectors = processor.encode(names)[PERTURBATION_FEATURES].astype(np.float64)
         tables: dict[str, np.ndarray] = {}
-        ridge, share = chosen_ridge(vectors, found["change"])
+        ridge, share = chosen_ridge_and_share(vectors, found["change"])
         for name, rows in found.items():
             weight = np.zeros((vectors.shape[1], rows.shape[1]))
             if ridge < np.inf:
@@ -84,7 +84,7 @@ def _design(processor: StateProcessor, names: list[str], perturbations: int) -> 
     return design
 
 
-def chosen_ridge(vectors: np.ndarray, changes: np.ndarray) -> tuple[float, float]:
+def chosen_ridge_and_share(vectors: np.ndarray, changes: np.ndarray) -> tuple[float, float]:
     """
     How changes are predicted best from vectors when each perturbation is left out in turn: the ridge penalty, by squared errors,
     and then the share of the predicted change, by absolute ones. With an intercept that is not penalised, the error of the

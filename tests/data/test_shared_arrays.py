@@ -43,6 +43,8 @@ np.save(f"{sys.argv[2]}/{state.process_index}.npy", features)
 state.wait_for_everyone()
 if state.process_index == 0:
     features[3, 4] = 77
+other = room.empty((2, 3))  # of its own, as the genes of a decoder are
+other[:] = 5
 state.wait_for_everyone()
 maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "pertstate-cells" in line]
 found = {"part": room.part, "parts": room.parts, "seen": float(features[3, 4]), "maps": len(maps), "told": sum(read)}
@@ -75,7 +77,7 @@ def test_two_processes_fill_and_hold_one_array(screen, whole, tmp_path):
     assert [one["part"] for one, _ in found] == [0, 1] and {one["parts"] for one, _ in found} == {2}
     assert all(np.array_equal(features, whole) for _, features in found)
     assert [one["seen"] for one, _ in found] == [77, 77]
-    assert [one["maps"] for one, _ in found] == [1, 1]
+    assert [one["maps"] for one, _ in found] == [2, 2]
     assert [one["told"] for one, _ in found] == [len(whole)] * 2
 
 

@@ -16,7 +16,7 @@ from pertstate.data.coexpression import COMPONENTS
 from pertstate.data.group_means import GroupMeans
 from pertstate.data.sentences import SentenceDataset
 from pertstate.processing import StateProcessor
-from pertstate.training.anchoring import chosen_ridge, fit_anchor
+from pertstate.training.anchoring import chosen_ridge_and_share, fit_anchor
 from pertstate.training.inner_folds import chosen_step, folds_of, inner_folds
 from pertstate.training.stream_run import check_fields
 
@@ -157,20 +157,20 @@ def test_the_ridge_of_the_anchor_is_the_one_that_leaves_out_best(told):
             weight = 0 if ridge == np.inf else ridge_weights(vectors[kept] - center, changes[kept] - mean, ridge)
             found = mean + (vectors[out] - center) @ weight if ridge < np.inf else mean
             errors[ridge] += ((changes[out] - found) ** 2).sum()
-    ridge, share = chosen_ridge(vectors, changes)
+    ridge, share = chosen_ridge_and_share(vectors, changes)
     assert ridge == min(errors, key=errors.get)
     assert (ridge < 10) is told and share == 1.0
-    assert chosen_ridge(vectors[:1], changes[:1]) == (np.inf, 1.0)
+    assert chosen_ridge_and_share(vectors[:1], changes[:1]) == (np.inf, 1.0)
 
 
 def test_of_perturbations_that_mostly_do_little_a_share_of_the_mean_change_is_predicted():
     vectors, changes = np.zeros((8, 2)), np.zeros((8, 5))
     changes[0] = 8
     # Of the first, the others show 0; of each other one, they show 8 / 7. A share s is off by 8 + 7 s 8 / 7.
-    assert chosen_ridge(vectors, changes)[1] == 0.25
+    assert chosen_ridge_and_share(vectors, changes)[1] == 0.25
     changes[:5] = 8
     # Of each of the five the others show 32 / 7, of the rest 40 / 7: off by 5 (8 - s 32 / 7) + 3 s 40 / 7.
-    assert chosen_ridge(vectors, changes)[1] == 1.0
+    assert chosen_ridge_and_share(vectors, changes)[1] == 1.0
 
 
 def test_the_anchor_of_vectors_holds_the_share():
