@@ -37,6 +37,8 @@ read = []
 source.progress = read.append
 groups, processor = choose(source, Splits({"screen": paths}, {"screen"}))
 read.clear()
+own, read_rows = [], reading.PartReader.read
+reading.PartReader.read = lambda reader, rows: own.append(rows.stop - rows.start) or read_rows(reader, rows)
 room = shared.SharedRoom()
 features = read_cells(source, groups, processor, room).features
 np.save(f"{sys.argv[2]}/{state.process_index}.npy", features)
@@ -47,7 +49,7 @@ other = room.empty((2, 3))  # of its own, as the genes of a decoder are
 other[:] = 5
 state.wait_for_everyone()
 maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "pertstate-cells" in line]
-found = {"part": room.part, "parts": room.parts, "seen": float(features[3, 4]), "maps": len(maps), "told": sum(read)}
+found = {"part": room.part, "parts": room.parts, "seen": float(features[3, 4]), "maps": len(maps), "told": sum(read), "own": sum(own)}
 Path(sys.argv[2], f"{state.process_index}.json").write_text(json.dumps(found))
 """
 
@@ -79,11 +81,13 @@ def test_two_processes_fill_and_hold_one_array(screen, whole, tmp_path):
     assert [one["seen"] for one, _ in found] == [77, 77]
     assert [one["maps"] for one, _ in found] == [2, 2]
     assert [one["told"] for one, _ in found] == [len(whole)] * 2
+    read = [one["own"] for one, _ in found]
+    assert sum(read) == len(whole) and min(read) > len(whole) // 3
 
 
 def test_processes_that_share_no_memory_hold_all_cells_each(screen, whole, tmp_path):
     found = run(screen, tmp_path, "apart")
-    assert {(one["part"], one["parts"], one["maps"]) for one, _ in found} == {(0, 1, 0)}
+    assert {(one["part"], one["parts"], one["maps"], one["own"]) for one, _ in found} == {(0, 1, 0, len(whole))}
     assert all(np.array_equal(features, whole) for _, features in found)
     assert [one["seen"] for one, _ in found] == [77, whole[3, 4]]
 
