@@ -183,7 +183,7 @@ class StateForPerturbation(StatePreTrainedModel):
         recorded = any(options.get(name, getattr(config, name)) for name in self._forward_options)
         if recorded or config.positions != "none" or config.attention == "causal":
             return None
-        return Packing.of(mask, places, wait=not self.training)
+        return Packing.of(mask, places, not self.training, config.hidden_size)
 
     @staticmethod
     def _of_cells(module: nn.Module, cells: torch.Tensor, packing: Packing | None) -> torch.Tensor:

@@ -17,6 +17,9 @@ from .printable import get_logger
 
 logger = get_logger(__name__)
 
+# Padded cells of a sentence times the square of the model's width, up to which a CPU computes them faster than it leaves them out.
+_CHEAP_PADDING = 100_000
+
 
 class UnseenWarning(UserWarning):
     """Sentences of a batch whose perturbation or context was not in training, counted."""
@@ -197,19 +200,24 @@ class Packing:
         self.places, self.shape, self.sizes = places, shape, sizes
 
     @classmethod
-    def of(cls, mask: torch.Tensor, places: torch.Tensor | None, wait: bool) -> "Packing | None":
+    def of(cls, mask: torch.Tensor, places: torch.Tensor | None, wait: bool, hidden_size: int) -> "Packing | None":
         """
-        That of a batch, or None where it would not pay.
+        That of a batch, or None where it would not pay: on a CPU, where a sentence has few padded cells or the model is small.
 
         Args:
             mask (`torch.Tensor` of shape `(B, L)`): False where padded.
             places (`torch.Tensor` of shape `(N,)`, *optional*): of the real cells, where they are known.
             wait (`bool`): find them out, where they are not, although a GPU is waited for.
+            hidden_size (`int`): the width of the model.
         """
         shape = (mask.shape[0], mask.shape[1])
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             mask = mask.bool()
-            return cls(mask.flatten().nonzero().squeeze(1), shape, mask.sum(dim=1).tolist())
+            sizes = mask.sum(dim=1).tolist()
+            padded = shape[0] * shape[1] - sum(sizes)
+            if padded * hidden_size**2 <= shape[0] * _CHEAP_PADDING:
+                return None
+            return cls(mask.flatten().nonzero().squeeze(1), shape, sizes)
         if places is None and wait and mask.device.type == "cuda":
             places = mask.flatten().nonzero().squeeze(1)
         return None if places is None else cls(places, shape)

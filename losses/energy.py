@@ -7,6 +7,10 @@ import torch
 from torch import nn
 
 
+# Squared cells times features of a sentence, up to which a CPU computes the padding of a batch faster than it leaves it out.
+_CHEAP_SENTENCE = 2**20
+
+
 class _EnergyDistance(torch.autograd.Function):
     """
     With z = (x_1..x_S, y_1..y_S'), signed weights c = (a, -b) and D_ij = |z_i - z_j|,
@@ -112,8 +116,9 @@ class EnergyLoss(nn.Module):
     def forward(self, predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if mask is None:
             return energy_distance(predictions, targets)
-        if mask.device.type == "cpu":
-            # Without the padding, which a GPU computes faster than it is left out.
+        _, cells, features = predictions.shape
+        if mask.device.type == "cpu" and cells**2 * features > _CHEAP_SENTENCE:
+            # Without the padding, which a GPU computes faster than it leaves it out.
             sentences = zip(predictions.unbind(), targets.unbind(), mask.bool().unbind())
             return torch.cat([energy_distance(x[real][None], y[real][None]) for x, y, real in sentences])
         weights = mask / mask.sum(dim=1, keepdim=True)

@@ -157,12 +157,20 @@ class PaddedAttention(Packing):
     """As on a GPU: attention alone is computed on the padded batch."""
 
     @classmethod
-    def of(cls, mask, places, wait):
+    def of(cls, mask, places, wait, hidden_size):
         return Packing(given("cell_places", places), tuple(mask.shape))
 
 
+class PackedAlways(Packing):
+    """As in a large model: each sentence attends by itself."""
+
+    @classmethod
+    def of(cls, mask, places, wait, hidden_size):
+        return super().of(mask, places, wait, 10**6)
+
+
 @everywhere
-@pytest.mark.parametrize("packing", [Packing, PaddedAttention])
+@pytest.mark.parametrize("packing", [Packing, PackedAlways, PaddedAttention])
 @pytest.mark.parametrize("options", [{}, {"residual": "output", "basal_encoder": "mlp"}])
 def test_packed_sentences_give_the_loss_and_the_gradient_of_each_alone(
     backbone, implementation, tokens, packing, options, monkeypatch
@@ -193,14 +201,16 @@ def test_packed_sentences_give_the_loss_and_the_gradient_of_each_alone(
         torch.testing.assert_close(found[name], expected[name], atol=1e-5 * max(1.0, scale.item()), rtol=0)
 
 
-def test_a_packed_batch_has_no_values_where_padded():
+@pytest.mark.parametrize("packing, computed", [(Packing, (3, CELLS + 3)), (PackedAlways, (1, CELLS + 5))])
+def test_a_packed_batch_has_no_values_where_padded(packing, computed, monkeypatch):
+    monkeypatch.setattr(modeling_state, "Packing", packing)
     model, batch = make_model(), pad(make_batch(), [CELLS, 4, 1], CELLS + 3)
     seen = []
     for module in (model.cell_encoder, model.backbone.layers[0], model.output_head):
         module.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[:2])))
     with torch.no_grad():
         model(**batch)
-    assert seen == [(1, CELLS + 5)] * 3
+    assert seen == [computed] * 3
 
 
 @pytest.mark.parametrize("backbone", ["llama", "gpt2"])

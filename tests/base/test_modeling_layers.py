@@ -45,7 +45,7 @@ def test_gated_feed_forward_keeps_no_more_for_the_backward_pass_than_gate_up_and
 def test_packing_is_the_real_cells_in_their_order_with_the_tokens_around_them(before, after):
     lengths = torch.tensor([2, 4, 1])
     mask = torch.arange(4) < lengths[:, None]
-    packing = Packing.of(mask, None, wait=False).with_tokens(before, after)
+    packing = Packing.of(mask, None, wait=False, hidden_size=512).with_tokens(before, after)
     length = before + 4 + after
     padded = torch.arange(1.0, 3 * length + 1).view(3, length, 1)
     whole = nn.functional.pad(mask, (before, after), value=True)
@@ -54,6 +54,14 @@ def test_packing_is_the_real_cells_in_their_order_with_the_tokens_around_them(be
     assert packing.sizes == (lengths + before + after).tolist()
     assert torch.equal(packing.pad(packed), padded * whole.unsqueeze(-1))
     assert torch.equal(packing.apply(lambda cells: cells + 1, padded), (padded + 1) * whole.unsqueeze(-1))
+
+
+def test_a_cpu_packs_where_the_padding_would_cost_more():
+    mask = torch.arange(32) < torch.tensor([[32], [20]])
+    assert Packing.of(mask, None, wait=False, hidden_size=128) is None  # 6 padded cells a sentence, 98,304
+    assert Packing.of(mask, None, wait=False, hidden_size=132).sizes == [32, 20]  # 104,544
+    assert Packing.of(mask & False, None, wait=False, hidden_size=64).sizes == [0, 0]  # 131,072
+    assert Packing.of(mask | True, None, wait=False, hidden_size=4096) is None
 
 
 @pytest.mark.parametrize("frozen", [False, True])
