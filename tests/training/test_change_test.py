@@ -7,6 +7,7 @@ import launches
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from pertstate.base.constants import Split
 from pertstate.cli import main as pertstate
@@ -14,7 +15,7 @@ from pertstate.data import simulate_screen
 from pertstate.data.cells import Cells
 from pertstate.data.record import RunRecord
 from pertstate.evaluation.scores import Scores
-from pertstate.training.change_test import adjusted, change_tests, describe_tests
+from pertstate.training.change_test import adjusted, change_tests, describe_tests, pearson3_tail
 
 
 GENES = 30
@@ -109,6 +110,16 @@ def test_processes_share_the_perturbations():
     shares = [change_tests(cells, cells.features, "control", part, 2) for part in (0, 1)]
     assert [set(share) for share in shares] == [{"a", "c"}, {"b"}]
     assert shares[0] | shares[1] == change_tests(cells, cells.features, "control")
+
+
+def test_the_tail_and_the_adjustment_are_those_of_scipy():
+    for value in (-5.0, -1.0, 0.0, 0.3, 2.0, 30.0):
+        for skewness in (0.01, 0.5, 1.0, 2.0, 7.0):
+            np.testing.assert_allclose(pearson3_tail(value, skewness), stats.pearson3.sf(value, skewness), rtol=1e-9)
+    p_values = np.random.default_rng(0).random(40) ** 3
+    expected = stats.false_discovery_control(p_values)
+    found = adjusted({str(i): p for i, p in enumerate(p_values)})
+    np.testing.assert_allclose([*found.values()], expected, rtol=5e-3)
 
 
 def test_p_values_are_adjusted_for_their_number():
