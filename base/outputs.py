@@ -167,6 +167,17 @@ def whole_folder(path: str | os.PathLike, kind: Kind) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Where this block makes a folder and puts nothing into it, the folder is removed."""
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _put(scratch: Path, place: Path, kind: Kind):
     """Move a whole new folder to its place."""
     if not place.exists():

@@ -24,7 +24,7 @@ from pertstate.base.constants import Split
 from pertstate.base.files import whole_file
 from pertstate.base.input_errors import ERRORS, line_of
 from pertstate.base.messages import given, some
-from pertstate.base.outputs import Kind, claimed_folder, claimed_run, discard, whole_folder
+from pertstate.base.outputs import Kind, claimed_folder, claimed_run, discard, no_empty_folder, whole_folder
 from pertstate.base.processes import check_guarded, end_with_parent, how_it_ended, with_imports
 from pertstate.base.public import public
 from pertstate.base.stopped import stopped_by_signals
@@ -271,12 +271,13 @@ def begin(place: Path, output: str | os.PathLike, settings: dict, overwrite: boo
                     "another folder, or begin anew with --overwrite"
                 )
         return
-    place.mkdir(exist_ok=True)
-    others = [entry.name for entry in place.iterdir() if not entry.name.startswith(".")]
-    if others:
-        raise FileExistsError(f"{output} is not empty and holds no {kind.name}, found {some(sorted(others), 3)}")
-    with whole_file(about) as partial:
-        partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
+    with no_empty_folder(place):
+        place.mkdir(exist_ok=True)
+        others = [entry.name for entry in place.iterdir() if not entry.name.startswith(".")]
+        if others:
+            raise FileExistsError(f"{output} is not empty and holds no {kind.name}, found {some(sorted(others), 3)}")
+        with whole_file(about) as partial:
+            partial.write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _short(value) -> str:

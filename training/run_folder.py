@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pertstate.base.outputs import claimed_run
+from pertstate.base.outputs import claimed_run, no_empty_folder
 from pertstate.families import FAMILIES
 from pertstate.hub.publish import CHECKPOINT
 from pertstate.hub.unfinished import checkpoints_of
@@ -51,9 +51,7 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
                 _check_free(folder, resume, _is_fitted(run))
         elif args.should_save:
             stack.enter_context(claimed_run(folder, CHECKPOINT))
-            if not folder.exists():
-                # The Trainer makes it before there is anything to write.
-                stack.callback(_remove_if_empty, folder)
+            stack.enter_context(no_empty_folder(folder))  # the Trainer makes it before there is anything to write
             recover_run(folder)
             if not args.overwrite:
                 _check_free(folder, resume, _is_fitted(run))
@@ -64,11 +62,6 @@ def run_folder(run: RunConfig) -> Iterator[str | None]:
             if resume is not None and not _is_fitted(run):
                 check_resumable(resume)
             yield resume
-
-
-def _remove_if_empty(folder: Path):
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _is_fitted(run: RunConfig) -> bool:

@@ -188,6 +188,15 @@ def test_a_field_takes_each_value_and_names_are_kept_whole(screen, tmp_path):
     assert held == [folds[0].name] == ['T, "CD8"']
 
 
+def test_a_full_disk_leaves_no_folder(screen, tmp_path):
+    code = "import resource, sys; from pertstate.cli import main\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); raise SystemExit(main(['crossval', *sys.argv[1:]]))"
+    output = tmp_path / "cv"
+    done = launches.run(["-c", code, *words(screen, output)[1:]])
+    assert done.returncode == 1 and "cannot be written, nothing is left of it: " in done.stderr.splitlines()[-1]
+    assert not output.exists()
+
+
 def test_what_cannot_be_scored_is_said_before_anything_is_trained(screen, tmp_path, capsys):
     over = ["crossval", screen, "--over", "max_steps=1,2", "-o", tmp_path / "cv", "--preset", "tiny"]
     assert crossval(*over) == 1
